@@ -1,0 +1,1 @@
+"""Shardkeep keeps the shards: a checkpoint engine for PyTorch's distributed format."""

@@ -1,0 +1,150 @@
+"""Every Protocol, in one short file. Implementations live in the rooms; callers know only these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, runtime_checkable
+
+__all__ = ["Codec", "Progress", "Ranks", "Session", "Sink", "Store"]
+
+Buffer = bytes | bytearray | memoryview
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A folder of files, by relative names with "/". Safe to use from several threads.
+
+    Raises `FileNotFoundError` for what is not there, and other `OSError`s as they come.
+    """
+
+    @property
+    def url(self) -> str:
+        """How errors and reports name this store."""
+        ...
+
+    def names(self) -> Iterator[str]:
+        """The files of the folder and of those below it, in no order; empty if there is none."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        ...
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Up to `length` bytes from `offset` on: fewer only where the file ends."""
+        ...
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` on; the number of bytes read, fewer only where the file ends."""
+        ...
+
+    def create(self, name: str) -> Sink:
+        """Begin a file that must not exist yet (`FileExistsError`); makes folders as needed."""
+        ...
+
+    def publish(self, name: str, data: Buffer) -> None:
+        """Put `data` under `name`, durably and in one step: readers see the old or the new file."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is already gone is no error."""
+        ...
+
+    def sync(self) -> None:
+        """Make the names of all files created so far durable (on POSIX: fsync the folders)."""
+        ...
+
+
+class Sink(Protocol):
+    """A file being written, from front to back. Leaving the block in peace makes it durable."""
+
+    def write(self, data: Buffer) -> None:
+        """Append all of `data`."""
+        ...
+
+    def __enter__(self) -> Sink: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Sync and close; after an exception close and remove what was written."""
+        ...
+
+
+class Codec(Protocol):
+    """Wraps one payload as an item of the checkpoint's format, in one pass over its bytes."""
+
+    def head(self, position: int) -> bytes:
+        """What goes before the payload, for an item that starts at `position` of its file."""
+        ...
+
+    def tail(self, position: int, crc: int) -> bytes:
+        """What goes after the payload, given its CRC-32."""
+        ...
+
+
+class Session(Protocol):
+    """One save or load that all ranks take part in. Rank 0 is the coordinator.
+
+    Every call is made by every rank, in the same order. If any rank raises inside the session, all
+    others raise `RankFailed` from their next or current call.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def phase(self, name: str) -> None:
+        """From now on, errors say that they happened in this phase. Sends nothing."""
+        ...
+
+    def gather(self, message: bytes) -> list[bytes] | None:
+        """Every rank's message, in rank order, on the coordinator; None elsewhere."""
+        ...
+
+    def scatter(self, messages: Sequence[bytes] | None) -> bytes:
+        """The message that the coordinator has for this rank (None elsewhere than there)."""
+        ...
+
+    def broadcast(self, message: bytes | None) -> bytes:
+        """The coordinator's message, everywhere (None elsewhere than there)."""
+        ...
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Tell the others of an error; without one, leave when all ranks have come this far."""
+        ...
+
+
+class Ranks(Protocol):
+    """Who takes part. `rank` counts from 0 among those who do."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def session(self, work: str, path: str) -> Session:
+        """Begin `work` ("save" or "load") on `path` with all the others."""
+        ...
+
+
+class Progress(Protocol):
+    """Told how far long work has come."""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of this phase; may be called from several threads."""
+        ...

@@ -1,0 +1,38 @@
+"""Every constant that one may want to turn, and the environment variable that turns it."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["ALIGNMENT", "BLOCK", "deadline", "gap", "threads"]
+
+BLOCK = 256 * 1024
+"""Bytes of a payload that one CRC-32 covers. Part of the format: not to be turned."""
+
+ALIGNMENT = 64
+"""Payloads start at multiples of this in their file, as torch's own do."""
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, not {text!r}") from None
+
+
+def threads() -> int:
+    """Threads that read or write files, in one process (SHARDKEEP_THREADS)."""
+    return max(1, int(_number("SHARDKEEP_THREADS", 4)))
+
+
+def gap() -> int:
+    """Bytes that are read and thrown away rather than starting a new read (SHARDKEEP_GAP)."""
+    return max(0, int(_number("SHARDKEEP_GAP", 64 * 1024)))
+
+
+def deadline() -> float:
+    """Seconds that a rank waits for another one before it gives up (SHARDKEEP_DEADLINE)."""
+    return _number("SHARDKEEP_DEADLINE", 1800.0)
