@@ -36,7 +36,7 @@ class Store(Protocol):
         ...
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset` on; the number of bytes read, fewer only where the file ends."""
+        """Fill `buffer` from `offset` on; bytes read: fewer only where the file ends."""
         ...
 
     def create(self, name: str) -> Sink:

@@ -331,6 +331,8 @@ class Index:
         transforms: stream transforms of items, as DCP names them (`("stream.zstd/1",)`), outermost
             last; the first one is always `()`.
         structure: how the names nest; None if the checkpoint does not say (flat names then).
+        twins: objects that only repeat a container whose leaves are there as well, and the
+            container's path; torch 2.3 and older look them up, nobody else needs them.
         extra: what else is known, for people: "format", "torch", "created", ...
     """
 
@@ -340,4 +342,5 @@ class Index:
     objects: Objects
     transforms: tuple[tuple[str, ...], ...] = ((),)
     structure: Structure | None = None
+    twins: Mapping[str, Path] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
