@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["ALIGNMENT", "BLOCK", "deadline", "gap", "threads"]
+__all__ = ["ALIGNMENT", "BLOCK", "deadline", "gap", "heartbeat", "missed", "threads"]
 
 BLOCK = 256 * 1024
 """Bytes of a payload that one CRC-32 covers. Part of the format: not to be turned."""
@@ -36,3 +36,16 @@ def gap() -> int:
 def deadline() -> float:
     """Seconds that a rank waits for another one before it gives up (SHARDKEEP_DEADLINE)."""
     return _number("SHARDKEEP_DEADLINE", 1800.0)
+
+
+def heartbeat() -> float:
+    """Seconds between two signs of life of a rank; 0 sends none (SHARDKEEP_HEARTBEAT)."""
+    return max(0.0, _number("SHARDKEEP_HEARTBEAT", 2.0))
+
+
+def missed() -> int:
+    """Signs of life that a rank may miss, one after the other, before it counts as dead.
+
+    A busy interpreter can delay some of them (SHARDKEEP_MISSED).
+    """
+    return max(1, int(_number("SHARDKEEP_MISSED", 5)))

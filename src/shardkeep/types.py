@@ -28,6 +28,7 @@ __all__ = [
     "ByteRange",
     "Chunk",
     "Chunks",
+    "Claim",
     "DType",
     "Index",
     "ObjectInfo",
@@ -254,10 +255,13 @@ class Structure:
         leaves: flat name -> path. Several names may share a payload, but not a path.
         containers: path -> "dict", "list" or "OrderedDict", outer before inner; the root is ().
             Tuples are leaves, as in DCP. Containers that hold nothing are here, too.
+        empties: path of each container that holds nothing -> how many leaves come before it (a
+            stand-in for its place among them; without it, order would be lost).
     """
 
     leaves: Mapping[str, Path]
     containers: Mapping[Path, str]
+    empties: Mapping[Path, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -344,3 +348,26 @@ class Index:
     structure: Structure | None = None
     twins: Mapping[str, Path] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """What one rank has to save: names and boxes, no data.
+
+    P pieces as columns: a piece is a box of a tensor that this rank holds in memory.
+    """
+
+    tensors: Tensors
+    piece: I64
+    """[P] row in `tensors`."""
+    offsets: I64
+    """[P, D] filled up with 0."""
+    sizes: I64
+    """[P, D] filled up with 1."""
+    alias: I64
+    """[P] the first piece of this rank that lies in the same memory: itself, if there is none."""
+    objects: tuple[str, ...]
+    values: Mapping[str, Any]
+    """Object's name -> its value as typed JSON, of those that are small and have one."""
+    structure: Structure
+    twins: Mapping[str, Path]

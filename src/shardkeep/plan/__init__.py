@@ -1,0 +1,1 @@
+"""Pure functions over numpy columns: what meets what, who writes what, what to read."""

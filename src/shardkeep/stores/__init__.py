@@ -1,0 +1,28 @@
+"""Where checkpoints lie: folders of files, by relative names (`contracts.Store`)."""
+
+from __future__ import annotations
+
+import os
+
+from shardkeep.contracts import Store
+from shardkeep.stores.local import LocalStore
+from shardkeep.stores.memory import MemoryStore
+
+__all__ = ["LocalStore", "MemoryStore", "store_at"]
+
+
+def store_at(path: str | os.PathLike[str] | Store) -> Store:
+    """The store of a local path; a store is returned as it is.
+
+    Raises:
+        ValueError: a URL, which no store here serves.
+        TypeError: neither a path nor a store.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        text = os.fspath(path)
+        if "://" in text:
+            raise ValueError(f"no store serves {text!r}: give a local path or a Store")
+        return LocalStore(text)
+    if isinstance(path, Store):
+        return path
+    raise TypeError(f"expected a path or a Store, not {type(path).__name__}")

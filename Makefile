@@ -1,0 +1,52 @@
+# Everything here sets up what it needs: a virtual environment per need, from plain pip.
+PYTHON ?= python3
+VENV := .venv
+CORE := .venv-core
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+export GLOO_SOCKET_IFNAME ?= lo
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-core test-torch check compat clean
+
+help:
+	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
+	@echo "make test                all tests, with torch and without (12 minutes)"
+	@echo "make check               ruff, mypy, import-linter"
+	@echo "make compat TORCH=2.3.1  both directions against that release of torch"
+
+# One environment for development; the constraints file says which torch.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[torch,test,check,demo]'
+	@touch $@
+
+# One without torch, to hold the core to its promise.
+$(CORE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/pip install $(PIP_FLAGS) -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/ready
+	$(VENV)/bin/python -m demo
+
+test: test-core test-torch
+
+test-core: $(CORE)/ready
+	$(CORE)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
+	$(CORE)/bin/python -m pytest -q -m "not torch"
+
+test-torch: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -q
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+compat: $(VENV)/ready
+	$(VENV)/bin/python -m compat $(TORCH)
+
+clean:
+	rm -rf $(VENV) $(CORE) build demo/out

@@ -1,0 +1,242 @@
+"""What the ranks of a save tell each other: claims, orders, reports. No torch, no tensor data.
+
+Every rank sends what it holds; the coordinator settles who writes what, or refuses for all; every
+rank reports where its bytes went; the coordinator makes one index of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep import commit
+from shardkeep.contracts import Session
+from shardkeep.errors import AlreadyExists, Conflict, ShardkeepError
+from shardkeep.format.columns import pack, unpack
+from shardkeep.format.manifest import structure_from_json, structure_to_json
+from shardkeep.io.write import Written
+from shardkeep.plan.settle import Settlement, settle
+from shardkeep.types import DTYPES, I64, Chunks, Claim, DType, Index, Objects, Tensors
+
+__all__ = ["Order", "own", "report"]
+
+_REFUSALS: dict[str, type[ShardkeepError]] = {
+    kind.__name__: kind for kind in (AlreadyExists, Conflict)
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Order:
+    """What this rank has to write.
+
+    Attributes:
+        save_id: the id of the save, in the names of all its files.
+        pieces: rows of this rank's claim, ascending.
+        objects: names of objects and twins.
+        settlement: the whole picture, on the coordinator only.
+    """
+
+    save_id: str
+    pieces: I64
+    objects: tuple[str, ...]
+    settlement: Settlement | None = None
+
+
+def own(session: Session, claim: Claim, admit: Callable[[], None]) -> Order:
+    """Settle with all ranks who writes what.
+
+    Args:
+        claim: what this rank has to save.
+        admit: called on the coordinator before anything is settled; raises what forbids the save.
+
+    Raises:
+        Conflict, AlreadyExists: on every rank, with the same message.
+    """
+    outline = _outline(claim)
+    digest = blake2b(outline, digest_size=16).hexdigest()
+    lead = session.rank == 0
+    hello = pack({"save_id": commit.new_id(), "outline": digest}, {}) if lead else None
+    known, _ = unpack(session.broadcast(hello))
+    # Ranks of one job mostly have the same names and shapes: only who differs sends them.
+    same = known["outline"] == digest and not lead
+    answers = session.gather(pack({"same": same}, _piece_columns(claim, b"" if same else outline)))
+    if answers is None:
+        return _order(session.scatter(None))
+    try:
+        admit()
+        settlement = settle(_claims(answers))
+    except tuple(_REFUSALS.values()) as error:
+        refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})
+        return _order(session.scatter([refusal] * session.size))
+    orders = [_pack_order(known["save_id"], settlement, rank) for rank in range(session.size)]
+    mine = _order(session.scatter(orders))
+    return Order(mine.save_id, mine.pieces, mine.objects, settlement)
+
+
+def report(session: Session, order: Order, written: Written) -> Index | None:
+    """Tell the coordinator where this rank's bytes went; there, the index of the checkpoint.
+
+    The rows of `written` are the pieces of the order, then its objects.
+    """
+    reports = session.gather(
+        pack(
+            {"files": list(written.files)},
+            {
+                "file": written.file,
+                "item": written.item,
+                "length": written.length,
+                "payload": written.payload,
+                "block": written.block,
+                "digests": written.digests,
+                "crc": written.crc,
+            },
+        )
+    )
+    if reports is None or order.settlement is None:
+        return None
+    return _index(order.settlement, [unpack(block) for block in reports])
+
+
+def _outline(claim: Claim) -> bytes:
+    tensors = claim.tensors
+    return pack(
+        {
+            "names": list(tensors.names),
+            "dtypes": [DTYPES[code].name for code in tensors.dtype.tolist()],
+            "objects": list(claim.objects),
+            "values": dict(claim.values),
+            "structure": structure_to_json(claim.structure),
+            "twins": list(claim.twins),
+        },
+        {"ndim": tensors.ndim, "shape": tensors.shape},
+    )
+
+
+def _piece_columns(claim: Claim, outline: bytes) -> dict[str, NDArray[Any]]:
+    return {
+        "piece": claim.piece,
+        "offsets": claim.offsets,
+        "sizes": claim.sizes,
+        "alias": claim.alias,
+        "outline": np.frombuffer(outline, dtype=np.uint8),
+    }
+
+
+def _claims(answers: Sequence[bytes]) -> list[Claim]:
+    claims: list[Claim] = []
+    for answer in answers:
+        head, columns = unpack(answer)
+        outline = claims[0] if head["same"] else _read_outline(columns["outline"].tobytes())
+        claims.append(
+            Claim(
+                tensors=outline.tensors,
+                piece=columns["piece"],
+                offsets=columns["offsets"],
+                sizes=columns["sizes"],
+                alias=columns["alias"],
+                objects=outline.objects,
+                values=outline.values,
+                structure=outline.structure,
+                twins=outline.twins,
+            )
+        )
+    return claims
+
+
+def _read_outline(block: bytes) -> Claim:
+    head, columns = unpack(block)
+    codes = np.array([DType.named(name).code for name in head["dtypes"]], dtype=np.uint8)
+    structure = structure_from_json(head["structure"])
+    named = {".".join(map(str, path)): path for path in structure.containers}
+    none = np.empty(0, dtype=np.int64)
+    return Claim(
+        tensors=Tensors(tuple(head["names"]), codes, columns["ndim"], columns["shape"]),
+        piece=none,
+        offsets=none,
+        sizes=none,
+        alias=none,
+        objects=tuple(head["objects"]),
+        values=head["values"],
+        structure=structure,
+        twins={name: named[name] for name in head["twins"]},
+    )
+
+
+def _pack_order(save_id: str, settlement: Settlement, rank: int) -> bytes:
+    pieces, objects = settlement.writes(rank)
+    return pack({"save_id": save_id, "objects": list(objects)}, {"pieces": pieces})
+
+
+def _order(block: bytes) -> Order:
+    head, columns = unpack(block)
+    if "refused" in head:
+        raise _REFUSALS[head["refused"]](head["why"])
+    return Order(head["save_id"], columns["pieces"], tuple(head["objects"]))
+
+
+def _index(
+    settlement: Settlement, reports: Sequence[tuple[dict[str, Any], dict[str, NDArray[Any]]]]
+) -> Index:
+    """One index from where every rank's bytes went."""
+    files: list[str] = []
+    place = np.empty(len(settlement.writer), dtype=np.int64)
+    object_place = np.empty(len(settlement.object_writer), dtype=np.int64)
+    start = 0
+    for rank, (head, columns) in enumerate(reports):
+        pieces = np.flatnonzero(settlement.writer == rank)
+        pieces = pieces[np.argsort(settlement.piece[pieces])]
+        objects = np.flatnonzero(settlement.object_writer == rank)
+        place[pieces] = start + np.arange(len(pieces))
+        object_place[objects] = start + len(pieces) + np.arange(len(objects))
+        start += len(columns["file"])
+        columns["file"] = columns["file"] + len(files)
+        files += head["files"]
+    everything = {
+        name: np.concatenate([columns[name] for _, columns in reports])
+        for name in ("file", "item", "length", "payload", "digests", "crc")
+    }
+    counts = np.concatenate([np.diff(columns["block"]) for _, columns in reports])
+    rows = place[settlement.payload]
+    block, digests = _take_blocks(counts, everything["digests"], rows)
+    return Index(
+        files=tuple(files),
+        tensors=settlement.tensors,
+        chunks=Chunks(
+            tensor=settlement.tensor,
+            offsets=settlement.offsets,
+            sizes=settlement.sizes,
+            file=everything["file"][rows].astype(np.int32),
+            item=everything["item"][rows],
+            length=everything["length"][rows],
+            payload=everything["payload"][rows],
+            transform=np.zeros(len(rows), dtype=np.int16),
+            block=block,
+            digests=digests,
+        ),
+        objects=Objects(
+            names=(*settlement.objects, *settlement.twins),
+            file=everything["file"][object_place].astype(np.int32),
+            item=everything["item"][object_place],
+            length=everything["length"][object_place],
+            transform=np.zeros(len(object_place), dtype=np.int16),
+            crc=everything["crc"][object_place].astype(np.int64),
+            values=settlement.values,
+        ),
+        structure=settlement.structure,
+        twins=settlement.twins,
+    )
+
+
+def _take_blocks(
+    counts: I64, digests: NDArray[np.uint32], rows: I64
+) -> tuple[I64, NDArray[np.uint32]]:
+    """The digests of these rows, one after the other, and where each row's begin."""
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[rows])])
+    inside = np.arange(int(block[-1])) - np.repeat(block[:-1], counts[rows])
+    return block, digests[np.repeat(starts[rows], counts[rows]) + inside]

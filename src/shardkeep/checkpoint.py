@@ -1,0 +1,341 @@
+"""A committed checkpoint as a mapping: look into it, read it, check it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep import commit, knobs
+from shardkeep.contracts import Progress, Store
+from shardkeep.errors import Damaged, FormatError
+from shardkeep.format import container, transforms, values
+from shardkeep.io.digest import crc32
+from shardkeep.io.read import Copy, ReadStats, read_copies
+from shardkeep.plan.coverage import coverage
+from shardkeep.plan.overlap import Boxes, overlap
+from shardkeep.sources import MAX_ITEM, Sources, read_range
+from shardkeep.stores import store_at
+from shardkeep.tree import unflatten
+from shardkeep.types import (
+    DTYPES,
+    Box,
+    ByteRange,
+    Chunk,
+    DType,
+    Index,
+    ObjectInfo,
+    Structure,
+    TensorInfo,
+)
+from shardkeep.verify import VerifyReport, verify
+
+__all__ = ["Checkpoint", "Request", "open"]
+
+
+def open(path: str | PathLike[str] | Store, *, manifest: bool = True) -> Checkpoint:
+    """Open the checkpoint that is committed at `path`; no tensor data is read.
+
+    Args:
+        path: a folder, or a store.
+        manifest: False reads `.metadata` as stock torch would, even where Shardkeep's manifest
+            tells more.
+
+    Raises:
+        NotACheckpoint: there is none.
+        FormatError: its metadata is broken or hostile.
+        Damaged: its metadata does not match its digest.
+    """
+    store = store_at(path)
+    return Checkpoint(store, commit.find(store, manifest=manifest))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """Read this box of a tensor into that array.
+
+    Attributes:
+        name: the tensor.
+        box: in global coordinates.
+        into: writable, of the box's sizes and of any dtype with the tensor's item size.
+    """
+
+    name: str
+    box: Box
+    into: NDArray[Any]
+
+
+class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
+    """What a committed checkpoint holds, by name. Reads only what is asked for."""
+
+    def __init__(self, store: Store, found: commit.Found) -> None:
+        self.store = store
+        self.found = found
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self.store.url
+
+    @property
+    def kind(self) -> str:
+        """Who wrote it: "shardkeep", "dcp", "dcp-per-rank" or "safetensors"."""
+        return self.found.kind
+
+    @cached_property
+    def outline(self) -> Index:
+        """Names, dtypes, shapes, structure; its chunk columns may be empty."""
+        return self.found.outline()
+
+    @cached_property
+    def index(self) -> Index:
+        """Everything that is known, as columns."""
+        return self.found.index()
+
+    def __len__(self) -> int:
+        return len(self.outline.tensors.names) + len(self._objects)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.outline.tensors.names
+        yield from self._objects
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors or name in self._objects
+
+    def __getitem__(self, name: str) -> TensorInfo | ObjectInfo:
+        if name in self._tensors:
+            return self.tensor(name)
+        if name in self._objects:
+            return ObjectInfo(name, self.sources.object(self._objects[name]), self.value(name))
+        raise KeyError(name)
+
+    def __repr__(self) -> str:
+        tensors, objects = len(self._tensors), len(self._objects)
+        return f"<Checkpoint {self.url}: {tensors} tensors, {objects} objects, {self.kind}>"
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, int]:
+        return {name: row for row, name in enumerate(self.outline.tensors.names)}
+
+    @cached_property
+    def _objects(self) -> Mapping[str, int]:
+        """Objects that are not twins: those only repeat other names."""
+        twins = self.outline.twins
+        names = self.outline.objects.names
+        return {name: row for row, name in enumerate(names) if name not in twins}
+
+    @cached_property
+    def sources(self) -> Sources:
+        """Where the bytes of its chunks lie."""
+        return Sources(self.store, self.index)
+
+    def _rows(self, name: str) -> range:
+        """The chunks of a tensor."""
+        row = self._tensors[name]
+        return range(*self._first_chunk[row : row + 2].tolist())
+
+    @cached_property
+    def _first_chunk(self) -> NDArray[np.int64]:
+        """[N + 1] the chunks of tensor i are first[i]:first[i + 1]."""
+        rows = np.arange(len(self._tensors) + 1)
+        return np.searchsorted(self.index.chunks.tensor, rows).astype(np.int64)
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether that name is a tensor's. KeyError if there is no such name."""
+        if name not in self:
+            raise KeyError(name)
+        return name in self._tensors
+
+    def shape_of(self, name: str) -> tuple[DType, tuple[int, ...]]:
+        """Dtype and global shape of a tensor, without looking at its chunks."""
+        row, tensors = self._tensors[name], self.outline.tensors
+        shape = tuple(tensors.shape[row, : tensors.ndim[row]].tolist())
+        return DTYPES[tensors.dtype[row]], shape
+
+    def tensor(self, name: str) -> TensorInfo:
+        """A tensor's dtype, shape and chunks. KeyError if no tensor has that name."""
+        dtype, shape = self.shape_of(name)
+        chunks = self.index.chunks
+
+        def chunk(row: int) -> Chunk:
+            offsets, sizes = chunks.offsets[row, : len(shape)], chunks.sizes[row, : len(shape)]
+            box = Box(tuple(offsets.tolist()), tuple(sizes.tolist()))
+            return Chunk(box, self.sources.item(row))
+
+        return TensorInfo(name, dtype, shape, tuple(map(chunk, self._rows(name))))
+
+    def tree(self) -> Any:
+        """The nested state, as it was saved: a `TensorInfo` for each tensor, and the values."""
+        structure = self.structure
+        return unflatten(structure, self._leaf)
+
+    @property
+    def structure(self) -> Structure:
+        """How the names nest; flat, if the checkpoint does not say."""
+        known = self.outline.structure
+        return known or Structure({name: (name,) for name in self}, {(): "dict"})
+
+    def _leaf(self, name: str) -> Any:
+        return self.tensor(name) if name in self._tensors else self.value(name)
+
+    def read(self, name: str, box: Box | None = None, *, verify: bool = True) -> Any:
+        """A tensor as a numpy array, or an object's value.
+
+        Args:
+            name: its flat name.
+            box: the part of the tensor to read, in global coordinates; only its bytes are read.
+            verify: check the digests of what is read.
+
+        Returns:
+            An array of the box's sizes and of the dtype's `numpy` kind (`DType.note` says where
+            that only carries the bits).
+
+        Raises:
+            KeyError: no such name.
+            ValueError: the box leaves the tensor, or the name is an object's and a box is given.
+            Damaged: bytes are missing or do not match their digest.
+        """
+        if not self.is_tensor(name):
+            if box is not None:
+                raise ValueError(f"{name!r} is an object: it has no box to read")
+            return self.value(name)
+        dtype, shape = self.shape_of(name)
+        wanted = Box.whole(shape) if box is None else box
+        if not wanted.within(shape):
+            raise ValueError(f"box {wanted} leaves tensor {name!r} of shape {list(shape)}")
+        self.sources.locate(self._rows(name))  # refuses sizes that the files can't hold
+        array = np.empty(wanted.sizes, dtype=dtype.numpy)
+        self.fill([Request(name, wanted, array)], verify=verify)
+        return array
+
+    def value(
+        self,
+        name: str,
+        *,
+        makers: Mapping[str, Callable[..., Any]] | None = None,
+        decode: Callable[[bytes], Any] | None = None,
+    ) -> Any:
+        """An object's value; parts of unknown classes are `Opaque`.
+
+        Args:
+            name: the object.
+            makers: builds values of torch's own types from the manifest (`format.values`).
+            decode: builds the value from its item's bytes, where the manifest does not hold it.
+        """
+        known = self.outline.objects.values
+        if name in known:
+            return values.decode(known[name], *([makers] if makers else []))
+        data = self.item(name)
+        if decode is not None:
+            return decode(data)
+        where = self.sources.object(self._objects[name])
+        return container.value(data, file=where.file, place=name)
+
+    def item(self, name: str) -> bytes:
+        """The bytes of an object's item, stream transforms undone."""
+        row, objects = self._objects[name], self.index.objects
+        where = self.sources.object(self._objects[name])
+        data = read_range(self.store, where, name)
+        crc = int(objects.crc[row])
+        if crc >= 0 and crc32(data) != crc:
+            raise Damaged("bytes do not match their digest", file=where.file, name=name)
+        undo = self.index.transforms[objects.transform[row]]
+        if not undo:
+            return data
+        return transforms.undo(data, undo, limit=MAX_ITEM, file=where.file, place=name)
+
+    def verify(
+        self, *, threads: int | None = None, progress: Progress | None = None
+    ) -> VerifyReport:
+        """Check all bytes that have a digest. Damage is reported, not raised."""
+        return verify(self.found, self.sources, threads=threads, progress=progress)
+
+    def fill(
+        self,
+        requests: Sequence[Request],
+        *,
+        verify: bool = True,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> ReadStats:
+        """Read many boxes into memory, in parallel, only the byte ranges that are needed.
+
+        Raises:
+            FormatError: the chunks of a tensor do not cover it.
+            Damaged: bytes are missing or do not match their digest.
+        """
+        copies = self._copies(requests, threads or knobs.threads())
+        return read_copies(
+            self.store,
+            copies,
+            verify=verify,
+            threads=threads or knobs.threads(),
+            progress=progress,
+        )
+
+    def _copies(self, requests: Sequence[Request], threads: int) -> list[Copy]:
+        """One copy for each chunk that each request needs a part of."""
+        if not requests:
+            return []
+        chunks = self.index.chunks
+        rows = np.array([self._tensors[request.name] for request in requests], dtype=np.int64)
+        self._check_cover(np.unique(rows))
+        used = np.flatnonzero(np.isin(chunks.tensor, rows))
+        wanted = _boxes(rows, [request.box for request in requests], chunks.offsets.shape[1])
+        found = overlap(
+            wanted,
+            Boxes(chunks.tensor[used], chunks.offsets[used], chunks.sizes[used]),
+        )
+        right = used[found.right]
+        sources = self.sources.locate(np.unique(right).tolist(), threads=threads)
+        inside = found.offsets - chunks.offsets[right]
+        into = found.offsets - wanted.offsets[found.left]
+        copies = []
+        for k, (left, row) in enumerate(zip(found.left.tolist(), right.tolist(), strict=True)):
+            request = requests[left]
+            ndim = request.box.ndim
+            sizes = tuple(found.sizes[k, :ndim].tolist())
+            target = Box(tuple(into[k, :ndim].tolist()), sizes)
+            copies.append(
+                Copy(
+                    name=request.name,
+                    source=sources[row],
+                    box=Box(tuple(inside[k, :ndim].tolist()), sizes),
+                    into=request.into[target.slices],
+                )
+            )
+        return copies
+
+    def _check_cover(self, rows: NDArray[np.int64]) -> None:
+        """Refuse tensors with holes: what no chunk holds would come back as whatever was there."""
+        tensors, chunks = self.index.tensors, self.index.chunks
+        used = np.isin(chunks.tensor, rows)
+        problems = coverage(
+            np.searchsorted(rows, chunks.tensor[used]),
+            tensors.shape[rows],
+            chunks.offsets[used],
+            chunks.sizes[used],
+        )
+        if problems:
+            problem = problems[0]
+            row = int(rows[problem.tensor])
+            ndim = int(tensors.ndim[row])
+            box = Box(problem.box.offsets[:ndim], problem.box.sizes[:ndim])
+            raise FormatError(
+                f"its chunks have a {problem.kind} at {box}",
+                place=f"tensor {tensors.names[row]!r}",
+            )
+
+
+def _boxes(rows: NDArray[np.int64], boxes: Sequence[Box], width: int) -> Boxes:
+    offsets = np.zeros((len(boxes), width), dtype=np.int64)
+    sizes = np.ones((len(boxes), width), dtype=np.int64)
+    for i, box in enumerate(boxes):
+        offsets[i, : box.ndim] = box.offsets
+        sizes[i, : box.ndim] = box.sizes
+    return Boxes(rows, offsets, sizes)

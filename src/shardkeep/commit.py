@@ -1,0 +1,202 @@
+"""The commit: publish a checkpoint in one step, and find what is committed.
+
+`.metadata` is the commit record. Behind its pickle, where `pickle.load` stops reading, a trailer
+says which manifest belongs to it; so one atomic replace of one file switches stock torch and
+Shardkeep to the new checkpoint at the same instant. Data files and manifests have names that were
+never used before: the checkpoint that is being overwritten stays whole until then.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardkeep.contracts import Store
+from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
+from shardkeep.format import safetensors
+from shardkeep.format.manifest import manifest_name, read_manifest, read_outline, write_manifest
+from shardkeep.format.metadata import merge_metadata, read_metadata
+from shardkeep.format.metadata_write import metadata_bytes
+from shardkeep.format.trailer import TRAILER_SIZE, Trailer
+from shardkeep.types import Index
+
+__all__ = ["METADATA", "Found", "data_file", "find", "new_id", "publish", "sweep"]
+
+METADATA = ".metadata"
+_PER_RANK = re.compile(r"__(\d+)\.metadata")
+_MAX_INDEX_JSON = 1 << 28
+
+
+def new_id() -> str:
+    """An id that no other save has: 16 hexadecimal digits."""
+    return secrets.token_hex(8)
+
+
+def data_file(rank: int, number: int, save_id: str) -> str:
+    """The name of a data file, never used before. Stock torch loads any name."""
+    return f"__{rank}_{number}_{save_id}.distcp"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A committed checkpoint.
+
+    Attributes:
+        kind: "shardkeep" (with a manifest), "dcp" (`.metadata` of stock torch), "dcp-per-rank"
+            (`use_collectives=False`), or "safetensors".
+        outline: reads names, dtypes, shapes and structure; chunk columns may be missing.
+        index: reads everything.
+        trailer: what ends `.metadata`, for the kind "shardkeep".
+    """
+
+    kind: str
+    outline: Callable[[], Index]
+    index: Callable[[], Index]
+    trailer: Trailer | None = None
+
+
+def find(store: Store, *, manifest: bool = True) -> Found:
+    """What is committed in this store.
+
+    Raises:
+        NotACheckpoint: nothing.
+        FormatError: the commit record is broken.
+    """
+    trailer = _trailer(store)
+    if trailer is not None and manifest:
+        return _with_manifest(store, trailer)
+    if trailer is not None or _exists(store, METADATA):
+        return _found("dcp", lambda: read_metadata(_whole(store, METADATA), file=METADATA))
+    names = sorted(store.names())
+    per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
+    if per_rank:
+        return _found(
+            "dcp-per-rank",
+            lambda: merge_metadata([(name, _whole(store, name)) for _, name in per_rank]),
+        )
+    tensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if tensors:
+        return _found("safetensors", lambda: _safetensors(store, tensors))
+    what = "has no .metadata and no .safetensors file" if names else "is empty or does not exist"
+    raise NotACheckpoint(f"{store.url} {what}: no checkpoint is committed there")
+
+
+def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any]) -> None:
+    """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
+
+    The data files that `index` names are durable already, names and all.
+    """
+    manifest = write_manifest(index, header)
+    pickle = metadata_bytes(index)
+    trailer = Trailer.of(save_id, pickle, manifest)
+    with store.create(manifest_name(save_id)) as sink:
+        sink.write(manifest)
+    store.sync()
+    store.publish(METADATA, pickle + trailer.to_bytes())
+
+
+def files_of(store: Store) -> frozenset[str]:
+    """The files that the committed checkpoint is made of, without `.metadata`; none if unreadable.
+
+    What can't be read is not understood, and what is not understood is never removed.
+    """
+    try:
+        found = find(store)
+        if found.kind == "safetensors":
+            return frozenset()
+        files = set(found.index().files)
+    except ShardkeepError:
+        return frozenset()
+    if found.trailer is not None:
+        files.add(manifest_name(found.trailer.save_id))
+    return frozenset(files)
+
+
+def sweep(store: Store, old: frozenset[str]) -> None:
+    """Remove the files of the checkpoint that was there before, after the new one is durable."""
+    for name in sorted(old - files_of(store) - {METADATA}):
+        store.remove(name)
+
+
+def _found(kind: str, read: Callable[[], Index]) -> Found:
+    return Found(kind, read, read)
+
+
+def _with_manifest(store: Store, trailer: Trailer) -> Found:
+    name = manifest_name(trailer.save_id)
+
+    def read_at(offset: int, length: int) -> bytes:
+        return store.read(name, offset, length)
+
+    def whole() -> Index:
+        data = _manifest(store, trailer)
+        return read_manifest(
+            lambda offset, length: data[offset : offset + length], len(data), file=name
+        )
+
+    def outline() -> Index:
+        return read_outline(read_at, trailer.manifest_length, file=name)
+
+    try:
+        size = store.size(name)
+    except FileNotFoundError:
+        raise Damaged(f"the manifest is missing{_HINT}", file=name) from None
+    if size != trailer.manifest_length:
+        raise Damaged(
+            f"the manifest has {size} bytes, not {trailer.manifest_length}{_HINT}", file=name
+        )
+    return Found("shardkeep", outline, whole, trailer)
+
+
+_HINT = "; open(path, manifest=False) reads .metadata alone, as stock torch does"
+
+
+def _manifest(store: Store, trailer: Trailer) -> bytes:
+    name = manifest_name(trailer.save_id)
+    data = store.read(name, 0, trailer.manifest_length)
+    try:
+        trailer.check_manifest(data)
+    except Damaged as error:
+        raise Damaged(f"the manifest does not match its digest{_HINT}", file=name) from error
+    return data
+
+
+def _trailer(store: Store) -> Trailer | None:
+    try:
+        size = store.size(METADATA)
+    except FileNotFoundError:
+        return None
+    start = max(0, size - TRAILER_SIZE)
+    return Trailer.parse(store.read(METADATA, start, size - start), size)
+
+
+def _exists(store: Store, name: str) -> bool:
+    try:
+        store.size(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _whole(store: Store, name: str) -> bytes:
+    return store.read(name, 0, store.size(name))
+
+
+def _safetensors(store: Store, names: list[str]) -> Index:
+    headers = {
+        name: safetensors.read_header(
+            lambda offset, length, name=name: store.read(name, offset, length),  # type: ignore[misc]
+            store.size(name),
+            file=name,
+        )
+        for name in names
+    }
+    listing = "model.safetensors.index.json"
+    if not _exists(store, listing):
+        return safetensors.index_of(headers, None)
+    if store.size(listing) > _MAX_INDEX_JSON:
+        raise FormatError("larger than any index can be", file=listing)
+    return safetensors.index_of(headers, safetensors.weight_map(_whole(store, listing)))

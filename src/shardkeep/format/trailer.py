@@ -1,0 +1,123 @@
+"""The trailer of `.metadata`: what ties the pickle to one save and to its manifest.
+
+Every `pickle.load` stops at the STOP byte, so torch never sees what follows it. One small read of
+the file's end tells whether Shardkeep wrote the file, and which manifest belongs to it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from zlib import crc32
+
+from shardkeep.errors import Damaged, FormatError
+
+__all__ = ["TRAILER_SIZE", "Trailer", "digest", "manifest_name", "manifest_save_id"]
+
+_BEGIN = b"\xffSHARDK\x01"
+_END = b"\xffSKTRL\x01\n"
+_LAYOUT = struct.Struct("<8s16sQ16sQ16sI8s")
+_NAME = re.compile(r"\.manifest-([0-9a-f]{32})\.npz")
+
+TRAILER_SIZE = _LAYOUT.size
+"""Bytes of a trailer: the last ones of the file."""
+
+
+def digest(data: bytes | bytearray | memoryview) -> bytes:
+    """BLAKE2b of some bytes, cut to 16 bytes."""
+    return blake2b(data, digest_size=16).digest()
+
+
+def manifest_name(save_id: str) -> str:
+    """The file that holds the manifest of that save."""
+    return f".manifest-{save_id}.npz"
+
+
+def manifest_save_id(name: str) -> str | None:
+    """The save that a manifest's file name belongs to; None if it names no manifest."""
+    match = _NAME.fullmatch(name)
+    return match[1] if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """What the trailer says.
+
+    Attributes:
+        save_id: 32 hex digits, drawn anew for every save.
+        pickle_length, manifest_length: in bytes; the trailer follows the pickle at once.
+        pickle_digest, manifest_digest: `digest` of the whole of each.
+    """
+
+    save_id: str
+    pickle_length: int
+    pickle_digest: bytes
+    manifest_length: int
+    manifest_digest: bytes
+
+    @staticmethod
+    def of(save_id: str, pickle: bytes, manifest: bytes) -> Trailer:
+        """The trailer to put after that pickle."""
+        return Trailer(save_id, len(pickle), digest(pickle), len(manifest), digest(manifest))
+
+    @property
+    def manifest(self) -> str:
+        """Name of the manifest's file."""
+        return manifest_name(self.save_id)
+
+    def to_bytes(self) -> bytes:
+        """The `TRAILER_SIZE` bytes of the trailer. Raises ValueError if the id is not 16 bytes."""
+        save_id = bytes.fromhex(self.save_id)
+        if len(save_id) != 16:
+            raise ValueError(f"a save id has 32 hex digits, not {self.save_id!r}")
+        lengths = self.pickle_length, self.pickle_digest, self.manifest_length, self.manifest_digest
+        packed = _LAYOUT.pack(_BEGIN, save_id, *lengths, 0, _END)
+        crc = crc32(packed[: -len(_END) - 4])
+        return _LAYOUT.pack(_BEGIN, save_id, *lengths, crc, _END)
+
+    @staticmethod
+    def parse(tail: bytes, file_size: int, *, file: str = ".metadata") -> Trailer | None:
+        """The trailer at the end of a file; None if there is none.
+
+        Args:
+            tail: the last bytes of the file, `TRAILER_SIZE` or more of them if there are as many.
+            file_size: bytes of the file.
+            file: its name, for errors.
+
+        Raises:
+            FormatError: there is a trailer, but it is cut, followed by other bytes, damaged, or
+                does not fit the file.
+        """
+        if len(tail) > file_size:
+            raise ValueError("a file's tail cannot be longer than the file")
+        begins, ends = tail.rfind(_BEGIN), tail.endswith(_END)
+        if begins < 0 and not ends:
+            return None
+        # Either mark is enough: a flipped or missing byte must not make a trailer vanish.
+        if not ends or begins != len(tail) - TRAILER_SIZE:
+            raise FormatError("the trailer is cut or damaged", file=file)
+        packed = tail[begins:]
+        _, save_id, length, pickle, manifest_length, manifest, crc, _ = _LAYOUT.unpack(packed)
+        if crc != crc32(packed[: -len(_END) - 4]):
+            raise FormatError("the trailer does not match its checksum", file=file)
+        if length + TRAILER_SIZE != file_size:
+            what = f"the trailer is for {length} bytes of pickle, not {file_size - TRAILER_SIZE}"
+            raise FormatError(what, file=file)
+        return Trailer(save_id.hex(), length, pickle, manifest_length, manifest)
+
+    def check_pickle(self, pickle: bytes, *, file: str = ".metadata") -> None:
+        """Raises Damaged if these are not the bytes of the pickle."""
+        _check(pickle, self.pickle_length, self.pickle_digest, "the pickle", file)
+
+    def check_manifest(self, manifest: bytes) -> None:
+        """Raises Damaged if these are not the bytes of the manifest."""
+        _check(manifest, self.manifest_length, self.manifest_digest, "the manifest", self.manifest)
+
+
+def _check(data: bytes, length: int, expected: bytes, what: str, file: str) -> None:
+    if len(data) != length:
+        raise Damaged(f"{what} has {len(data)} bytes, not {length}", file=file)
+    if digest(data) != expected:
+        raise Damaged(f"{what} does not match its digest", file=file)

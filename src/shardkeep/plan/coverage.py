@@ -1,0 +1,263 @@
+"""Do the boxes of a tensor cover it exactly once?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.plan._keys import joint_keys
+from shardkeep.types import I64, Box
+
+__all__ = ["Problem", "coverage"]
+
+_PAIRWISE = 256
+_ROOM = float(1 << 60)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one tensor's boxes: one example of each kind.
+
+    Attributes:
+        tensor: its row.
+        kind: "hole", "overlap", or "outside" (a box leaves the tensor).
+        rows: the two boxes that overlap, or all that lie outside; none for a hole.
+        box: a box that nothing covers, that two boxes cover, or the first one outside.
+    """
+
+    tensor: int
+    kind: Literal["hole", "overlap", "outside"]
+    rows: tuple[int, ...]
+    box: Box
+
+
+def coverage(tensor: I64, shape: I64, offsets: I64, sizes: I64) -> tuple[Problem, ...]:
+    """Check that the distinct boxes of every tensor cover it exactly once.
+
+    Boxes that are the same count once: replicas repeat. Empty boxes count for nothing, so a tensor
+    without elements is always covered. A tensor with boxes outside is not searched for holes, and
+    one with overlaps only where it is short of elements in all.
+
+    Boxes are set apart by cuts that no box crosses, along one dimension after the other. In a grid,
+    and in anything made by splitting again and again, every box ends up alone after a few sorts;
+    only what cannot be set apart so is compared box by box.
+
+    Args:
+        tensor: [M] row in `shape` of each box.
+        shape: [N, D] the tensors, filled up with 1.
+        offsets, sizes: [M, D] filled up with 0 and 1.
+
+    Returns:
+        At most one problem of each kind for a tensor, sorted by tensor.
+    """
+    problems: list[Problem] = []
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= shape[tensor] - offsets)
+    outside: NDArray[np.bool_] = np.logical_not(inside.all(axis=1))
+    if outside.any():
+        problems += _outside(tensor, offsets, sizes, np.flatnonzero(outside))
+    rows = np.flatnonzero(~outside & (sizes > 0).all(axis=1))
+    alone, crowded = _set_apart(rows, tensor[rows], offsets, sizes)
+    if len(crowded):
+        crowded = _distinct(crowded, tensor, offsets, sizes)
+        more, crowded = _set_apart(crowded, tensor[crowded], offsets, sizes)
+        alone = np.concatenate([alone, more])
+        problems += _overlaps(tensor, offsets, sizes, crowded)
+    kept = np.concatenate([alone, crowded])
+    problems += _holes(shape, tensor[kept], offsets[kept], sizes[kept], skip=tensor[outside])
+    return tuple(sorted(problems, key=lambda problem: (problem.tensor, problem.kind)))
+
+
+def _box(offsets: NDArray[Any], sizes: NDArray[Any]) -> Box:
+    return Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
+
+
+def _outside(tensor: I64, offsets: I64, sizes: I64, rows: I64) -> list[Problem]:
+    rows = rows[np.argsort(tensor[rows], kind="stable")]
+    firsts = np.flatnonzero(np.diff(tensor[rows], prepend=-1))
+    return [
+        Problem(
+            int(tensor[group[0]]),
+            "outside",
+            tuple(group.tolist()),
+            _box(offsets[group[0]], sizes[group[0]]),
+        )
+        for group in np.split(rows, firsts[1:])
+    ]
+
+
+def _set_apart(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I64]:
+    """Part the boxes of each group by clean cuts, as far as that goes.
+
+    Returns:
+        The rows that ended up alone: they overlap nothing; and the others.
+    """
+    alone = [rows[:0]]
+    ndim, idle, d = offsets.shape[1], 0, 0
+    groups = len(np.unique(group))
+    if not ndim:  # scalars: each is one box, or one several times
+        _, first = np.unique(group, return_index=True)
+        return rows[first], rows[:0]
+    while len(rows) and idle < ndim:
+        start = offsets[rows, d]
+        low, high = joint_keys(group, start, start + sizes[rows, d])
+        order = np.argsort(low, kind="stable")
+        rows, low = rows[order], low[order]
+        reach = np.maximum.accumulate(high[order])
+        # Keys of a later group are larger than all of an earlier one: a cut there as well.
+        cut = np.append(True, low[1:] >= reach[:-1])
+        single = cut & np.append(cut[1:], True)
+        alone.append(rows[single])
+        group = np.cumsum(cut)[~single]
+        rows = rows[~single]
+        idle = 0 if int(cut.sum()) > groups else idle + 1
+        groups = int(cut.sum()) - int(single.sum())
+        d = (d + 1) % ndim
+    return np.concatenate(alone), rows
+
+
+def _distinct(rows: I64, tensor: I64, offsets: I64, sizes: I64) -> I64:
+    """One row (the first) of those that are the same box of the same tensor."""
+    columns = [*sizes[rows].T, *offsets[rows].T, tensor[rows]]
+    order = np.lexsort((rows, *columns))
+    fresh = np.zeros(len(rows), dtype=np.bool_)
+    fresh[:1] = True
+    for column in columns:
+        ordered = column[order]
+        fresh[1:] |= ordered[1:] != ordered[:-1]
+    return np.sort(rows[order[fresh]])
+
+
+def _overlaps(tensor: I64, offsets: I64, sizes: I64, rows: I64) -> list[Problem]:
+    rows = rows[np.argsort(tensor[rows], kind="stable")]
+    problems = []
+    for group in np.split(rows, np.flatnonzero(np.diff(tensor[rows])) + 1):
+        if not len(group):
+            continue
+        low, high = offsets[group], offsets[group] + sizes[group]
+        pair = _crossing(low, high)
+        if pair is not None:
+            i, j = pair
+            start = np.maximum(low[i], low[j])
+            box = _box(start, np.minimum(high[i], high[j]) - start)
+            both = tuple(sorted((int(group[i]), int(group[j]))))
+            problems.append(Problem(int(tensor[group[0]]), "overlap", both, box))
+    return problems
+
+
+def _crossing(low: I64, high: I64) -> tuple[int, int] | None:
+    """Two boxes that overlap, if any do; by halving space until few boxes share a part of it."""
+    parts = [(np.arange(len(low)), low, high)]
+    while parts:
+        which, lo, hi = parts.pop()
+        halves = _halve(lo, hi) if len(which) > _PAIRWISE else None
+        if halves is None:
+            pair = _compare(lo, hi)
+            if pair is not None:
+                return int(which[pair[0]]), int(which[pair[1]])
+            continue
+        d, at, left, right = halves
+        parts.append((which[right], *_clip(lo[right], hi[right], d, at, None)))
+        parts.append((which[left], *_clip(lo[left], hi[left], d, None, at)))
+    return None
+
+
+def _halve(low: I64, high: I64) -> tuple[int, int, NDArray[Any], NDArray[Any]] | None:
+    """The dimension and place to cut at, and who lies on each side; None where no cut helps."""
+    best = None
+    for d in range(low.shape[1]):
+        inner = np.concatenate([low[:, d], high[:, d]])
+        at = int(np.partition(inner, len(inner) // 2)[len(inner) // 2])
+        left, right = low[:, d] < at, high[:, d] > at
+        worse = max(int(left.sum()), int(right.sum()))
+        if best is None or worse < best[0]:
+            best = (worse, d, at, left, right)
+    if best is None or best[0] > len(low) * 7 // 8:
+        return None
+    return best[1:]
+
+
+def _clip(low: I64, high: I64, d: int, start: int | None, stop: int | None) -> tuple[I64, I64]:
+    low, high = low.copy(), high.copy()
+    if start is not None:
+        np.maximum(low[:, d], start, out=low[:, d])
+    if stop is not None:
+        np.minimum(high[:, d], stop, out=high[:, d])
+    return low, high
+
+
+def _compare(low: I64, high: I64) -> tuple[int, int] | None:
+    """Each box with all later ones, a few at a time, up to the first two that overlap."""
+    count = len(low)
+    step = max(1, (1 << 18) // max(count, 1))
+    for start in range(0, count, step):
+        mine = slice(start, start + step)
+        meet = np.arange(count)[None, :] > np.arange(count)[mine, None]
+        for d in range(low.shape[1]):
+            meet &= low[mine, d, None] < high[None, :, d]
+            meet &= low[None, :, d] < high[mine, d, None]
+        found = np.flatnonzero(meet)
+        if len(found):
+            i, j = divmod(int(found[0]), count)
+            return start + i, j
+    return None
+
+
+def _holes(shape: I64, tensor: I64, offsets: I64, sizes: I64, skip: I64) -> list[Problem]:
+    """Tensors whose distinct boxes hold fewer elements than they do."""
+    rough = np.bincount(tensor, sizes.prod(axis=1, dtype=np.float64), len(shape))
+    most = np.maximum(rough, shape.prod(axis=1, dtype=np.float64)).max(initial=0)
+    exact = bool(most > _ROOM)
+    want = _volumes(shape, exact)
+    have = np.zeros_like(want)
+    np.add.at(have, tensor, _volumes(sizes, exact))
+    short = have < want
+    short[skip] = False
+    bad = np.flatnonzero(short)
+    mine = np.flatnonzero(short[tensor])
+    mine = mine[np.argsort(tensor[mine], kind="stable")]
+    begin = np.searchsorted(tensor[mine], bad, "left").tolist()
+    end = np.searchsorted(tensor[mine], bad, "right").tolist()
+    return [
+        Problem(t, "hole", (), _hole(shape[t], offsets[mine[b:e]], sizes[mine[b:e]], exact))
+        for t, b, e in zip(bad.tolist(), begin, end, strict=True)
+    ]
+
+
+def _volumes(sizes: I64, exact: bool) -> NDArray[Any]:
+    """Elements of each box: as Python integers where 64 bits might not hold a sum of them."""
+    volumes: NDArray[Any] = (sizes.astype(object) if exact else sizes).prod(axis=1)
+    return volumes
+
+
+def _hole(shape: I64, offsets: I64, sizes: I64, exact: bool) -> Box:
+    """Where elements are missing: halve the tensor, and go on in a half that is short of some."""
+    low, high = offsets, offsets + sizes
+    start, stop = np.zeros_like(shape), shape.copy()
+    while len(low):
+        d, at = _edge(low, high, start, stop)
+        left, right = low[:, d] < at, high[:, d] > at
+        middle = stop.copy()
+        middle[d] = at
+        l_low, l_high = _clip(low[left], high[left], d, None, at)
+        if _volumes(l_high - l_low, exact).sum() < _volumes((middle - start)[None], exact)[0]:
+            low, high, stop = l_low, l_high, middle
+        else:
+            low, high = _clip(low[right], high[right], d, at, None)
+            start[d] = at
+    return _box(start, stop - start)
+
+
+def _edge(low: I64, high: I64, start: I64, stop: I64) -> tuple[int, int]:
+    """The middle one of the edges inside, of the dimension that has most of them."""
+    most: tuple[int, NDArray[Any]] | None = None
+    for d in range(low.shape[1]):
+        edges = np.concatenate([low[:, d], high[:, d]])
+        edges = edges[(edges > start[d]) & (edges < stop[d])]
+        if most is None or len(edges) > len(most[1]):
+            most = (d, edges)
+    assert most is not None and len(most[1]), "a box that fills the room leaves no hole in it"
+    edges = np.sort(most[1])
+    return most[0], int(edges[len(edges) // 2])

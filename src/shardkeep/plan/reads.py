@@ -1,0 +1,169 @@
+"""From a box of a stored chunk to the byte ranges that hold it, and how to place what comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.errors import FormatError
+from shardkeep.types import I64, Box
+
+__all__ = ["Runs", "Source", "block_range", "runs", "split"]
+
+_MOST_RUNS = 1 << 26
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One stored chunk: where each of its elements lies.
+
+    Attributes:
+        file: the file, relative to the checkpoint.
+        start: where the chunk's first element starts in that file, in bytes.
+        strides: bytes from one element to the next in each dimension; 0 where they share memory.
+        sizes: the chunk's extents, in elements.
+        itemsize: bytes of an element.
+        payload: first byte and number of bytes of the stored payload that holds the chunk.
+        digests: CRC-32 of each block of the payload, if known.
+        data: the payload's bytes, where they are in memory already (decompressed, say). All
+            positions still count as if the payload lay in the file at `payload[0]`.
+    """
+
+    file: str
+    start: int
+    strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    itemsize: int
+    payload: tuple[int, int]
+    digests: NDArray[np.uint32] | None = None
+    data: memoryview | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """R byte ranges of the same make. Each holds the box at one position of the outer dimensions.
+
+    Attributes:
+        starts: [R] first byte of each run, in C order of the outer dimensions.
+        span: bytes from a run's first to its last one, gaps included.
+        outer: the dimensions that are iterated, ascending.
+        sizes: extents of the other dimensions, in their order.
+        strides: bytes between elements in those.
+        gapless: a run is its elements in C order, and nothing else.
+    """
+
+    starts: I64
+    span: int
+    outer: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    gapless: bool
+
+
+def runs(source: Source, box: Box, gap: int) -> Runs:
+    """The byte ranges that hold a box of the chunk, neighbours merged.
+
+    Args:
+        source: the chunk.
+        box: what is wanted of it, relative to the chunk, not empty.
+        gap: bytes between useful ones that are rather read and thrown away than skipped.
+
+    Raises:
+        FormatError: the chunk would reach out of its payload, or the box out of the chunk.
+    """
+    base = _first_byte(source, box)
+    # Fast and by far the most frequent: a gapless box is one run.
+    if _gapless(box.sizes, source.strides, source.itemsize):
+        span = prod(box.sizes) * source.itemsize
+        start = np.array([base], dtype=np.int64)
+        return Runs(start, span, (), box.sizes, source.strides, True)
+    span, inner = _inner(box.sizes, source.strides, source.itemsize, gap)
+    outer = tuple(d for d in range(box.ndim) if d not in inner)
+    if prod(box.sizes[d] for d in outer) > _MOST_RUNS:
+        raise FormatError("the chunk lies in too many scattered places", file=source.file)
+    starts = np.array([base], dtype=np.int64)
+    for d in outer:
+        steps = np.arange(box.sizes[d], dtype=np.int64) * source.strides[d]
+        starts = (starts[:, None] + steps).reshape(-1)
+    kept = [d for d in range(box.ndim) if d in inner]
+    sizes = tuple(box.sizes[d] for d in kept)
+    strides = tuple(source.strides[d] for d in kept)
+    return Runs(starts, span, outer, sizes, strides, _gapless(sizes, strides, source.itemsize))
+
+
+def split(source: Source, box: Box, gap: int, limit: int) -> Iterator[tuple[Box, Runs]]:
+    """Parts of a box whose runs span at most `limit` bytes each; gapless runs stay whole.
+
+    A gapless run can be cut at any byte later; one with gaps can only be cut between elements.
+    """
+    found = runs(source, box, gap)
+    if found.gapless or found.span <= limit:
+        yield box, found
+        return
+    inner = [d for d in range(box.ndim) if d not in found.outer and box.sizes[d] > 1]
+    widest = max(inner, key=lambda d: source.strides[d])
+    stride = source.strides[widest]
+    below = found.span - (box.sizes[widest] - 1) * stride
+    step = 1 + max(0, limit - below) // stride
+    for at in range(0, box.sizes[widest], step):
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[widest] += at
+        sizes[widest] = min(step, box.sizes[widest] - at)
+        yield from split(source, Box(tuple(offsets), tuple(sizes)), gap, limit)
+
+
+def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> tuple[int, int]:
+    """The bytes from `start` to `stop`, rounded out to whole blocks of the payload they lie in."""
+    first, nbytes = payload
+    low = start - (start - first) % block
+    high = stop + (first - stop) % block
+    return low, min(high, first + nbytes)
+
+
+def _first_byte(source: Source, box: Box) -> int:
+    """Where the box starts, once the whole chunk is known to lie inside its payload."""
+    first, last = source.start, source.start + source.itemsize
+    for size, stride in zip(source.sizes, source.strides, strict=True):
+        if stride < 0:
+            raise FormatError(f"negative stride {stride}", file=source.file)
+        last += (size - 1) * stride
+    begin, nbytes = source.payload
+    if first < begin or last > begin + nbytes:
+        raise FormatError(
+            f"elements at bytes {first} to {last} lie outside the payload, "
+            f"which is at {begin} to {begin + nbytes}",
+            file=source.file,
+        )
+    if not box.within(source.sizes):
+        raise FormatError(f"box {box} lies outside a chunk of {source.sizes}", file=source.file)
+    for offset, stride in zip(box.offsets, source.strides, strict=True):
+        first += offset * stride
+    return first
+
+
+def _gapless(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    expected = itemsize
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _inner(
+    sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int
+) -> tuple[int, set[int]]:
+    """The dimensions that one read spans, and its bytes: the closest ones, while gaps are small."""
+    span, inner = itemsize, set()
+    for d in sorted(range(len(sizes)), key=lambda d: strides[d]):
+        if sizes[d] > 1:
+            if strides[d] - span > gap:
+                break
+            span += (sizes[d] - 1) * strides[d]
+        inner.add(d)
+    inner.update(d for d in range(len(sizes)) if sizes[d] == 1)
+    return span, inner

@@ -1,0 +1,219 @@
+"""The life of a save, from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+import shardkeep
+from shardkeep import commit, knobs
+from shardkeep.agreement import Order, own, report
+from shardkeep.contracts import Progress, Ranks, Session, Store
+from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
+from shardkeep.format import columns
+from shardkeep.format.container_write import Bare, TensorItem
+from shardkeep.io.write import Item, Written, write_items
+from shardkeep.ranks import take_part
+from shardkeep.stores import store_at
+from shardkeep.tensors.memory import payload
+from shardkeep.tensors.objects import to_bytes
+from shardkeep.tensors.state import Local, describe_state
+from shardkeep.types import Index
+
+__all__ = ["SaveReport", "save"]
+
+_FILES = 1
+"""Data files of a rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a save did.
+
+    Attributes:
+        path: where the checkpoint is.
+        save_id: its id, in the names of its files.
+        tensors, objects: how many names it holds.
+        nbytes: bytes of all data files, written by all ranks.
+        written: bytes that this rank wrote.
+        seconds: phase -> seconds that this rank spent in it.
+    """
+
+    path: str
+    save_id: str
+    tensors: int
+    objects: int
+    nbytes: int
+    written: int
+    seconds: Mapping[str, float]
+
+
+def save(
+    state: Mapping[Any, Any],
+    path: str | PathLike[str] | Store,
+    *,
+    overwrite: bool = False,
+    ranks: Sequence[int] | Ranks | None = None,
+    progress: Progress | None = None,
+) -> SaveReport:
+    """Save a state as one checkpoint; every rank that takes part calls this with its own state.
+
+    The checkpoint is whole or absent: it appears in one step, when everything is durable.
+
+    Args:
+        state: nested mappings and lists of tensors and values. At the top level, whatever has
+            `state_dict` and `load_state_dict` stands for its state.
+        path: a folder (made if needed), or a store.
+        overwrite: replace the checkpoint at `path`; it loads until the new one is durable.
+        ranks: global ranks that take part (default: all of the default group, or this process).
+        progress: told how far the writing has come.
+
+    Raises:
+        AlreadyExists: there is a checkpoint, and `overwrite` is False.
+        Conflict: two things under one name, overlapping or missing boxes; nothing was written.
+        RankFailed: another rank failed; nothing was committed.
+    """
+    job = take_part(ranks)
+    store = store_at(path)
+    with job.session("save", store.url) as session:
+        clock = Clock(session)
+        clock.phase("describe")
+        local = describe_state(state)
+
+        clock.phase("own")
+        old: list[frozenset[str]] = []
+        order = own(session, local.claim, lambda: old.append(_admit(store, overwrite)))
+
+        clock.phase("write")
+        files = [commit.data_file(session.rank, n, order.save_id) for n in range(_FILES)]
+        with _removed_on_failure(store, files):
+            written = _write(store, files, local, order, progress)
+            store.sync()
+
+            clock.phase("report")
+            index = report(session, order, written)
+
+            clock.phase("commit")
+            if index is not None:
+                commit.publish(store, order.save_id, index, _header(session))
+            totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
+        if session.rank == 0:
+            _sweep(store, old[0])
+        return SaveReport(
+            path=store.url,
+            save_id=order.save_id,
+            written=int(written.length.sum()),
+            seconds=clock.seconds(),
+            **totals,
+        )
+
+
+class Clock:
+    """Names the phase that a rank is in, and takes its time."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._name: str | None = None
+        self._since = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def phase(self, name: str) -> None:
+        """Begin a phase."""
+        self.seconds()
+        self._name = name
+        self._session.phase(name)
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds, up to now."""
+        now = time.perf_counter()
+        if self._name is not None:
+            spent = self._seconds.get(self._name, 0.0) + now - self._since
+            self._seconds[self._name] = spent
+        self._since = now
+        return dict(self._seconds)
+
+
+def _admit(store: Store, overwrite: bool) -> frozenset[str]:
+    """The files that an overwritten checkpoint is made of. Raises AlreadyExists."""
+    try:
+        commit.find(store)
+    except NotACheckpoint:
+        return frozenset()
+    except ShardkeepError as error:
+        if not overwrite:
+            raise AlreadyExists(
+                f"{store.url} holds a checkpoint that can't be read: {error}"
+            ) from None
+    if not overwrite:
+        raise AlreadyExists(
+            f"{store.url} already holds a checkpoint; pass overwrite=True to replace it"
+        )
+    return commit.files_of(store)
+
+
+def _write(
+    store: Store, files: Sequence[str], local: Local, order: Order, progress: Progress | None
+) -> Written:
+    """Write this rank's pieces, then its objects, to its data files."""
+    items = [
+        Item(TensorItem(piece.dtype, piece.box.sizes), partial(payload, piece.local))
+        for piece in (local.pieces[row] for row in order.pieces.tolist())
+    ]
+    for name in order.objects:
+        data = to_bytes(local.objects[name], name=name)
+        items.append(Item(Bare(len(data)), partial(memoryview, data)))
+    return write_items(store, files, items, threads=knobs.threads(), progress=progress)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(store: Store, files: Sequence[str]) -> Iterator[None]:
+    """What was not committed does not stay: no reader would ever look at it."""
+    try:
+        yield
+    except BaseException:
+        for name in files:
+            with contextlib.suppress(OSError):
+                store.remove(name)
+        raise
+
+
+def _sweep(store: Store, old: frozenset[str]) -> None:
+    """Remove the files of the overwritten checkpoint; the new one is committed, come what may."""
+    try:
+        commit.sweep(store, old)
+    except OSError as error:
+        warnings.warn(f"files of the overwritten checkpoint stay behind: {error}", stacklevel=3)
+
+
+def _header(session: Session) -> dict[str, Any]:
+    return {
+        "shardkeep": shardkeep.__version__,
+        "torch": torch.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ranks": session.size,
+    }
+
+
+def _totals(index: Index) -> bytes:
+    twins = len(index.twins)
+    chunks = index.chunks
+    items = np.unique(np.column_stack([chunks.file, chunks.item, chunks.length]), axis=0)
+    nbytes = int(items[:, 2].sum()) + int(index.objects.length.sum())
+    return columns.pack(
+        {
+            "tensors": len(index.tensors.names),
+            "objects": len(index.objects.names) - twins,
+            "nbytes": nbytes,
+        },
+        {},
+    )

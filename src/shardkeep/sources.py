@@ -1,0 +1,216 @@
+"""Where the bytes of each chunk lie: from the index, or from the header of the chunk's item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from math import prod
+
+from shardkeep import knobs
+from shardkeep.contracts import Store
+from shardkeep.errors import Damaged, FormatError
+from shardkeep.format import container, transforms
+from shardkeep.plan.reads import Source
+from shardkeep.types import DTYPES, ByteRange, DType, Index
+
+__all__ = ["MAX_ITEM", "Sources", "inside", "read_range", "window"]
+
+MAX_ITEM = 1 << 31
+"""Bytes that an item may have when its stream transforms are undone, and nobody says how many."""
+
+_WHOLE = 64 * 1024
+"""Items up to this many bytes are read in one piece when their header is asked for."""
+
+_EDGE = 4096
+"""Bytes read at once from either end of a larger item: its header and its directory."""
+
+_EXPANDED = 64 << 20
+"""A tensor may take this many bytes more than are stored (an expanded one does), not more."""
+
+_OVERHEAD = 1 << 20
+"""Bytes that a decompressed item may have beyond its tensor: header, directory, padding."""
+
+
+class Sources:
+    """The sources of one checkpoint's chunks, by their row in `Index.chunks`."""
+
+    def __init__(self, store: Store, index: Index) -> None:
+        self.store = store
+        self.index = index
+        self._known: dict[int, Source] = {}
+        self._size = lru_cache(maxsize=None)(store.size)
+
+    def locate(self, rows: Iterable[int], *, threads: int | None = None) -> dict[int, Source]:
+        """The sources of these chunks. Reads item headers where the index does not say enough.
+
+        Raises:
+            Damaged: an item lies beyond its file, or the file is missing.
+            FormatError: an item's header contradicts the index.
+        """
+        wanted = list(rows)
+        unknown = [row for row in wanted if row not in self._known]
+        if any(self.index.chunks.payload[row] < 0 for row in unknown):
+            with ThreadPoolExecutor(threads or knobs.threads()) as pool:
+                found = list(pool.map(self._locate, unknown))
+        else:
+            found = [self._locate(row) for row in unknown]
+        self._known.update(zip(unknown, found, strict=True))
+        return {row: self._known[row] for row in wanted}
+
+    def name(self, row: int) -> str:
+        """The tensor that a chunk belongs to."""
+        return self.index.tensors.names[int(self.index.chunks.tensor[row])]
+
+    def item(self, row: int) -> ByteRange:
+        """The item of a chunk."""
+        chunks = self.index.chunks
+        file = self.index.files[int(chunks.file[row])]
+        return ByteRange(file, int(chunks.item[row]), int(chunks.length[row]))
+
+    def object(self, row: int) -> ByteRange:
+        """The item of an object, by its row in `Index.objects`."""
+        objects = self.index.objects
+        file = self.index.files[int(objects.file[row])]
+        return ByteRange(file, int(objects.item[row]), int(objects.length[row]))
+
+    def _locate(self, row: int) -> Source:
+        chunks, item, name = self.index.chunks, self.item(row), self.name(row)
+        tensor = int(chunks.tensor[row])
+        dtype = DTYPES[self.index.tensors.dtype[tensor]]
+        sizes = tuple(chunks.sizes[row, : self.index.tensors.ndim[tensor]].tolist())
+        self._check_inside(item, name)
+        if chunks.payload[row] >= 0:
+            return self._from_index(row, item, dtype, sizes)
+        undo = self.index.transforms[int(chunks.transform[row])]
+        if not undo:
+            read_at = window(self.store, item, name)
+            stored = container.tensor(read_at, item.length, file=item.file, place=name)
+            return _source(stored, item, dtype, sizes, name)
+        limit = prod(sizes) * dtype.itemsize + _OVERHEAD
+        packed = read_range(self.store, item, name)
+        data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
+
+        stored = container.tensor(inside(data), len(data), file=item.file, place=name)
+        unpacked = ByteRange(item.file, 0, len(data))
+        return _source(stored, unpacked, dtype, sizes, name, data=memoryview(data))
+
+    def _check_inside(self, item: ByteRange, name: str) -> None:
+        try:
+            size = self._size(item.file)
+        except FileNotFoundError:
+            raise Damaged("the file is missing", file=item.file, name=name) from None
+        if item.offset + item.length > size:
+            raise Damaged(
+                f"bytes {item.offset} to {item.offset + item.length} are wanted, "
+                f"but the file ends at {size}",
+                file=item.file,
+                name=name,
+            )
+
+    def _from_index(
+        self, row: int, item: ByteRange, dtype: DType, sizes: tuple[int, ...]
+    ) -> Source:
+        chunks = self.index.chunks
+        start, nbytes = int(chunks.payload[row]), prod(sizes) * dtype.itemsize
+        if start < item.offset or start + nbytes > item.offset + item.length:
+            place = f"tensor {self.name(row)!r}"
+            raise FormatError("its payload leaves its item", file=item.file, place=place)
+        first, last = int(chunks.block[row]), int(chunks.block[row + 1])
+        return Source(
+            file=item.file,
+            start=start,
+            strides=_c_strides(sizes, dtype.itemsize),
+            sizes=sizes,
+            itemsize=dtype.itemsize,
+            payload=(start, nbytes),
+            digests=chunks.digests[first:last] if last > first else None,
+            data=None,
+        )
+
+
+def _source(
+    stored: container.StoredTensor,
+    item: ByteRange,
+    dtype: DType,
+    sizes: tuple[int, ...],
+    name: str,
+    *,
+    data: memoryview | None = None,
+) -> Source:
+    """A source from an item's own header, which must say the same as the index."""
+    place = f"tensor {name!r}"
+    if stored.dtype != dtype or tuple(stored.shape) != sizes:
+        raise FormatError(
+            f"the metadata says {dtype}{list(sizes)}, "
+            f"but its item holds {stored.dtype}{list(stored.shape)}",
+            file=item.file,
+            place=place,
+        )
+    nbytes = prod(sizes) * dtype.itemsize
+    if nbytes > stored.record.nbytes + _EXPANDED:
+        raise FormatError(
+            f"a tensor of {nbytes} bytes can't come out of {stored.record.nbytes} stored ones",
+            file=item.file,
+            place=place,
+        )
+    return Source(
+        file=item.file,
+        start=item.offset + stored.start,
+        strides=tuple(stride * dtype.itemsize for stride in stored.strides),
+        sizes=sizes,
+        itemsize=dtype.itemsize,
+        payload=(item.offset + stored.record.offset, stored.record.nbytes),
+        digests=None,
+        data=data,
+    )
+
+
+def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = itemsize
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def inside(data: bytes) -> Callable[[int, int], bytes]:
+    """Reads parts of an item that is in memory."""
+    return lambda offset, length: data[offset : offset + length]
+
+
+def window(store: Store, item: ByteRange, name: str) -> Callable[[int, int], bytes]:
+    """Reads parts of an item, relative to its start; a few bytes at its ends come in one read."""
+    whole = read_range(store, item, name) if item.length <= _WHOLE else None
+
+    @lru_cache(maxsize=4)
+    def edge(start: int) -> bytes:
+        return read_range(store, ByteRange(item.file, item.offset + start, _EDGE), name)
+
+    def read_at(offset: int, length: int) -> bytes:
+        if offset < 0 or length < 0 or offset + length > item.length:
+            raise FormatError("a record leaves its item", file=item.file, place=name)
+        if whole is not None:
+            return whole[offset : offset + length]
+        for start in (0, item.length - _EDGE):
+            if start <= offset and offset + length <= start + _EDGE:
+                return edge(start)[offset - start : offset - start + length]
+        return read_range(store, ByteRange(item.file, item.offset + offset, length), name)
+
+    return read_at
+
+
+def read_range(store: Store, where: ByteRange, name: str) -> bytes:
+    """All bytes of a range. Raises Damaged where the file is missing or ends before."""
+    try:
+        data = store.read(where.file, where.offset, where.length)
+    except FileNotFoundError:
+        raise Damaged("the file is missing", file=where.file, name=name) from None
+    if len(data) < where.length:
+        raise Damaged(
+            f"{where.length} bytes are wanted at {where.offset}, {len(data)} are there",
+            file=where.file,
+            name=name,
+        )
+    return data

@@ -1,0 +1,250 @@
+"""A folder of the local file system, or of one that is mounted (NFS, Lustre)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+from threading import Lock
+from types import TracebackType
+
+from shardkeep.contracts import Buffer, Store
+from shardkeep.stores.names import checked, checked_range
+
+__all__ = ["LocalStore"]
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors of calls that take a descriptor do not know the file: say which one it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
+
+
+class _Open:
+    """A file open for reading. Closed with its last reference, so never under a reader's feet."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+
+    def replaced(self) -> bool:
+        """Whether the name that it was opened by is gone, or leads to another file by now."""
+        return os.fstat(self.fd).st_nlink == 0
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class LocalStore(Store):
+    """Files below `path`, which need not exist yet. Reading uses at most `open_files` descriptors.
+
+    Closing it (or leaving its `with` block) closes those; it can be used again afterwards.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, open_files: int = 64) -> None:
+        self._root = os.fspath(path) or "."
+        self._limit = max(1, open_files)
+        self._lock = Lock()
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._unsynced: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return self._root
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self._root)
+
+    def path_of(self, name: str) -> str:
+        """The file's path in the file system; ValueError if the name would leave the folder."""
+        return os.path.join(self._root, checked(name))  # noqa: PTH118 - hot, and text is wanted
+
+    def names(self) -> Iterator[str]:
+        def refuse(error: OSError) -> None:
+            # A folder that is missing is empty; one that cannot be read must not look empty.
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for folder, _, files in os.walk(self._root, onerror=refuse):
+            inner = os.path.relpath(folder, self._root).replace(os.sep, "/")
+            yield from files if inner == "." else (f"{inner}/{file}" for file in files)
+
+    def size(self, name: str) -> int:
+        path = self.path_of(name)
+        found = os.stat(path)  # noqa: PTH116 - hot
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return found.st_size
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        checked_range(offset, length)
+        path = self.path_of(name)
+        with _naming(path):
+            file = self._file(path)
+            # Clamped first: a length out of a hostile checkpoint must not allocate memory.
+            left = max(0, min(length, os.fstat(file.fd).st_size - offset))
+            parts = []
+            while left and (part := os.pread(file.fd, left, offset)):
+                parts.append(part)
+                offset += len(part)
+                left -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        path = self.path_of(name)
+        view = buffer.cast("B")
+        checked_range(offset, len(view))
+        done = 0
+        with _naming(path):
+            file = self._file(path)
+            while done < len(view) and (n := os.preadv(file.fd, [view[done:]], offset + done)):
+                done += n
+        return done
+
+    def create(self, name: str) -> LocalSink:
+        path = self.path_of(name)
+        folder = os.path.dirname(path)  # noqa: PTH120
+        self._make(folder)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with self._lock:
+            self._unsynced.add(folder)
+        return LocalSink(path, fd)
+
+    def publish(self, name: str, data: Buffer) -> None:
+        path = self.path_of(name)
+        temporary = f"{checked(name)}.{token_hex(8)}.tmp"
+        with self.create(temporary) as sink:
+            sink.write(data)
+        try:
+            os.replace(self.path_of(temporary), path)  # noqa: PTH105
+        except BaseException:
+            self.remove(temporary)
+            raise
+        self.sync()
+
+    def remove(self, name: str) -> None:
+        path = self.path_of(name)
+        with self._lock:
+            self._open.pop(path, None)
+        Path(path).unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        with self._lock:
+            folders, self._unsynced = self._unsynced, set()
+        try:
+            for folder in sorted(folders):
+                _sync_folder(folder)
+        except BaseException:
+            with self._lock:
+                self._unsynced |= folders
+            raise
+
+    def close(self) -> None:
+        """Close the files that are open for reading."""
+        with self._lock:
+            self._open.clear()
+
+    def __enter__(self) -> LocalStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LocalStore({self._root!r})"
+
+    def _file(self, path: str) -> _Open:
+        with self._lock:
+            file = self._open.get(path)
+            if file is not None and not file.replaced():
+                self._open.move_to_end(path)
+                return file
+        file = _Open(path)
+        with self._lock:
+            self._open[path] = file
+            self._open.move_to_end(path)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return file
+
+    def _make(self, folder: str) -> None:
+        """Make a folder and those above it; what gained a name by that is synced later."""
+        if not folder or os.path.isdir(folder):  # noqa: PTH112
+            return
+        above = os.path.dirname(folder)  # noqa: PTH120
+        self._make(above)
+        with suppress(FileExistsError):  # made by another rank at the same time: it syncs it
+            os.mkdir(folder)  # noqa: PTH102
+        with self._lock:
+            self._unsynced.add(above)
+
+
+class LocalSink:
+    """A new file being written; see `contracts.Sink`."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path, self._fd = path, fd
+
+    def write(self, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        with _naming(self._path):
+            while view:
+                view = view[os.write(self._fd, view) :]
+
+    def __enter__(self) -> LocalSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                with _naming(self._path):
+                    os.fsync(self._fd)
+                    fd, self._fd = self._fd, -1
+                    os.close(fd)
+        except BaseException:
+            self._discard()
+            raise
+        if kind is not None:
+            self._discard()
+
+    def _discard(self) -> None:
+        fd, self._fd = self._fd, -1
+        with suppress(OSError):
+            if fd >= 0:
+                os.close(fd)
+        Path(self._path).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: str) -> None:
+    folder = folder or "."
+    with _naming(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some mounted file systems (CIFS, several FUSE) refuse to sync a folder.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)

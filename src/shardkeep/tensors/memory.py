@@ -1,0 +1,89 @@
+"""A tensor's memory as raw words: out to files, and in from them. No dtype is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardkeep.errors import Mismatch
+from shardkeep.types import DType
+
+__all__ = ["landing", "payload", "raw"]
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_UNSIGNED = {2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+
+
+def raw(tensor: torch.Tensor) -> NDArray[Any]:
+    """A writable view of a CPU tensor's memory; no copy.
+
+    Returns:
+        An array of the tensor's shape and strides, of words as wide as its elements: uint8, uint16,
+        uint32, uint64, or complex128 for 16 bytes. It keeps the memory alive.
+
+    Raises:
+        ValueError: the tensor is not on the CPU, or its memory is not what it shows (conjugated or
+            negated lazily, quantized).
+    """
+    if tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"no plain memory: a tensor on {tensor.device}, or with a conj or neg bit")
+    words = _words(tensor).numpy()
+    return words.view(_UNSIGNED.get(words.itemsize, words.dtype))
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_quantized:  # Packed ones have less memory than their shape says.
+        raise ValueError(f"no plain memory: a quantized tensor ({tensor.dtype})")
+    with torch.no_grad():
+        return tensor.detach().view(_WORDS[tensor.element_size()])
+
+
+def payload(tensor: torch.Tensor) -> memoryview:
+    """The tensor's elements in C order, as bytes: a view where they lie so on the CPU already."""
+    with torch.no_grad():
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+        # As words: torch can't copy every dtype, and makes 1 of the bytes of a bool.
+        words = _words(plain).contiguous()
+    return memoryview(words.numpy().reshape(-1).view(np.uint8))
+
+
+def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[[], None]]:
+    """Where the bytes go that a load reads for `tensor`.
+
+    Args:
+        tensor: to be filled; any device, strides and dtype, a leaf that requires grad as well.
+        dtype: what the bytes are: the stored dtype.
+
+    Returns:
+        An array as of `raw` with the tensor's shape, to be filled, and what to call after that. The
+        array is the tensor's own memory where that is possible; else a buffer, which the call moves
+        (and casts) into the tensor.
+
+    Raises:
+        Mismatch: this torch does not have the dtype, or can't cast it (raised by the call).
+    """
+    stored = getattr(torch, dtype.name, None)
+    if not isinstance(stored, torch.dtype):
+        raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
+    if tensor.device.type == "cpu" and tensor.dtype == stored:
+        if not tensor.is_conj() and not tensor.is_neg():
+            return raw(tensor), _nothing
+    buffer = torch.empty(tuple(tensor.shape), dtype=stored)
+
+    def finish() -> None:
+        # An inference tensor may only change in inference mode, which no other tensor needs.
+        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+            try:
+                tensor.copy_(buffer)
+            except (RuntimeError, NotImplementedError) as error:
+                raise Mismatch(f"can't cast {dtype} to {tensor.dtype}: {error}") from error
+
+    return raw(buffer), finish
+
+
+def _nothing() -> None:
+    """The bytes are where they belong."""

@@ -1,0 +1,314 @@
+"""What this rank holds of each tensor: boxes of it, in its memory. No data moves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from shardkeep.errors import Conflict, FormatError
+from shardkeep.tensors import placements
+from shardkeep.tensors.placements import Part, Placement
+from shardkeep.tensors.shards import Shards
+from shardkeep.types import Box, DType
+
+__all__ = [
+    "Described",
+    "Piece",
+    "aliases",
+    "describe",
+    "describe_all",
+    "is_any_tensor",
+    "is_sharded",
+    "is_tensor",
+]
+
+_DTENSOR = (
+    ("torch.distributed.tensor", "DTensor"),  # 2.5 and later
+    ("torch.distributed._tensor", "DTensor"),  # 2.4
+)
+_SHARDED = (("torch.distributed._shard.sharded_tensor", "ShardedTensor"),)
+_FAKE = (("torch._subclasses.fake_tensor", "FakeTensor"),)
+_ASYNC = (("torch.distributed._functional_collectives", "AsyncCollectiveTensor"),)
+_STRIDED_SHARD = (("torch.distributed.tensor.placement_types", "_StridedShard"),)  # 2.5 and later
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A box of a tensor that this rank holds.
+
+    Attributes:
+        name: the tensor's flat name.
+        dtype: element type.
+        shape: global shape of the tensor, in elements.
+        box: which part of it this is; never empty, unless the whole tensor is.
+        local: its memory, detached; the shape is `box.sizes`, strides and device are any.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    box: Box
+    local: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Described:
+    """A tensor of the state, and the pieces of it on this rank: none, where another has them all."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def is_any_tensor(value: Any) -> bool:
+    """Whether `tree.flatten` sees a tensor: DCP walks the lists that hold one."""
+    return isinstance(value, torch.Tensor | Shards)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is stored as a tensor, by `describe`.
+
+    Sparse, MKL-DNN and quantized tensors are objects: their content is more than one block of
+    elements. So is a tuple or any other value that has tensors inside.
+    """
+    if type(value) in _PLAIN:
+        return value.layout is torch.strided and not value.is_quantized
+    if isinstance(value, Shards):
+        return True
+    if not isinstance(value, torch.Tensor):
+        return False
+    if _flattens(value) or _is(value, _DTENSOR + _SHARDED) or is_lazy(value):
+        return True
+    return value.layout is torch.strided and not value.is_quantized
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a value belongs to several ranks: no object may hold such a one inside."""
+    return isinstance(value, Shards) or _is(value, _DTENSOR + _SHARDED)
+
+
+def describe(name: str, value: Any) -> tuple[Described, ...]:
+    """What this rank holds of the tensor `value`.
+
+    One result, or, for a tensor subclass that has `__tensor_flatten__`, one for each of its inner
+    tensors, named `{name}.{attribute}`. What else it is made of is not stored: a load takes it from
+    the template.
+
+    Raises:
+        Conflict: the tensor has no memory of its own (meta, fake, lazy), is nested or `Partial`, or
+            its memory does not have the shape that its placements say.
+    """
+    if type(value) in _PLAIN:
+        return (_plain(name, value),)
+    if isinstance(value, Shards):
+        return (_shards(name, value),)
+    if _is(value, _DTENSOR):
+        return (_dtensor(name, value),)
+    if _is(value, _SHARDED):
+        return (_sharded(name, value),)
+    if _is(value, _ASYNC):
+        return describe(name, _waited(value))
+    if _flattens(value):
+        attributes, _ = value.__tensor_flatten__()
+        inner = [(f"{name}.{attr}", getattr(value, attr)) for attr in attributes]
+        return tuple(each for attr, one in inner for each in describe(attr, one))
+    return (_plain(name, value),)
+
+
+def describe_all(tensors: Iterable[tuple[str, Any]], taken: Iterable[str] = ()) -> list[Described]:
+    """`describe` all of them; Conflict if an inner tensor's name is also another one's, or `taken`."""
+    found = [described for name, value in tensors for described in describe(name, value)]
+    names = set(taken)
+    for described in found:
+        if described.name in names:
+            raise Conflict(
+                f"two things would be saved under the name {described.name!r}: one of them is an "
+                "inner tensor of a tensor subclass; rename the other"
+            )
+        names.add(described.name)
+    return found
+
+
+def aliases(pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """For each piece the position of the first one that is the same box of the same memory.
+
+    The same storage, offset, shape, strides and dtype, and the same box of the same global shape:
+    tied weights. Itself, if there is none. Empty pieces have no memory to share.
+    """
+    first: dict[Any, int] = {}
+    return tuple(
+        first.setdefault(_memory(piece), position) if piece.local.numel() else position
+        for position, piece in enumerate(pieces)
+    )
+
+
+def _memory(piece: Piece) -> Any:
+    local = piece.local
+    steps = tuple(
+        0 if size == 1 else step for size, step in zip(local.shape, local.stride(), strict=True)
+    )
+    bits = (local.is_conj(), local.is_neg())
+    place = (local.device, local.data_ptr(), steps, bits)
+    return place, piece.dtype.name, piece.shape, piece.box
+
+
+def _is(value: Any, places: Sequence[tuple[str, str]]) -> bool:
+    """Whether the value is of one of these classes, without importing a module for the question."""
+    for module, name in places:
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(value, kind):
+            return True
+    return False
+
+
+def _flattens(value: Any) -> bool:
+    return hasattr(type(value), "__tensor_flatten__") and not value.is_nested
+
+
+def _dtype(name: str, dtype: torch.dtype) -> DType:
+    try:
+        return DType.named(str(dtype))
+    except FormatError as error:
+        raise Conflict(f"tensor {name!r}: {error}") from None
+
+
+def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The tensor as a plain one, detached, on its memory; Conflict if it has none."""
+    if is_lazy(value):
+        raise Conflict(f"tensor {name!r} is not initialised yet: run the lazy module once")
+    if value.is_nested:
+        raise Conflict(f"tensor {name!r} is nested: save its values and offsets instead")
+    if value.is_meta or _is(value, _FAKE):
+        raise Conflict(f"tensor {name!r} is on the meta device, or fake: it has no data")
+    if value.layout is not torch.strided or value.is_quantized:
+        raise Conflict(f"tensor {name!r} is {value.layout} {value.dtype}: an object, not a tensor")
+    kind = type(value)
+    if kind in _PLAIN:
+        return value.detach()
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        # Wrappers have no storage, or one that is not what the tensor shows.
+        raise Conflict(
+            f"tensor {name!r} is a {kind.__module__}.{kind.__qualname__}, whose memory can't be "
+            "seen: it needs __tensor_flatten__"
+        )
+    return value.detach().as_subclass(torch.Tensor)
+
+
+def _plain(name: str, value: torch.Tensor) -> Described:
+    local = _memory_of(name, value)
+    dtype, shape = _dtype(name, local.dtype), tuple(local.shape)
+    return Described(name, dtype, shape, (Piece(name, dtype, shape, Box.whole(shape), local),))
+
+
+def _assembled(
+    name: str, dtype: torch.dtype, shape: Sequence[int], held: Iterable[tuple[Box, torch.Tensor]]
+) -> Described:
+    kind, sizes = _dtype(name, dtype), tuple(int(size) for size in shape)
+    pieces = [
+        Piece(name, kind, sizes, box, _memory_of(name, local)) for box, local in held if box.numel
+    ]
+    return Described(name, kind, sizes, tuple(pieces))
+
+
+def _shards(name: str, value: Shards) -> Described:
+    return _assembled(name, value.dtype, value.shape, value.parts)
+
+
+def _sharded(name: str, value: Any) -> Described:
+    held = []
+    for shard in value.local_shards():
+        box = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
+        if tuple(shard.tensor.shape) != box.sizes:
+            raise Conflict(
+                f"tensor {name!r}: a shard of shape {tuple(shard.tensor.shape)} says it is {box}"
+            )
+        held.append((box, shard.tensor))
+    meta = value.metadata()
+    return _assembled(name, meta.tensor_properties.dtype, meta.size, held)
+
+
+def _dtensor(name: str, value: Any) -> Described:
+    shape = tuple(int(size) for size in value.shape)
+    given = [_placement(name, placement, len(shape)) for placement in value.placements]
+    mesh = value.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return _assembled(name, value.dtype, shape, ())
+    local = value._local_tensor
+    if _is(local, _ASYNC):
+        local = _waited(local)
+    if hasattr(type(local), "__tensor_flatten__") or type(local) not in _PLAIN:
+        raise Conflict(
+            f"tensor {name!r} is a DTensor of {type(local).__module__}.{type(local).__qualname__}: "
+            "only DTensors of plain tensors can be saved"
+        )
+    if local.dtype != value.dtype:
+        raise Conflict(f"tensor {name!r} is {value.dtype}, but its local tensor is {local.dtype}")
+    local = _memory_of(name, local)
+    parts = _parts(name, shape, tuple(mesh.mesh.shape), tuple(coordinate), given, value)
+    return _assembled(name, value.dtype, shape, [(part.box, local[part.local]) for part in parts])
+
+
+def _parts(
+    name: str,
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    given: Sequence[Placement],
+    value: Any,
+) -> tuple[Part, ...]:
+    """The parts that the local tensor consists of; its shape is held against them."""
+    local = tuple(value._local_tensor.shape)
+    plain = range(len(given))
+    # 2.11 and later; without strided shards it says in which sequence plain shards cut.
+    known = getattr(value._spec, "shard_order", None)
+    if known is not None:
+        tried = [[axis for entry in known for axis in entry.mesh_dims]]
+    else:
+        tried = [None, plain]
+    for sequence in tried:
+        parts = placements.parts(shape, mesh_shape, coordinate, given, sequence)
+        if _fits(parts, local):
+            break
+    else:
+        where = f"the rank at {list(coordinate)} of a mesh of {list(mesh_shape)}"
+        raise Conflict(
+            f"tensor {name!r}: the local tensor of {where} has the shape {list(local)}, which "
+            f"placements {list(value.placements)} of a tensor of {list(shape)} do not give"
+        )
+    return parts
+
+
+def _fits(parts: Sequence[Part], local: tuple[int, ...]) -> bool:
+    if not parts:
+        return 0 in local
+    return len(local) == len(parts[-1].local) and all(
+        size == place.stop for size, place in zip(local, parts[-1].local, strict=True)
+    )
+
+
+def _placement(name: str, placement: Any, ndim: int) -> Placement:
+    if placement.is_partial():
+        raise Conflict(f"tensor {name!r} is {placement}: its values are not summed up over ranks yet")
+    if placement.is_replicate():
+        return placements.Replicate()
+    dim = getattr(placement, "dim", None)
+    if isinstance(dim, int) and -ndim <= dim < ndim:
+        if _is(placement, _STRIDED_SHARD):
+            return placements.StridedShard(dim % ndim, int(placement.split_factor))
+        if type(placement).__name__ == "Shard":
+            return placements.Shard(dim % ndim)
+    raise Conflict(f"tensor {name!r} is placed by {placement!r}, which is not understood")
+
+
+def _waited(value: Any) -> torch.Tensor:
+    """The tensor of a collective that may still be under way."""
+    done: torch.Tensor = value.trigger_wait()
+    return done

@@ -1,0 +1,175 @@
+"""Which boxes of a sharded tensor a rank holds, and where in its local tensor they lie.
+
+Pure arithmetic on index runs. A dimension is a list of runs, the global indices that a rank holds
+of it, in the order in which they lie in its memory; each placement cuts that list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+from shardkeep.types import Box
+
+__all__ = ["Part", "Placement", "Replicate", "Shard", "StridedShard", "boxes", "order", "parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Dimension `dim` is cut into as many chunks as the mesh dimension has ranks."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class StridedShard:
+    """`dim` is cut into `split_factor` chunks, each of these as by `Shard`: a rank holds one of each.
+
+    It says that another mesh dimension, further right, cuts first (FSDP2 over tensor parallelism).
+    """
+
+    dim: int
+    split_factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank of the mesh dimension holds the same."""
+
+
+Placement = Shard | StridedShard | Replicate
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of the global tensor, and the slices of the local tensor that hold it."""
+
+    box: Box
+    local: tuple[slice, ...]
+
+
+Runs = list[tuple[int, int]]
+"""(start, length) of each stretch of global indices; no length is 0, none touches the next."""
+
+
+def parts(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+    sequence: Sequence[int] | None = None,
+) -> tuple[Part, ...]:
+    """What the rank at `coordinate` holds of a tensor of that global shape.
+
+    Cuts are uneven as those of `torch.chunk`: each chunk has the size of the first one, the last
+    ones are smaller or empty. Where strided shards stand for a sequence of plain cuts (`order`),
+    that sequence is followed: FSDP2 lays its tensors out so. Otherwise, from left to right.
+
+    Args:
+        shape: global shape, in elements.
+        mesh_shape: ranks along each mesh dimension.
+        coordinate: place of the rank in the mesh.
+        placements: one for each mesh dimension.
+        sequence: mesh dimensions in the order in which they cut, if it is known.
+
+    Returns:
+        Boxes that do not overlap, in the order of the local tensor; none if it is empty.
+
+    Raises:
+        ValueError: a placement names a dimension that the tensor does not have.
+    """
+    if sequence is None:
+        placements, sequence = order(mesh_shape, placements) or (placements, range(len(placements)))
+    runs: list[Runs] = [[(0, size)] if size else [] for size in shape]
+    for axis in sequence:
+        placement, count, index = placements[axis], mesh_shape[axis], coordinate[axis]
+        if isinstance(placement, Replicate):
+            continue
+        if not 0 <= placement.dim < len(runs):
+            raise ValueError(f"{placement} of a tensor that has {len(runs)} dimensions")
+        pieces = [runs[placement.dim]]
+        if isinstance(placement, StridedShard):
+            factor = placement.split_factor
+            pieces = [_chunk(pieces[0], factor, i) for i in range(factor)]
+        runs[placement.dim] = _joined([_chunk(piece, count, index) for piece in pieces])
+    sides = [list(zip(dim, _places(dim), strict=True)) for dim in runs]
+    return tuple(
+        Part(
+            Box(tuple(start for (start, _), _ in side), tuple(size for (_, size), _ in side)),
+            tuple(place for _, place in side),
+        )
+        for side in product(*sides)
+    )
+
+
+def boxes(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+    sequence: Sequence[int] | None = None,
+) -> tuple[Box, ...]:
+    """The boxes of `parts`, without their places."""
+    return tuple(part.box for part in parts(shape, mesh_shape, coordinate, placements, sequence))
+
+
+def order(
+    mesh_shape: Sequence[int], placements: Sequence[Placement]
+) -> tuple[tuple[Placement, ...], tuple[int, ...]] | None:
+    """Plain shards and the sequence of their cuts that strided shards stand for, if there is one.
+
+    A split factor is the product of the mesh dimensions further right that cut the same dimension
+    before it. Even cuts give the same boxes in either reading. Uneven ones do not (7 rows on a mesh
+    of 3 x 2), and both FSDP2 and torch's own redistribution (2.13) follow this sequence.
+    """
+    later: dict[int, list[int]] = {}
+    for axis in reversed(range(len(placements))):
+        placement = placements[axis]
+        if isinstance(placement, Replicate):
+            continue
+        before = later.setdefault(placement.dim, [])
+        factor = placement.split_factor if isinstance(placement, StridedShard) else 1
+        sizes = [prod(mesh_shape[a] for a in before[:i]) for i in range(len(before) + 1)]
+        if factor not in sizes:
+            return None
+        before.insert(sizes.index(factor), axis)
+    plain = tuple(Shard(p.dim) if isinstance(p, StridedShard) else p for p in placements)
+    return plain, tuple(axis for axes in later.values() for axis in axes)
+
+
+def _chunk(runs: Runs, count: int, index: int) -> Runs:
+    """The chunk at `index` of `count` chunks of these indices, as torch.chunk cuts them."""
+    total = sum(length for _, length in runs)
+    size = -(-total // count)
+    low, high = index * size, (index + 1) * size
+    found: Runs = []
+    position = 0
+    for start, length in runs:
+        first, last = max(low - position, 0), min(high - position, length)
+        if first < last:
+            found.append((start + first, last - first))
+        position += length
+    return found
+
+
+def _joined(pieces: Sequence[Runs]) -> Runs:
+    """The pieces one after another; runs that touch become one."""
+    joined: Runs = []
+    for start, length in (run for piece in pieces for run in piece):
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((start, length))
+    return joined
+
+
+def _places(runs: Runs) -> list[slice]:
+    """Where the runs lie in the local tensor."""
+    places: list[slice] = []
+    position = 0
+    for _, length in runs:
+        places.append(slice(position, position + length))
+        position += length
+    return places

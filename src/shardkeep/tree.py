@@ -1,0 +1,457 @@
+"""A nested state and its flat names, both ways.
+
+Names are DCP's own (torch 2.4 and later; `_traverse.py` and `_nested_dict.py` there): mappings are
+always walked, lists where they hold a tensor or a mapping, at any depth of lists; all else, tuples
+too, is a leaf. A name is the path's keys as strings, joined by dots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardkeep.errors import Conflict, FormatError, Mismatch
+from shardkeep.types import Path, Structure
+
+__all__ = ["MAX_DEPTH", "Flat", "Leaf", "flatten", "get", "merge", "put", "show", "unflatten"]
+
+MAX_DEPTH = 200
+"""Containers inside one another at most: pickle and JSON of torch's readers recurse."""
+
+MAX_PADDING = 1_000_000
+"""Places of lists that may be left out, in all: a path may come from a hostile file."""
+
+IsTensor = Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A value of a state that is not walked any further: its flat name and its path."""
+
+    name: str
+    path: Path
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A state, flattened.
+
+    Attributes:
+        leaves: in the state's order; names are unique.
+        structure: how they nest.
+        twins: each outermost container without a tensor in it, whole, under its dotted name. Torch
+            2.3 and older make one object of it and look that up. Never the root; none where a leaf
+            or another container has that name. They belong behind all leaves.
+    """
+
+    leaves: tuple[Leaf, ...]
+    structure: Structure
+    twins: tuple[Leaf, ...]
+
+
+def show(path: Path) -> str:
+    """A path as Python would index it: `['a'][0]`."""
+    return "".join(f"[{key!r}]" for key in path) or "the state itself"
+
+
+def flatten(state: Mapping[Any, Any], is_tensor: IsTensor) -> Flat:
+    """Give every leaf of `state` its name.
+
+    Args:
+        state: mappings and lists, nested. Keys are str, int, bool, None, float, bytes, or tuples of
+            these; they keep their type in paths.
+        is_tensor: whether a value is a tensor of any kind: DCP walks the lists that hold one.
+
+    Raises:
+        TypeError: `state` is not a mapping.
+        Conflict: two leaves have one name, a key is of another type, a container holds itself, or
+            more than `MAX_DEPTH` of them nest.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state is a mapping of names to values, not a {type(state).__name__}")
+    return _Flattening(is_tensor).run(state)
+
+
+@dataclass(slots=True)
+class _Frame:
+    """A container on the way from the root to where the walk is."""
+
+    path: Path
+    name: str
+    value: Any
+    entries: Iterator[tuple[Any, Any]]
+    first_leaf: int
+    tensor: bool = False
+    children: int = 0
+    bare: list[tuple[str, Path, Any]] = field(default_factory=list)
+    """Containers directly below that hold no tensor."""
+
+
+class _Flattening:
+    """The state of one walk. It keeps its own stack: depth must not end in a RecursionError."""
+
+    def __init__(self, is_tensor: IsTensor) -> None:
+        self.is_tensor = is_tensor
+        self.leaves: dict[str, Leaf] = {}
+        self.containers: dict[Path, str] = {}
+        self.empties: dict[Path, int] = {}
+        self.twins: list[tuple[str, Path, Any]] = []
+        self.names: dict[str, int] = {}
+        self.verdicts: dict[int, tuple[Any, bool]] = {}
+        self.stack: list[_Frame] = []
+
+    def run(self, state: Mapping[Any, Any]) -> Flat:
+        self.enter((), "", state)
+        while self.stack:
+            frame = self.stack[-1]
+            for key, value in frame.entries:
+                frame.children += 1
+                path = (*frame.path, _checked(key, frame.path))
+                name = f"{frame.name}.{key}" if frame.path else str(key)
+                if isinstance(value, Mapping) or self.walks(value, path):
+                    self.enter(path, name, value)
+                    break
+                self.leaf(name, path, value)
+                frame.tensor = frame.tensor or self.is_tensor(value)
+            else:
+                self.leave()
+        structure = Structure(
+            {leaf.name: leaf.path for leaf in self.leaves.values()}, self.containers, self.empties
+        )
+        twins = tuple(
+            Leaf(name, path, _plain(value, self.containers, path))
+            for name, path, value in self.twins
+            if name not in self.leaves and self.names[name] == 1
+        )
+        return Flat(tuple(self.leaves.values()), structure, twins)
+
+    def enter(self, path: Path, name: str, value: Any) -> None:
+        if len(path) >= MAX_DEPTH:
+            raise _too_deep(path)
+        if any(frame.value is value for frame in self.stack):
+            raise Conflict(f"the container at {show(path)} holds itself")
+        entries = iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
+        self.containers[path] = _kind(value)
+        self.names[name] = self.names.get(name, 0) + 1
+        self.stack.append(_Frame(path, name, value, iter(entries), len(self.leaves)))
+
+    def leave(self) -> None:
+        frame = self.stack.pop()
+        if not frame.children:
+            self.empties[frame.path] = frame.first_leaf
+        if not self.stack or frame.tensor:
+            self.twins += frame.bare
+        else:
+            self.stack[-1].bare.append((frame.name, frame.path, frame.value))
+        if self.stack:
+            self.stack[-1].tensor = self.stack[-1].tensor or frame.tensor
+
+    def leaf(self, name: str, path: Path, value: Any) -> None:
+        other = self.leaves.get(name)
+        if other is not None:
+            raise Conflict(
+                f"{show(other.path)} and {show(path)} would both be saved under the name {name!r}; "
+                "rename one of them"
+            )
+        self.leaves[name] = Leaf(name, path, value)
+
+    def walks(self, value: Any, path: Path) -> bool:
+        """Whether DCP walks this value as a list. Each list is looked through once."""
+        if not isinstance(value, list):
+            return False
+        known = self.verdicts.get(id(value))
+        if known is not None:
+            return known[1]
+        inside: dict[int, tuple[Any, Iterator[Any]]] = {id(value): (value, iter(value))}
+        while inside:
+            here, entries = next(reversed(inside.values()))
+            for entry in entries:
+                if isinstance(entry, list):
+                    if id(entry) in inside:
+                        raise Conflict(f"a list inside {show(path)} holds itself")
+                    known = self.verdicts.get(id(entry))
+                    if known is None:
+                        inside[id(entry)] = (entry, iter(entry))
+                        if len(path) + len(inside) > MAX_DEPTH:
+                            raise _too_deep(path)
+                        break
+                    found = known[1]
+                else:
+                    found = isinstance(entry, Mapping) or self.is_tensor(entry)
+                if found:
+                    self.verdicts |= {key: (seen, True) for key, (seen, _) in inside.items()}
+                    return True
+            else:
+                self.verdicts[id(here)] = (here, False)
+                del inside[id(here)]
+        return False
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "OrderedDict" if isinstance(value, OrderedDict) else "dict"
+    return "list"
+
+
+def _checked(key: Any, path: Path) -> Any:
+    parts = [key]
+    while parts:
+        part = parts.pop()
+        if type(part) is tuple:
+            parts += part
+        elif type(part) not in (str, int, bool, type(None), float, bytes) or (
+            type(part) is float and math.isnan(part)
+        ):
+            raise Conflict(
+                f"key {key!r} of {show(path)} is a {type(part).__name__}: keys are str, int, bool, "
+                "None, float (not NaN), bytes, or tuples of these"
+            )
+    return key
+
+
+def _too_deep(path: Path) -> Conflict:
+    return Conflict(f"more than {MAX_DEPTH} containers inside one another below {show(path[:3])}")
+
+
+def _plain(value: Any, containers: Mapping[Path, str], path: Path) -> Any:
+    """`value` with the containers that were walked as dicts and lists. At most MAX_DEPTH deep."""
+    kind = containers.get(path)
+    if kind is None:
+        return value
+    if kind == "list":
+        return [_plain(entry, containers, (*path, i)) for i, entry in enumerate(value)]
+    made = OrderedDict[Any, Any]() if kind == "OrderedDict" else dict[Any, Any]()
+    for key, entry in value.items():
+        made[key] = _plain(entry, containers, (*path, key))
+    return made
+
+
+class _Hole:
+    """The place of a list that nothing was put into."""
+
+
+_HOLE = _Hole()
+
+
+def unflatten(structure: Structure, value: Callable[[str], Any] | Mapping[str, Any]) -> Any:
+    """The nested state again, with the containers, order and keys that it had.
+
+    Args:
+        structure: may come from a file. Places of a list that it leaves out become None.
+        value: gives the value of each flat name.
+
+    Raises:
+        FormatError: the structure contradicts itself.
+        KeyError: `value` is a mapping, and a name is missing from it.
+    """
+    look_up = value.__getitem__ if isinstance(value, Mapping) else value
+    made: dict[Path, Any] = {}
+    padding = 0
+
+    def place(path: Path, thing: Any) -> None:
+        nonlocal padding
+        holder = container(path[:-1])
+        key = path[-1]
+        if isinstance(holder, list):
+            if type(key) is not int or key < 0:
+                raise FormatError(f"{show(path)} is no place of a list")
+            missing = key + 1 - len(holder)
+            padding += max(0, missing - 1)
+            if padding > MAX_PADDING:
+                raise FormatError(f"lists leave out more than {MAX_PADDING} places at {show(path)}")
+            holder += [_HOLE] * max(0, missing)
+            if holder[key] is not _HOLE:
+                raise FormatError(f"two things are at {show(path)}")
+        elif key in holder:
+            raise FormatError(f"two things are at {show(path)}")
+        holder[key] = thing
+
+    def container(path: Path) -> Any:
+        """The container at that path, made with those around it where it is not there yet."""
+        for depth in range(len(path), -1, -1):
+            if path[:depth] in made:
+                break
+        else:
+            depth = -1
+        for length in range(depth + 1, len(path) + 1):
+            here = path[:length]
+            made[here] = _new(structure.containers.get(here), here)
+            if here:
+                place(here, made[here])
+        return made[path]
+
+    container(())
+    empties = iter(sorted(structure.empties.items(), key=lambda item: item[1]))
+    empty = next(empties, None)
+    for count, (name, path) in enumerate(structure.leaves.items()):
+        while empty is not None and empty[1] <= count:
+            container(empty[0])
+            empty = next(empties, None)
+        if not path:
+            raise FormatError(f"{name!r} is at the place of the state itself")
+        place(path, look_up(name))
+    while empty is not None:
+        container(empty[0])
+        empty = next(empties, None)
+    for path in structure.containers:
+        container(path)
+    if padding:
+        _fill(made)
+    return made[()]
+
+
+def _new(kind: str | None, path: Path) -> Any:
+    if len(path) > MAX_DEPTH:
+        raise FormatError(
+            f"more than {MAX_DEPTH} containers inside one another at {show(path[:3])}"
+        )
+    if kind == "dict":
+        return {}
+    if kind == "list":
+        return []
+    if kind == "OrderedDict":
+        return OrderedDict()
+    raise FormatError(f"{show(path)} is {'no container' if kind is None else f'a {kind!r}'}")
+
+
+def _fill(made: Mapping[Path, Any]) -> None:
+    for one in made.values():
+        if isinstance(one, list):
+            one[:] = [None if entry is _HOLE else entry for entry in one]
+
+
+def get(state: Any, path: Path) -> Any:
+    """The value at `path`; Mismatch if there is none."""
+    for depth, key in enumerate(path):
+        if isinstance(state, Mapping):
+            if key not in state:
+                raise Mismatch(f"there is no {show(path[: depth + 1])}")
+        elif not isinstance(state, list):
+            raise Mismatch(f"{show(path[:depth])} is a {type(state).__name__}, not a container")
+        elif type(key) is not int or not 0 <= key < len(state):
+            raise Mismatch(f"there is no {show(path[: depth + 1])} in a list of {len(state)}")
+        state = state[key]
+    return state
+
+
+def put(state: Any, path: Path, value: Any) -> None:
+    """Set the value at `path`, in place; lists grow as needed, filled up with None.
+
+    Raises:
+        Mismatch: a container on the way is missing, or can't be changed (a tuple).
+    """
+    if not path:
+        raise Mismatch("the state itself can't be replaced in place")
+    holder, key = get(state, path[:-1]), path[-1]
+    if isinstance(holder, MutableMapping):
+        holder[key] = value
+        return
+    if not isinstance(holder, MutableSequence) or isinstance(holder, bytearray):
+        kind = type(holder).__name__
+        raise Mismatch(f"{show(path)} can't be set: {show(path[:-1])} is a {kind}")
+    if type(key) is not int or not 0 <= key < len(holder) + MAX_PADDING:
+        raise Mismatch(f"{show(path)} is no place of a list of {len(holder)}")
+    holder.extend([None] * (key + 1 - len(holder)))
+    holder[key] = value
+
+
+@dataclass(slots=True)
+class _Node:
+    """A place of the merged state: a container (with its kind), or a leaf (with its name)."""
+
+    rank: int
+    kind: str | None = None
+    name: str = ""
+    children: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"a {self.kind}" if self.kind else "a value"
+
+
+def merge(structures: Sequence[Structure]) -> Structure:
+    """What all ranks hold together; `structures` are in rank order.
+
+    Order is that of first appearance. A dict on one rank may be an OrderedDict on another.
+
+    Raises:
+        Conflict: a path is a leaf on one rank and a container on another, or a mapping here and a
+            list there; or one name stands for two paths.
+    """
+    nodes: dict[Path, _Node] = {(): _Node(0, "dict")}
+    names: dict[str, Path] = {}
+    if structures:
+        nodes[()].kind = structures[0].containers[()]
+    for rank, structure in enumerate(structures):
+        for path, event in _events(structure):
+            if event is not None:
+                if names.get(event) == path:
+                    continue
+                if event in names:
+                    raise Conflict(
+                        f"{show(names[event])} and {show(path)} (rank {rank}) would both be saved "
+                        f"under the name {event!r}"
+                    )
+                names[event] = path
+            _graft(nodes, path, event, rank, structure.containers)
+        for path, kind in structure.containers.items():
+            known = nodes[path]
+            if known.kind is None or (known.kind == "list") != (kind == "list"):
+                raise _two_kinds(path, known, _Node(rank, kind))
+    return _linear(nodes)
+
+
+def _events(structure: Structure) -> Iterator[tuple[Path, str | None]]:
+    """Leaves (with their names) and empty containers, in the order of the state."""
+    empties = sorted(structure.empties.items(), key=lambda item: item[1])[::-1]
+    for count, (name, path) in enumerate(structure.leaves.items()):
+        while empties and empties[-1][1] <= count:
+            yield empties.pop()[0], None
+        yield path, name
+    while empties:
+        yield empties.pop()[0], None
+
+
+def _graft(
+    nodes: dict[Path, _Node], path: Path, name: str | None, rank: int, kinds: Mapping[Path, str]
+) -> None:
+    for length in range(1, len(path) + 1):
+        here = path[:length]
+        leaf = name is not None and length == len(path)
+        node = _Node(rank, None if leaf else kinds[here], name or "" if leaf else "")
+        known = nodes.get(here)
+        if known is None:
+            nodes[here] = node
+            nodes[here[:-1]].children.append(here)
+        elif leaf or known.kind is None:
+            raise _two_kinds(here, known, node)
+
+
+def _two_kinds(path: Path, known: _Node, node: _Node) -> Conflict:
+    if known.kind is None and node.kind is None:
+        return Conflict(f"{known.name!r} and {node.name!r} (rank {node.rank}) are at one place")
+    return Conflict(f"{show(path)} is {known} on rank {known.rank}, but {node} on rank {node.rank}")
+
+
+def _linear(nodes: Mapping[Path, _Node]) -> Structure:
+    leaves: dict[str, Path] = {}
+    containers: dict[Path, str] = {}
+    empties: dict[Path, int] = {}
+    stack: list[Path] = [()]
+    while stack:
+        path = stack.pop()
+        node = nodes[path]
+        if node.kind is None:
+            leaves[node.name] = path
+            continue
+        containers[path] = node.kind
+        if not node.children:
+            empties[path] = len(leaves)
+        ordered = (
+            sorted(node.children, key=lambda p: p[-1]) if node.kind == "list" else node.children
+        )
+        stack += reversed(ordered)
+    return Structure(leaves, containers, empties)
