@@ -25,7 +25,6 @@ from shardkeep.tree import unflatten
 from shardkeep.types import (
     DTYPES,
     Box,
-    ByteRange,
     Chunk,
     DType,
     Index,

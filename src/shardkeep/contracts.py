@@ -128,6 +128,7 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
 class Ranks(Protocol):
     """Who takes part. `rank` counts from 0 among those who do."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["ALIGNMENT", "BLOCK", "deadline", "gap", "heartbeat", "missed", "threads"]
+__all__ = ["ALIGNMENT", "BLOCK", "buffer", "deadline", "gap", "heartbeat", "missed", "threads"]
 
 BLOCK = 256 * 1024
 """Bytes of a payload that one CRC-32 covers. Part of the format: not to be turned."""
@@ -31,6 +31,11 @@ def threads() -> int:
 def gap() -> int:
     """Bytes that are read and thrown away rather than starting a new read (SHARDKEEP_GAP)."""
     return max(0, int(_number("SHARDKEEP_GAP", 64 * 1024)))
+
+
+def buffer() -> int:
+    """Bytes of the buffers that all reading threads of one call share (SHARDKEEP_BUFFER)."""
+    return max(1 << 20, int(_number("SHARDKEEP_BUFFER", 64 << 20)))
 
 
 def deadline() -> float:

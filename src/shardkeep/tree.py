@@ -18,8 +18,8 @@ from shardkeep.types import Path, Structure
 
 __all__ = ["MAX_DEPTH", "Flat", "Leaf", "flatten", "get", "merge", "put", "show", "unflatten"]
 
-MAX_DEPTH = 200
-"""Containers inside one another at most: pickle and JSON of torch's readers recurse."""
+MAX_DEPTH = 64
+"""Containers inside one another at most: as many as values and readers of pickles take."""
 
 MAX_PADDING = 1_000_000
 """Places of lists that may be left out, in all: a path may come from a hostile file."""
@@ -136,7 +136,8 @@ class _Flattening:
             raise Conflict(f"the container at {show(path)} holds itself")
         entries = iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
         self.containers[path] = _kind(value)
-        self.names[name] = self.names.get(name, 0) + 1
+        if path:
+            self.names[name] = self.names.get(name, 0) + 1
         self.stack.append(_Frame(path, name, value, iter(entries), len(self.leaves)))
 
     def leave(self) -> None:
@@ -398,9 +399,7 @@ def merge(structures: Sequence[Structure]) -> Structure:
                 names[event] = path
             _graft(nodes, path, event, rank, structure.containers)
         for path, kind in structure.containers.items():
-            known = nodes[path]
-            if known.kind is None or (known.kind == "list") != (kind == "list"):
-                raise _two_kinds(path, known, _Node(rank, kind))
+            _agree(path, nodes[path], _Node(rank, kind))
     return _linear(nodes)
 
 
@@ -426,14 +425,17 @@ def _graft(
         if known is None:
             nodes[here] = node
             nodes[here[:-1]].children.append(here)
-        elif leaf or known.kind is None:
-            raise _two_kinds(here, known, node)
+        else:
+            _agree(here, known, node)
 
 
-def _two_kinds(path: Path, known: _Node, node: _Node) -> Conflict:
+def _agree(path: Path, known: _Node, node: _Node) -> None:
     if known.kind is None and node.kind is None:
-        return Conflict(f"{known.name!r} and {node.name!r} (rank {node.rank}) are at one place")
-    return Conflict(f"{show(path)} is {known} on rank {known.rank}, but {node} on rank {node.rank}")
+        raise Conflict(f"{known.name!r} and {node.name!r} (rank {node.rank}) are at one place")
+    if None in (known.kind, node.kind) or (known.kind == "list") != (node.kind == "list"):
+        raise Conflict(
+            f"{show(path)} is {known} on rank {known.rank}, but {node} on rank {node.rank}"
+        )
 
 
 def _linear(nodes: Mapping[Path, _Node]) -> Structure:

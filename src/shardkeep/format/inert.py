@@ -14,7 +14,15 @@ from typing import Any
 from shardkeep.errors import FormatError
 from shardkeep.types import Opaque
 
-__all__ = ["CALLED", "Builder", "Limits", "Reference", "Registry", "check_nesting", "opaque_classes"]
+__all__ = [
+    "CALLED",
+    "Builder",
+    "Limits",
+    "Reference",
+    "Registry",
+    "check_nesting",
+    "opaque_classes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class Builder:
         fill: applies a state in place (BUILD), in place of `__setstate__` and attributes.
         takes: "list" if it is extended item by item, "dict" if it takes items by key.
         key: whether what is made may be a mapping's key: hashable for good, at little cost.
+        hashes: whether `make` hashes the items of its arguments: they are checked as keys first.
         value: what the global itself is, where it is not there to be called.
     """
 
@@ -70,6 +79,7 @@ class Builder:
     fill: Callable[[Any, Any], None] | None = None
     takes: str = ""
     key: bool = False
+    hashes: bool = False
     value: Any = CALLED
 
 
@@ -83,9 +93,12 @@ class Registry(Mapping[str, Builder]):
         self._builders = dict(builders)
         known = list(self._builders.values())
         self.fills = {b.type: b.fill for b in known if b.type is not None and b.fill is not None}
-        self.lists = frozenset(b.type for b in known if b.takes == "list")
-        self.dicts = frozenset(b.type for b in known if b.takes == "dict")
-        self.keys = frozenset(b.type for b in known if b.key)
+        self.list_types = frozenset(b.type for b in known if b.takes == "list")
+        self.dict_types = frozenset(b.type for b in known if b.takes == "dict")
+        self.key_types = frozenset(b.type for b in known if b.key)
+        self.identity_types = frozenset(  # hashed by identity: nothing can clash
+            kind for kind in self.key_types if getattr(kind, "__hash__", None) is object.__hash__
+        )
 
     def __getitem__(self, name: str) -> Builder:
         return self._builders[name]

@@ -68,10 +68,10 @@ class Trailer:
         return manifest_name(self.save_id)
 
     def to_bytes(self) -> bytes:
-        """The `TRAILER_SIZE` bytes of the trailer. Raises ValueError if the id is not 16 bytes."""
-        save_id = bytes.fromhex(self.save_id)
-        if len(save_id) != 16:
+        """The `TRAILER_SIZE` bytes of the trailer. Raises ValueError for another kind of id."""
+        if not re.fullmatch("[0-9a-f]{32}", self.save_id):
             raise ValueError(f"a save id has 32 hex digits, not {self.save_id!r}")
+        save_id = bytes.fromhex(self.save_id)
         lengths = self.pickle_length, self.pickle_digest, self.manifest_length, self.manifest_digest
         packed = _LAYOUT.pack(_BEGIN, save_id, *lengths, 0, _END)
         crc = crc32(packed[: -len(_END) - 4])

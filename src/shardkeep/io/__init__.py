@@ -1,0 +1,1 @@
+"""Moving bytes between memory and a store, and checking them on the way."""

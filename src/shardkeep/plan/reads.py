@@ -14,7 +14,8 @@ from shardkeep.types import I64, Box
 
 __all__ = ["Runs", "Source", "block_range", "runs", "split"]
 
-_MOST_RUNS = 1 << 26
+_MOST_RUNS = 1 << 24
+"""Runs of one box at most: hostile strides must not make columns that fill the memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,8 +30,8 @@ class Source:
         itemsize: bytes of an element.
         payload: first byte and number of bytes of the stored payload that holds the chunk.
         digests: CRC-32 of each block of the payload, if known.
-        data: the payload's bytes, where they are in memory already (decompressed, say). All
-            positions still count as if the payload lay in the file at `payload[0]`.
+        data: bytes that are in memory already (a decompressed item): `start` and `payload` count
+            from their first one then, not from the file's.
     """
 
     file: str
@@ -96,15 +97,15 @@ def runs(source: Source, box: Box, gap: int) -> Runs:
 
 
 def split(source: Source, box: Box, gap: int, limit: int) -> Iterator[tuple[Box, Runs]]:
-    """Parts of a box whose runs span at most `limit` bytes each; gapless runs stay whole.
+    """Parts of a box whose runs span at most `limit` bytes each (or are one element).
 
-    A gapless run can be cut at any byte later; one with gaps can only be cut between elements.
+    What goes straight into memory can be cut at any byte, and needs no such parts.
     """
     found = runs(source, box, gap)
-    if found.gapless or found.span <= limit:
+    inner = [d for d in range(box.ndim) if d not in found.outer and box.sizes[d] > 1]
+    if found.span <= limit or not inner:
         yield box, found
         return
-    inner = [d for d in range(box.ndim) if d not in found.outer and box.sizes[d] > 1]
     widest = max(inner, key=lambda d: source.strides[d])
     stride = source.strides[widest]
     below = found.span - (box.sizes[widest] - 1) * stride

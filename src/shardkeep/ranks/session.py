@@ -3,10 +3,10 @@
 **Meeting.** Each rank announces a random word of its own under a key of (scope, members, work,
 path). The coordinator makes a random id for the session and answers each word with it; everything
 else happens under that id. So nothing is counted: a session that some ranks never entered, or that
-failed half-way on some of them, leaves nothing that a later one could mistake for its own. A word is
-written and removed only by its rank, and answered under a key of its own, so an answer to an earlier
-try of a rank is never read by a later one. The answered rank's first sign of life tells that it
-came in.
+failed half-way on some of them, leaves nothing that a later one could mistake for its own. A word
+is written and removed only by its rank, and answered under a key of its own, so an answer to an
+earlier try of a rank is never read by a later one. The answered rank's first sign of life tells
+that it came in.
 
 **Talking.** Messages are pieces under `id/step/...`. The receiver of a message for one rank removes
 it; broadcasts are removed by the coordinator when all have left.
@@ -28,17 +28,18 @@ import socket
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from secrets import token_hex
 from time import monotonic
 from types import TracebackType
 
-from shardkeep.contracts import Session
+from shardkeep.contracts import Ranks, Session
 from shardkeep.errors import RankFailed
 from shardkeep.ranks.heart import Heart, Sign, Timing
 from shardkeep.ranks.keys import KeyValue
 from shardkeep.ranks.messages import count, join, split
 
-__all__ = ["KeySession"]
+__all__ = ["KeyRanks", "KeySession"]
 
 _NOWHERE = "an unknown host"
 _AGAIN = 1.0
@@ -61,25 +62,27 @@ class KeySession(Session):
         self,
         keys: KeyValue,
         rank: int,
-        members: Sequence[int],
+        members: tuple[int, ...] | range,
         work: str,
         path: str,
         *,
         scope: str = "",
         timing: Timing | None = None,
     ) -> None:
-        self._keys, self._rank, self._members = keys, rank, tuple(members)
+        self._keys, self._rank, self._members = keys, rank, members
         self._work, self._path = work, path
         self._timing = timing or Timing.from_knobs()
-        self._group = f"shardkeep/{_digest(scope, *map(str, members))}"
+        self._group = _group(scope, members)
         self._base = f"{self._group}/{_digest(work, path)}"
         self._id = ""
         self._heart: Heart | None = None
         self._phase = "enter"
         self._waits: int | None = None
+        self._host = socket.gethostname()
         self._beat = 0
         self._step = 0
         self._posted: list[str] = []
+        self._answered: set[int] = set()
         self._blamed: int | None = None
 
     @property
@@ -146,7 +149,7 @@ class KeySession(Session):
             self._posted.append(f"{key}/{number}")
 
     def _receive(self, key: str, sender: int, *, keep: bool = False) -> bytes:
-        self._wait([f"{key}/0"], sender)
+        self._wait(f"{key}/0", sender)
         first = self._keys.get(f"{key}/0")
         names = [f"{key}/{number}" for number in range(count(first))]
         message = join([first, *map(self._keys.get, names[1:])])
@@ -157,49 +160,58 @@ class KeySession(Session):
     # --- failing ---------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        if self._keys.wait([f"{self._id}/failed"], 0):
-            raise self._told()
+        if (told := self._peek(f"{self._id}/failed")) is not None:
+            raise self._told(told)
 
-    def _wait(self, keys: list[str], rank: int) -> str:
-        """The first of the keys that exists; `rank` is who should set it."""
+    def _wait(self, key: str, rank: int) -> None:
+        """Until the key is there, which `rank` should set."""
         # The coordinator gives up before those who wait for it, as it knows who is late.
         late = self._timing.heartbeat if self._rank else 0
-        self._waits = rank
-        found = self._keys.wait([*keys, f"{self._id}/failed"], self._timing.deadline + late)
-        self._waits = None
-        if found is None:
+        if not self._await([key], rank, self._timing.deadline + late):
             raise self._blame(rank, f"it did not answer within {self._timing.deadline:g} s")
-        if found.endswith("/failed"):
-            raise self._told()
+
+    def _await(self, keys: list[str], rank: int, timeout: float) -> str | None:
+        """The first of the keys that exists, None after the timeout; raises what others posted."""
+        failed = f"{self._id}/failed"
+        self._waits = rank
+        found = self._keys.wait([*keys, failed], max(0.0, timeout))
+        self._waits = None
+        if found == failed:
+            raise self._told(self._keys.get(failed))
         return found
 
-    def _told(self) -> RankFailed:
-        """The failure that some rank has posted."""
-        told = json.loads(self._keys.get(f"{self._id}/failed"))
-        self._blamed = told["rank"]
-        told["rank"] = self._members[told["rank"]]
-        return RankFailed(path=self._path, **told)
+    def _told(self, data: bytes) -> RankFailed:
+        self._blamed, host, phase, cause = json.loads(data)
+        return RankFailed(self._members[self._blamed], host, phase, self._path, cause)
 
-    def _blame(self, rank: int, cause: str, sign: Sign | None = None) -> RankFailed:
+    def _blame(self, rank: int, cause: str) -> RankFailed:
         """Post that a rank has not done its part; if it waits for another one itself, that one."""
-        sign = sign or self._sign_of(rank)
-        if sign and sign.waits not in (None, self._rank):
-            rank = sign.waits if sign.waits is not None else rank
+        sign = self._sign_of(rank)
+        if sign is not None and sign.waits is not None and sign.waits != self._rank:
+            rank = sign.waits
             sign = self._sign_of(rank)
         host, phase = (sign.host, sign.phase) if sign else (_NOWHERE, self._phase)
-        self._post(rank, host, phase, cause)
-        return self._told()
+        return self._told(self._post(rank, host, phase, cause))
+
+    def _post(self, rank: int, host: str, phase: str, cause: str) -> bytes:
+        """What all others are told. The first failure stays: most later ones are its children."""
+        told = self._peek(f"{self._id}/failed")
+        if told is None:
+            told = json.dumps([rank, host, phase, cause]).encode()
+            self._keys.set(f"{self._id}/failed", told)
+        return told
 
     def _sign_of(self, rank: int) -> Sign | None:
-        with suppress(KeyError):
-            return Sign.decode(self._keys.get(f"{self._id}/alive/{rank}"))
-        return None
+        sign = self._peek(f"{self._id}/alive/{rank}")
+        return None if sign is None else Sign.decode(sign)
 
-    def _post(self, rank: int, host: str, phase: str, cause: str) -> None:
-        # The first failure stays: those that follow are most often its consequences.
-        if self._id and not self._keys.wait([f"{self._id}/failed"], 0):
-            told = {"rank": rank, "host": host, "phase": phase, "cause": cause}
-            self._keys.set(f"{self._id}/failed", json.dumps(told).encode())
+    def _peek(self, key: str) -> bytes | None:
+        """The value of a key that may be missing; never waits."""
+        return self._keys.get(key) if self._keys.wait([key], 0) else None
+
+    @property
+    def _silence(self) -> str:
+        return f"it stopped answering: no sign of life for {self._timing.patience:g} s"
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -207,10 +219,10 @@ class KeySession(Session):
         try:
             yield
         except KeyError:
-            self._check()  # whoever fails takes its messages back
+            self._check()  # a rank that fails takes its messages back
             raise
         except ConnectionError as error:
-            cause = f"the job's store, which lives with it, is out of reach: {error}"
+            cause = f"the job's store, which lives beside it, is out of reach: {error}"
             raise RankFailed(0, _NOWHERE, self._phase, self._path, cause) from error
 
     # --- meeting ---------------------------------------------------------------------------------
@@ -221,10 +233,7 @@ class KeySession(Session):
             with self._reporting():
                 self._keys.set(now, f"{self._work} of {self._path}".encode())
                 try:
-                    if self._rank:
-                        self._come()
-                    else:
-                        self._receive_all()
+                    self._come() if self._rank else self._admit_all()
                 finally:
                     self._keys.delete([now])
         except BaseException as error:
@@ -246,7 +255,7 @@ class KeySession(Session):
         self._live()
         self._check()
 
-    def _receive_all(self) -> None:
+    def _admit_all(self) -> None:
         self._id = f"{self._group}/{token_hex(16)}"
         self._live()
         end = monotonic() + self._timing.deadline
@@ -255,32 +264,48 @@ class KeySession(Session):
 
     def _admit(self, rank: int, end: float) -> None:
         """Answer a rank until it has come in; again, if it has given up and come anew."""
-        word, failed = f"{self._base}/word/{rank}", f"{self._id}/failed"
         alive = f"{self._id}/alive/{rank}"
-        answered = b""
+        answered: bytes | None = None
+        dead = end
         while True:
-            look = [alive, failed] if answered else [alive, failed, word]
-            self._waits = rank
-            found = self._keys.wait(look, max(0.0, min(_AGAIN, end - monotonic())))
-            self._waits = None
-            if found == alive:
+            if answered is None:
+                keys, timeout = [alive, f"{self._base}/word/{rank}"], end - monotonic()
+            else:
+                keys, timeout = [alive], min(_AGAIN, dead - monotonic())
+            if self._await(keys, rank, timeout) == alive:
                 return
-            if found == failed:
-                raise self._told()
-            if monotonic() >= end:
-                given = answered and self._timing.patience < self._timing.deadline
-                raise self._blame(rank, _SILENT if given else self._absence(rank))
-            if self._answer(rank, answered):
-                answered = self._keys.get(word)
-                end = min(end, monotonic() + self._timing.patience)
+            if (word := self._answer(rank, answered)) is not None:
+                answered, dead = word, monotonic() + self._timing.patience
+            elif monotonic() >= end:
+                raise self._blame(rank, self._absence(rank))
+            elif monotonic() >= dead:
+                raise self._blame(rank, self._silence)
+
+    def _answer(self, rank: int, answered: bytes | None) -> bytes | None:
+        """Tell a rank the session's id; its word, or None if it has not said a new one."""
+        word = self._peek(f"{self._base}/word/{rank}")
+        if word is None or word == answered:
+            return None
+        answer = f"{self._base}/answer/{word.decode()}"
+        self._keys.set(answer, self._id.encode())
+        self._posted.append(answer)
+        self._answered.add(rank)
+        return word
+
+    def _absence(self, rank: int) -> str:
+        cause = f"it did not enter this {self._work} within {self._timing.deadline:g} s"
+        other = self._peek(f"{self._group}/now/{rank}")
+        return cause if other is None else f"{cause}; it waits to enter the {other.decode()}"
 
     def _live(self) -> None:
+        """Come in: from the first sign of life on, the others know."""
+
         def sign() -> Sign:
             self._beat += 1
-            return Sign(self._beat, socket.gethostname(), self._phase, self._waits)
+            return Sign(self._beat, self._host, self._phase, self._waits)
 
         def lost(last: Sign) -> None:
-            self._post(watched, last.host, last.phase, _SILENT)
+            self._post(watched, last.host, last.phase, self._silence)
 
         watched = (self._rank + 1) % self.size
         alive = f"{self._id}/alive"
@@ -288,9 +313,112 @@ class KeySession(Session):
         self._heart = Heart(self._keys, own, other, sign, lost, self._timing)
         self._heart.start()
 
-    def _absence(self, rank: int) -> str:
-        cause = f"it did not enter this {self._work} within {self._timing.deadline:g} s"
-        with suppress(KeyError):
-            other = self._keys.get(f"{self._group}/now/{rank}").decode()
-            return f"{cause}, but waits in the {other}"
-        return cause
+    # --- parting ---------------------------------------------------------------------------------
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._fail(error)
+            return
+        try:
+            self.gather(b"")
+            self.broadcast(b"")
+        except BaseException as late:
+            self._fail(late)
+            raise
+        self._part()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._id:
+            return  # nobody knows of this session but us
+        with suppress(ConnectionError, KeyError):
+            cause = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self._post(self._rank, self._host, self._phase, cause)
+            if self._rank:
+                self._keys.delete(self._posted)
+            else:
+                # Those who wait to enter must learn of it, too.
+                for rank in range(1, self.size):
+                    self._answer(rank, None)
+        self._part()
+
+    def _part(self) -> None:
+        """Say farewell. What has been decided stays: this raises nothing about others."""
+        if self._heart is not None:
+            self._heart.stop()
+        with suppress(ConnectionError, KeyError):
+            if self._rank:
+                self._keys.set(f"{self._id}/bye/{self._rank}", b"")
+            elif self._all_gone():
+                self._keys.delete(self._posted)
+                for rank in range(self.size):
+                    self._keys.delete([f"{self._id}/alive/{rank}", f"{self._id}/bye/{rank}"])
+                self._keys.delete([f"{self._id}/failed"])
+
+    def _all_gone(self) -> bool:
+        """Wait for all who came in, but not long: a rank can die, or be slow to notice a failure.
+
+        The coordinator's process may host the store: if it ended at once, the others would see a
+        broken connection in place of what happened.
+        """
+        end, gone = monotonic() + self._timing.patience, True
+        for rank in sorted(self._answered):
+            left = 0.0 if rank == self._blamed else max(0.0, end - monotonic())
+            gone &= self._keys.wait([f"{self._id}/bye/{rank}"], left) is not None
+        return gone
+
+
+class KeyRanks(Ranks):
+    """Ranks that talk through a key-value store.
+
+    Args:
+        keys: this rank's client of it.
+        rank: counted among the members.
+        members: their global ranks, the coordinator first.
+        scope, timing: see `KeySession`.
+    """
+
+    def __init__(
+        self,
+        keys: KeyValue,
+        rank: int,
+        members: tuple[int, ...] | range,
+        *,
+        scope: str = "",
+        timing: Timing | None = None,
+    ) -> None:
+        self._keys, self._rank, self._members = keys, rank, members
+        self._scope, self._timing = scope, timing
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    def session(self, work: str, path: str) -> KeySession:
+        return KeySession(
+            self._keys,
+            self._rank,
+            self._members,
+            work,
+            path,
+            scope=self._scope,
+            timing=self._timing,
+        )
+
+
+@lru_cache(maxsize=16)
+def _group(scope: str, members: tuple[int, ...] | range) -> str:
+    """Cached, as thousands of simulated ranks would spend their time here."""
+    return f"shardkeep/{_digest(scope, *map(str, members))}"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]

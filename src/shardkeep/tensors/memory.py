@@ -15,7 +15,7 @@ from shardkeep.types import DType
 __all__ = ["landing", "payload", "raw"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-_UNSIGNED = {2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+_UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
 
 def raw(tensor: torch.Tensor) -> NDArray[Any]:
@@ -31,8 +31,9 @@ def raw(tensor: torch.Tensor) -> NDArray[Any]:
     """
     if tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"no plain memory: a tensor on {tensor.device}, or with a conj or neg bit")
-    words = _words(tensor).numpy()
-    return words.view(_UNSIGNED.get(words.itemsize, words.dtype))
+    words: NDArray[Any] = _words(tensor).numpy()
+    unsigned = _UNSIGNED.get(words.itemsize)
+    return words if unsigned is None else words.view(unsigned)
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,8 @@ def payload(tensor: torch.Tensor) -> memoryview:
         plain = tensor.detach().cpu().resolve_conj().resolve_neg()
         # As words: torch can't copy every dtype, and makes 1 of the bytes of a bool.
         words = _words(plain).contiguous()
-    return memoryview(words.numpy().reshape(-1).view(np.uint8))
+    flat: NDArray[Any] = words.numpy().reshape(-1)
+    return flat.view(np.uint8).data
 
 
 def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[[], None]]:
@@ -69,9 +71,9 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     stored = getattr(torch, dtype.name, None)
     if not isinstance(stored, torch.dtype):
         raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
-    if tensor.device.type == "cpu" and tensor.dtype == stored:
-        if not tensor.is_conj() and not tensor.is_neg():
-            return raw(tensor), _nothing
+    lazy = tensor.is_conj() or tensor.is_neg()
+    if tensor.device.type == "cpu" and tensor.dtype == stored and not lazy:
+        return raw(tensor), _nothing
     buffer = torch.empty(tuple(tensor.shape), dtype=stored)
 
     def finish() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -34,7 +35,9 @@ _DTENSOR = (
 _SHARDED = (("torch.distributed._shard.sharded_tensor", "ShardedTensor"),)
 _FAKE = (("torch._subclasses.fake_tensor", "FakeTensor"),)
 _ASYNC = (("torch.distributed._functional_collectives", "AsyncCollectiveTensor"),)
-_STRIDED_SHARD = (("torch.distributed.tensor.placement_types", "_StridedShard"),)  # 2.5 and later
+_STRIDED_SHARD = (  # 2.5 and later
+    ("torch.distributed.tensor.placement_types", "_StridedShard"),
+)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -59,7 +62,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Described:
-    """A tensor of the state, and the pieces of it on this rank: none, where another has them all."""
+    """A tensor of the state, and its pieces on this rank: none, where others have them all."""
 
     name: str
     dtype: DType
@@ -105,10 +108,13 @@ def describe(name: str, value: Any) -> tuple[Described, ...]:
         Conflict: the tensor has no memory of its own (meta, fake, lazy), is nested or `Partial`, or
             its memory does not have the shape that its placements say.
     """
-    if type(value) in _PLAIN:
-        return (_plain(name, value),)
+    found = None if type(value) in _PLAIN else _special(name, value)
+    return (_plain(name, value),) if found is None else found
+
+
+def _special(name: str, value: Any) -> tuple[Described, ...] | None:
     if isinstance(value, Shards):
-        return (_shards(name, value),)
+        return (_assembled(name, value.dtype, value.shape, value.parts),)
     if _is(value, _DTENSOR):
         return (_dtensor(name, value),)
     if _is(value, _SHARDED):
@@ -119,11 +125,11 @@ def describe(name: str, value: Any) -> tuple[Described, ...]:
         attributes, _ = value.__tensor_flatten__()
         inner = [(f"{name}.{attr}", getattr(value, attr)) for attr in attributes]
         return tuple(each for attr, one in inner for each in describe(attr, one))
-    return (_plain(name, value),)
+    return None
 
 
 def describe_all(tensors: Iterable[tuple[str, Any]], taken: Iterable[str] = ()) -> list[Described]:
-    """`describe` all of them; Conflict if an inner tensor's name is also another one's, or `taken`."""
+    """`describe` all of them; Conflict if an inner tensor has another's name, or one `taken`."""
     found = [described for name, value in tensors for described in describe(name, value)]
     names = set(taken)
     for described in found:
@@ -161,11 +167,12 @@ def _memory(piece: Piece) -> Any:
 
 def _is(value: Any, places: Sequence[tuple[str, str]]) -> bool:
     """Whether the value is of one of these classes, without importing a module for the question."""
-    for module, name in places:
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and isinstance(value, kind):
-            return True
-    return False
+    return any(isinstance(value, kind) for kind in _known(places))
+
+
+def _known(places: Sequence[tuple[str, str]]) -> list[Any]:
+    found = [getattr(sys.modules.get(module), name, None) for module, name in places]
+    return [kind for kind in found if kind is not None]
 
 
 def _flattens(value: Any) -> bool:
@@ -174,9 +181,14 @@ def _flattens(value: Any) -> bool:
 
 def _dtype(name: str, dtype: torch.dtype) -> DType:
     try:
-        return DType.named(str(dtype))
+        return _named(dtype)
     except FormatError as error:
         raise Conflict(f"tensor {name!r}: {error}") from None
+
+
+@cache
+def _named(dtype: torch.dtype) -> DType:
+    return DType.named(str(dtype))
 
 
 def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -215,10 +227,6 @@ def _assembled(
         Piece(name, kind, sizes, box, _memory_of(name, local)) for box, local in held if box.numel
     ]
     return Described(name, kind, sizes, tuple(pieces))
-
-
-def _shards(name: str, value: Shards) -> Described:
-    return _assembled(name, value.dtype, value.shape, value.parts)
 
 
 def _sharded(name: str, value: Any) -> Described:
@@ -266,14 +274,7 @@ def _parts(
 ) -> tuple[Part, ...]:
     """The parts that the local tensor consists of; its shape is held against them."""
     local = tuple(value._local_tensor.shape)
-    plain = range(len(given))
-    # 2.11 and later; without strided shards it says in which sequence plain shards cut.
-    known = getattr(value._spec, "shard_order", None)
-    if known is not None:
-        tried = [[axis for entry in known for axis in entry.mesh_dims]]
-    else:
-        tried = [None, plain]
-    for sequence in tried:
+    for sequence in _sequences(name, given, value):
         parts = placements.parts(shape, mesh_shape, coordinate, given, sequence)
         if _fits(parts, local):
             break
@@ -283,7 +284,27 @@ def _parts(
             f"tensor {name!r}: the local tensor of {where} has the shape {list(local)}, which "
             f"placements {list(value.placements)} of a tensor of {list(shape)} do not give"
         )
+    if not _known(_STRIDED_SHARD):
+        backwards = range(len(given))[::-1]
+        if parts != placements.parts(shape, mesh_shape, coordinate, given, backwards):
+            raise Conflict(
+                f"tensor {name!r}: placements {list(value.placements)} cut a dimension twice, and "
+                "torch 2.4 does not say which cut comes first: its FSDP2 over tensor parallelism "
+                "means the last one; use torch 2.5 or later"
+            )
     return parts
+
+
+def _sequences(name: str, given: Sequence[Placement], value: Any) -> list[Sequence[int] | None]:
+    """In which sequences the placements may cut, the likeliest first."""
+    known = getattr(value._spec, "shard_order", None)  # 2.10 and later
+    if known is None or any(isinstance(one, placements.StridedShard) for one in given):
+        return [None, range(len(given))]
+    cuts = [axis for entry in known for axis in entry.mesh_dims]
+    wanted = [axis for axis, one in enumerate(given) if not isinstance(one, placements.Replicate)]
+    if sorted(cuts) != wanted:
+        raise Conflict(f"tensor {name!r} has a shard order that is not understood: {known}")
+    return [cuts]
 
 
 def _fits(parts: Sequence[Part], local: tuple[int, ...]) -> bool:
@@ -296,7 +317,9 @@ def _fits(parts: Sequence[Part], local: tuple[int, ...]) -> bool:
 
 def _placement(name: str, placement: Any, ndim: int) -> Placement:
     if placement.is_partial():
-        raise Conflict(f"tensor {name!r} is {placement}: its values are not summed up over ranks yet")
+        raise Conflict(
+            f"tensor {name!r} is {placement}: its values are not summed up over ranks yet"
+        )
     if placement.is_replicate():
         return placements.Replicate()
     dim = getattr(placement, "dim", None)

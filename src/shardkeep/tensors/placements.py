@@ -25,7 +25,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class StridedShard:
-    """`dim` is cut into `split_factor` chunks, each of these as by `Shard`: a rank holds one of each.
+    """`dim` is cut into `split_factor` chunks, and each of these as by `Shard`.
 
     It says that another mesh dimension, further right, cuts first (FSDP2 over tensor parallelism).
     """

@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 
 from shardkeep.format import values
-from shardkeep.tensors.pieces import Described, Piece, aliases, describe, is_tensor
+from shardkeep.tensors.pieces import (
+    Described,
+    Piece,
+    aliases,
+    describe_all,
+    is_any_tensor,
+    is_tensor,
+)
 from shardkeep.tensors.stateful import expand
-from shardkeep.tree import Flat, flatten
-from shardkeep.types import Claim, Tensors
+from shardkeep.tree import Flat, Leaf, flatten
+from shardkeep.types import Claim, Path, Structure, Tensors
 
 __all__ = ["Local", "describe_state", "describe_tensors"]
 
@@ -36,13 +43,18 @@ class Local:
     objects: Mapping[str, Any]
 
 
-def describe_state(state: Mapping[Any, Any]) -> Local:
+def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     """Flatten and describe; no tensor data moves.
+
+    Args:
+        state: what `save` is given.
+        nested: False takes each top-level value as one leaf.
 
     Raises:
         Conflict: two things under one name, or something that can't be saved; it names it.
     """
-    flat = flatten(expand(state).state, is_tensor)
+    plain, _ = expand(state)
+    flat = flatten(plain, is_any_tensor) if nested else _top_level(plain)
     tensors, objects = describe_tensors(flat)
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     width = max((len(tensor.shape) for tensor in tensors), default=0)
@@ -62,7 +74,7 @@ def describe_state(state: Mapping[Any, Any]) -> Local:
             alias=np.array(aliases(pieces), dtype=np.int64),
             objects=tuple(objects),
             values=_small_values(objects),
-            structure=flat.structure,
+            structure=_structure(flat, tensors),
             twins=twins,
         ),
         pieces=tuple(pieces),
@@ -72,14 +84,37 @@ def describe_state(state: Mapping[Any, Any]) -> Local:
 
 def describe_tensors(flat: Flat) -> tuple[list[Described], dict[str, Any]]:
     """The tensors of a flat state, described, and its objects by name."""
-    tensors: list[Described] = []
-    objects: dict[str, Any] = {}
-    for leaf in flat.leaves:
-        if is_tensor(leaf.value):
-            tensors.extend(describe(leaf.name, leaf.value))
-        else:
-            objects[leaf.name] = leaf.value
-    return tensors, objects
+    objects = {leaf.name: leaf.value for leaf in flat.leaves if not is_tensor(leaf.value)}
+    tensors = ((leaf.name, leaf.value) for leaf in flat.leaves if leaf.name not in objects)
+    return describe_all(tensors, taken=objects), objects
+
+
+def _top_level(state: Mapping[Any, Any]) -> Flat:
+    """Each value as it is; names and their collisions are those of any state with these keys."""
+    shallow = flatten(dict.fromkeys(state, 0), is_any_tensor)
+    leaves = tuple(Leaf(leaf.name, leaf.path, state[leaf.path[0]]) for leaf in shallow.leaves)
+    return Flat(leaves, shallow.structure, ())
+
+
+def _structure(flat: Flat, tensors: Sequence[Described]) -> Structure:
+    """The state's structure, with the inner tensors of a subclass below where it stands."""
+    names = {tensor.name for tensor in tensors}
+    paths: dict[str, Path] = {}
+    containers = dict(flat.structure.containers)
+    inner = [tensor.name for tensor in tensors if tensor.name not in flat.structure.leaves]
+    if not inner:
+        return flat.structure
+    for name, path in flat.structure.leaves.items():
+        below = [one for one in inner if one.startswith(name + ".")]
+        if not below or name in names:
+            paths[name] = path
+            continue
+        for one in below:
+            rest = tuple(one[len(name) + 1 :].split("."))
+            paths[one] = path + rest
+            for depth in range(len(rest)):
+                containers[path + rest[:depth]] = "dict"
+    return Structure(paths, containers)
 
 
 def _columns(tensors: Sequence[Described], width: int) -> Tensors:

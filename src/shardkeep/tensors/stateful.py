@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 __all__ = ["Statefuls", "expand", "restore"]
@@ -11,26 +12,35 @@ Statefuls = dict[Any, Any]
 """Key in the state -> the object with `state_dict` and `load_state_dict` that is there."""
 
 
-def expand(state: Mapping[Any, Any]) -> tuple[dict[Any, Any], Statefuls]:
+def expand(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Statefuls]:
     """The state with each top-level object that has a state replaced by its `state_dict()`.
 
     An object has one if it has both `state_dict` and `load_state_dict`, as in DCP. The order of the
-    keys stays. Nothing else is copied.
+    keys stays. Without such an object, this is the state itself; else a shallow copy.
     """
     statefuls = {key: value for key, value in state.items() if _has_state(value)}
-    plain = {
-        key: value.state_dict() if key in statefuls else value for key, value in state.items()
-    }
+    if not statefuls:
+        return state, {}
+    kind = OrderedDict if isinstance(state, OrderedDict) else dict
+    plain = kind(
+        (key, value.state_dict() if key in statefuls else value) for key, value in state.items()
+    )
     return plain, statefuls
 
 
-def restore(plain: Mapping[Any, Any], statefuls: Statefuls) -> None:
-    """Give each object its loaded state: `plain` is what `expand` returned, filled."""
-    for key, value in statefuls.items():
-        value.load_state_dict(plain[key])
+def restore(state: MutableMapping[Any, Any], plain: Mapping[Any, Any], found: Statefuls) -> None:
+    """After a load: give each object its state, and put the other values back into `state`.
+
+    Args:
+        state: what `expand` was called with.
+        plain, found: what it returned; `plain` is filled.
+    """
+    for key, value in plain.items():
+        if key in found:
+            found[key].load_state_dict(value)
+        elif plain is not state:
+            state[key] = value
 
 
 def _has_state(value: Any) -> bool:
-    return all(
-        callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
-    )
+    return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))

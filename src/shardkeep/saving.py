@@ -21,7 +21,7 @@ from shardkeep.agreement import Order, own, report
 from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
-from shardkeep.format.container_write import Bare, TensorItem
+from shardkeep.format.container_write import TensorItem
 from shardkeep.io.write import Item, Written, write_items
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
@@ -31,9 +31,6 @@ from shardkeep.tensors.state import Local, describe_state
 from shardkeep.types import Index
 
 __all__ = ["SaveReport", "save"]
-
-_FILES = 1
-"""Data files of a rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,7 @@ def save(
     path: str | PathLike[str] | Store,
     *,
     overwrite: bool = False,
+    flatten: bool = True,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
@@ -75,6 +73,8 @@ def save(
             `state_dict` and `load_state_dict` stands for its state.
         path: a folder (made if needed), or a store.
         overwrite: replace the checkpoint at `path`; it loads until the new one is durable.
+        flatten: False keeps each top-level value as one leaf: containers become objects, with
+            their tensors inside (what DCP calls `flatten_state_dict=False`).
         ranks: global ranks that take part (default: all of the default group, or this process).
         progress: told how far the writing has come.
 
@@ -88,25 +88,25 @@ def save(
     with job.session("save", store.url) as session:
         clock = Clock(session)
         clock.phase("describe")
-        local = describe_state(state)
+        local = describe_state(state, nested=flatten)
 
         clock.phase("own")
         old: list[frozenset[str]] = []
         order = own(session, local.claim, lambda: old.append(_admit(store, overwrite)))
 
         clock.phase("write")
-        files = [commit.data_file(session.rank, n, order.save_id) for n in range(_FILES)]
-        with _removed_on_failure(store, files):
-            written = _write(store, files, local, order, progress)
+        file = commit.data_file(session.rank, 0, order.save_id)
+        with _removed_on_failure(store, file):
+            written = _write(store, file, local, order, progress)
             store.sync()
 
             clock.phase("report")
             index = report(session, order, written)
 
-            clock.phase("commit")
-            if index is not None:
-                commit.publish(store, order.save_id, index, _header(session))
-            totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
+        clock.phase("commit")
+        if index is not None:
+            commit.publish(store, order.save_id, index, _header(session))
+        totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
             _sweep(store, old[0])
         return SaveReport(
@@ -162,28 +162,45 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
 
 
 def _write(
-    store: Store, files: Sequence[str], local: Local, order: Order, progress: Progress | None
+    store: Store, file: str, local: Local, order: Order, progress: Progress | None
 ) -> Written:
-    """Write this rank's pieces, then its objects, to its data files."""
+    """Write this rank's pieces, then its objects, to its data file."""
     items = [
         Item(TensorItem(piece.dtype, piece.box.sizes), partial(payload, piece.local))
         for piece in (local.pieces[row] for row in order.pieces.tolist())
     ]
     for name in order.objects:
         data = to_bytes(local.objects[name], name=name)
-        items.append(Item(Bare(len(data)), partial(memoryview, data)))
-    return write_items(store, files, items, threads=knobs.threads(), progress=progress)
+        items.append(Item(_Bare(len(data)), memoryview(data)))
+    return write_items(
+        store, {file: items} if items else {}, threads=knobs.threads(), progress=progress
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Bare:
+    """An object comes as a whole item already."""
+
+    nbytes: int
+
+    def head(self, position: int) -> bytes:
+        return b""
+
+    def tail(self, position: int, crc: int) -> bytes:
+        return b""
 
 
 @contextlib.contextmanager
-def _removed_on_failure(store: Store, files: Sequence[str]) -> Iterator[None]:
-    """What was not committed does not stay: no reader would ever look at it."""
+def _removed_on_failure(store: Store, file: str) -> Iterator[None]:
+    """What can't be committed any more does not stay.
+
+    Later failures remove nothing: whoever waits for the commit can't know whether it came about.
+    """
     try:
         yield
     except BaseException:
-        for name in files:
-            with contextlib.suppress(OSError):
-                store.remove(name)
+        with contextlib.suppress(OSError):
+            store.remove(file)
         raise
 
 

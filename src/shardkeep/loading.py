@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,13 +16,13 @@ from shardkeep.checkpoint import Checkpoint, Request
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import Mismatch
 from shardkeep.ranks import take_part
-from shardkeep.save import Clock
+from shardkeep.saving import Clock
 from shardkeep.tensors.memory import landing
 from shardkeep.tensors.objects import MAKERS, from_bytes
-from shardkeep.tensors.pieces import Described, is_tensor
+from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.state import describe_tensors
-from shardkeep.tensors.stateful import expand
-from shardkeep.tree import Leaf, flatten, put
+from shardkeep.tensors.stateful import expand, restore
+from shardkeep.tree import Flat, Leaf, flatten, put
 from shardkeep.types import Path
 
 __all__ = ["LoadReport", "load"]
@@ -63,7 +63,7 @@ class LoadReport:
 
 
 def load(
-    state: Mapping[Any, Any],
+    state: MutableMapping[Any, Any],
     path: str | PathLike[str] | Store,
     *,
     strict: Strict = True,
@@ -104,13 +104,12 @@ def load(
         source = checkpoint.open(path)
 
         clock.phase("describe")
-        template = expand(state)
-        flat = flatten(template.state, is_tensor)
-        tensors, objects = describe_tensors(flat)
+        template, statefuls = expand(state)
+        flat = flatten(template, is_any_tensor)
 
         clock.phase("match")
         contents = _Contents(source, tuple(trust))
-        match = _match(tensors, [leaf for leaf in flat.leaves if leaf.name in objects], contents)
+        match = _match(flat, contents)
         match.refuse(strict, dtype)
 
         clock.phase("read")
@@ -121,8 +120,8 @@ def load(
         for tensor, value in match.inside:
             _copy(tensor, value)
         for leaf, value in match.values:
-            put(template.state, leaf.path, value)
-        template.restore()
+            put(template, leaf.path, value)
+        restore(state, template, statefuls)
         return match.report(stats.bytes_needed, stats.bytes_read, clock.seconds())
 
 
@@ -247,9 +246,11 @@ def _widens(stored: str, wanted: str) -> bool:
     return torch.promote_types(getattr(torch, stored), target) == target
 
 
-def _match(tensors: Sequence[Described], objects: Sequence[Leaf], contents: _Contents) -> _Match:
+def _match(flat: Flat, contents: _Contents) -> _Match:
     """Compare names, shapes and dtypes; nothing is read but objects."""
     source = contents.source
+    tensors, objects = describe_tensors(flat)
+    paths = flat.structure.leaves
     match = _Match(source.url, [], [], [], [], [], [], {}, {})
     used: set[str] = set()
     for tensor in tensors:
@@ -257,9 +258,8 @@ def _match(tensors: Sequence[Described], objects: Sequence[Leaf], contents: _Con
             used.add(tensor.name)
             _match_tensor(match, tensor, source)
         else:
-            holder = _match_inside(match, tensor, contents)
-            used.update(holder)
-    for leaf in objects:
+            used.update(_match_inside(match, tensor, paths.get(tensor.name, ()), contents))
+    for leaf in (leaf for leaf in flat.leaves if leaf.name in objects):
         if contents.is_tensor(leaf.name):
             used.add(leaf.name)
             kind = type(leaf.value).__name__
@@ -290,9 +290,9 @@ def _match_tensor(match: _Match, tensor: Described, source: Checkpoint) -> None:
         match.resharded.append(tensor.name)
 
 
-def _match_inside(match: _Match, tensor: Described, contents: _Contents) -> set[str]:
+def _match_inside(match: _Match, tensor: Described, path: Path, contents: _Contents) -> set[str]:
     """A tensor that the checkpoint has inside an object; the object's name."""
-    found = contents.find(tensor.name, tensor.path)
+    found = contents.find(tensor.name, path)
     if found is None:
         match.missing.append(tensor.name)
         return set()

@@ -1,0 +1,103 @@
+"""What a checkpoint holds, as rows to list and as a tree of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import translate
+from math import prod
+from typing import NamedTuple
+
+from shardkeep.checkpoint import Checkpoint
+from shardkeep.types import DTYPES, DType, Path
+
+__all__ = ["Node", "Row", "below", "matching", "rows", "tree"]
+
+_DEEPEST = 200
+"""Keys of a path that become levels of the tree; as many as `shardkeep.tree` walks."""
+
+
+class Row(NamedTuple):
+    """A tensor, or an object (`dtype` is None, `shape` empty, `nbytes` 0)."""
+
+    name: str
+    path: Path
+    dtype: DType | None
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def rows(checkpoint: Checkpoint) -> list[Row]:
+    """Everything in a checkpoint, in the order of its state. Reads the outline only."""
+    outline = checkpoint.outline
+    leaves = outline.structure.leaves if outline.structure else {}
+    nested = outline.structure is not None
+    tensors = outline.tensors
+    found: dict[str, Row] = {}
+
+    def path(name: str) -> Path:
+        return leaves.get(name, (name,)) if nested else tuple(name.split("."))
+
+    for name, code, ndim, padded in zip(
+        tensors.names,
+        tensors.dtype.tolist(),
+        tensors.ndim.tolist(),
+        tensors.shape.tolist(),
+        strict=True,
+    ):
+        dtype, shape = DTYPES[code], tuple(padded[:ndim])
+        found[name] = Row(name, path(name), dtype, shape, prod(shape) * dtype.itemsize)
+    for name in outline.objects.names:
+        if name not in outline.twins:
+            found[name] = Row(name, path(name), None, (), 0)
+    ordered = [found.pop(name) for name in leaves if name in found]
+    return ordered + list(found.values())
+
+
+def matching(all_rows: Sequence[Row], pattern: str) -> list[Row]:
+    """Rows of that name, below that name, or whose whole name fits that shell pattern."""
+    fits = re.compile(translate(pattern)).match
+    prefix = pattern + "."
+    return [
+        row
+        for row in all_rows
+        if row.name == pattern or row.name.startswith(prefix) or fits(row.name)
+    ]
+
+
+def below(all_rows: Sequence[Row], name: str) -> list[Row]:
+    """Rows in the container of that name."""
+    return [row for row in all_rows if row.name.startswith(name + ".")]
+
+
+class Node:
+    """A place in the tree: the rows that are there (one, mostly), and what is below it."""
+
+    __slots__ = ("below", "rows")
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.below: dict[object, Node] = {}
+
+    def all(self) -> Iterator[Row]:
+        """Every row from here on."""
+        rest = [self]
+        while rest:
+            node = rest.pop()
+            yield from node.rows
+            rest += node.below.values()
+
+
+def tree(some: Sequence[Row]) -> Node:
+    """Rows by their paths. What is nested deeper than any state stands under its whole name."""
+    root = Node()
+    for row in some:
+        node = root
+        path = row.path if 0 < len(row.path) <= _DEEPEST else (row.name,)
+        for key in path:
+            inner = node.below.get(key)
+            if inner is None:
+                inner = node.below[key] = Node()
+            node = inner
+        node.rows.append(row)
+    return root

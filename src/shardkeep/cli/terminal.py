@@ -1,0 +1,76 @@
+"""What reaches the terminal: escaped, coloured where there is one, and in few writes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from itertools import islice
+from typing import TextIO
+
+__all__ = ["Output", "count", "error_line", "escape", "human"]
+
+_LINES = 1024
+"""Lines a write: early enough for `| head`, and few enough calls for 100,000 lines."""
+
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+def escape(text: str) -> str:
+    """`text` with all that is not printable as `\\x1b`, `\\n`, `\\u202e`; and `\\` as `\\\\`.
+
+    Names come from checkpoints that may be hostile: raw, an escape sequence could rewrite what the
+    terminal has shown, a line break could fake a line, and a direction mark could turn text around.
+    """
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
+def error_line(text: str) -> str:
+    """A message as one line, escaped. Backslashes stay: messages hold names escaped already."""
+    return " ".join("\\".join(map(escape, line.split("\\"))) for line in text.splitlines())
+
+
+def human(nbytes: int) -> str:
+    """A number of bytes in three digits or so: `999 B`, `1.5 KiB`, `12.0 GiB`."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        value /= 1024
+        if value < 1023.95:
+            break
+    return f"{value:.1f} {unit}"
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things: `1 tensor`, `2,000 tensors`."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+class Output:
+    """Standard output: colour on a terminal only (and not where NO_COLOR is set)."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self.colour = (
+            self._stream.isatty()
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb"
+        )
+
+    def paint(self, style: str, text: str) -> str:
+        """`text` in that style, if there is colour."""
+        return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self.colour and text else text
+
+    def line(self, text: str = "") -> None:
+        self._stream.write(text + "\n")
+
+    def lines(self, lines: Iterable[str]) -> None:
+        source = iter(lines)
+        while some := list(islice(source, _LINES)):
+            self._stream.write("\n".join(some) + "\n")

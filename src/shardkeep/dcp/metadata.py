@@ -1,0 +1,63 @@
+"""An index as torch's own metadata classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from shardkeep.types import DTYPES, Index
+
+__all__ = ["to_torch"]
+
+
+def to_torch(index: Index) -> Metadata:
+    """The metadata that stock torch's reader would give for this checkpoint."""
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for row, name in enumerate(index.tensors.names):
+        shape = torch.Size(index.tensors.shape[row, : index.tensors.ndim[row]].tolist())
+        dtype = getattr(torch, DTYPES[index.tensors.dtype[row]].name)
+        properties = TensorProperties(dtype=dtype)
+        entries[name] = TensorStorageMetadata(properties, shape, [])
+    chunks = index.chunks
+    for row, tensor in enumerate(chunks.tensor.tolist()):
+        name = index.tensors.names[tensor]
+        ndim = int(index.tensors.ndim[tensor])
+        offsets = torch.Size(chunks.offsets[row, :ndim].tolist())
+        sizes = torch.Size(chunks.sizes[row, :ndim].tolist())
+        held = entries[name].chunks
+        places[MetadataIndex(name, offsets, len(held))] = _StorageInfo(
+            index.files[int(chunks.file[row])], int(chunks.item[row]), int(chunks.length[row])
+        )
+        held.append(ChunkStorageMetadata(offsets, sizes))
+    objects = index.objects
+    for row, name in enumerate(objects.names):
+        entries[name] = BytesStorageMetadata()
+        places[MetadataIndex(name)] = _StorageInfo(
+            index.files[int(objects.file[row])], int(objects.item[row]), int(objects.length[row])
+        )
+    return Metadata(entries, planner_data=_planner_data(index), storage_data=places)
+
+
+def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]]:
+    if index.structure is None:
+        return {name: (name,) for name in (*index.tensors.names, *index.objects.names)}
+    containers = index.structure.containers
+    paths = {**index.structure.leaves, **index.twins}
+    return {
+        name: tuple(
+            key if containers.get(path[:depth]) == "list" else str(key)
+            for depth, key in enumerate(path)
+        )
+        for name, path in paths.items()
+    }

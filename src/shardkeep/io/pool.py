@@ -1,0 +1,94 @@
+"""Several threads for one call: they end with it, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from threading import Lock, Thread
+from typing import Generic, TypeVar
+
+from shardkeep.contracts import Progress
+
+__all__ = ["Meter", "parallel"]
+
+T = TypeVar("T")
+
+
+class _Jobs(Generic[T]):
+    """Hands out jobs to threads, in order, until one fails."""
+
+    def __init__(self, jobs: Sequence[T]) -> None:
+        self._jobs = iter(jobs)
+        self._lock = Lock()
+        self._stopped = False
+        self.errors: list[BaseException] = []
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self._lock:
+            if self._stopped:
+                raise StopIteration
+            return next(self._jobs)
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._stopped = True
+            self.errors.append(error)
+
+
+def parallel(jobs: Sequence[T], worker: Callable[[Iterator[T]], None], threads: int) -> None:
+    """Let `threads` workers, the calling thread among them, take jobs until there are none.
+
+    After the first error no worker gets another job. All threads have ended when this returns or
+    raises that error.
+    """
+    shared = _Jobs(jobs)
+
+    def guarded() -> None:
+        try:
+            worker(shared)
+        except BaseException as error:
+            shared.fail(error)
+
+    helpers = [
+        Thread(target=guarded, name=f"shardkeep-io-{n}", daemon=True)
+        for n in range(min(threads, len(jobs)) - 1)
+    ]
+    started = []
+    try:
+        for helper in helpers:
+            helper.start()
+            started.append(helper)
+        guarded()
+    finally:
+        _join(started, shared)
+    if shared.errors:
+        raise shared.errors[0]
+
+
+def _join(threads: list[Thread], jobs: _Jobs[T]) -> None:
+    """Wait for all threads; a Ctrl-C makes them stop early, but is waited through."""
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as interrupt:
+                jobs.fail(interrupt)
+
+
+class Meter:
+    """Adds up what several threads have done."""
+
+    def __init__(self, progress: Progress | None, phase: str, total: int) -> None:
+        self._progress, self._phase, self._total = progress, phase, total
+        self._lock = Lock()
+        self._done = 0
+
+    def add(self, nbytes: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += nbytes
+            done = self._done
+        self._progress(self._phase, done, self._total)

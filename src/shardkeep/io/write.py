@@ -1,0 +1,209 @@
+"""Items into files: head, payload and tail in one pass, with digests on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.contracts import Codec, Progress, Sink, Store
+from shardkeep.io.digest import crc32, whole_crc
+from shardkeep.io.pool import Meter, parallel
+from shardkeep.knobs import BLOCK
+from shardkeep.types import I64
+
+__all__ = ["Item", "Payload", "Written", "write_items"]
+
+Payload = memoryview | NDArray[Any]
+
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """One item to write: how it is wrapped, and its payload's bytes, C-contiguous.
+
+    `payload` may be a function that makes them: it is called when their turn comes, so that what
+    must be copied first (from a device, or out of a view) takes memory one payload at a time.
+    """
+
+    codec: Codec
+    payload: Payload | Callable[[], Payload]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """Where N items went, in the order in which files and items were given."""
+
+    files: tuple[str, ...]
+    file: NDArray[np.int32]
+    """[N] position in `files`."""
+    item: I64
+    """[N] where the item starts, in bytes."""
+    length: I64
+    """[N] bytes of the item."""
+    payload: I64
+    """[N] where the payload starts in the file, in bytes."""
+    block: I64
+    """[N + 1] rows block[i]:block[i + 1] of `digests` belong to item i."""
+    digests: NDArray[np.uint32]
+    """CRC-32 of each block of `BLOCK` bytes of a payload."""
+    crc: NDArray[np.uint32]
+    """[N] CRC-32 of the whole payload."""
+
+
+def write_items(
+    store: Store,
+    files: Mapping[str, Sequence[Item]],
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Written:
+    """Write new files, each with its items one after the other; durable on return.
+
+    `store.sync()`, for the names of the files, is the caller's. After an error nothing is left of
+    the file that failed, but other files may be complete: the caller removes what it does not
+    commit.
+
+    Args:
+        store: where to.
+        files: name -> its items; no file may exist yet.
+        threads: how many files are written at a time.
+        progress: told how many bytes of payload are written. The total has those that are at hand
+            or whose codec knows them (as `nbytes`).
+
+    Raises:
+        OSError: from the store, naming the file. Other threads stop.
+    """
+    total = sum(_nbytes(item) for items in files.values() for item in items) if progress else 0
+    meter = Meter(progress, "write", total)
+    done = {name: _Rows() for name in files}
+
+    def worker(names: Iterator[str]) -> None:
+        for name in names:
+            try:
+                with store.create(name) as sink:
+                    _write_file(_Packed(sink, meter), files[name], done[name])
+            except OSError as error:
+                _name(error, name)
+                raise
+
+    parallel(list(files), worker, threads)
+    return _written(done)
+
+
+@dataclass(slots=True)
+class _Rows:
+    """The columns of one file, as they grow."""
+
+    item: list[int] = field(default_factory=list)
+    length: list[int] = field(default_factory=list)
+    payload: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+    crc: list[int] = field(default_factory=list)
+
+
+class _Packed:
+    """Collects small writes, so that a small tensor costs no system call of its own."""
+
+    def __init__(self, sink: Sink, meter: Meter) -> None:
+        self._sink, self._meter = sink, meter
+        self._waiting = bytearray()
+        self._unreported = 0
+        self.position = 0
+
+    def write(self, data: bytes | memoryview, payload: int = 0) -> None:
+        """Append bytes, `payload` of which belong to one (and not to what is around it)."""
+        self.position += len(data)
+        self._unreported += payload
+        if len(data) < BLOCK:
+            self._waiting += data
+            if len(self._waiting) >= _BUFFER:
+                self.flush()
+        else:
+            self.flush()
+            self._sink.write(data)
+            self._report()
+
+    def flush(self) -> None:
+        if self._waiting:
+            self._sink.write(self._waiting)
+            self._waiting = bytearray()
+            self._report()
+
+    def _report(self) -> None:
+        self._meter.add(self._unreported)
+        self._unreported = 0
+
+
+def _write_file(packed: _Packed, items: Sequence[Item], rows: _Rows) -> None:
+    for item in items:
+        start = packed.position
+        packed.write(item.codec.head(start))
+        rows.item.append(start)
+        rows.payload.append(packed.position)
+        payload = _bytes(item.payload() if callable(item.payload) else item.payload)
+        blocks = _write_payload(packed, payload)
+        crc = blocks[0] if len(blocks) == 1 else whole_crc(blocks, len(payload))
+        packed.write(item.codec.tail(start, crc))
+        rows.length.append(packed.position - start)
+        rows.blocks.append(len(blocks))
+        rows.digests += blocks
+        rows.crc.append(crc)
+    packed.flush()
+
+
+def _write_payload(packed: _Packed, payload: memoryview) -> list[int]:
+    """Write it in slices that are still in the cache from their digests; those are returned."""
+    blocks = []
+    for at in range(0, len(payload), _BUFFER):
+        part = payload[at : at + _BUFFER]
+        blocks += [crc32(part[low : low + BLOCK]) for low in range(0, len(part), BLOCK)]
+        packed.write(part, len(part))
+    return blocks
+
+
+def _nbytes(item: Item) -> int:
+    if callable(item.payload):
+        return int(getattr(item.codec, "nbytes", 0))
+    return item.payload.nbytes
+
+
+def _bytes(payload: Payload) -> memoryview:
+    """The payload as plain bytes, without a copy."""
+    array = np.asarray(payload)
+    if not array.flags.c_contiguous:
+        raise ValueError("a payload must be C-contiguous")
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _name(error: OSError, name: str) -> None:
+    """Make the error say which file it was, where the store did not."""
+    if error.filename is None and name not in str(error):
+        if error.errno is None:
+            error.args = (f"{name}: {error}",)
+        else:
+            error.filename = name
+
+
+def _written(done: Mapping[str, _Rows]) -> Written:
+    def column(attribute: str, dtype: type[Any]) -> NDArray[Any]:
+        return np.array([x for rows in done.values() for x in getattr(rows, attribute)], dtype)
+
+    counts = column("blocks", np.int64)
+    block = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=block[1:])
+    return Written(
+        files=tuple(done),
+        file=np.repeat(np.arange(len(done), dtype=np.int32), [len(r.item) for r in done.values()]),
+        item=column("item", np.int64),
+        length=column("length", np.int64),
+        payload=column("payload", np.int64),
+        block=block,
+        digests=column("digests", np.uint32),
+        crc=column("crc", np.uint32),
+    )

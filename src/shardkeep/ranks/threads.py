@@ -1,0 +1,57 @@
+"""Ranks that are threads of one process: for simulation and for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Concatenate, ParamSpec, TypeVar
+
+from shardkeep.contracts import Ranks
+from shardkeep.errors import RankFailed
+from shardkeep.ranks.heart import Timing
+from shardkeep.ranks.keys import MemoryKeys
+from shardkeep.ranks.session import KeyRanks
+
+__all__ = ["run"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def run(
+    size: int,
+    function: Callable[Concatenate[Ranks, P], T],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> list[T]:
+    """Call `function(ranks, *args)` on `size` ranks at once; the results, in rank order.
+
+    Waits for all of them. Threads cannot be killed, so there are no heartbeats; a rank that never
+    enters a session is given up after `knobs.deadline()`.
+
+    Raises:
+        The error of the rank that failed first, with a note that names the rank. Where ranks only
+        passed on what they were told (`RankFailed`), the one they were told about is meant.
+    """
+    keys = MemoryKeys()
+    timing = replace(Timing.from_knobs(), heartbeat=0.0)
+    errors: list[tuple[int, BaseException]] = []
+
+    def one(rank: int) -> T:
+        ranks = KeyRanks(keys, rank, range(size), timing=timing)
+        try:
+            return function(ranks, *args, **kwargs)
+        except BaseException as error:
+            errors.append((rank, error))
+            raise
+
+    with ThreadPoolExecutor(size, thread_name_prefix="rank") as pool:
+        futures = [pool.submit(one, rank) for rank in range(size)]
+    if not errors:
+        return [future.result() for future in futures]
+    rank, error = min(errors, key=lambda item: isinstance(item[1], RankFailed))
+    # What add_note does, which Python 3.10 lacks.
+    notes = [*getattr(error, "__notes__", ()), f"raised on rank {rank} of {size}"]
+    error.__notes__ = notes  # type: ignore[attr-defined]
+    raise error

@@ -1,0 +1,412 @@
+"""Small values: exact there and back, and nothing else comes out of hostile JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from collections import Counter, OrderedDict, namedtuple
+from datetime import datetime, timedelta, timezone, tzinfo
+from decimal import Decimal
+from enum import IntEnum
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nps
+
+from shardkeep.errors import FormatError
+from shardkeep.format.values import (
+    LIMIT,
+    MAX_DEPTH,
+    NotEncodable,
+    decode,
+    decode_key,
+    digest,
+    dumps,
+    encode,
+    encode_key,
+    loads,
+)
+from shardkeep.types import DType, Opaque
+
+
+def exact(value):
+    """A form in which two values are equal only if types, order and bits are, too."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind, [exact(v) for v in value]
+    if kind in (dict, OrderedDict):
+        return kind, [(exact(k), exact(v)) for k, v in value.items()]
+    if kind in (set, frozenset):
+        return kind, sorted(map(repr, map(exact, value)))
+    if kind is float:
+        return kind, struct.pack("<d", value)
+    if kind is complex:
+        return kind, struct.pack("<2d", value.real, value.imag)
+    if isinstance(value, np.ndarray | np.generic):
+        return kind, value.dtype, value.dtype.str, value.shape, value.tobytes()
+    if kind is slice:
+        return kind, exact([value.start, value.stop, value.step])
+    if kind is datetime:
+        return kind, value.isoformat(), value.fold
+    if kind is Decimal:
+        return kind, value.as_tuple()
+    return kind, value
+
+
+def through_text(value):
+    return decode(loads(dumps(encode(value))))
+
+
+texts = st.text(st.characters(), max_size=20) | st.text(
+    st.sampled_from('a\ud800\udc00\x00é\U0001f600\\"'), max_size=6
+)
+bits = st.integers(0, 2**64 - 1).map(lambda n: struct.unpack("<d", struct.pack("<Q", n))[0])
+zones = st.none() | st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(timezone)
+keys = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False),
+    texts,
+    st.binary(max_size=9),
+    st.complex_numbers(allow_nan=False),
+    st.dates(),
+    st.datetimes(timezones=zones),
+    st.timedeltas(),
+    st.decimals(allow_nan=False),
+    texts.filter(lambda t: "\0" not in t).map(PurePosixPath),
+    texts.map(PureWindowsPath),
+    st.builds(range, st.integers(), st.integers(), st.integers().filter(bool)),
+)
+numpy_dtypes = st.one_of(
+    nps.boolean_dtypes(),
+    nps.integer_dtypes(endianness="?"),
+    nps.unsigned_integer_dtypes(endianness="?"),
+    nps.floating_dtypes(endianness="?", sizes=(16, 32, 64)),
+    nps.complex_number_dtypes(endianness="?", sizes=(64, 128)),
+    nps.datetime64_dtypes(),
+    nps.timedelta64_dtypes(),
+    nps.byte_string_dtypes(max_len=4),
+    nps.unicode_string_dtypes(max_len=4),
+)
+arrays = nps.arrays(numpy_dtypes, nps.array_shapes(min_dims=0, min_side=0, max_side=3))
+extended = st.sampled_from([ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+scalars = nps.arrays(numpy_dtypes, ()).map(lambda a: a[()]).filter(lambda s: s.dtype.itemsize > 0)
+leaves = st.one_of(
+    keys,
+    bits,
+    st.builds(complex, bits, bits),
+    st.binary(max_size=9).map(bytearray),
+    arrays,
+    st.builds(
+        lambda d, b: np.frombuffer(b, d), extended, st.binary(max_size=6).map(lambda b: b * 2)
+    ),
+    scalars,
+    st.builds(lambda d, x: d(x), extended, st.floats(-4, 4)),
+    st.builds(slice, st.none() | st.integers(), st.none() | st.integers(), st.integers()),
+    st.sampled_from([DType.named("bfloat16"), Opaque("torch", "device", ("cuda", 1))]),
+)
+values = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=4).map(tuple),
+        st.dictionaries(keys, inner, max_size=4),
+        st.dictionaries(keys | st.tuples(keys, keys), inner, max_size=4).map(OrderedDict),
+        st.sets(keys, max_size=4),
+        st.frozensets(keys, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@given(values)
+@settings(max_examples=400, deadline=None)
+def test_values_come_back_exactly(value):
+    assert exact(through_text(value)) == exact(value)
+
+
+@given(keys | st.tuples(keys, keys))
+def test_keys_come_back_exactly(key):
+    assert exact(decode_key(loads(dumps(encode_key(key))))) == exact(key)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        10**5000,
+        -(2**63) - 1,
+        2**63,
+        -0.0,
+        5e-324,
+        math.inf,
+        math.nan,
+        -math.nan,
+        struct.unpack("<d", (0x7FF8DEADBEEF0001).to_bytes(8, "little"))[0],
+        "\ud800\udc00",
+        {1: "int", "1": "str", (1,): "tuple", b"1": "bytes"},
+        OrderedDict([("b", 1), ("a", 2)]),
+        {"b": 1, "a": 2},
+        Path("a/b"),
+        datetime(2020, 10, 25, 1, 30, fold=1, tzinfo=timezone.utc),
+        Decimal("sNaN12"),
+        Decimal("-0E+7"),
+        np.float32("nan"),
+        np.array(7, ">i2"),
+        np.zeros((0, 3), "<c8"),
+        np.array(["é", "\U0001f600"]),
+        np.array([], ml_dtypes.bfloat16),
+        ml_dtypes.float8_e8m0fnu(2.0),
+        np.bool_(True),
+        np.str_("é"),
+        np.datetime64("2020-01-01T00:00:00.000001"),
+        [[]] * 0,
+        ((), (), ()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_special_value_comes_back_exactly(value):
+    assert exact(through_text(value)) == exact(value)
+
+
+def test_arrays_come_back_writable():
+    array = through_text(np.arange(3))
+    array[0] = 9
+    assert array.tolist() == [9, 1, 2]
+
+
+class _Int(int):
+    pass
+
+
+class _Zone(tzinfo):
+    pass
+
+
+_shared: list[int] = []
+_cycle: list[object] = []
+_cycle.append((_cycle,))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (_Int(1), "_Int is not carried"),
+        (IntEnum("Color", "red").red, "Color is not carried"),
+        (namedtuple("Pair", "a b")(1, 2), "Pair is not carried"),
+        (Counter("a"), "Counter is not carried"),
+        (object(), "object is not carried"),
+        (len, "builtin_function_or_method is not carried"),
+        (int, "builtins.type is not carried"),
+        ({"a": [object()]}, "object is not carried"),
+        ([_shared, _shared], "one list occurs twice, or inside itself"),
+        (_cycle, "one list occurs twice, or inside itself"),
+        (np.array([object()]), "dtype object is not carried"),
+        (np.zeros(1, [("a", "i4")]), "is not carried"),
+        (np.zeros(2, np.longdouble), "is not carried"),
+        (np.ma.masked_array([1], [True]), "MaskedArray is not carried"),
+        (np.longlong(1) if np.longlong is not np.int64 else object(), "is not carried"),
+        (np.str_("a\0"), "is not carried"),
+        (datetime(2020, 1, 1, tzinfo=_Zone()), "time zone of type _Zone"),
+        (datetime(2020, 1, 1, tzinfo=timezone(timedelta(0), "X")), "time zone of type timezone"),
+        (bytes(LIMIT), "too large"),
+        ("x" * LIMIT, "too large"),
+        (np.zeros(LIMIT), "too large"),
+        (10 ** (3 * LIMIT), "too large"),
+        (list(range(LIMIT)), "too large"),
+        (Opaque("builtins", "eval", ("1",)), "Opaque is not carried"),
+        (Opaque("torch", "device", ("cpu", 0, 1)), "Opaque is not carried"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_what_is_not_carried_exactly_is_refused(value, reason):
+    with pytest.raises(NotEncodable, match=reason):
+        encode(value)
+
+
+def test_depth_is_bounded_alike_on_both_sides():
+    value, text = 1, "1"
+    for _ in range(MAX_DEPTH):
+        value, text = [value], f"[{text}]"
+    assert exact(through_text(value)) == exact(value)
+    with pytest.raises(NotEncodable, match="nested deeper than 64"):
+        encode([value])
+    with pytest.raises(FormatError, match="nested deeper than 64"):
+        decode(json.loads(f"[[{text}]]"))
+
+
+def test_sharing_cannot_blow_up():
+    value: tuple[object, ...] = ()
+    for _ in range(40):
+        value = (value, value)
+    with pytest.raises(NotEncodable, match="too large"):
+        encode(value)
+
+
+def test_sets_have_one_order_in_every_process():
+    program = (
+        "from shardkeep.format.values import encode, digest;"
+        "print(digest(encode({str(i) for i in range(50)} | {1, 2.5, b'x', None})).hex())"
+    )
+    outcomes = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outcomes) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0),
+        (1, True),
+        (0.0, -0.0),
+        ([1], (1,)),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ("1", b"1"),
+    ],
+)
+def test_digests_differ_where_values_do(one, other):
+    assert digest(encode(one)) != digest(encode(other))
+    assert digest(encode(one)) == digest(encode(one))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[" * 100_000,
+        '{"tuple":[' * 50_000 + "]}" * 50_000,
+        "NaN",
+        "[Infinity]",
+        "9" * 10_000,
+        "{}",
+        '{"list":[],"tuple":[]}',
+        '{"eval":"1"}',
+        '{"tuple":{}}',
+        '{"dict":[[[],1]]}',
+        '{"dict":[[1,1],[true,2]]}',
+        '{"dict":{"ab":1}}',
+        '{"dict":["ab"]}',
+        '{"set":[{"dict":[]}]}',
+        '{"int":"zz"}',
+        '{"int":1}',
+        '{"float":"1"}',
+        '{"float":"00"}',
+        '{"bytes":"!"}',
+        '{"str":"//8="}',
+        '{"complex":[1]}',
+        '{"complex":["a","b"]}',
+        '{"range":[1,2,0]}',
+        '{"range":[1.5,2,1]}',
+        '{"date":"x"}',
+        '{"datetime":["2020-01-01",2]}',
+        '{"timedelta":[1e300,0,0]}',
+        '{"timedelta":[100000000000,0,0]}',
+        '{"Decimal":"x"}',
+        '{"array":["|O",[1],"AAAAAAAAAAA="]}',
+        '{"array":["<f4,<f4",[1],"AAAAAAAAAAA="]}',
+        '{"array":["<f8",[2],"AAAAAAAAAAA="]}',
+        '{"array":["<f8",[1,0],"AAAAAAAAAAA="]}',
+        '{"array":["<f8",[-1],"AAAAAAAAAAA="]}',
+        '{"array":["<f8",[4611686018427387904,0,8],""]}',
+        '{"array":["<U1",[1],"/////w=="]}',
+        '{"array":["<U99999999999",[0],""]}',
+        '{"scalar":["<f8",[1,0],"AAAAAAAAAAA="]}',
+        '{"path":["Path","x"]}',
+        '{"path":["PosixPath",["x"]]}',
+        '{"path":["PosixPath",' * 300 + '"x"' + "]}" * 300,
+        '{"complex":[' * 300 + '"x"' + "]}" * 300,
+        '{"torch.Size":["x"]}',
+        '{"torch.dtype":"load"}',
+        '{"torch.device":"../x"}',
+        '{"torch.device":7}',
+    ],
+    ids=lambda t: t[:40],
+)
+def test_broken_json_is_one_error(text):
+    with pytest.raises(FormatError):
+        decode(loads(text, file="m"))
+
+
+def test_an_error_of_json_names_file_and_place():
+    with pytest.raises(FormatError, match=r"^manifest\.npz, values: not valid JSON: "):
+        loads("{", file="manifest.npz", place="values")
+
+
+def test_keys_with_equal_hashes_do_not_stall_the_reader():
+    prime = 2**61 - 1  # ints are hashed modulo it
+    keys_ = [[prime * (n + 1), None] for n in range(20_000)]
+    with pytest.raises(FormatError, match="equal hashes"):
+        decode({"dict": keys_})
+    with pytest.raises(FormatError, match="equal hashes"):
+        decode({"set": [key for key, _ in keys_]})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                "int float str bytes bytearray complex tuple dict OrderedDict set frozenset slice "
+                "range datetime timedelta Decimal array scalar path torch.Size torch.dtype".split()
+            ),
+            inner,
+            min_size=1,
+            max_size=1,
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@given(json_values)
+@settings(max_examples=500, deadline=None)
+def test_any_json_is_a_value_or_a_format_error(value):
+    try:
+        decode(value)
+    except FormatError:
+        return
+
+
+def test_values_of_torch():
+    torch = pytest.importorskip("torch")
+    make = {
+        "torch.Size": torch.Size,
+        "torch.dtype": lambda name: getattr(torch, name),
+        "torch.device": torch.device,
+    }
+    state = {
+        "size": torch.Size([2, 3]),
+        "dtype": torch.bfloat16,
+        "devices": [torch.device("cpu"), torch.device("cuda:1"), torch.device("meta")],
+    }
+    value = loads(dumps(encode(state)))
+    assert exact(decode(value, make)) == exact(state)
+    assert decode(value) == {
+        "size": (2, 3),
+        "dtype": DType.named("bfloat16"),
+        "devices": [
+            Opaque("torch", "device", ("cpu",)),
+            Opaque("torch", "device", ("cuda", 1)),
+            Opaque("torch", "device", ("meta",)),
+        ],
+    }
+    assert encode(decode(value)["devices"]) == encode(state["devices"])
+    for tensor in (torch.zeros(1), torch.nn.Parameter(torch.zeros(1)), torch.strided):
+        with pytest.raises(NotEncodable, match="is not carried"):
+            encode(tensor)
