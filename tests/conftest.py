@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+
+from shardkeep.ranks import threads
 from support.gloo import Pool
 
 
@@ -14,6 +17,30 @@ def gloo() -> Iterator[Pool]:
     pytest.importorskip("torch")
     with Pool() as pool:
         yield pool
+
+
+@pytest.fixture(
+    params=["threads", pytest.param("gloo", marks=[pytest.mark.gloo, pytest.mark.torch])]
+)
+def play(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[Any]]:
+    """Run a scenario, `function(ranks, *args)`, on simulated and on real ranks.
+
+    `play(function, *args, size=4, env={})` gives what each rank returned, in rank order.
+    """
+    if request.param == "gloo":
+        pool: Pool = request.getfixturevalue("gloo")
+        return pool.ranks
+
+    def simulate(
+        function: Callable[..., Any], *args: Any, size: int = 4, env: dict[str, str] | None = None
+    ) -> list[Any]:
+        for name, value in (env or {}).items():
+            monkeypatch.setenv(name, value)
+        return threads.run(size, function, *args)
+
+    return simulate
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ rank reports where its bytes went; the coordinator makes one index of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from shardkeep import commit
 from shardkeep.contracts import Session
 from shardkeep.errors import AlreadyExists, Conflict, ShardkeepError
+from shardkeep.format.claims import outline, pack_claim, unpack_claim
 from shardkeep.format.columns import pack, unpack
-from shardkeep.format.manifest import structure_from_json, structure_to_json
 from shardkeep.io.write import Written
 from shardkeep.plan.settle import Settlement, settle
-from shardkeep.types import DTYPES, I64, Chunks, Claim, DType, Index, Objects, Tensors
+from shardkeep.types import I64, Chunks, Claim, Index, Objects
 
 __all__ = ["Order", "own", "report"]
 
@@ -57,25 +57,26 @@ def own(session: Session, claim: Claim, admit: Callable[[], None]) -> Order:
     Raises:
         Conflict, AlreadyExists: on every rank, with the same message.
     """
-    outline = _outline(claim)
-    digest = blake2b(outline, digest_size=16).hexdigest()
+    mine = outline(claim)
+    digest = blake2b(mine, digest_size=16).hexdigest()
     lead = session.rank == 0
     hello = pack({"save_id": commit.new_id(), "outline": digest}, {}) if lead else None
     known, _ = unpack(session.broadcast(hello))
     # Ranks of one job mostly have the same names and shapes: only who differs sends them.
     same = known["outline"] == digest and not lead
-    answers = session.gather(pack({"same": same}, _piece_columns(claim, b"" if same else outline)))
+    answers = session.gather(pack_claim(claim, None if same else mine))
     if answers is None:
         return _order(session.scatter(None))
     try:
         admit()
-        settlement = settle(_claims(answers))
+        first = unpack_claim(answers[0], None)
+        settlement = settle([first, *(unpack_claim(block, first) for block in answers[1:])])
     except tuple(_REFUSALS.values()) as error:
         refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})
         return _order(session.scatter([refusal] * session.size))
     orders = [_pack_order(known["save_id"], settlement, rank) for rank in range(session.size)]
-    mine = _order(session.scatter(orders))
-    return Order(mine.save_id, mine.pieces, mine.objects, settlement)
+    order = _order(session.scatter(orders))
+    return replace(order, settlement=settlement)
 
 
 def report(session: Session, order: Order, written: Written) -> Index | None:
@@ -100,71 +101,6 @@ def report(session: Session, order: Order, written: Written) -> Index | None:
     if reports is None or order.settlement is None:
         return None
     return _index(order.settlement, [unpack(block) for block in reports])
-
-
-def _outline(claim: Claim) -> bytes:
-    tensors = claim.tensors
-    return pack(
-        {
-            "names": list(tensors.names),
-            "dtypes": [DTYPES[code].name for code in tensors.dtype.tolist()],
-            "objects": list(claim.objects),
-            "values": dict(claim.values),
-            "structure": structure_to_json(claim.structure),
-            "twins": list(claim.twins),
-        },
-        {"ndim": tensors.ndim, "shape": tensors.shape},
-    )
-
-
-def _piece_columns(claim: Claim, outline: bytes) -> dict[str, NDArray[Any]]:
-    return {
-        "piece": claim.piece,
-        "offsets": claim.offsets,
-        "sizes": claim.sizes,
-        "alias": claim.alias,
-        "outline": np.frombuffer(outline, dtype=np.uint8),
-    }
-
-
-def _claims(answers: Sequence[bytes]) -> list[Claim]:
-    claims: list[Claim] = []
-    for answer in answers:
-        head, columns = unpack(answer)
-        outline = claims[0] if head["same"] else _read_outline(columns["outline"].tobytes())
-        claims.append(
-            Claim(
-                tensors=outline.tensors,
-                piece=columns["piece"],
-                offsets=columns["offsets"],
-                sizes=columns["sizes"],
-                alias=columns["alias"],
-                objects=outline.objects,
-                values=outline.values,
-                structure=outline.structure,
-                twins=outline.twins,
-            )
-        )
-    return claims
-
-
-def _read_outline(block: bytes) -> Claim:
-    head, columns = unpack(block)
-    codes = np.array([DType.named(name).code for name in head["dtypes"]], dtype=np.uint8)
-    structure = structure_from_json(head["structure"])
-    named = {".".join(map(str, path)): path for path in structure.containers}
-    none = np.empty(0, dtype=np.int64)
-    return Claim(
-        tensors=Tensors(tuple(head["names"]), codes, columns["ndim"], columns["shape"]),
-        piece=none,
-        offsets=none,
-        sizes=none,
-        alias=none,
-        objects=tuple(head["objects"]),
-        values=head["values"],
-        structure=structure,
-        twins={name: named[name] for name in head["twins"]},
-    )
 
 
 def _pack_order(save_id: str, settlement: Settlement, rank: int) -> bytes:

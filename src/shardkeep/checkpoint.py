@@ -15,6 +15,7 @@ from shardkeep import commit, knobs
 from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format import container, transforms, values
+from shardkeep.format.manifest import Outline
 from shardkeep.io.digest import crc32
 from shardkeep.io.read import Copy, ReadStats, read_copies
 from shardkeep.plan.coverage import coverage
@@ -87,7 +88,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return self.found.kind
 
     @cached_property
-    def outline(self) -> Index:
+    def outline(self) -> Index | Outline:
         """Names, dtypes, shapes, structure; its chunk columns may be empty."""
         return self.found.outline()
 

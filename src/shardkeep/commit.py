@@ -17,10 +17,10 @@ from typing import Any
 from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.format import safetensors
-from shardkeep.format.manifest import manifest_name, read_manifest, read_outline, write_manifest
+from shardkeep.format.manifest import Outline, read_manifest, read_outline, write_manifest
 from shardkeep.format.metadata import merge_metadata, read_metadata
 from shardkeep.format.metadata_write import metadata_bytes
-from shardkeep.format.trailer import TRAILER_SIZE, Trailer
+from shardkeep.format.trailer import TRAILER_SIZE, Trailer, manifest_name
 from shardkeep.types import Index
 
 __all__ = ["METADATA", "Found", "data_file", "find", "new_id", "publish", "sweep"]
@@ -31,8 +31,8 @@ _MAX_INDEX_JSON = 1 << 28
 
 
 def new_id() -> str:
-    """An id that no other save has: 16 hexadecimal digits."""
-    return secrets.token_hex(8)
+    """An id that no other save has: 32 hexadecimal digits."""
+    return secrets.token_hex(16)
 
 
 def data_file(rank: int, number: int, save_id: str) -> str:
@@ -53,7 +53,7 @@ class Found:
     """
 
     kind: str
-    outline: Callable[[], Index]
+    outline: Callable[[], Index | Outline]
     index: Callable[[], Index]
     trailer: Trailer | None = None
 
@@ -137,7 +137,7 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
             lambda offset, length: data[offset : offset + length], len(data), file=name
         )
 
-    def outline() -> Index:
+    def outline() -> Outline:
         return read_outline(read_at, trailer.manifest_length, file=name)
 
     try:

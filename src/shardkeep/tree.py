@@ -199,7 +199,7 @@ def _kind(value: Any) -> str:
 
 
 def _checked(key: Any, path: Path) -> Any:
-    parts = [key]
+    parts = [] if type(key) is str else [key]
     while parts:
         part = parts.pop()
         if type(part) is tuple:
@@ -387,6 +387,8 @@ def merge(structures: Sequence[Structure]) -> Structure:
     if structures:
         nodes[()].kind = structures[0].containers[()]
     for rank, structure in enumerate(structures):
+        if rank and structure == structures[rank - 1]:
+            continue
         for path, event in _events(structure):
             if event is not None:
                 if names.get(event) == path:

@@ -323,7 +323,7 @@ class Objects:
     crc: I64
     """[K] CRC-32 of the item's bytes, or -1 where it is not known."""
     values: Mapping[str, Any]
-    """Name -> value of those whose value is known without reading the item."""
+    """Name -> value, as typed JSON (`format.values`), where it is known without the item."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

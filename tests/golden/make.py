@@ -395,12 +395,14 @@ def only_known(function: Callable[..., Any], options: dict[str, Any]) -> dict[st
 def save(state: State, *, planner: Any = None, writer: Any = None, **options: Any) -> None:
     """Save with this release's own function, on every rank of the group or on this one alone."""
     writer = writer or file_writer()
-    alone = not dist.is_initialized()
+    function = dcp.save if hasattr(dcp, "save") else dcp.save_state_dict
+    if not dist.is_initialized() and "no_dist" in inspect.signature(function).parameters:
+        options["no_dist"] = True
+    options = {**only_known(function, options), "planner": planner}
     if hasattr(dcp, "save"):
-        dcp.save(state, storage_writer=writer, planner=planner, **only_known(dcp.save, options))
+        function(state, storage_writer=writer, **options)
     else:
-        options = only_known(dcp.save_state_dict, options)
-        dcp.save_state_dict(state, writer, planner=planner, no_dist=alone, **options)
+        function(state, writer, **options)
 
 
 def file_writer(**options: Any) -> Any:
@@ -426,6 +428,9 @@ def placed(full: torch.Tensor, mesh: Any, *placements: Any) -> Any:
         raise NotInThisReleaseError("the checkpoint package of 2.0 knows no DTensor")
     shard, replicate = dtensor_name("Shard"), dtensor_name("Replicate")
     chosen = [replicate() if place == "r" else shard(place) for place in placements]
+    if full.dtype == torch.bfloat16 and RELEASE < (2, 3):  # gloo could not scatter it yet
+        local = full.chunk(RANKS, placements[0])[dist.get_rank()].contiguous()
+        return dtensor_name("DTensor").from_local(local, mesh, chosen, run_check=False)
     return dtensor_name("distribute_tensor")(full, mesh, chosen)
 
 
@@ -854,6 +859,16 @@ def dtensor_1d(run: Run) -> State:
     return full
 
 
+@case(RANKS)
+def dtensor_uneven(run: Run) -> State:
+    """Shards of unequal size, none empty: what 2.1 and 2.2 can do of dtensor_1d."""
+    mesh = cpu_mesh(list(range(RANKS)))
+    full = {"rows": run.tensor("rows", 7, 4), "bias": run.tensor("bias", 5)}
+    full["columns"] = run.tensor("columns", 3, 10)
+    save({name: placed(full[name], mesh, int(name == "columns")) for name in full})
+    return full
+
+
 def on_square(run: Run, tensors: dict[str, tuple[tuple[int, ...], tuple[Any, Any]]]) -> State:
     """Save tensors of (shape, placements) on a 2 by 2 mesh."""
     mesh = cpu_mesh([[0, 1], [2, 3]])
@@ -938,7 +953,10 @@ def tp_fsdp2(run: Run) -> State:
         "torch.distributed.fsdp:fully_shard", "torch.distributed._composable.fsdp:fully_shard"
     )
     parallel = importlib.import_module("torch.distributed.tensor.parallel")
-    first_of("torch.distributed.tensor.placement_types:_StridedShard")
+    first_of(
+        "torch.distributed.tensor.placement_types:_StridedShard",
+        "torch.distributed._tensor.placement_types:_StridedShard",
+    )
     mesh = cpu_mesh([[0, 1], [2, 3]], ("dp", "tp"))
     model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
     fill(run, model)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import product
+from math import prod
 
+from shardkeep.cli.terminal import CommandError
 from shardkeep.types import Box
 
-__all__ = ["corner", "parse"]
+__all__ = ["corner", "parse", "slabs"]
 
-_PART = re.compile(r"\s*(?:(?P<one>[+-]?\d{1,18})|(?P<first>[+-]?\d{1,18})?\s*:\s*(?P<end>[+-]?\d{1,18})?)\s*")
+_NUMBER = r"-?\d{1,18}"
+_PART = re.compile(rf"(?P<one>{_NUMBER})|(?P<first>{_NUMBER})?:(?P<end>{_NUMBER})?")
 
 
 def parse(text: str, shape: tuple[int, ...]) -> Box:
@@ -19,12 +24,12 @@ def parse(text: str, shape: tuple[int, ...]) -> Box:
     the tensor is an error.
 
     Raises:
-        ValueError: not a box, more parts than dimensions, or it leaves the tensor.
+        CommandError: not a box, more parts than dimensions, or it leaves the tensor.
     """
-    parts = [part for part in text.strip().strip("[]").split(",")] if text.strip() else []
+    parts = text.split(",") if text.strip() else []
     if len(parts) > len(shape):
-        raise ValueError(
-            f"box {text!r} has {len(parts)} parts, the tensor {len(shape)} dimensions: {list(shape)}"
+        raise CommandError(
+            f"box {text!r} has {len(parts)} parts, but the tensor's shape is {list(shape)}", 2
         )
     ranges = [_range(part, size, text) for part, size in zip(parts, shape, strict=False)]
     ranges += [(0, size) for size in shape[len(parts) :]]
@@ -32,9 +37,9 @@ def parse(text: str, shape: tuple[int, ...]) -> Box:
 
 
 def _range(part: str, size: int, text: str) -> tuple[int, int]:
-    found = _PART.fullmatch(part)
+    found = _PART.fullmatch(part.strip())
     if found is None:
-        raise ValueError(f"box {text!r}: {part!r} is no range (write 0:4, 4:, :, or 7)")
+        raise CommandError(f"box {text!r}: {part!r} is no range (write 0:4, 4:, :, or 7)", 2)
     if found["one"] is not None:
         first = _from_end(int(found["one"]), size)
         end = first + 1
@@ -42,7 +47,7 @@ def _range(part: str, size: int, text: str) -> tuple[int, int]:
         first = _from_end(int(found["first"] or 0), size)
         end = size if found["end"] is None else _from_end(int(found["end"]), size)
     if not 0 <= first <= end <= size:
-        raise ValueError(f"box {text!r}: {part!r} leaves a dimension of {size}")
+        raise CommandError(f"box {text!r}: {part!r} leaves a dimension of {size}", 2)
     return first, end
 
 
@@ -51,12 +56,26 @@ def _from_end(number: int, size: int) -> int:
 
 
 def corner(box: Box, most: int) -> Box:
-    """The leading part of a box with at most `most` elements; the last dimensions get the most."""
+    """The leading part of a box, of at most `most` elements; wider in the last two dimensions."""
     sizes = list(box.sizes)
-    edge = 8
-    while True:
-        cut = [min(size, edge if dim >= len(sizes) - 2 else 2) for dim, size in enumerate(sizes)]
-        small = Box(box.offsets, tuple(cut))
-        if small.numel <= most or edge == 1:
-            return small
-        edge -= 1
+    for dim in reversed(range(len(sizes))):
+        sizes[dim] = min(sizes[dim], 8 if dim >= len(sizes) - 2 else 2, most)
+        most = max(1, most // max(1, sizes[dim]))
+    return Box(box.offsets, tuple(sizes))
+
+
+def slabs(box: Box, most: int) -> Iterator[Box]:
+    """The box in parts of at most `most` elements, in order; rows stay whole where they can."""
+    dim = 0
+    while dim < box.ndim and prod(box.sizes[dim + 1 :]) > most:
+        dim += 1
+    if dim == box.ndim:  # a scalar
+        yield box
+        return
+    step = max(1, most // max(1, prod(box.sizes[dim + 1 :])))
+    outer = [range(o, o + s) for o, s in zip(box.offsets[:dim], box.sizes[:dim], strict=True)]
+    for index in product(*outer):
+        end = box.offsets[dim] + box.sizes[dim]
+        for start in range(box.offsets[dim], end, step):
+            sizes = ((1,) * dim) + (min(step, end - start),) + box.sizes[dim + 1 :]
+            yield Box((*index, start, *box.offsets[dim + 1 :]), sizes)

@@ -11,7 +11,7 @@ import numpy as np
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.cli.entries import Node, Row, matching, rows, tree
 from shardkeep.cli.render import brief, is_json
-from shardkeep.cli.terminal import Output, count, escape, human
+from shardkeep.cli.terminal import CommandError, Output, count, escape, human
 from shardkeep.errors import ShardkeepError
 
 __all__ = ["ls", "print_tree"]
@@ -39,9 +39,10 @@ def ls(
     found = rows(checkpoint)
     shown = found if pattern is None else matching(found, pattern)
     if not shown and pattern is not None:
-        raise LookupError(
+        raise CommandError(
             f"nothing in {checkpoint.url} matches {pattern!r}: "
-            "a pattern fits whole names (try '*part*'), a name lists what is below it"
+            "a pattern fits whole names (try '*part*'), a name lists what is below it",
+            1,
         )
     if as_json:
         _print_json(checkpoint, shown, out)

@@ -57,30 +57,32 @@ def pretty(value: Any, *, width: int = 88, lines: int = 2000) -> Iterator[str]:
 
 def is_json(value: Any) -> bool:
     """Whether JSON holds exactly this value: no tuple, no NaN, no key that is not a string."""
-    seen, rest = 0, [(value, 0)]
-    while rest:
-        one, depth = rest.pop()
-        seen += 1
-        if seen > _NODES or depth > _DEEPEST:
+    seen, level = 0, [value]
+    for _ in range(_DEEPEST):
+        seen += len(level)
+        if seen > _NODES or not all(map(_plain, level)):
             return False
-        kind = type(one)
-        if kind is dict:
-            if not all(type(key) is str for key in one):
-                return False
-            rest += [(entry, depth + 1) for entry in one.values()]
-        elif kind is list:
-            rest += [(entry, depth + 1) for entry in one]
-        elif kind is float:
-            if not math.isfinite(one):
-                return False
-        elif kind is int:
-            if one.bit_length() > _INT_BITS:
-                return False
-        elif one is not None and kind not in (bool, str):
-            return False
-        if len(rest) > _NODES:
-            return False
-    return True
+        if not level:
+            return True
+        level = [inner for one in level for inner in _inside(one)]
+    return False
+
+
+def _plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return len(value) <= _NODES and all(type(key) is str for key in value)
+    if kind is float:
+        return math.isfinite(value)
+    if kind is int:
+        return bool(value.bit_length() <= _INT_BITS)
+    return value is None or kind in (bool, str) or (kind is list and len(value) <= _NODES)
+
+
+def _inside(value: Any) -> list[Any]:
+    if type(value) is dict:
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def opaque_names(value: Any) -> tuple[str, ...]:
@@ -134,15 +136,11 @@ def _parts(value: Any) -> tuple[list[tuple[str, Any]], str, str]:
 
 def _tokens(value: Any, depth: int) -> Iterator[str]:
     """The parts of `value`'s text, made as they are asked for: the caller stops where it likes."""
-    for kind, opening, closing in _BRACKETS:
-        if isinstance(value, kind):
-            break
-    else:
+    known = next((entry for entry in _BRACKETS if isinstance(value, entry[0])), None)
+    if known is None or (not value and known[0] is set):
         yield _atom(value)
         return
-    if not value and kind is set:
-        yield "set()"
-        return
+    kind, opening, closing = known
     yield opening
     if depth >= _DEEPEST:
         yield "..." + closing

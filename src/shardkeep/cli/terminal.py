@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TextIO
 
-__all__ = ["Output", "count", "error_line", "escape", "human"]
+__all__ = ["CommandError", "Output", "count", "error_line", "escape", "human"]
 
 _LINES = 1024
 """Lines a write: early enough for `| head`, and few enough calls for 100,000 lines."""
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -39,17 +41,23 @@ def human(nbytes: int) -> str:
     """A number of bytes in three digits or so: `999 B`, `1.5 KiB`, `12.0 GiB`."""
     if nbytes < 1024:
         return f"{nbytes} B"
-    value = float(nbytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        value /= 1024
-        if value < 1023.95:
-            break
-    return f"{value:.1f} {unit}"
+    unit, value = 0, nbytes / 1024
+    while value >= 1023.95 and unit < len(_UNITS) - 1:
+        unit, value = unit + 1, value / 1024
+    return f"{value:.1f} {_UNITS[unit]}"
 
 
 def count(number: int, thing: str) -> str:
     """A number of things: `1 tensor`, `2,000 tensors`."""
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+class CommandError(Exception):
+    """What was asked for can't be done. The message is one line; `code` the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        self.code = code
+        super().__init__(message)
 
 
 class Output:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from shardkeep import knobs
 from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged
 from shardkeep.io.digest import combine, crc32
-from shardkeep.io.fetch import Read, Want, fetch, gather
+from shardkeep.io.fetch import MISSING, Read, Want, fetch, gather, mismatch, too_short
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import BLOCK
 
@@ -69,15 +69,30 @@ def verify_payloads(
         OSError: anything else that keeps files from being read: it tells nothing about them.
     """
     found = [_Found({}, []) for _ in payloads]
-    wants = [
-        Want(payload.file, at, min(at + _PIECE, payload.offset + payload.nbytes), row)
-        for row, payload in enumerate(payloads)
-        for at in range(payload.offset, payload.offset + payload.nbytes, _PIECE)
-    ]
+    size = lru_cache(maxsize=None)(partial(_size, store))
+    wants: list[Want] = []
+    for row, payload in enumerate(payloads):
+        # What a file does not hold is not planned for: a length may be any number.
+        end = payload.offset + payload.nbytes
+        there = min(end, size(payload.file))
+        if there < 0:
+            found[row].problem = MISSING
+        elif there < end:
+            found[row].end = there
+        for at in range(payload.offset, there, _PIECE):
+            wants.append(Want(payload.file, at, min(at + _PIECE, end), row))
     jobs = list(gather(wants, knobs.gap(), _PIECE))
     meter = Meter(progress, "verify", sum(job.high - job.low for job in jobs))
     parallel(jobs, partial(_work, store, payloads, found, meter), threads)
     return [damage for pair in zip(payloads, found, strict=True) for damage in _damage(*pair)]
+
+
+def _size(store: Store, file: str) -> int:
+    """Bytes of a file; -1 if it is missing."""
+    try:
+        return store.size(file)
+    except FileNotFoundError:
+        return -1
 
 
 def _work(
@@ -85,11 +100,11 @@ def _work(
     payloads: Sequence[Payload],
     found: Sequence[_Found],
     meter: Meter,
-    jobs: Iterator[Read[int]],
+    jobs: Iterator[Read],
 ) -> None:
     space = np.empty(_PIECE, dtype=np.uint8)
     for job in jobs:
-        view = memoryview(space)[: job.high - job.low]
+        view = space.data[: job.high - job.low]
         end, problem = job.low, None
         try:
             end += fetch(store, job.file, job.low, view, None)
@@ -111,7 +126,7 @@ def _work(
         meter.add(job.high - job.low)
 
 
-def _take(payload: Payload, result: _Found, view: memoryview, want: Want[int]) -> None:
+def _take(payload: Payload, result: _Found, view: memoryview, want: Want) -> None:
     """Digest one piece; where the file ended early, only blocks that are whole say something."""
     whole = len(view) == want.high - want.low
     if payload.digests is None:
@@ -129,22 +144,20 @@ def _take(payload: Payload, result: _Found, view: memoryview, want: Want[int]) -
 
 
 def _damage(payload: Payload, found: _Found) -> Iterator[Damaged]:
-    where = {"file": payload.file, "name": payload.name}
-    if payload.digests is not None and len(payload.digests) != -(-payload.nbytes // BLOCK):
-        count = len(payload.digests)
-        yield Damaged(f"{count} block digests for {payload.nbytes} bytes", **where)
-    for block, crc in sorted(found.bad):
-        assert payload.digests is not None
-        expected = int(payload.digests[block])
-        yield Damaged(f"its bytes have CRC-32 {crc:08x}, not {expected:08x}", block=block, **where)
+    damaged = partial(Damaged, file=payload.file, name=payload.name)
+    end, digests = payload.offset + payload.nbytes, payload.digests
+    if digests is not None:
+        if len(digests) != -(-payload.nbytes // BLOCK):
+            yield damaged(f"{len(digests)} block digests for {payload.nbytes} bytes")
+        for block, crc in sorted(found.bad):
+            yield damaged(mismatch(crc, digests[block]), block=block)
     if found.problem is not None:
-        yield Damaged(found.problem, **where)
+        yield damaged(found.problem)
     elif found.end is not None:
-        end = payload.offset + payload.nbytes
-        yield Damaged(f"the data ends at byte {found.end}, but goes on to {end}", **where)
-    elif payload.digests is None and payload.crc is not None:
+        yield damaged(too_short(found.end, end))
+    elif digests is None and payload.crc is not None:
         crc = 0
         for low in sorted(found.crcs):
-            crc = combine(crc, found.crcs[low], min(_PIECE, payload.offset + payload.nbytes - low))
+            crc = combine(crc, found.crcs[low], min(_PIECE, end - low))
         if crc != payload.crc:
-            yield Damaged(f"its bytes have CRC-32 {crc:08x}, not {payload.crc:08x}", **where)
+            yield damaged(mismatch(crc, payload.crc))

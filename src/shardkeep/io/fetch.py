@@ -1,58 +1,54 @@
-"""Ranges of files, put together to few reads."""
+"""Ranges of files, put together to few reads; and what goes wrong with them, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from shardkeep.contracts import Store
 from shardkeep.errors import Damaged
 
-__all__ = ["Read", "Want", "fetch", "gather"]
+__all__ = ["MISSING", "Read", "Want", "fetch", "gather", "mismatch", "too_short"]
 
-T = TypeVar("T")
+MISSING = "the file is missing"
 
 
-class Want(NamedTuple, Generic[T]):
-    """Bytes `low` to `high` of a file, and what they are for."""
+class Want(NamedTuple):
+    """Bytes `low` to `high` of a file, and what they are for: a row of the caller's."""
 
     file: str
     low: int
     high: int
-    use: T
+    use: int
 
 
-class Read(NamedTuple, Generic[T]):
+class Read(NamedTuple):
     """One read that serves neighbouring wants, sorted by where they begin."""
 
     file: str
     low: int
     high: int
-    wants: list[Want[T]]
+    wants: list[Want]
 
 
-def gather(wants: Iterable[Want[T]], gap: int, limit: int) -> Iterator[Read[T]]:
+def gather(wants: Iterable[Want], gap: int, limit: int) -> Iterator[Read]:
     """Join wants that are at most `gap` bytes apart, as long as a read stays within `limit`.
 
     Reads come sorted by file and position.
     """
-    current: Read[T] | None = None
-    for want in sorted(wants, key=lambda want: (want.file, want.low)):
-        if (
-            current is not None
-            and want.file == current.file
-            and want.low - current.high <= gap
-            and want.high - current.low <= limit
-        ):
-            current.wants.append(want)
-            if want.high > current.high:
-                current = current._replace(high=want.high)
-        else:
-            if current is not None:
-                yield current
-            current = Read(want.file, want.low, want.high, [want])
-    if current is not None:
-        yield current
+    current: list[Want] = []
+    low = high = 0
+    for want in sorted(wants):
+        far = want.low - high > gap or want.high - low > limit
+        if current and (far or want.file != current[0].file):
+            yield Read(current[0].file, low, high, current)
+            current = []
+        if not current:
+            low = high = want.low
+        current.append(want)
+        high = max(high, want.high)
+    if current:
+        yield Read(current[0].file, low, high, current)
 
 
 def fetch(store: Store, file: str, offset: int, into: memoryview, name: str | None) -> int:
@@ -64,4 +60,14 @@ def fetch(store: Store, file: str, offset: int, into: memoryview, name: str | No
     try:
         return store.read_into(file, offset, into)
     except FileNotFoundError:
-        raise Damaged("the file is missing", file=file, name=name) from None
+        raise Damaged(MISSING, file=file, name=name) from None
+
+
+def mismatch(found: int, expected: int) -> str:
+    """What to say of bytes whose CRC-32 is not what it should be."""
+    return f"its bytes have CRC-32 {found:08x}, not {expected:08x}"
+
+
+def too_short(end: int, wanted: int) -> str:
+    """What to say of a file that ends before its data do."""
+    return f"the file ends at byte {end}, but its data go on to {wanted}"

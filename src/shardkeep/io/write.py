@@ -15,9 +15,9 @@ from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import BLOCK
 from shardkeep.types import I64
 
-__all__ = ["Item", "Payload", "Written", "write_items"]
+__all__ = ["Item", "Written", "write_items"]
 
-Payload = memoryview | NDArray[Any]
+_Bytes = memoryview | NDArray[Any]
 
 _BUFFER = 1 << 20
 
@@ -31,7 +31,7 @@ class Item:
     """
 
     codec: Codec
-    payload: Payload | Callable[[], Payload]
+    payload: _Bytes | Callable[[], _Bytes]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,12 +173,12 @@ def _nbytes(item: Item) -> int:
     return item.payload.nbytes
 
 
-def _bytes(payload: Payload) -> memoryview:
+def _bytes(payload: _Bytes) -> memoryview:
     """The payload as plain bytes, without a copy."""
     array = np.asarray(payload)
     if not array.flags.c_contiguous:
         raise ValueError("a payload must be C-contiguous")
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _name(error: OSError, name: str) -> None:

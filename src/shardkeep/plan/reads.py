@@ -74,10 +74,10 @@ def runs(source: Source, box: Box, gap: int) -> Runs:
         gap: bytes between useful ones that are rather read and thrown away than skipped.
 
     Raises:
-        FormatError: the chunk would reach out of its payload, or the box out of the chunk.
+        FormatError: the chunk would reach out of its payload, or the box out of the chunk (or it is
+            empty).
     """
     base = _first_byte(source, box)
-    # Fast and by far the most frequent: a gapless box is one run.
     if _gapless(box.sizes, source.strides, source.itemsize):
         span = prod(box.sizes) * source.itemsize
         start = np.array([base], dtype=np.int64)
@@ -127,10 +127,17 @@ def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> 
 
 def _first_byte(source: Source, box: Box) -> int:
     """Where the box starts, once the whole chunk is known to lie inside its payload."""
-    first, last = source.start, source.start + source.itemsize
-    for size, stride in zip(source.sizes, source.strides, strict=True):
+    if len(box.sizes) != len(source.sizes):
+        raise FormatError(f"box {box} is not one of a chunk of {source.sizes}", file=source.file)
+    start, first, last = source.start, source.start, source.start + source.itemsize
+    for offset, wanted, size, stride in zip(
+        box.offsets, box.sizes, source.sizes, source.strides, strict=True
+    ):
+        if offset < 0 or wanted < 1 or offset + wanted > size:
+            raise FormatError(f"box {box} is not in a chunk of {source.sizes}", file=source.file)
         if stride < 0:
             raise FormatError(f"negative stride {stride}", file=source.file)
+        start += offset * stride
         last += (size - 1) * stride
     begin, nbytes = source.payload
     if first < begin or last > begin + nbytes:
@@ -139,11 +146,7 @@ def _first_byte(source: Source, box: Box) -> int:
             f"which is at {begin} to {begin + nbytes}",
             file=source.file,
         )
-    if not box.within(source.sizes):
-        raise FormatError(f"box {box} lies outside a chunk of {source.sizes}", file=source.file)
-    for offset, stride in zip(box.offsets, source.strides, strict=True):
-        first += offset * stride
-    return first
+    return start
 
 
 def _gapless(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-from shardkeep.contracts import Ranks
 from shardkeep.errors import RankFailed
 from shardkeep.ranks.heart import Timing
 from shardkeep.ranks.keys import MemoryKeys
@@ -15,33 +14,33 @@ from shardkeep.ranks.session import KeyRanks
 
 __all__ = ["run"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def run(
     size: int,
-    function: Callable[Concatenate[Ranks, P], T],
-    *args: P.args,
-    **kwargs: P.kwargs,
+    function: Callable[..., T],
+    *args: Any,
+    timing: Timing | None = None,
+    keys: MemoryKeys | None = None,
 ) -> list[T]:
     """Call `function(ranks, *args)` on `size` ranks at once; the results, in rank order.
 
-    Waits for all of them. Threads cannot be killed, so there are no heartbeats; a rank that never
-    enters a session is given up after `knobs.deadline()`.
+    Waits for all of them. Threads cannot be killed, so unless `timing` says otherwise there are no
+    heartbeats, and a rank that never enters a session is given up after `knobs.deadline()`.
 
     Raises:
         The error of the rank that failed first, with a note that names the rank. Where ranks only
         passed on what they were told (`RankFailed`), the one they were told about is meant.
     """
-    keys = MemoryKeys()
-    timing = replace(Timing.from_knobs(), heartbeat=0.0)
+    keys = keys if keys is not None else MemoryKeys()
+    timing = timing or replace(Timing.from_knobs(), heartbeat=0.0)
     errors: list[tuple[int, BaseException]] = []
 
     def one(rank: int) -> T:
         ranks = KeyRanks(keys, rank, range(size), timing=timing)
         try:
-            return function(ranks, *args, **kwargs)
+            return function(ranks, *args)
         except BaseException as error:
             errors.append((rank, error))
             raise

@@ -39,16 +39,16 @@ def raw(tensor: torch.Tensor) -> NDArray[Any]:
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_quantized:  # Packed ones have less memory than their shape says.
         raise ValueError(f"no plain memory: a quantized tensor ({tensor.dtype})")
-    with torch.no_grad():
-        return tensor.detach().view(_WORDS[tensor.element_size()])
+    return tensor.detach().view(_WORDS[tensor.element_size()])
 
 
 def payload(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements in C order, as bytes: a view where they lie so on the CPU already."""
-    with torch.no_grad():
-        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
-        # As words: torch can't copy every dtype, and makes 1 of the bytes of a bool.
-        words = _words(plain).contiguous()
+    plain = tensor.detach()
+    if plain.device.type != "cpu":
+        plain = plain.cpu()
+    # As words: torch can't copy every dtype, and makes 1 of the bytes of a bool.
+    words = _words(plain.resolve_conj().resolve_neg()).contiguous()
     flat: NDArray[Any] = words.numpy().reshape(-1)
     return flat.view(np.uint8).data
 

@@ -193,16 +193,17 @@ def _named(dtype: torch.dtype) -> DType:
 
 def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
     """The tensor as a plain one, detached, on its memory; Conflict if it has none."""
-    if is_lazy(value):
+    kind = type(value)
+    plain = kind in _PLAIN
+    if not plain and is_lazy(value):
         raise Conflict(f"tensor {name!r} is not initialised yet: run the lazy module once")
     if value.is_nested:
         raise Conflict(f"tensor {name!r} is nested: save its values and offsets instead")
-    if value.is_meta or _is(value, _FAKE):
+    if value.is_meta or (not plain and _is(value, _FAKE)):
         raise Conflict(f"tensor {name!r} is on the meta device, or fake: it has no data")
     if value.layout is not torch.strided or value.is_quantized:
         raise Conflict(f"tensor {name!r} is {value.layout} {value.dtype}: an object, not a tensor")
-    kind = type(value)
-    if kind in _PLAIN:
+    if plain:
         return value.detach()
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         # Wrappers have no storage, or one that is not what the tensor shows.

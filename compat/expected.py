@@ -1,0 +1,246 @@
+"""What a golden checkpoint must give back: compare a state with its `expected.json`.
+
+Works without torch: tensors are numpy arrays there, and torch's where it is imported.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shardkeep.types import DType, Opaque, TensorInfo
+
+__all__ = ["Comparison", "compare", "contents", "template"]
+
+Node = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many leaves were compared, and what is different, one line each."""
+
+    leaves: int
+    differences: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        return not self.differences
+
+
+def compare(expected: Node, actual: Any, *, lenient_keys: bool = True) -> Comparison:
+    """Compare leaf by leaf, bit by bit.
+
+    Args:
+        expected: a node of `expected.json`.
+        actual: a nested state with arrays, tensors and values.
+        lenient_keys: take the key "0" for 0: stock torch turns all keys into strings.
+    """
+    found = list(_walk(expected, actual, "", lenient_keys))
+    return Comparison(len(found), tuple(line for line in found if line))
+
+
+def contents(checkpoint: Any) -> Any:
+    """A whole checkpoint as a nested state, its tensors read as numpy arrays."""
+    return _read(checkpoint, checkpoint.tree())
+
+
+def _read(checkpoint: Any, node: Any) -> Any:
+    if isinstance(node, TensorInfo):
+        return checkpoint.read(node.name)
+    if isinstance(node, dict):
+        return type(node)((key, _read(checkpoint, value)) for key, value in node.items())
+    return [_read(checkpoint, value) for value in node] if isinstance(node, list) else node
+
+
+def _walk(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[str]:
+    kind = expected["kind"]
+    if kind == "dict":
+        yield from _mapping(expected, actual, path, lenient)
+    elif kind in ("list", "tuple"):
+        yield from _sequence(expected, actual, path, lenient)
+    elif kind == "set":
+        yield _set(expected, actual, path)
+    else:
+        yield _LEAVES[kind](expected, actual, path)
+
+
+def _mapping(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[str]:
+    items = [(plain(key), value) for key, value in expected["items"]]
+    if not isinstance(actual, Mapping):
+        # DCP drops empty mappings, so a container of nothing may be missing altogether.
+        yield "" if actual is MISSING and not items else f"{path}: {actual!r} is no mapping"
+        return
+    for key, value in items:
+        here = f"{path}[{key!r}]"
+        if key in actual:
+            yield from _walk(value, actual[key], here, lenient)
+        elif lenient and str(key) in actual:
+            yield from _walk(value, actual[str(key)], here, lenient)
+        else:
+            yield from _walk(value, MISSING, here, lenient)
+    known = {str(key) for key, _ in items}
+    yield from (f"{path}[{key!r}]: not expected" for key in actual if str(key) not in known)
+
+
+def _sequence(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[str]:
+    want: type[Any] = list if expected["kind"] == "list" else tuple
+    if not isinstance(actual, want) or len(actual) != len(expected["items"]):
+        yield f"{path}: {actual!r} is no {want.__name__} of {len(expected['items'])}"
+        return
+    yield ""
+    for i, (node, value) in enumerate(zip(expected["items"], actual, strict=True)):
+        yield from _walk(node, value, f"{path}[{i}]", lenient)
+
+
+def _set(expected: Node, actual: Any, path: str) -> str:
+    want = {plain(item) for item in expected["items"]}
+    fits = type(actual).__name__ == expected["type"] and set(actual) == want
+    return "" if fits else f"{path}: {actual!r}, not {want!r}"
+
+
+def _tensor(expected: Node, actual: Any, path: str) -> str:
+    if actual is MISSING:
+        return f"{path}: missing"
+    dtype, shape, data = _tensor_bytes(actual)
+    if dtype is not None and dtype != expected["dtype"]:
+        return f"{path}: {dtype}, not {expected['dtype']}"
+    if list(shape) != expected["shape"]:
+        return f"{path}: shape {list(shape)}, not {expected['shape']}"
+    same = data == base64.b64decode(expected["data"])
+    return "" if same else f"{path}: other bytes"
+
+
+def _tensor_bytes(value: Any) -> tuple[str | None, tuple[int, ...], bytes]:
+    """Dtype, shape and bytes; numpy's dtype is not always torch's (packed ones), so it may pass."""
+    if isinstance(value, np.ndarray | np.generic):
+        name = value.dtype.name
+        known = name if _is_plain(name) else None
+        return known, value.shape, np.ascontiguousarray(value).tobytes()
+    if hasattr(value, "detach"):
+        import torch
+
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
+        name = str(whole.dtype).removeprefix("torch.")
+        if whole.is_quantized:
+            whole = whole.int_repr()
+        raw = whole.cpu().resolve_conj().resolve_neg().contiguous()
+        words = raw.reshape(-1).view(torch.uint8)
+        return name, tuple(value.shape), words.numpy().tobytes()
+    return type(value).__name__, (), b""
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        dtype = DType.named(name)
+    except Exception:
+        return False
+    # One carrier stands for many dtypes: its name says little.
+    return not dtype.note and name not in ("uint8", "uint16", "int8", "int32")
+
+
+def _array(expected: Node, actual: Any, path: str) -> str:
+    want = base64.b64decode(expected["data"])
+    if not isinstance(actual, np.ndarray | np.generic):
+        return f"{path}: {type(actual).__name__}, not a numpy array"
+    fits = list(actual.shape) == expected.get("shape", []) and actual.tobytes() == want
+    return "" if fits else f"{path}: another array"
+
+
+def _value(expected: Node, actual: Any, path: str) -> str:
+    want = expected["value"]
+    if type(actual).__name__ != expected["type"]:
+        return f"{path}: {type(actual).__name__} {actual!r}, not {expected['type']} {want!r}"
+    if isinstance(want, float) and isinstance(actual, float):
+        same = want == actual and math.copysign(1, want) == math.copysign(1, actual)
+        same = same or (math.isnan(want) and math.isnan(actual))
+    else:
+        same = want == actual
+    return "" if same else f"{path}: {actual!r}, not {want!r}"
+
+
+def _bytes(expected: Node, actual: Any, path: str) -> str:
+    want = base64.b64decode(expected["data"])
+    kind = expected.get("type", "bytes")
+    fits = type(actual).__name__ == kind and bytes(actual) == want
+    return "" if fits else f"{path}: {actual!r}, not {kind} {want!r}"
+
+
+def _size(expected: Node, actual: Any, path: str) -> str:
+    fits = isinstance(actual, tuple) and list(actual) == expected["items"]
+    return "" if fits else f"{path}: {actual!r}, not a size {expected['items']}"
+
+
+def _opaque(expected: Node, actual: Any, path: str) -> str:
+    name = expected["class"]
+    if isinstance(actual, Opaque) and actual.name == name:
+        return ""
+    return f"{path}: {actual!r}, not the stand-in of {name}"
+
+
+def _repr(expected: Node, actual: Any, path: str) -> str:
+    """Values of library classes; without torch, its own are stand-ins or carriers."""
+    want, name = expected["value"], expected["type"]
+    shown = {repr(actual), str(actual), f"torch.{actual}"}
+    if isinstance(actual, Opaque):
+        # A class or function that is not known to be safe stays what it is: a name.
+        shown |= {want} if actual.qualname in want or actual.name == name else set()
+    if hasattr(actual, "parts"):
+        shown.add(want if str(actual) == want.split("'")[1] else "")
+    return "" if want in shown else f"{path}: {actual!r}, not {want}"
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING = _Missing()
+
+_LEAVES: Mapping[str, Callable[[Node, Any, str], str]] = {
+    "tensor": _tensor,
+    "ndarray": _array,
+    "numpy_scalar": _array,
+    "value": _value,
+    "bytes": _bytes,
+    "size": _size,
+    "opaque": _opaque,
+    "repr": _repr,
+}
+
+
+def plain(node: Node) -> Any:
+    """The Python value of a node that is a key or a member of a set."""
+    if node["kind"] == "tuple":
+        return tuple(plain(item) for item in node["items"])
+    if node["kind"] == "bytes":
+        return base64.b64decode(node["data"])
+    return node["value"]
+
+
+def template(node: Node) -> Any:
+    """The state that a load fills: empty tensors, and values that the load must replace.
+
+    Needs torch. What can't be a tensor here (a dtype that this torch lacks) is left out.
+    """
+    import torch
+
+    kind = node["kind"]
+    if kind == "dict":
+        made = ((plain(key), template(value)) for key, value in node["items"])
+        return {key: value for key, value in made if value is not MISSING}
+    if kind == "list":
+        return [template(item) for item in node["items"]]
+    if kind == "tuple":
+        return tuple(template(item) for item in node["items"])
+    if kind == "tensor":
+        dtype = getattr(torch, node["dtype"], None)
+        if dtype is None or "quantizer" in node:
+            return MISSING
+        nbytes = len(base64.b64decode(node["data"]))
+        return torch.zeros(nbytes, dtype=torch.uint8).view(dtype).reshape(node["shape"])
+    return "to be replaced"

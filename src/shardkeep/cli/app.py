@@ -1,0 +1,207 @@
+"""The commands: their arguments, their help, their exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shardkeep.cli.terminal import CommandError, Output, error_line
+from shardkeep.errors import NotACheckpoint, ShardkeepError
+
+if TYPE_CHECKING:
+    from shardkeep.checkpoint import Checkpoint
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="shardkeep",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DONE, _WRONG, _NO_CHECKPOINT = 0, 1, 2
+_USAGE = _NO_CHECKPOINT
+_INTERRUPTED, _PIPE_CLOSED = 130, 141
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Wrong arguments. Newer releases of typer carry their own click, so click can't be asked for it."""
+
+CheckpointPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="Folder of the checkpoint.", show_default=False)
+]
+
+_EXIT = (
+    "**Exit code**: 0 done; 1 damaged, or no such name; 2 no checkpoint there, or wrong arguments."
+)
+_EXIT_VERIFY = (
+    "**Exit code**: 0 whole, as far as there are digests; 1 damaged, and that includes "
+    "metadata that can't be read; 2 no checkpoint there, or wrong arguments."
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        Output().line(f"shardkeep {version('shardkeep')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Look into checkpoints of torch.distributed.checkpoint, Shardkeep and safetensors.
+
+    Nothing here needs torch, and nothing in a checkpoint is ever executed.
+    """
+    if context.invoked_subcommand is None:
+        Output().line(context.get_help())
+        raise typer.Exit(_USAGE)
+
+
+@app.command(epilog=_EXIT)
+def ls(
+    path: CheckpointPath,
+    pattern: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PATTERN",
+            help="Only these: a name, a name that others are below, or a shell pattern that fits "
+            "whole names ('*.bias').",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document, an entry a line, exact.")
+    ] = False,
+    flat: Annotated[bool, typer.Option("--flat", help="Whole names instead of a tree.")] = False,
+    depth: Annotated[
+        int | None,
+        typer.Option(min=0, help="Fold what is deeper than N levels.", metavar="N"),
+    ] = None,
+) -> int:
+    """List what a checkpoint holds: names, dtypes, shapes, sizes, small values.
+
+    Only metadata is read, and small objects to show their values.
+    """
+    from shardkeep.cli import listing
+
+    if depth is not None and (flat or as_json):
+        raise CommandError("--depth folds a tree: it does not go with --flat or --json", _USAGE)
+    return listing.ls(
+        _open(path), Output(), pattern=pattern, as_json=as_json, flat=flat, depth=depth
+    )
+
+
+@app.command(epilog=_EXIT)
+def show(
+    path: CheckpointPath,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Name of a tensor or an object, as ls --flat prints it; or of a container, to "
+            "list what is in it.",
+        ),
+    ],
+    box: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOX",
+            help="Show this part: a range or position for each dimension, as in '0:4,:,-1'. Only "
+            "its bytes are read.",
+        ),
+    ] = None,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats", help="Minimum, maximum, mean, NaNs and infinities (reads the whole box)."
+        ),
+    ] = False,
+    chunks: Annotated[
+        bool, typer.Option("--chunks", help="List all chunks, however many there are.")
+    ] = False,
+) -> int:
+    """Show one tensor (its chunks and a first look at its values) or one object."""
+    from shardkeep.cli import showing
+
+    return showing.show(_open(path), name, Output(), box=box, stats=stats, chunks=chunks)
+
+
+@app.command(epilog=_EXIT_VERIFY)
+def verify(
+    path: CheckpointPath,
+    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing; the exit code tells.")
+    ] = False,
+) -> int:
+    """Check every byte that has a digest, and name what is damaged: file, tensor, block.
+
+    What Shardkeep wrote is checked to the last byte; what stock torch wrote by the CRC-32 values in
+    its files. What has no digest is listed, too: it may be damaged or not.
+    """
+    from shardkeep.cli import verifying
+
+    return verifying.verify(lambda: _open(path), path, Output(), as_json=as_json, quiet=quiet)
+
+
+def _open(path: str) -> Checkpoint:
+    from shardkeep import checkpoint
+
+    if "://" in path:
+        raise CommandError(f"{path!r} is a URL: only folders can be looked into", _NO_CHECKPOINT)
+    return checkpoint.open(path)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Run one command; its exit code. Errors become one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A terminal without Unicode must not turn a listing into a traceback.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has left, as `head` does. Python would try to flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments: Any = None if argv is None else list(argv)
+    try:
+        code = app(arguments, prog_name="shardkeep", standalone_mode=False)
+    except (KeyboardInterrupt, BrokenPipeError, typer.Abort):
+        raise
+    except _UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "shardkeep"
+        return _fail(f"{error.format_message()} (see {command} --help)", _USAGE)
+    except CommandError as error:
+        return _fail(str(error), error.code)
+    except (NotACheckpoint, OSError) as error:
+        return _fail(str(error), _NO_CHECKPOINT)
+    except ShardkeepError as error:
+        return _fail(str(error), _WRONG)
+    return code if isinstance(code, int) else _DONE
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print(f"shardkeep: {error_line(message)}", file=sys.stderr)
+    return code

@@ -1,0 +1,38 @@
+"""A progress bar on standard error, where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from shardkeep.contracts import Progress
+
+__all__ = ["bar"]
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+@contextmanager
+def bar(*, show: bool = True) -> Iterator[Progress]:
+    """A bar that is gone when the work is done, so that only results stay on the screen."""
+    if not show or not sys.stderr.isatty():
+        yield _silent
+        return
+    # Only here: importing them takes as long as listing a small checkpoint.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)
+    with Bars(
+        *columns, TransferSpeedColumn(), console=Console(stderr=True), transient=True
+    ) as bars:
+        task = bars.add_task("check", total=None)
+
+        def show_done(phase: str, done: int, total: int) -> None:
+            bars.update(task, description=phase, completed=done, total=total)
+
+        yield show_done

@@ -1,0 +1,206 @@
+"""An `.npz` file: columns of integers and JSON in a zip. Written at once, read member by member.
+
+`numpy.load` opens it too, but believes what it says; here every size is checked before memory is
+taken for it, and nothing but plain integers comes out.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.errors import Damaged, FormatError
+from shardkeep.format.values import Json, dumps, loads
+
+__all__ = ["Archive", "ReadAt", "Writer"]
+
+ReadAt = Callable[[int, int], bytes]
+"""Reads up to `length` bytes from `offset` on: fewer only where the file ends."""
+
+_DTYPES = {np.dtype(code) for code in ("u1", "<u2", "<u4", "<u8", "i1", "<i2", "<i4", "<i8")}
+_MAX_NPY_HEADER = 512
+_WINDOW = 1 << 18
+"""Bytes that are read at least: the members that come first in reading lie at the end."""
+_FREE = 1 << 24
+_RATIO = 256
+"""All members together unpack to `_FREE` bytes, or to `_RATIO` times the file, at most."""
+
+
+class Writer:
+    """Collects members; `finish` gives the file."""
+
+    def __init__(self) -> None:
+        self._file = io.BytesIO()
+        self._zip = zipfile.ZipFile(self._file, "w")
+
+    def column(self, name: str, values: NDArray[Any], *, packed: bool = True) -> None:
+        """Add integers, in the smallest type that holds them; `packed` compresses them."""
+        out = io.BytesIO()
+        np.lib.format.write_array(out, _narrow(values), allow_pickle=False)
+        self._add(f"{name}.npy", out.getvalue(), packed=packed)
+
+    def json(self, name: str, value: Json) -> None:
+        """Add a value of JSON."""
+        self._add(f"{name}.json", dumps(value).encode(), packed=True)
+
+    def _add(self, name: str, data: bytes, *, packed: bool) -> None:
+        # No date: equal content makes equal files.
+        info = zipfile.ZipInfo(name)
+        info.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+        self._zip.writestr(info, data, compresslevel=1)
+
+    def finish(self) -> bytes:
+        """The bytes of the file. Nothing can be added afterwards."""
+        self._zip.close()
+        return self._file.getvalue()
+
+
+def _narrow(values: NDArray[Any]) -> NDArray[Any]:
+    """The same integers in the smallest little-endian type that holds them all."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    for size in (1, 2, 4):
+        dtype = np.dtype(f"<{'i' if low < 0 else 'u'}{size}")
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return values.astype(dtype)
+    return values.astype("<i8" if low < 0 else "<u8")
+
+
+class Archive:
+    """Reads members by range. All its errors name the file, and the member if there is one.
+
+    Args:
+        read_at: reads bytes of the file.
+        size: bytes of the file.
+        file: its name, for errors.
+
+    Raises:
+        FormatError: the file is no such archive, here and from every method.
+        Damaged: a member does not match its checksum, from every method.
+    """
+
+    def __init__(self, read_at: ReadAt, size: int, *, file: str) -> None:
+        self._name = file
+        try:
+            self._zip = zipfile.ZipFile(_File(read_at, size))
+        except _UNREADABLE as error:
+            raise FormatError(f"not a zip archive: {error}", file=file) from None
+        infos = self._zip.infolist()
+        self._members = {info.filename: info for info in infos}
+        total = sum(info.file_size for info in infos)
+        if total > max(_FREE, _RATIO * size):
+            raise FormatError(f"unpacks to {total} bytes, which is too much", file=file)
+
+    def column(
+        self, name: str, *shape: int, dtype: type[np.integer[Any]] = np.int64
+    ) -> NDArray[Any]:
+        """The integers of a member, which must have that shape and fit into the dtype."""
+        member, count, wanted = f"{name}.npy", prod(shape), np.dtype(dtype)
+        data = self._read(member, count * 8 + _MAX_NPY_HEADER)
+        source = io.BytesIO(data)
+        try:
+            if np.lib.format.read_magic(source) != (1, 0):
+                raise ValueError("unknown version")
+            header = np.lib.format.read_array_header_1_0(source, max_header_size=_MAX_NPY_HEADER)
+        except (ValueError, MemoryError, RecursionError, EOFError) as error:
+            raise self._error(f"not a column: {error}", member) from None
+        found, fortran, stored = header
+        if found != shape or fortran or stored not in _DTYPES:
+            raise self._error(f"holds {stored} of shape {found}, not integers of {shape}", member)
+        if len(data) - source.tell() != count * stored.itemsize:
+            raise self._error(f"does not hold {count} numbers of {stored}", member)
+        values = np.frombuffer(data, stored, count, source.tell()).reshape(shape)
+        if count and not np.can_cast(stored, wanted):
+            limits = np.iinfo(dtype)
+            if int(values.min()) < limits.min or int(values.max()) > limits.max:
+                raise self._error(f"holds a number that is no {wanted}", member)
+        return values.astype(wanted)
+
+    def blob(self, name: str, size: int) -> bytes:
+        """A column of bytes, as bytes."""
+        return self.column(name, size, dtype=np.uint8).tobytes()
+
+    def json(self, name: str) -> Json:
+        """The value of a JSON member."""
+        member = f"{name}.json"
+        return loads(self._read(member, None), file=self._name, place=member)
+
+    def _read(self, member: str, limit: int | None) -> bytes:
+        info = self._members.get(member)
+        if info is None:
+            raise self._error("is missing", member)
+        if limit is not None and info.file_size > limit:
+            raise self._error(f"has {info.file_size} bytes, more than it needs", member)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise self._error("is compressed in an unknown way", member)
+        try:
+            with self._zip.open(info) as source:
+                data = source.read(info.file_size)
+        except (zlib.error, EOFError) as error:
+            raise Damaged(f"member {member} cannot be unpacked: {error}", file=self._name) from None
+        except _UNREADABLE as error:
+            if "Bad CRC-32" in str(error):
+                what = f"member {member} does not match its CRC-32"
+                raise Damaged(what, file=self._name) from None
+            raise self._error(f"cannot be read: {error}", member) from None
+        if len(data) != info.file_size:
+            raise Damaged(f"member {member} is cut", file=self._name)
+        return data
+
+    def _error(self, what: str, member: str) -> FormatError:
+        return FormatError(what, file=self._name, place=member)
+
+
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    EOFError,
+    zlib.error,
+    struct.error,
+)
+"""What `zipfile` raises for broken archives. OSError is not among them: that is the store's."""
+
+
+class _File:
+    """What `zipfile` needs of a file, over ranges. The first range is the end, then windows."""
+
+    def __init__(self, read_at: ReadAt, size: int) -> None:
+        self._read_at, self._size, self._position = read_at, size, 0
+        self._start = max(0, size - _WINDOW)
+        self._window = read_at(self._start, size - self._start)
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        count = left if count < 0 else min(count, left)
+        skipped = self._position - self._start
+        if skipped < 0 or skipped + count > len(self._window):
+            self._start, skipped = self._position, 0
+            self._window = self._read_at(self._position, min(left, max(count, _WINDOW)))
+        data = self._window[skipped : skipped + count]
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        self._window = b""

@@ -1,0 +1,97 @@
+"""Claims as bytes: what a rank has to save, as it tells the coordinator. See `types.Claim`.
+
+The outline (names, dtypes, shapes, structure, values) is mostly the same on all ranks of a job and
+then travels once; the pieces differ, and are columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.format.columns import pack, unpack
+from shardkeep.format.values import Json, decode_key, encode_key
+from shardkeep.types import DTYPES, Claim, DType, Path, Structure, Tensors
+
+__all__ = ["outline", "pack_claim", "unpack_claim"]
+
+
+def outline(claim: Claim) -> bytes:
+    """All of a claim but its pieces; the same bytes for the same content."""
+    tensors, structure = claim.tensors, claim.structure
+    return pack(
+        {
+            "names": list(tensors.names),
+            "dtypes": [DTYPES[code].name for code in tensors.dtype.tolist()],
+            "objects": list(claim.objects),
+            "values": dict(claim.values),
+            "leaves": [[name, _path(path)] for name, path in structure.leaves.items()],
+            "containers": [[_path(path), kind] for path, kind in structure.containers.items()],
+            "twins": [[name, _path(path)] for name, path in claim.twins.items()],
+        },
+        {"ndim": tensors.ndim, "shape": tensors.shape},
+    )
+
+
+def pack_claim(claim: Claim, outline: bytes | None) -> bytes:
+    """A claim; without an outline where the coordinator's own is the same."""
+    columns: dict[str, NDArray[Any]] = {
+        "piece": claim.piece,
+        "offsets": claim.offsets,
+        "sizes": claim.sizes,
+        "alias": claim.alias,
+    }
+    if outline is not None:
+        columns["outline"] = np.frombuffer(outline, dtype=np.uint8)
+    return pack({}, columns)
+
+
+def unpack_claim(block: bytes, lead: Claim | None) -> Claim:
+    """Inverse of `pack_claim`; `lead` is the claim that has the outline if this one has none."""
+    _, columns = unpack(block)
+    head = lead
+    if "outline" in columns:
+        head = _read_outline(columns["outline"].tobytes())
+    if head is None:
+        raise ValueError("the first claim has no outline")
+    return Claim(
+        tensors=head.tensors,
+        piece=columns["piece"],
+        offsets=columns["offsets"],
+        sizes=columns["sizes"],
+        alias=columns["alias"],
+        objects=head.objects,
+        values=head.values,
+        structure=head.structure,
+        twins=head.twins,
+    )
+
+
+def _read_outline(block: bytes) -> Claim:
+    head, columns = unpack(block)
+    codes = np.array([DType.named(name).code for name in head["dtypes"]], dtype=np.uint8)
+    none = np.empty(0, dtype=np.int64)
+    return Claim(
+        tensors=Tensors(tuple(head["names"]), codes, columns["ndim"], columns["shape"]),
+        piece=none,
+        offsets=none,
+        sizes=none,
+        alias=none,
+        objects=tuple(head["objects"]),
+        values=head["values"],
+        structure=Structure(
+            {name: _keys(path) for name, path in head["leaves"]},
+            {_keys(path): kind for path, kind in head["containers"]},
+        ),
+        twins={name: _keys(path) for name, path in head["twins"]},
+    )
+
+
+def _path(path: Path) -> list[Json]:
+    return [encode_key(key) for key in path]
+
+
+def _keys(path: list[Json]) -> Path:
+    return tuple(decode_key(key) for key in path)

@@ -1,0 +1,64 @@
+"""The manifest: everything that an index holds, as columns that can be read by range.
+
+The columns of chunks come first in the file, and those that a listing needs last, beside the zip's
+directory: listing a checkpoint reads the end of its manifest only.
+
+Columns differ from those of `Index` where that makes them smaller: `tensors.chunks` counts the
+chunks of each tensor, `chunks.gap` is where an item starts, counted from the end of the item in
+the row before, `chunks.payload` is counted from the item's start (-1: ask the item), and
+`chunks.blocks` counts digests. `names` are those of the tensors and then those of the objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardkeep.errors import FormatError
+from shardkeep.format.values import Maker, decode, loads
+from shardkeep.types import I64
+
+__all__ = ["FORMAT", "KINDS", "VERSION", "LazyValues", "too_long"]
+
+FORMAT = "shardkeep manifest"
+VERSION = 1
+KINDS = ("dict", "list", "OrderedDict")
+"""Kinds of containers: how columns hold them is the position here."""
+
+_MAX_PATH = 200
+_MEAN_PATH = 64
+"""Keys of a path at most, and on average: paths share their beginnings on disk, not in memory."""
+
+
+def too_long(depths: I64) -> bool:
+    """Whether paths of these lengths take more memory than a state has reason to."""
+    return bool(
+        depths.max(initial=0) > _MAX_PATH or depths.sum() > _MEAN_PATH * (len(depths) + 1000)
+    )
+
+
+class LazyValues(Mapping[str, Any]):
+    """Values by name, decoded when asked for: anew each time, so that nobody shares them.
+
+    Raises FormatError for a value that is broken.
+    """
+
+    def __init__(self, texts: Mapping[str, bytes], file: str, make: Mapping[str, Maker]) -> None:
+        self._texts, self._file, self._make = texts, file, make
+
+    def __getitem__(self, name: str) -> Any:
+        place = f"the value of {name!r}"
+        try:
+            return decode(loads(self._texts[name]), self._make)
+        except FormatError as error:
+            raise error.within(file=self._file, place=place) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def text(self, name: str) -> bytes:
+        """The JSON of a value, b"" if it is not known."""
+        return self._texts.get(name, b"")

@@ -1,0 +1,148 @@
+"""An index as the bytes of a manifest. The layout is `manifest_layout`'s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from shardkeep.format.archive import Writer
+from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
+from shardkeep.format.values import Json, NotEncodable, dumps, encode, encode_key
+from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, Path
+
+__all__ = ["write_manifest"]
+
+
+def write_manifest(index: Index, header: Mapping[str, Any]) -> bytes:
+    """The manifest of an index.
+
+    Args:
+        index: its values that cannot be carried exactly are left out: their items hold them.
+        header: what else to say, above all "save_id"; anything that `values.encode` takes.
+
+    Raises:
+        NotEncodable: `header`, `index.extra` or a key of a path cannot be carried.
+        ValueError: the structure does not fit together, or its paths are too long.
+    """
+    out = Writer()
+    _write_chunks(out, index.chunks)
+    tensors, objects = index.tensors, index.objects
+    codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tensors": len(tensors.names),
+        "dims": tensors.shape.shape[1],
+        "dtypes": [DTYPES[code].name for code in codes.tolist()],
+        "chunks": len(index.chunks.tensor),
+        "digests": int(index.chunks.block[-1] - index.chunks.block[0]),
+        "objects": len(objects.names),
+        "names": _write_texts(out, "names", [*tensors.names, *objects.names]),
+        "files": [encode(file) for file in index.files],
+        "transforms": [[encode(name) for name in names] for names in index.transforms],
+        "twins": [[encode(n), [encode_key(k) for k in path]] for n, path in index.twins.items()],
+        "extra": encode(dict(index.extra)),
+        "header": encode(dict(header)),
+    }
+    out.column("tensors.dtype", dtypes)
+    out.column("tensors.ndim", tensors.ndim)
+    out.column("tensors.shape", tensors.shape)
+    out.column("tensors.chunks", np.bincount(index.chunks.tensor, minlength=len(tensors.names)))
+    for name in ("file", "item", "length", "transform", "crc"):
+        out.column(f"objects.{name}", getattr(objects, name))
+    head["values"] = _write_blob(out, "values", _value_texts(objects))
+    head["structure"] = _write_structure(out, index)
+    out.json("header", head)  # last, so that a reader has it with the zip's directory
+    return out.finish()
+
+
+def _write_chunks(out: Writer, chunks: Chunks) -> None:
+    first, last = chunks.block[[0, -1]]
+    out.column("chunks.digests", chunks.digests[first:last], packed=False)
+    out.column("chunks.offsets", chunks.offsets)
+    out.column("chunks.sizes", chunks.sizes)
+    out.column("chunks.file", chunks.file)
+    out.column("chunks.gap", chunks.item - _ends_before(chunks.item, chunks.length))
+    out.column("chunks.length", chunks.length)
+    out.column("chunks.payload", np.where(chunks.payload < 0, -1, chunks.payload - chunks.item))
+    out.column("chunks.transform", chunks.transform)
+    out.column("chunks.blocks", np.diff(chunks.block))
+
+
+def _ends_before(item: I64, length: I64) -> I64:
+    """For each row the end of the item in the row before it."""
+    return np.concatenate([np.zeros(1, np.int64), (item + length)[:-1]])[: len(item)]
+
+
+def _write_texts(out: Writer, name: str, texts: Sequence[str]) -> int:
+    """Texts as one blob and a column of lengths; the answer is the size of the blob, in bytes."""
+    return _write_blob(out, name, [text.encode("utf-8", "surrogatepass") for text in texts])
+
+
+def _write_blob(out: Writer, name: str, data: Sequence[bytes]) -> int:
+    blob = b"".join(data)
+    out.column(f"{name}.lengths", np.fromiter(map(len, data), np.int64, len(data)))
+    out.column(name, np.frombuffer(blob, np.uint8))
+    return len(blob)
+
+
+def _value_texts(objects: Objects) -> list[bytes]:
+    """The values as JSON, b"" for those that are unknown or not exactly encodable."""
+    if isinstance(objects.values, LazyValues):
+        return [objects.values.text(name) for name in objects.names]
+    return [_value_text(objects.values, name) for name in objects.names]
+
+
+def _value_text(values: Mapping[str, Any], name: str) -> bytes:
+    try:
+        return dumps(encode(values[name])).encode() if name in values else b""
+    except NotEncodable:
+        return b""
+
+
+def _write_structure(out: Writer, index: Index) -> Json:
+    """Containers and leaves, each as the row of its container and of its last key."""
+    if index.structure is None:
+        return None
+    keys: dict[str, int] = {}
+    coded: list[Json] = []
+    containers, leaves = index.structure.containers, index.structure.leaves
+    rows = {path: row for row, path in enumerate(containers)}
+    name_rows = {n: row for row, n in enumerate((*index.tensors.names, *index.objects.names))}
+
+    def key_row(key: Any) -> int:
+        # A str stands for itself, and the text of any other key starts with a byte that none has.
+        text = key if type(key) is str else f"\0{dumps(encode_key(key))}"
+        row = keys.setdefault(text, len(keys))
+        if row == len(coded):
+            coded.append(encode_key(key))
+        return row
+
+    def table(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
+        try:
+            return [rows[path[:-1]] for path in paths], [key_row(path[-1]) for path in paths]
+        except KeyError as error:
+            raise ValueError(f"the structure has no container at {error}") from None
+
+    paths = list(containers)
+    if not paths or paths[0] != () or any(row <= rows[p[:-1]] for p, row in rows.items() if p):
+        raise ValueError("the structure's containers do not start at its root, outer before inner")
+    depths = np.fromiter(map(len, [*paths, *leaves.values()]), np.int64)
+    if too_long(depths):
+        raise ValueError("the structure is nested too deeply")
+    parents, container_keys = table(paths[1:])
+    leaf_parents, leaf_keys = table(list(leaves.values()))
+    columns = {
+        "containers.kind": [KINDS.index(kind) for kind in containers.values()],
+        "containers.parent": parents,
+        "containers.key": container_keys,
+        "leaves.name": [name_rows[name] for name in leaves],
+        "leaves.parent": leaf_parents,
+        "leaves.key": leaf_keys,
+    }
+    for name, values in columns.items():
+        out.column(name, np.array(values, np.int64))
+    out.json("keys", coded)
+    return {"containers": len(containers), "leaves": len(leaves)}

@@ -1,0 +1,164 @@
+"""What to read for many copies: which bytes, in which reads, and where each of them goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.io.fetch import Read, Want, gather
+from shardkeep.knobs import BLOCK
+from shardkeep.plan.reads import Runs, Source, block_range, runs, split
+from shardkeep.types import Box
+
+__all__ = ["Copy", "Planner", "Straight", "Use", "uses_in"]
+
+_PIECE = 1 << 20
+"""Bytes of one read straight into memory: they are still in the cache when they are checked."""
+
+_STRAIGHT = 2 * BLOCK
+"""A run of so many bytes goes straight into memory; smaller ones share reads with others."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """A box of one stored chunk, and the memory that it goes to.
+
+    Attributes:
+        name: the tensor, for errors.
+        source: where the chunk lies.
+        box: what of it, relative to the chunk.
+        into: an array of the box's sizes, writable, with any strides, and with any dtype of the
+            stored item size: its bytes are replaced as they are.
+    """
+
+    name: str
+    source: Source
+    box: Box
+    into: NDArray[Any]
+
+
+class Use(NamedTuple):
+    """What read bytes are for: one run, which starts at byte `start` and goes to `into`.
+
+    `into` is plain bytes if `shape` is None; else the run has that shape, and these strides.
+    """
+
+    copy: Copy
+    start: int
+    into: NDArray[Any]
+    shape: tuple[int, ...] | None
+    strides: tuple[int, ...]
+
+
+class Straight(NamedTuple):
+    """Bytes that are read right to where they belong: whole blocks, where they are checked."""
+
+    file: str
+    low: int
+    high: int
+    copy: Copy
+    into: NDArray[np.uint8]
+
+
+class Planner:
+    """Collects copies out of files.
+
+    Args:
+        gap: bytes between useful ones that are rather read than skipped.
+        limit: bytes of one read into a buffer at most, at least four blocks.
+        verify: digested payloads are read by whole blocks.
+    """
+
+    def __init__(self, gap: int, limit: int, verify: bool) -> None:
+        self._gap, self._limit, self._verify = gap, limit, verify
+        self._wants: list[Want] = []
+        self._straight: list[Straight] = []
+        self.uses: list[Use] = []
+
+    def jobs(self) -> list[Straight | Read]:
+        """All reads, sorted by file and position; rows of their wants count in `uses`."""
+        reads = gather(self._wants, self._gap, self._limit)
+        return sorted([*self._straight, *reads], key=lambda job: job[:2])
+
+    def add(self, copy: Copy) -> None:
+        """Plan one copy. Raises FormatError if its source contradicts itself."""
+        source, box, into = copy.source, copy.box, copy.into
+        checked = self._verify and source.digests is not None
+        # Runs nearer than a block would have to share blocks: they are read as one then.
+        gap = max(self._gap, BLOCK) if checked else self._gap
+        found = runs(source, box, gap)
+        if found.gapless and _first_part(found, into).flags.c_contiguous:
+            for use in _plain_uses(copy, found):
+                if found.span >= _STRAIGHT:
+                    self._go_straight(use, checked)
+                else:
+                    self._want(use, found.span, checked)
+            return
+        room = self._limit - (2 * BLOCK if checked else 0)
+        parts = [(box, found)] if found.span <= room else split(source, box, gap, room)
+        for part, its_runs in parts:
+            for use in uses_in(copy, its_runs, into[part.relative_to(box).slices]):
+                self._want(use, its_runs.span, checked)
+
+    def _want(self, use: Use, length: int, checked: bool) -> None:
+        source = use.copy.source
+        low, high = use.start, use.start + length
+        if checked:
+            low, high = block_range(low, high, source.payload, BLOCK)
+        self._wants.append(Want(source.file, low, high, len(self.uses)))
+        self.uses.append(use)
+
+    def _go_straight(self, use: Use, checked: bool) -> None:
+        """Whole blocks go straight to memory; what is left at both ends goes through a buffer."""
+        source, start, stop = use.copy.source, use.start, use.start + len(use.into)
+        low, high = start, stop
+        if checked:
+            first, nbytes = source.payload
+            low += (first - start) % BLOCK
+            if stop < first + nbytes:
+                high -= (stop - first) % BLOCK
+        for begin, end in ((start, low), (high, stop)):
+            if begin < end:
+                edge = use._replace(start=begin, into=use.into[begin - start : end - start])
+                self._want(edge, end - begin, checked)
+        for begin in range(low, high, _PIECE):
+            end = min(begin + _PIECE, high)
+            into = use.into[begin - start : end - start]
+            self._straight.append(Straight(source.file, begin, end, use.copy, into))
+
+
+def uses_in(copy: Copy, found: Runs, into: NDArray[Any]) -> Iterator[Use]:
+    """The runs, each with the part of `into` that is its own."""
+    itemsize = copy.source.itemsize
+    # As plain words: copying must not interpret what it copies.
+    words = into.view(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
+    for start, part in _parts(found, words):
+        yield Use(copy, start, part, found.sizes, found.strides)
+
+
+def _plain_uses(copy: Copy, found: Runs) -> Iterator[Use]:
+    """The same for runs that are, here and there, bytes without gaps."""
+    for start, part in _parts(found, copy.into):
+        yield Use(copy, start, part.reshape(-1).view(np.uint8), None, ())
+
+
+def _parts(found: Runs, into: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Where each run starts, and the part of `into` that is at its outer indices."""
+    if not found.outer:
+        yield int(found.starts[0]), into
+        return
+    place: list[Any] = [*[slice(None)] * into.ndim, Ellipsis]
+    indices = np.ndindex(*[into.shape[d] for d in found.outer])
+    for start, index in zip(found.starts.tolist(), indices, strict=True):
+        for d, i in zip(found.outer, index, strict=True):
+            place[d] = i
+        yield start, into[tuple(place)]
+
+
+def _first_part(found: Runs, into: NDArray[Any]) -> NDArray[Any]:
+    """Where the first run goes: contiguous if all of them are."""
+    return next(_parts(found, into))[1] if found.outer else into

@@ -1,0 +1,78 @@
+"""Threads end with the call that started them."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from shardkeep.io.pool import Meter, parallel
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 500])
+def test_every_job_is_done_once(threads):
+    done = []
+    parallel(list(range(300)), lambda jobs: done.extend(jobs), threads)
+    assert sorted(done) == list(range(300))
+
+
+def test_the_calling_thread_works_too():
+    names = set()
+    parallel([1], lambda jobs: [names.add(threading.current_thread()) for _ in jobs], 8)
+    assert names == {threading.current_thread()}
+
+
+def test_jobs_run_at_the_same_time():
+    barrier = threading.Barrier(4, timeout=10)
+    parallel(list(range(4)), lambda jobs: [barrier.wait() for _ in jobs], 4)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_first_error_stops_all(threads):
+    done = []
+
+    def worker(jobs):
+        for job in jobs:
+            if job == 3:
+                raise KeyError("third")
+            done.append(job)
+            time.sleep(0.001)
+
+    with pytest.raises(KeyError, match="third"):
+        parallel(list(range(10_000)), worker, threads)
+    assert len(done) < 100
+
+
+def test_an_interrupt_is_raised_once_all_have_ended():
+    main, ended = threading.current_thread(), threading.Event()
+    begun = threading.Event()
+
+    def worker(jobs):
+        for _ in jobs:
+            if threading.current_thread() is main:
+                assert begun.wait(10)
+                raise KeyboardInterrupt
+            begun.set()
+            time.sleep(0.05)
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel(list(range(2)), worker, 2)
+    assert ended.is_set()
+
+
+def test_the_meter_adds_up():
+    told = []
+    meter = Meter(lambda *what: told.append(what), "read", 10)
+    meter.add(4)
+    meter.add(6)
+    assert told == [("read", 4, 10), ("read", 10, 10)]
+    Meter(None, "read", 10).add(4)

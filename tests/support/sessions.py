@@ -1,0 +1,152 @@
+"""Scenarios of sessions, for simulated and for real ranks alike."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from shardkeep.contracts import Ranks, Session
+from shardkeep.errors import RankFailed
+
+PHASES = ["describe", "own", "write", "report", "commit", "leave"]
+
+
+def payload(seed: int, size: int) -> bytes:
+    """Half of it can be compressed, half cannot."""
+    return random.Random(seed).randbytes(size // 2) + bytes(size - size // 2)
+
+
+def talk(session: Session, size: int) -> None:
+    """One call of each kind; every byte is compared."""
+    rank, count = session.rank, session.size
+    gathered = session.gather(payload(rank, size))
+    assert gathered == (None if rank else [payload(r, size) for r in range(count)])
+    given = None if rank else [payload(100 + r, size) for r in range(count)]
+    assert session.scatter(given) == payload(100 + rank, size)
+    assert session.broadcast(None if rank else payload(7, size)) == payload(7, size)
+
+
+def conversation(ranks: Ranks, sizes: list[int]) -> str:
+    with ranks.session("save", "run/step") as session:
+        assert (session.rank, session.size) == (ranks.rank, ranks.size)
+        for size in sizes:
+            talk(session, size)
+    return "done"
+
+
+def work(session: Session, step: Callable[[str], None]) -> None:
+    """What a save does, with `step(phase)` called at the start of each phase."""
+
+    def enter(phase: str) -> None:
+        session.phase(phase)
+        step(phase)
+
+    first = session.rank == 0
+    enter("describe")
+    session.gather(b"digest")
+    enter("own")
+    session.scatter([b"yours"] * session.size if first else None)
+    enter("write")
+    enter("report")
+    session.gather(b"columns")
+    enter("commit")
+    session.broadcast(b"committed" if first else None)
+    enter("leave")
+
+
+def outcome(ranks: Ranks, step: Callable[[str], None], path: str = "run/step") -> dict[str, Any]:
+    """How a save ended on this rank."""
+    began = time.monotonic()
+    try:
+        with ranks.session("save", path) as session:
+            work(session, step)
+    except RankFailed as error:
+        end = {"rank": error.rank, "phase": error.phase, "cause": error.cause, "host": error.host}
+        return {"end": "told", "path": error.path, **end, "took": time.monotonic() - began}
+    except ValueError as error:
+        return {"end": "raised", "message": str(error), "took": time.monotonic() - began}
+    return {"end": "done", "took": time.monotonic() - began}
+
+
+def failure(ranks: Ranks, culprit: int, where: str) -> list[dict[str, Any]]:
+    """One rank raises in a phase; then two more sessions on the same path."""
+
+    def step(phase: str) -> None:
+        if phase == where and ranks.rank == culprit:
+            raise ValueError("boom")
+
+    return [outcome(ranks, step), outcome(ranks, nothing), outcome(ranks, nothing)]
+
+
+def absence(ranks: Ranks, culprit: int) -> list[dict[str, Any]]:
+    """One rank leaves out a session; all come to the next one."""
+    first = [] if ranks.rank == culprit else [outcome(ranks, nothing)]
+    return [*first, outcome(ranks, nothing)]
+
+
+def lateness(ranks: Ranks, culprit: int, where: str, seconds: float) -> list[dict[str, Any]]:
+    """One rank is slower in a phase than the others wait; then a session in which it is not."""
+
+    def step(phase: str) -> None:
+        if phase == where and ranks.rank == culprit:
+            time.sleep(seconds)
+
+    return [outcome(ranks, step), outcome(ranks, nothing)]
+
+
+def strangers(ranks: Ranks) -> dict[str, Any]:
+    """The last rank has another idea of the path."""
+    return outcome(ranks, nothing, "run/b" if ranks.rank == ranks.size - 1 else "run/a")
+
+
+def parallel(ranks: Ranks, count: int) -> list[str]:
+    """Sessions on several paths at once, one of which fails."""
+
+    def one(number: int) -> str:
+        def step(phase: str) -> None:
+            time.sleep(0.005 * ((number + ranks.rank) % 3))
+            if number == 1 and ranks.rank == 2 and phase == "report":
+                raise ValueError("boom")
+
+        return outcome(ranks, step, f"run/{number}")["end"]
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def nothing(phase: str) -> None:
+    """For phases in which all goes well."""
+
+
+@contextmanager
+def training() -> Iterator[list[int]]:
+    """Barriers of another thread on the same default group; gives their number as a list's item.
+
+    Reductions of a flag, rather: so all ranks' threads stop after the same one.
+    """
+    import torch
+    from torch import distributed as dist
+
+    stop, rounds = threading.Event(), [0]
+
+    def loop() -> None:
+        while True:
+            flag = torch.tensor([int(stop.is_set())])
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+            dist.barrier()
+            rounds[0] += 1
+            if flag.item():
+                return
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield rounds
+    finally:
+        stop.set()
+        thread.join(30)
