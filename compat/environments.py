@@ -70,7 +70,7 @@ class Environment:
         CUDA devices are hidden: the environments are for the CPU, and slim ones hold no kernels.
         """
         done = subprocess.run(
-            [os.fspath(self.python), *map(os.fspath, arguments)],
+            [os.fspath(self.python), *(os.fspath(argument) for argument in arguments)],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(variables or {})},
             cwd=cwd,
             timeout=timeout,
@@ -87,7 +87,7 @@ class Environment:
 
 def parse(release: str) -> tuple[int, int, int]:
     """The three numbers of a release such as "2.3.1"; a local part ("+cpu") is left out."""
-    major, minor, patch = release.split("+")[0].split(".")
+    major, minor, patch = release.partition("+")[0].split(".")
     return int(major), int(minor), int(patch)
 
 

@@ -83,7 +83,7 @@ def test_one_process_needs_no_group(tmp_path):
     loaded["empty"] = state["empty"]
     sk.load(loaded, tmp_path / "ckpt")
     assert equal(loaded, state)
-    assert report.tensors == 12
+    assert report.tensors == 11
 
 
 def test_the_tree_is_exactly_what_was_saved(tmp_path):

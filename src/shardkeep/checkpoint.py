@@ -306,7 +306,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
                     name=request.name,
                     source=sources[row],
                     box=Box(tuple(inside[k, :ndim].tolist()), sizes),
-                    into=request.into[target.slices],
+                    into=request.into[(*target.slices, ...)],  # a view, of scalars too
                 )
             )
         return copies

@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from shardkeep.contracts import Store
@@ -122,7 +123,8 @@ def sweep(store: Store, old: frozenset[str]) -> None:
 
 
 def _found(kind: str, read: Callable[[], Index]) -> Found:
-    return Found(kind, read, read)
+    once = cache(read)  # outline and index are one: reading it twice takes seconds
+    return Found(kind, once, once)
 
 
 def _with_manifest(store: Store, trailer: Trailer) -> Found:

@@ -242,8 +242,8 @@ def _policy(policy: Any, name: str, default: Any) -> Any:
 
 
 def _widens(stored: str, wanted: str) -> bool:
-    target = getattr(torch, wanted)
-    return torch.promote_types(getattr(torch, stored), target) == target
+    target: torch.dtype = getattr(torch, wanted)
+    return bool(torch.promote_types(getattr(torch, stored), target) == target)
 
 
 def _match(flat: Flat, contents: _Contents) -> _Match:

@@ -215,7 +215,7 @@ def _sweep(store: Store, old: frozenset[str]) -> None:
 def _header(session: Session) -> dict[str, Any]:
     return {
         "shardkeep": shardkeep.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ranks": session.size,
     }

@@ -168,7 +168,7 @@ class _Work:
         after = ByteRange(item.file, end, item.offset + item.length - end)
         tail = read_range(self._store, after, name)
         codec = TensorItem(dtype, source.sizes)
-        crc = whole_crc(source.digests, nbytes)
+        crc = whole_crc(() if source.digests is None else source.digests, nbytes)
         if head != codec.head(item.offset) or tail != codec.tail(item.offset, crc):
             raise Damaged("the frame around the payload is damaged", file=item.file, name=name)
         self.checked += len(head) + len(tail)

@@ -2,8 +2,9 @@
 
     python make.py OUT --seed 1
 
-Every case becomes a folder `OUT/<case>` with `ckpt`, what torch wrote, and `expected.json`, what was
-saved. `OUT/manifest.json` tells for each case whether this release could write it and, if not, why.
+Every case becomes a folder `OUT/<case>` with `ckpt`, what torch wrote, and `expected.json`, what
+was saved. `OUT/manifest.json` tells for each case whether this release could write it and, if not,
+why.
 
 The script stands alone (the standard library, numpy and any torch from 2.0 on), because it runs in
 environments where nothing of Shardkeep can be installed. Values follow from the seed by arithmetic,
@@ -33,6 +34,7 @@ import os
 import pathlib
 import platform
 import queue
+import random
 import re
 import shutil
 import socket
@@ -125,11 +127,11 @@ class Phase(enum.Enum):
     TRAIN = 2
 
 
-Point = namedtuple("Point", ["x", "y"])  # noqa: PYI024 - the untyped form is what users have
+Point = namedtuple("Point", ["x", "y"])
 
 
 def nested_state(run: Run) -> State:
-    """A model, its optimizer and every kind of plain value, the way a training script nests them."""
+    """A model, its optimizer and every kind of plain value, as a training script nests them."""
     return {
         "model": {
             "layers": {
@@ -214,7 +216,10 @@ def objects_state(run: Run) -> State:
             "scalar_int64": np.int64(array[2]),
             "scalar_bool": np.bool_(True),
             "datetime64": np.array(["2024-02-29"], dtype="datetime64[D]"),
-            "rng": np.random.RandomState(run.seed).get_state()[1],
+        },
+        "rng": {
+            "python": random.Random(run.seed).getstate(),
+            "numpy": np.random.RandomState(run.seed).get_state(),
         },
         "torch": {
             "size": torch.Size([2, 3]),
@@ -361,8 +366,8 @@ def describe(value: Any) -> dict[str, Any]:
         items = [describe(item) for item in sorted(value)]
         return {"kind": "set", "type": kind.__name__, "items": items}
     if isinstance(value, dict):
-        items = [[describe(key), describe(item)] for key, item in value.items()]
-        return {"kind": "dict", "type": kind.__name__, "items": items}
+        pairs = [[describe(key), describe(item)] for key, item in value.items()]
+        return {"kind": "dict", "type": kind.__name__, "items": pairs}
     if isinstance(value, (np.ndarray, np.generic)):
         return describe_array(value)
     if kind.__module__ == __name__:
@@ -697,7 +702,7 @@ def no_flatten_nested(run: Run) -> State:
 @case()
 def derived_v2_3(run: Run) -> State:
     """The naming of 2.3 and older, which newer releases keep behind a switch."""
-    version = importlib.import_module("torch.distributed.checkpoint._version")
+    version: Any = importlib.import_module("torch.distributed.checkpoint._version")
     before, version._derived_version = version._derived_version, "2_3"
     try:
         save(state := nested_state(run))
@@ -710,7 +715,7 @@ def derived_v2_3(run: Run) -> State:
 def legacy_tensor_properties(run: Run) -> State:
     """Properties of the class that ShardedTensor brought, as all releases before 2.3 stored."""
     legacy = first_of("torch.distributed._shard.sharded_tensor.metadata:TensorProperties")
-    helpers = importlib.import_module("torch.distributed.checkpoint.planner_helpers")
+    helpers: Any = importlib.import_module("torch.distributed.checkpoint.planner_helpers")
     before, helpers.TensorProperties = helpers.TensorProperties, legacy
     try:
         save(state := {"a": run.tensor("a", 4, 4), "b": run.tensor("b", 3, dtype=torch.int64)})
@@ -812,7 +817,7 @@ for unusual in unusual_dtypes().items():
 
 @case()
 def dtypes_in_objects(run: Run) -> State:
-    """Tensors in a tuple are part of an object: there, torch saves dtypes that it cannot by name."""
+    """Tensors in a tuple are part of an object, where torch saves dtypes that it else cannot."""
     kept = {}
     for name, make in unusual_dtypes().items():
         try:
@@ -943,7 +948,7 @@ def fsdp2(run: Run) -> State:
     model_state, optim_state = get_state_dict(model, optim)
     state = {"model": model_state, "optim": optim_state}
     save(state)
-    return whole(state)
+    return {name: whole(part) for name, part in state.items()}
 
 
 @case(RANKS)
@@ -1006,7 +1011,7 @@ def per_rank_objects(run: Run) -> State:
 
 @case(RANKS)
 def no_collectives(run: Run) -> State:
-    """One `.metadata` a rank. "i", which all ranks save differently, is left out of expected.json."""
+    """One `.metadata` a rank. Each rank saves another "i", so expected.json leaves it out."""
     tensors = {f"t{rank}": run.tensor(f"t{rank}", 3, 3) for rank in range(RANKS)}
     mine = f"t{run.rank}"
     save({mine: tensors[mine], "i": run.rank}, use_collectives=False)
@@ -1135,8 +1140,7 @@ class Crew:
         self.answers: queue.Queue[tuple[int, str]] = queue.Queue()
         self.members = [
             subprocess.Popen(
-                [sys.executable, __file__, str(out), "--seed", str(seed)]
-                + ["--serve", f"{rank}/{ranks}"],
+                [sys.executable, __file__, out, f"--seed={seed}", f"--serve={rank}/{ranks}"],
                 env={**os.environ, **variables},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -3,9 +3,9 @@
     python tests/golden/remake.py --seed 1 --keep ~/torch-environments
     python tests/golden/remake.py 2.3.1 2.13.0 --seed 2 --folder /somewhere/else
 
-For each release: an environment (`compat/environments.py`), a run of `make.py` in it, and one archive
-`<release>.tar.xz` beside this file. With `--folder`, the sets go there, unpacked, and no archive is
-written: sets of other seeds are for testing, not for the repository.
+For each release: an environment (`compat/environments.py`), a run of `make.py` in it, and one
+archive `<release>.tar.xz` beside this file. With `--folder`, the sets go there, unpacked, and no
+archive is written: sets of other seeds are for testing, not for the repository.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def no_thread_stays():
 @pytest.mark.parametrize("threads", [1, 2, 7, 500])
 def test_every_job_is_done_once(threads):
     done = []
-    parallel(list(range(300)), lambda jobs: done.extend(jobs), threads)
+    parallel(list(range(300)), done.extend, threads)
     assert sorted(done) == list(range(300))
 
 

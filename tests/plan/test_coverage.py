@@ -68,7 +68,7 @@ def layouts(draw):
     return shapes, draw(st.permutations(rows))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(layouts())
 def test_coverage_agrees_with_painting(layout):
     shapes, rows = layout

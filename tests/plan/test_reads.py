@@ -55,7 +55,7 @@ def put(found, file, into):
             assert into[(*place, ...)].tobytes() == data.tobytes()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(stored(), st.integers(0, 30), st.integers(1, 200))
 def test_runs_bring_the_box(chunk, gap, limit):
     source, box = chunk

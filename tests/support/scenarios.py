@@ -109,7 +109,10 @@ def job_state(rank: int, size: int) -> dict[Any, Any]:
             "none": torch.zeros(0, 7),
         },
         "optim": {
-            "state": {0: {"step": torch.tensor(3.0)}, 1: {"exp_avg": values("m", (3,), torch.float32)}},
+            "state": {
+                0: {"step": torch.tensor(3.0)},
+                1: {"exp_avg": values("m", (3,), torch.float32)},
+            },
             "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 1], "fused": None}],
         },
         "only": {rank: {"tensor": values(f"r{rank}", (2, 2), torch.int16), "note": f"rank {rank}"}},
@@ -127,7 +130,9 @@ def blank(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
         return torch.zeros_like(state)
     if isinstance(state, sk.Shards):
-        return sk.Shards(state.shape, [(b, torch.zeros_like(t)) for b, t in state.parts], state.dtype)
+        return sk.Shards(
+            state.shape, [(b, torch.zeros_like(t)) for b, t in state.parts], state.dtype
+        )
     if isinstance(state, dict):
         return {key: blank(value) for key, value in state.items()}
     if isinstance(state, list) and any(isinstance(x, torch.Tensor | dict) for x in state):

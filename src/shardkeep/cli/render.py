@@ -126,17 +126,21 @@ def _parts(value: Any) -> tuple[list[tuple[str, Any]], str, str]:
         inside = [("called with ", value.args)] if value.args else []
         state = [("filled with ", value.state)] if value.state is not None else []
         return inside + state, repr(value), ""
-    for kind, opening, closing in _BRACKETS:
-        if isinstance(value, kind):
-            if isinstance(value, Mapping):
-                return [(f"{brief(k)}: ", v) for k, v in value.items()], opening, closing
-            return [("", entry) for entry in value], opening, closing
-    return [], "", ""
+    known = _brackets(value)
+    if known is None:
+        return [], "", ""
+    if isinstance(value, Mapping):
+        return [(f"{brief(key)}: ", entry) for key, entry in value.items()], *known[1:]
+    return [("", entry) for entry in value], *known[1:]
+
+
+def _brackets(value: Any) -> tuple[type, str, str] | None:
+    return next((entry for entry in _BRACKETS if isinstance(value, entry[0])), None)
 
 
 def _tokens(value: Any, depth: int) -> Iterator[str]:
     """The parts of `value`'s text, made as they are asked for: the caller stops where it likes."""
-    known = next((entry for entry in _BRACKETS if isinstance(value, entry[0])), None)
+    known = _brackets(value)
     if known is None or (not value and known[0] is set):
         yield _atom(value)
         return

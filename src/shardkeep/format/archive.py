@@ -27,7 +27,7 @@ ReadAt = Callable[[int, int], bytes]
 
 _DTYPES = {np.dtype(code) for code in ("u1", "<u2", "<u4", "<u8", "i1", "<i2", "<i4", "<i8")}
 _MAX_NPY_HEADER = 512
-_WINDOW = 1 << 18
+_WINDOW = 1 << 20
 """Bytes that are read at least: the members that come first in reading lie at the end."""
 _FREE = 1 << 24
 _RATIO = 256

@@ -29,6 +29,7 @@ def outline(claim: Claim) -> bytes:
             "values": dict(claim.values),
             "leaves": [[name, _path(path)] for name, path in structure.leaves.items()],
             "containers": [[_path(path), kind] for path, kind in structure.containers.items()],
+            "empties": [[_path(path), count] for path, count in structure.empties.items()],
             "twins": [[name, _path(path)] for name, path in claim.twins.items()],
         },
         {"ndim": tensors.ndim, "shape": tensors.shape},
@@ -84,6 +85,7 @@ def _read_outline(block: bytes) -> Claim:
         structure=Structure(
             {name: _keys(path) for name, path in head["leaves"]},
             {_keys(path): kind for path, kind in head["containers"]},
+            {_keys(path): count for path, count in head["empties"]},
         ),
         twins={name: _keys(path) for name, path in head["twins"]},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from shardkeep.format.archive import Archive, ReadAt
 from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
 from shardkeep.format.manifest_write import write_manifest
 from shardkeep.format.names import safe_file_name
-from shardkeep.format.values import CORE_MAKERS, Json, Maker, decode, decode_key
+from shardkeep.format.values import Json, decode, decode_key, unique_keys
 from shardkeep.knobs import BLOCK
 from shardkeep.types import (
     DTYPES,
@@ -84,7 +84,6 @@ def read_outline(
     *,
     file: str,
     save_id: str | None = None,
-    make: Mapping[str, Maker] = CORE_MAKERS,
 ) -> Outline:
     """The outline of a manifest, from the end of its file.
 
@@ -93,13 +92,12 @@ def read_outline(
         size: bytes of the manifest.
         file: its name, for errors.
         save_id: the save that it must belong to, if that is known.
-        make: makers of torch's values, see `values.CORE_MAKERS`.
 
     Raises:
         FormatError: its structure is broken or hostile, or it belongs to another save.
         Damaged: a member does not match its checksum.
     """
-    return _Reader(Archive(read_at, size, file=file), file, make).outline(save_id)
+    return _Reader(Archive(read_at, size, file=file), file).outline(save_id)
 
 
 def read_manifest(
@@ -108,17 +106,16 @@ def read_manifest(
     *,
     file: str,
     save_id: str | None = None,
-    make: Mapping[str, Maker] = CORE_MAKERS,
 ) -> Index:
     """The index that `write_manifest` was given. Arguments and errors are `read_outline`'s."""
-    return read_outline(read_at, size, file=file, save_id=save_id, make=make).index()
+    return read_outline(read_at, size, file=file, save_id=save_id).index()
 
 
 class _Reader:
     """Reads the columns, checks each one, and names the member that is wrong."""
 
-    def __init__(self, archive: Archive, file: str, make: Mapping[str, Maker]) -> None:
-        self._archive, self._file, self._make = archive, file, make
+    def __init__(self, archive: Archive, file: str) -> None:
+        self._archive, self._file = archive, file
         self._head: dict[str, Json] = {}
 
     def outline(self, save_id: str | None) -> Outline:
@@ -154,6 +151,8 @@ class _Reader:
         """The chunks, in full."""
         count, tensors, column = self._count("chunks"), outline.tensors, self._archive.column
         dims = tensors.shape.shape[1]
+        # Before anything is made from a number of rows, those rows have been read.
+        length, gap = column("chunks.length", count), column("chunks.gap", count)
         tensor = np.repeat(np.arange(len(tensors.names)), outline.counts)
         offsets = column("chunks.offsets", count, dims)
         sizes = column("chunks.sizes", count, dims)
@@ -162,14 +161,15 @@ class _Reader:
         padding = np.arange(dims) >= tensors.ndim[tensor][:, None]
         if not inside.all() or (sizes[padding] != 1).any():
             self._refuse("chunks.sizes.npy", "holds a box outside its tensor")
-        length, gap = column("chunks.length", count), column("chunks.gap", count)
         # Sums wrap around, in writing as in reading; what is left of them is checked below.
         item = np.cumsum(gap + np.concatenate([np.zeros(1, np.int64), length[:-1]])[:count])
-        file, transform = self._places("chunks", count, item, length, outline)
+        place = self._places("chunks", item, length, len(outline.files), len(outline.transforms))
         nbytes = sizes.prod(axis=1) * _ITEMSIZES[tensors.dtype][tensor]
         payload = column("chunks.payload", count)
         known = payload >= 0
-        if (known & ((nbytes > length) | (payload > length - nbytes))).any() or (payload < -1).any():
+        if (known & ((nbytes > length) | (payload > length - nbytes))).any() or (
+            payload < -1
+        ).any():
             self._refuse("chunks.payload.npy", "holds a payload outside its item")
         blocks, digests = column("chunks.blocks", count), self._count("digests")
         if ((blocks != 0) & (blocks != -(-nbytes // BLOCK))).any() or blocks.sum() != digests:
@@ -178,11 +178,11 @@ class _Reader:
             tensor,
             offsets,
             sizes,
-            file,
+            place[0],
             item,
             length,
             np.where(known, item + payload, -1),
-            transform,
+            place[1],
             np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)]),
             column("chunks.digests", digests, dtype=np.uint32),
         )
@@ -239,4 +239,150 @@ class _Reader:
         return tensors
 
     def _objects(self, names: list[str], files: int, transforms: int) -> Objects:
-        raise NotImplementedError
+        count, column = len(names), self._archive.column
+        item, length = column("objects.item", count), column("objects.length", count)
+        file, transform = self._places("objects", item, length, files, transforms)
+        crc = column("objects.crc", count)
+        self._within("objects.crc", crc, -1, 2**32 - 1)
+        texts = zip(names, self._texts("values", count), strict=True)
+        values = LazyValues({name: text for name, text in texts if text}, self._file)
+        return Objects(tuple(names), file, item, length, transform, crc, values)
+
+    def _places(
+        self, table: str, item: I64, length: I64, files: int, transforms: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
+        """Files and transforms of items, after checking all that says where they are."""
+        if ((item < 0) | (length < 0) | (item > np.iinfo(np.int64).max - length)).any():
+            self._refuse(f"{table}.length.npy", "holds an item outside every file")
+        file = self._archive.column(f"{table}.file", len(item), dtype=np.int32)
+        self._within(f"{table}.file", file, 0, files - 1)
+        transform = self._archive.column(f"{table}.transform", len(item), dtype=np.int16)
+        self._within(f"{table}.transform", transform, 0, transforms - 1)
+        return file, transform
+
+    def _transforms(self) -> tuple[tuple[str, ...], ...]:
+        listed = self._list("transforms")
+        if listed[:1] != [[]] or not all(isinstance(names, list) for names in listed):
+            self._refuse("header.json", "does not list transforms")
+        return tuple(tuple(map(self._text, names)) for names in listed)
+
+    def _structure(self, names: list[str]) -> Structure | None:
+        head = self._head.get("structure")
+        if head is None:
+            return None
+        column = self._archive.column
+        count = self._count("containers", head)
+        leaf_count = self._count("leaves", head)
+        kinds = column("containers.kind", count)
+        self._within("containers.kind", kinds, 0, len(KINDS) - 1)
+        if not count:
+            self._refuse("containers.kind.npy", "has no root")
+        parents = column("containers.parent", count - 1)
+        self._within("containers.parent", parents, 0, np.arange(count - 1))
+        leaf_parents = column("leaves.parent", leaf_count)
+        self._within("leaves.parent", leaf_parents, 0, count - 1)
+        depths = [0]
+        for parent in parents.tolist():
+            depths.append(depths[parent] + 1)
+        if too_long(np.append(depths, np.array(depths)[leaf_parents] + 1)):
+            self._refuse("containers.parent.npy", "nests too deeply")
+        paths: list[Path] = [()]
+        keys = self._keys()
+        for parent, key in zip(
+            parents.tolist(), self._picked(keys, "containers", count - 1), strict=True
+        ):
+            paths.append((*paths[parent], key))
+        leaf_keys = self._picked(keys, "leaves", leaf_count)
+        leaf_paths = [
+            (*paths[parent], key)
+            for parent, key in zip(leaf_parents.tolist(), leaf_keys, strict=True)
+        ]
+        rows = column("leaves.name", leaf_count)
+        self._within("leaves.name", rows, 0, len(names) - 1)
+        leaves = {names[row]: path for row, path in zip(rows.tolist(), leaf_paths, strict=True)}
+        if len(leaves) != leaf_count:
+            self._refuse("leaves.name.npy", "holds a name twice")
+        try:
+            unique_keys(paths)
+            unique_keys(leaf_paths)
+        except FormatError as error:
+            raise error.within(file=self._file, place="keys.json") from None
+        containers = (KINDS[kind] for kind in kinds.tolist())
+        empties = self._empties(paths, leaf_count)
+        return Structure(leaves, dict(zip(paths, containers, strict=True)), empties)
+
+    def _empties(self, paths: list[Path], leaf_count: int) -> dict[Path, int]:
+        count = self._count("empties", self._head["structure"])
+        rows = self._archive.column("empties.container", count)
+        self._within("empties.container", rows, 0, len(paths) - 1)
+        before = self._archive.column("empties.before", count)
+        self._within("empties.before", before, 0, leaf_count)
+        return {paths[row]: n for row, n in zip(rows.tolist(), before.tolist(), strict=True)}
+
+    def _keys(self) -> list[Any]:
+        listed = self._archive.json("keys")
+        if not isinstance(listed, list):
+            self._refuse("keys.json", "is not a list")
+        return [self._key(key, "keys.json") for key in listed]
+
+    def _key(self, key: Json, member: str) -> Any:
+        try:
+            return decode_key(key)
+        except FormatError as error:
+            raise error.within(file=self._file, place=member) from None
+
+    def _picked(self, keys: list[Any], table: str, count: int) -> list[Any]:
+        rows = self._archive.column(f"{table}.key", count)
+        self._within(f"{table}.key", rows, 0, len(keys) - 1)
+        return [keys[row] for row in rows.tolist()]
+
+    def _twins(self, names: tuple[str, ...]) -> dict[str, Path]:
+        twins, known = {}, set(names)
+        for pair in self._list("twins"):
+            if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], list):
+                self._refuse("header.json", "does not list twins")
+            name, path = self._text(pair[0]), tuple(self._key(k, "header.json") for k in pair[1])
+            if name not in known or too_long(np.array([len(path)])):
+                self._refuse("header.json", f"has a twin {name!r:.80} that is no object of it")
+            twins[name] = path
+        return twins
+
+    def _list(self, name: str) -> list[Json]:
+        value = self._head.get(name)
+        if not isinstance(value, list):
+            self._refuse("header.json", f"has no list {name!r}")
+        return value
+
+    def _mapping(self, name: str) -> Mapping[str, Any]:
+        try:
+            value = decode(self._head.get(name))
+        except FormatError as error:
+            raise error.within(file=self._file, place="header.json") from None
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            self._refuse("header.json", f"has no mapping {name!r}")
+        return value
+
+    def _text(self, value: Json) -> str:
+        text = self._key(value, "header.json")
+        if not isinstance(text, str):
+            self._refuse("header.json", "holds something else in place of a text")
+        return text
+
+    def _count(self, name: str, head: Json = None) -> int:
+        head = self._head if head is None else head
+        value = head.get(name) if isinstance(head, dict) else None
+        if type(value) is not int or not 0 <= value <= _MAX_ROWS:
+            self._refuse("header.json", f"has no number of {name}")
+        return value
+
+    def _within(self, member: str, values: NDArray[Any], low: int, high: int | I64) -> None:
+        if ((values < low) | (values > high)).any():
+            self._refuse(f"{member}.npy", "holds a number out of range")
+
+    def _refuse(self, place: str, what: str) -> NoReturn:
+        raise FormatError(what, file=self._file, place=place)
+
+
+def _bytes(tensors: Tensors) -> I64:
+    """[N] bytes of each tensor."""
+    return np.asarray(tensors.shape.prod(axis=1) * _ITEMSIZES[tensors.dtype])

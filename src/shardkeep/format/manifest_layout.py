@@ -12,10 +12,8 @@ the row before, `chunks.payload` is counted from the item's start (-1: ask the i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from shardkeep.errors import FormatError
-from shardkeep.format.values import Maker, decode, loads
+from shardkeep.format.values import Json, loads
 from shardkeep.types import I64
 
 __all__ = ["FORMAT", "KINDS", "VERSION", "LazyValues", "too_long"]
@@ -37,21 +35,14 @@ def too_long(depths: I64) -> bool:
     )
 
 
-class LazyValues(Mapping[str, Any]):
-    """Values by name, decoded when asked for: anew each time, so that nobody shares them.
+class LazyValues(Mapping[str, Json]):
+    """The JSON of values by name, parsed when asked for. Raises FormatError where it is broken."""
 
-    Raises FormatError for a value that is broken.
-    """
+    def __init__(self, texts: Mapping[str, bytes], file: str) -> None:
+        self._texts, self._file = texts, file
 
-    def __init__(self, texts: Mapping[str, bytes], file: str, make: Mapping[str, Maker]) -> None:
-        self._texts, self._file, self._make = texts, file, make
-
-    def __getitem__(self, name: str) -> Any:
-        place = f"the value of {name!r}"
-        try:
-            return decode(loads(self._texts[name]), self._make)
-        except FormatError as error:
-            raise error.within(file=self._file, place=place) from None
+    def __getitem__(self, name: str) -> Json:
+        return loads(self._texts[name], file=self._file, place=f"the value of {name!r:.200}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._texts)
@@ -60,5 +51,5 @@ class LazyValues(Mapping[str, Any]):
         return len(self._texts)
 
     def text(self, name: str) -> bytes:
-        """The JSON of a value, b"" if it is not known."""
+        """The text of a value's JSON, b"" if it is not known."""
         return self._texts.get(name, b"")

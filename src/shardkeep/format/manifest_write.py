@@ -9,7 +9,7 @@ import numpy as np
 
 from shardkeep.format.archive import Writer
 from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
-from shardkeep.format.values import Json, NotEncodable, dumps, encode, encode_key
+from shardkeep.format.values import Json, dumps, encode, encode_key
 from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, Path
 
 __all__ = ["write_manifest"]
@@ -19,7 +19,7 @@ def write_manifest(index: Index, header: Mapping[str, Any]) -> bytes:
     """The manifest of an index.
 
     Args:
-        index: its values that cannot be carried exactly are left out: their items hold them.
+        index: what the checkpoint holds, and where.
         header: what else to say, above all "save_id"; anything that `values.encode` takes.
 
     Raises:
@@ -89,60 +89,53 @@ def _write_blob(out: Writer, name: str, data: Sequence[bytes]) -> int:
 
 
 def _value_texts(objects: Objects) -> list[bytes]:
-    """The values as JSON, b"" for those that are unknown or not exactly encodable."""
+    """The values as the text of their JSON, b"" for those that are not known."""
     if isinstance(objects.values, LazyValues):
         return [objects.values.text(name) for name in objects.names]
-    return [_value_text(objects.values, name) for name in objects.names]
-
-
-def _value_text(values: Mapping[str, Any], name: str) -> bytes:
-    try:
-        return dumps(encode(values[name])).encode() if name in values else b""
-    except NotEncodable:
-        return b""
+    values = objects.values
+    return [dumps(values[name]).encode() if name in values else b"" for name in objects.names]
 
 
 def _write_structure(out: Writer, index: Index) -> Json:
     """Containers and leaves, each as the row of its container and of its last key."""
     if index.structure is None:
         return None
-    keys: dict[str, int] = {}
+    keys: dict[Any, int] = {}
     coded: list[Json] = []
     containers, leaves = index.structure.containers, index.structure.leaves
     rows = {path: row for row, path in enumerate(containers)}
     name_rows = {n: row for row, n in enumerate((*index.tensors.names, *index.objects.names))}
 
     def key_row(key: Any) -> int:
-        # A str stands for itself, and the text of any other key starts with a byte that none has.
-        text = key if type(key) is str else f"\0{dumps(encode_key(key))}"
-        row = keys.setdefault(text, len(keys))
+        # 1, True and 1.0 are equal to Python: what is not a str is told apart by its JSON.
+        known = key if type(key) is str else (dumps(encode_key(key)),)
+        row = keys.setdefault(known, len(keys))
         if row == len(coded):
             coded.append(encode_key(key))
         return row
 
-    def table(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
-        try:
-            return [rows[path[:-1]] for path in paths], [key_row(path[-1]) for path in paths]
-        except KeyError as error:
-            raise ValueError(f"the structure has no container at {error}") from None
+    def columns(table: str, paths: Sequence[Path]) -> None:
+        out.column(f"{table}.parent", np.array([rows[path[:-1]] for path in paths], np.int64))
+        out.column(f"{table}.key", np.array([key_row(path[-1]) for path in paths], np.int64))
 
     paths = list(containers)
-    if not paths or paths[0] != () or any(row <= rows[p[:-1]] for p, row in rows.items() if p):
-        raise ValueError("the structure's containers do not start at its root, outer before inner")
     depths = np.fromiter(map(len, [*paths, *leaves.values()]), np.int64)
-    if too_long(depths):
-        raise ValueError("the structure is nested too deeply")
-    parents, container_keys = table(paths[1:])
-    leaf_parents, leaf_keys = table(list(leaves.values()))
-    columns = {
-        "containers.kind": [KINDS.index(kind) for kind in containers.values()],
-        "containers.parent": parents,
-        "containers.key": container_keys,
-        "leaves.name": [name_rows[name] for name in leaves],
-        "leaves.parent": leaf_parents,
-        "leaves.key": leaf_keys,
-    }
-    for name, values in columns.items():
-        out.column(name, np.array(values, np.int64))
+    if paths[:1] != [()] or too_long(depths) or () in leaves.values():
+        raise ValueError(
+            "the structure has no root, a leaf at its root, or paths that are too long"
+        )
+    try:
+        if any(rows[path[:-1]] >= row for row, path in enumerate(paths) if path):
+            raise ValueError("the structure's containers do not come outer before inner")
+        columns("containers", paths[1:])
+        columns("leaves", list(leaves.values()))
+        named = [name_rows[name] for name in leaves]
+        empties = {rows[path]: before for path, before in index.structure.empties.items()}
+    except KeyError as error:
+        raise ValueError(f"the structure names {error}, which is not there") from None
+    out.column("containers.kind", np.array([KINDS.index(k) for k in containers.values()]))
+    out.column("leaves.name", np.array(named, np.int64))
+    out.column("empties.container", np.array(list(empties), np.int64))
+    out.column("empties.before", np.array(list(empties.values()), np.int64))
     out.json("keys", coded)
-    return {"containers": len(containers), "leaves": len(leaves)}
+    return {"containers": len(containers), "leaves": len(leaves), "empties": len(empties)}

@@ -96,19 +96,16 @@ _CLASSES: dict[str, type[_Node]] = {
     "filesystem._StorageInfo": _Place,
     "_fsspec_filesystem._StorageInfo": _Place,
 }
-_LEGACY = {
+_NAMED: dict[str, type[_Node]] = {
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties": _Properties,
+    **{f"{package}.{name}": kind for package in _PACKAGES for name, kind in _CLASSES.items()},
 }
-
 _BUILDERS = Registry(
     {
         **CORE,
         **{
             name: Builder(kind, type=kind, fill=_fill, key=kind is _Key)
-            for name, kind in (
-                *((f"{p}.{n}", kind) for p in _PACKAGES for n, kind in _CLASSES.items()),
-                *_LEGACY.items(),
-            )
+            for name, kind in _NAMED.items()
         },
     }
 )
@@ -308,7 +305,8 @@ def _take_tensor(name: str, entry: _Tensor, part: _Part, tensors: _Tensors) -> N
         if type(chunk) is not _Chunk:
             raise FormatError(f"a chunk that is a {_kind(chunk)}", place=_named(name))
         box = _state(chunk)
-        offsets, sizes = box.get("offsets"), box.get("sizes")
+        offsets: Any = box.get("offsets")
+        sizes: Any = box.get("sizes")
         if not _are_offsets(offsets) or not _are_offsets(sizes):
             raise FormatError("a chunk that is no box", place=_named(name))
         place = part.places.get((name, offsets))
@@ -383,8 +381,9 @@ def _structure(
     parts: Sequence[_Part], tensors: _Tensors, objects: dict[str, Placed]
 ) -> tuple[Structure | None, dict[str, Path]]:
     paths: dict[Any, Any] = {}
-    for part in reversed(parts):
-        paths.update(part.paths or {})
-    if not any(part.paths for part in parts):
+    for part in parts:
+        for name, path in (part.paths or {}).items():
+            paths.setdefault(name, path)
+    if all(part.paths is None for part in parts):
         return None, {}
     return structure_of(paths, tensors.dtypes, objects)

@@ -191,29 +191,27 @@ def _mark(m: Machine, at: int) -> int:
     return at
 
 
-def _tuple_op(code: bytes, size: int) -> None:
-    def push(m: Machine, at: int) -> int:
-        m.count(ROOM)
-        stack = m.stack
-        items = tuple(stack[-size:])
-        if len(items) < size:
-            raise IndexError
-        stack[-size:] = (items,)
-        return at
-
-    TABLE[code[0]] = push
-
-
-_tuple_op(b"\x86", 2)
-_tuple_op(b"\x87", 3)
-
-
 @_op(b"\x85")
 def _tuple1(m: Machine, at: int) -> int:
-    m.room -= ROOM
-    if m.room < 0:
-        m.count(0)
+    m.count(ROOM)
     m.stack[-1] = (m.stack[-1],)
+    return at
+
+
+@_op(b"\x86")
+def _tuple2(m: Machine, at: int) -> int:
+    m.count(ROOM)
+    last = m.stack.pop()
+    m.stack[-1] = (m.stack[-1], last)
+    return at
+
+
+@_op(b"\x87")
+def _tuple3(m: Machine, at: int) -> int:
+    m.count(ROOM)
+    last = m.stack.pop()
+    middle = m.stack.pop()
+    m.stack[-1] = (m.stack[-1], middle, last)
     return at
 
 
@@ -366,7 +364,10 @@ def _long_binput(m: Machine, at: int) -> int:
 
 @_op(b"h")
 def _binget(m: Machine, at: int) -> int:
-    _recall(m, m.data[at])
+    index = m.data[at]
+    if index not in m.memo:
+        _recall(m, index)
+    m.stack.append(m.memo[index])
     return at + 1
 
 

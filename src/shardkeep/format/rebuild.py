@@ -219,6 +219,10 @@ def _qtensor(
 ) -> Any:
     if type(quantizer) is not tuple or not quantizer:
         raise FormatError("a quantized tensor without its scale")
+    if type(storage) is Storage and storage.kind.dtype in _PACKED:
+        # Several elements a byte: no numpy array has its shape, so its bytes stand for it.
+        plain = _rebuild(storage, 0, (storage.count,), (1,), None)
+        return Opaque("torch._utils", "_rebuild_qtensor", (plain, offset, size, stride, quantizer))
     scheme = quantizer[0].name if isinstance(quantizer[0], Opaque) else str(quantizer[0])
     kept = (scheme, *quantizer[1:])
     return _rebuild(storage, offset, size, stride, None, grad=requires_grad, quantizer=kept)
@@ -243,6 +247,7 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     return data if kind.name in _SAME else Opaque(kind.module, kind.qualname, (data,), state)
 
 
+_PACKED = (DType.named("quint4x2"), DType.named("quint2x4"))
 _TENSORS = (_tensor, _tensor_v2, _tensor_v3, _qtensor, _parameter)
 _SAME = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 

@@ -46,7 +46,8 @@ def structure_of(
     if len(set(leaves.values())) != len(leaves):
         raise FormatError(f"two names have one path: {_clash(leaves)}")
     containers = {path: _kind(keys) for path, keys in sorted(children.items(), key=_depth)}
-    return Structure(leaves, {(): "dict", **containers, (): "dict"}), twins
+    containers[()] = "dict"
+    return Structure(leaves, containers), twins
 
 
 def _depth(item: tuple[Path, Any]) -> int:

@@ -38,6 +38,7 @@ __all__ = [
     "encode",
     "encode_key",
     "loads",
+    "unique_keys",
 ]
 
 Json = Any
@@ -122,9 +123,9 @@ def encode_key(key: Any) -> Json:
 
 def decode_key(value: Json, make: Mapping[str, Maker] = CORE_MAKERS) -> Any:
     """Inverse of `encode_key`; FormatError also for what cannot be a key."""
-    if type(value) is str:
+    if type(value) is str or type(value) is int:
         return value
-    return _hashable([decode(value, make)])[0]
+    return unique_keys([decode(value, make)])[0]
 
 
 def dumps(value: Json) -> str:
@@ -302,7 +303,7 @@ class _Decoder:
         return [self.decode(value, depth) for value in values]
 
     def keys(self, values: Json, depth: int) -> list[Any]:
-        return _hashable(self.many(values, depth))
+        return unique_keys(self.many(values, depth))
 
     def pairs(self, values: Json, depth: int) -> list[tuple[Any, Any]]:
         if type(values) is not list or any(type(pair) is not list for pair in values):
@@ -381,8 +382,8 @@ _DECODERS: dict[str, Callable[[_Decoder, Json, int], Any]] = {
 }
 
 
-def _hashable(keys: list[Any]) -> list[Any]:
-    """Keys that can stand in one dict.
+def unique_keys(keys: list[Any]) -> list[Any]:
+    """The same keys, fit to stand in one dict; FormatError if they are not.
 
     Keys with one hash are compared with each other one by one. Hashes of strings are salted, but
     those of numbers are not: thousands of equal ones are an attack that would take minutes.
@@ -390,11 +391,11 @@ def _hashable(keys: list[Any]) -> list[Any]:
     try:
         hashes = {hash(key) for key in keys}
     except TypeError:
-        raise FormatError("a value is broken: a key cannot be hashed") from None
+        raise FormatError("a key cannot be hashed") from None
     if len(hashes) < len(keys) - 100:
-        raise FormatError("a value is broken: its keys have equal hashes")
+        raise FormatError("the keys have equal hashes")
     if len(set(keys)) != len(keys):
-        raise FormatError("a value is broken: a key occurs twice")
+        raise FormatError("a key occurs twice")
     return keys
 
 

@@ -129,14 +129,14 @@ def _read(
 ) -> None:
     """Read once, check every block once, and hand out the bytes."""
     end = job.low + fetch(store, job.file, job.low, space.data, uses[job.wants[0].use].copy.name)
-    checked: dict[int, int] = {}
+    checked: dict[tuple[int, int], int] = {}
     for _, low, high, row in job.wants:
         copy = uses[row].copy
         if high > end:
             raise Damaged(too_short(end, high), file=job.file, name=copy.name)
         if verify and copy.source.digests is not None:
             # Wants come sorted: the blocks of a payload are checked up to some byte.
-            payload = copy.source.payload[0]
+            payload = copy.source.payload
             done = checked.get(payload, low)
             _check_blocks(copy, space, job.low, max(low, done), high)
             checked[payload] = max(high, done)

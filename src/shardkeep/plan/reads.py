@@ -102,7 +102,8 @@ def split(source: Source, box: Box, gap: int, limit: int) -> Iterator[tuple[Box,
     What goes straight into memory can be cut at any byte, and needs no such parts.
     """
     found = runs(source, box, gap)
-    inner = [d for d in range(box.ndim) if d not in found.outer and box.sizes[d] > 1]
+    spread = [d for d in range(box.ndim) if box.sizes[d] > 1 and source.strides[d] > 0]
+    inner = [d for d in spread if d not in found.outer]
     if found.span <= limit or not inner:
         yield box, found
         return

@@ -16,6 +16,10 @@ it; broadcasts are removed by the coordinator when all have left.
 **Parting.** Leaving in peace is a gather and a broadcast, then a farewell: the coordinator, whose
 process may host the store, leaves last.
 
+Ranks meet by work and path, so whatever can fail belongs inside the session: a rank that fails
+before it enters, and then comes with the next state for the same path, meets the others in the
+session that it missed.
+
 Sessions on different paths (or of different work) may run at the same time, in different threads.
 For one work on one path, a process has one session at a time.
 """
@@ -42,6 +46,8 @@ from shardkeep.ranks.messages import count, join, split
 __all__ = ["KeyRanks", "KeySession"]
 
 _NOWHERE = "an unknown host"
+_LATER = 0.5
+"""Seconds by which the others wait longer than the coordinator."""
 _AGAIN = 1.0
 """Seconds after which the coordinator looks whether a rank that it answered has come anew."""
 
@@ -166,8 +172,7 @@ class KeySession(Session):
     def _wait(self, key: str, rank: int) -> None:
         """Until the key is there, which `rank` should set."""
         # The coordinator gives up before those who wait for it, as it knows who is late.
-        late = self._timing.heartbeat if self._rank else 0
-        if not self._await([key], rank, self._timing.deadline + late):
+        if not self._await([key], rank, self._timing.deadline + bool(self._rank) * _LATER):
             raise self._blame(rank, f"it did not answer within {self._timing.deadline:g} s")
 
     def _await(self, keys: list[str], rank: int, timeout: float) -> str | None:
@@ -246,7 +251,7 @@ class KeySession(Session):
         own, answer = f"{self._base}/word/{self._rank}", f"{self._base}/answer/{word}"
         self._keys.set(own, word.encode())
         try:
-            if not self._keys.wait([answer], self._timing.deadline + self._timing.heartbeat):
+            if not self._keys.wait([answer], self._timing.deadline + _LATER):
                 cause = self._absence(0)
                 raise RankFailed(self._members[0], _NOWHERE, "enter", self._path, cause)
             self._id = self._keys.get(answer).decode()
@@ -341,8 +346,9 @@ class KeySession(Session):
             if self._rank:
                 self._keys.delete(self._posted)
             else:
-                # Those who wait to enter must learn of it, too.
-                for rank in range(1, self.size):
+                # Those who still wait to enter this session must learn of it, too. Not those who
+                # were in it: what they wait for by now is the next one.
+                for rank in set(range(1, self.size)) - self._answered:
                     self._answer(rank, None)
         self._part()
 

@@ -77,8 +77,8 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     buffer = torch.empty(tuple(tensor.shape), dtype=stored)
 
     def finish() -> None:
-        # An inference tensor may only change in inference mode, which no other tensor needs.
-        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+        # Inference tensors change in inference mode only. It sets the grad mode, even to leave it.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             try:
                 tensor.copy_(buffer)
             except (RuntimeError, NotImplementedError) as error:

@@ -87,7 +87,7 @@ def is_tensor(value: Any) -> bool:
         return True
     if not isinstance(value, torch.Tensor):
         return False
-    if _flattens(value) or _is(value, _DTENSOR + _SHARDED) or is_lazy(value):
+    if _flattens(value) or _is(value, _DTENSOR + _SHARDED) or is_lazy(value) or value.is_nested:
         return True
     return value.layout is torch.strided and not value.is_quantized
 

@@ -114,7 +114,7 @@ def _structure(flat: Flat, tensors: Sequence[Described]) -> Structure:
             paths[one] = path + rest
             for depth in range(len(rest)):
                 containers[path + rest[:depth]] = "dict"
-    return Structure(paths, containers)
+    return Structure(paths, containers, flat.structure.empties)
 
 
 def _columns(tensors: Sequence[Described], width: int) -> Tensors:

@@ -1,0 +1,150 @@
+"""What a job holds, written down without Shardkeep, and compared bit for bit.
+
+At every save rank 0 writes down every sharded tensor whole, as torch itself gathers it, and every
+rank what it alone holds. After a load, and by readers of the checkpoint, this is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Comparison", "Testimony", "leaves", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was compared: names of equal tensors and values, what differs, what is not there."""
+
+    tensors: list[str]
+    nbytes: int
+    values: list[str]
+    differ: list[str]
+    absent: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Testimony:
+    """What all ranks held together: flat names to arrays, and to values as JSON has them."""
+
+    tensors: Mapping[str, NDArray[Any]]
+    values: Mapping[str, Any]
+
+    def write(self, folder: Path, rank: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / f"rank_{rank}.npz", **self.tensors)
+        (folder / f"rank_{rank}.json").write_text(json.dumps(self.values))
+
+    @staticmethod
+    def read(folder: Path) -> Testimony:
+        """Raises ValueError where two ranks' words about one name differ."""
+        tensors: dict[str, NDArray[Any]] = {}
+        values: dict[str, Any] = {}
+        for path in sorted(folder.glob("rank_*.npz")):
+            with np.load(path) as archive:
+                for name in archive.files:
+                    array = archive[name]
+                    if not same(tensors.setdefault(name, array), array):
+                        raise ValueError(f"the ranks hold different tensors {name!r}")
+            for name, value in json.loads(path.with_suffix(".json").read_text()).items():
+                if values.setdefault(name, value) != value:
+                    raise ValueError(f"the ranks hold different values {name!r}")
+        return Testimony(tensors, values)
+
+    def compare(self, tensors: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> Comparison:
+        """What somebody else holds under the same names."""
+        equal = [n for n in self.tensors if n in tensors and same(tensors[n], self.tensors[n])]
+        alike = [n for n in self.values if n in values and plain(values[n]) == self.values[n]]
+        seen = {**tensors, **values}
+        return Comparison(
+            tensors=equal,
+            nbytes=sum(self.tensors[name].nbytes for name in equal),
+            values=alike,
+            differ=sorted(seen.keys() - {*equal, *alike}),
+            absent=sorted((self.tensors.keys() | self.values.keys()) - seen.keys()),
+        )
+
+
+def same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Bit for bit: NaNs and the sign of zero count."""
+    kinds = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return kinds and one.tobytes() == other.tobytes()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves with flat names as DCP has them; a list without mappings is a leaf."""
+    if isinstance(state, Mapping):
+        items = list(state.items())
+    elif isinstance(state, list) and any(isinstance(part, Mapping) for part in state):
+        items = list(enumerate(state))
+    else:
+        yield prefix.removesuffix("."), state
+        return
+    for key, part in items:
+        yield from leaves(part, f"{prefix}{key}.")
+
+
+def held(state: Any, *, gathered: bool = True) -> Testimony:
+    """What this rank holds: sharded tensors are gathered (so all ranks must call), or left out."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    tensors, values = {}, {}
+    for name, leaf in leaves(state):
+        if isinstance(leaf, DTensor):
+            whole = leaf.full_tensor()
+            if gathered:
+                tensors[name] = whole.numpy()
+        elif isinstance(leaf, torch.Tensor):
+            tensors[name] = leaf.numpy()
+        else:
+            values[name] = plain(leaf)
+    return Testimony(tensors, values)
+
+
+def main() -> None:
+    """Run the job of `demo.train`, observed."""
+    import torch
+
+    from demo import train
+
+    class Observed(train.Trainer):
+        def run(self) -> None:
+            self.tell(pid=os.getpid())
+            super().run()
+
+        def save(self) -> Any:
+            with torch.no_grad():
+                mine = held(self.state(), gathered=self.rank == 0)
+            mine.write(self.folder / "witness" / f"step_{self.step:06d}", self.rank)
+            return super().save()
+
+        def resume(self, path: Path) -> Any:
+            report = super().resume(path)
+            with torch.no_grad():
+                mine = held(self.state())
+            expected = Testimony.read(self.folder / "witness" / path.name)
+            found = expected.compare(mine.tensors, mine.values)
+            self.tell(compared=asdict(found), resharded=len(report.resharded), read=report.read)
+            return report
+
+        def tell(self, **record: Any) -> None:
+            train.append(self.folder / "log.jsonl", {"rank": self.rank, **record})
+
+    train.main(Observed)
+
+
+if __name__ == "__main__":
+    main()
