@@ -32,15 +32,15 @@ class Comparison:
         return not self.differences
 
 
-def compare(expected: Node, actual: Any, *, lenient_keys: bool = True) -> Comparison:
+def compare(expected: Node, actual: Any, *, typed_keys: bool = False) -> Comparison:
     """Compare leaf by leaf, bit by bit.
 
     Args:
         expected: a node of `expected.json`.
         actual: a nested state with arrays, tensors and values.
-        lenient_keys: take the key "0" for 0: stock torch turns all keys into strings.
+        typed_keys: the key "0" is not 0; stock torch turns all keys into strings on saving.
     """
-    found = list(_walk(expected, actual, "", lenient_keys))
+    found = list(_walk(expected, actual, "", not typed_keys))
     return Comparison(len(found), tuple(line for line in found if line))
 
 
@@ -144,11 +144,19 @@ def _is_plain(name: str) -> bool:
 
 
 def _array(expected: Node, actual: Any, path: str) -> str:
-    want = base64.b64decode(expected["data"])
     if not isinstance(actual, np.ndarray | np.generic):
         return f"{path}: {type(actual).__name__}, not a numpy array"
-    fits = list(actual.shape) == expected.get("shape", []) and actual.tobytes() == want
-    return "" if fits else f"{path}: another array"
+    data = base64.b64decode(expected["data"])
+    want = np.frombuffer(data, expected["dtype"]).reshape(expected["shape"])
+    # Byte order is how an array lies, not what it holds.
+    same = actual.shape == want.shape and actual.dtype.newbyteorder("<") == want.dtype.newbyteorder(
+        "<"
+    )
+    return (
+        ""
+        if same and want.tobytes() == actual.astype(want.dtype).tobytes()
+        else f"{path}: another array"
+    )
 
 
 def _value(expected: Node, actual: Any, path: str) -> str:
@@ -186,9 +194,11 @@ def _repr(expected: Node, actual: Any, path: str) -> str:
     """Values of library classes; without torch, its own are stand-ins or carriers."""
     want, name = expected["value"], expected["type"]
     shown = {repr(actual), str(actual), f"torch.{actual}"}
-    if isinstance(actual, Opaque):
+    if isinstance(actual, Opaque) and (name.startswith("torch.") or actual.name == name):
+        return ""
+    if isinstance(actual, Opaque) and name.startswith("builtins."):
         # A class or function that is not known to be safe stays what it is: a name.
-        shown |= {want} if actual.qualname in want or actual.name == name else set()
+        return "" if actual.qualname in want else f"{path}: {actual!r}, not {want}"
     if hasattr(actual, "parts"):
         shown.add(want if str(actual) == want.split("'")[1] else "")
     return "" if want in shown else f"{path}: {actual!r}, not {want}"

@@ -24,7 +24,9 @@ def stock(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    inner = {name.rsplit(".", depth)[0] for name in found for depth in range(1, name.count(".") + 1)}
+    inner = {
+        name.rsplit(".", depth)[0] for name in found for depth in range(1, name.count(".") + 1)
+    }
     found = {name: entry for name, entry in found.items() if name not in inner}  # whole containers
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -37,8 +37,11 @@ class Job:
         self.log.touch()
         self.position = self.log.stat().st_size
         self.workers: list[int] = []
+        self.killed = False
         self.output = (folder / f"output_{ranks}_ranks.txt").open("w+")
-        launcher = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {ranks}"
+        launcher = (
+            f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {ranks}"
+        )
         self.launcher = subprocess.Popen(
             [sys.executable, *launcher.split(), "-m", "demo.witness", str(folder), *options],
             cwd=ROOT,
@@ -61,9 +64,13 @@ class Job:
         self.output.close()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What the job logs, as it comes, until it ends."""
+        """What the job logs, as it comes, until it ends.
+
+        Raises:
+            JobFailed: it ended by itself, with an error.
+        """
         while True:
-            ended = self.launcher.poll() is not None
+            ended = self.killed or self.launcher.poll() is not None
             with self.log.open() as log:
                 log.seek(self.position)
                 while (line := log.readline()).endswith("\n"):
@@ -75,7 +82,7 @@ class Job:
             if ended:
                 break
             time.sleep(0.005)
-        if self.launcher.returncode:
+        if self.launcher.returncode and not self.killed:
             self.output.seek(0)
             raise JobFailed(f"exit code {self.launcher.returncode}\n{self.output.read()[-6000:]}")
 
@@ -95,6 +102,7 @@ class Job:
             with suppress(ChildProcessError):  # the launcher has seen to it
                 signals.append(os.WTERMSIG(os.waitpid(pid, 0)[1]))
         self.workers.clear()
+        self.killed = True
         return signals
 
 

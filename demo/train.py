@@ -150,9 +150,9 @@ def append(path: Path, record: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="where checkpoints and log.jsonl go")
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=24, help="samples a step, of all ranks")
+    parser.add_argument("--batch", type=int, default=16, help="samples a step, of all ranks")
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--lr", type=float, default=4e-3)

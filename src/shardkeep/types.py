@@ -93,6 +93,8 @@ def _dtypes() -> Iterator[DType]:
         yield DType(name, np.dtype(getattr(ml_dtypes, name)))
     half = np.dtype([("real", "<f2"), ("imag", "<f2")])
     yield DType("complex32", half, "pairs of float16, as fields 'real' and 'imag'")
+    brain = np.dtype([("real", ml_dtypes.bfloat16), ("imag", ml_dtypes.bfloat16)])
+    yield DType("bcomplex32", brain, "pairs of bfloat16, as fields 'real' and 'imag'")
     packed = "two 4-bit floats (e2m1) a byte, packed as they are stored"
     yield DType("float4_e2m1fn_x2", np.dtype(np.uint8), packed)
     for name, carrier in (("qint8", "i1"), ("quint8", "u1"), ("qint32", "<i4")):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from shardkeep import commit
 from shardkeep.cli import main
 from shardkeep.format import values
@@ -149,18 +150,21 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """`make(state)`: a checkpoint of a nested dict of arrays, `(dtype, array, boxes)`, and values."""
+    """`make(state)`: a checkpoint of nested arrays, `(dtype, array, boxes)`, and values."""
 
     def call(state: Mapping[Any, Any], name: str = "ckpt") -> Path:
         tensors: dict[str, Any] = {}
         objects: dict[str, Any] = {}
         leaves: dict[str, tuple[Any, ...]] = {}
         containers: dict[tuple[Any, ...], str] = {}
+        empties: dict[tuple[Any, ...], int] = {}
 
         def walk(path: tuple[Any, ...], value: Any) -> None:
             flat = ".".join(map(str, path))
             if isinstance(value, (dict, list)):
                 containers[path] = "dict" if isinstance(value, dict) else "list"
+                if path and not value:
+                    empties[path] = len(leaves)
                 for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                     walk((*path, key), inner)
                 return
@@ -173,9 +177,6 @@ def make(tmp_path: Path) -> Make:
                 objects[flat] = value
 
         walk((), dict(state))
-        empties = {
-            p: 0 for p in containers if not any(q[: len(p)] == p for q in leaves.values()) and p
-        }
         return write(tmp_path / name, tensors, objects, Structure(leaves, containers, empties))
 
     return call

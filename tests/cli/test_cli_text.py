@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.cli.render import brief, is_json, opaque_names, pretty
-from shardkeep.cli.terminal import Output, count, error_line, escape, human
+from shardkeep.cli.terminal import Output, count, escape, human, one_line
 from shardkeep.types import Opaque
 
 values = st.recursive(
@@ -48,11 +48,11 @@ def test_escape_sequences_line_breaks_and_direction_marks() -> None:
 
 @given(st.text())
 def test_an_error_is_one_printable_line(text: str) -> None:
-    assert error_line(text).isprintable()
+    assert one_line(text).isprintable()
 
 
 def test_an_error_does_not_escape_twice() -> None:
-    assert error_line(f"tensor {chr(27)!r}:\nbroken") == r"tensor '\x1b': broken"
+    assert one_line(f"tensor {chr(27)!r}:\nbroken") == r"tensor '\x1b': broken"
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ from collections import Counter, OrderedDict, namedtuple
 from datetime import datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import IntEnum
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as nps
 
+from format.strategies import exact, keys, values
 from shardkeep.errors import FormatError
 from shardkeep.format.values import (
     LIMIT,
@@ -36,96 +36,8 @@ from shardkeep.format.values import (
 from shardkeep.types import DType, Opaque
 
 
-def exact(value):
-    """A form in which two values are equal only if types, order and bits are, too."""
-    kind = type(value)
-    if kind in (list, tuple):
-        return kind, [exact(v) for v in value]
-    if kind in (dict, OrderedDict):
-        return kind, [(exact(k), exact(v)) for k, v in value.items()]
-    if kind in (set, frozenset):
-        return kind, sorted(map(repr, map(exact, value)))
-    if kind is float:
-        return kind, struct.pack("<d", value)
-    if kind is complex:
-        return kind, struct.pack("<2d", value.real, value.imag)
-    if isinstance(value, np.ndarray | np.generic):
-        return kind, value.dtype, value.dtype.str, value.shape, value.tobytes()
-    if kind is slice:
-        return kind, exact([value.start, value.stop, value.step])
-    if kind is datetime:
-        return kind, value.isoformat(), value.fold
-    if kind is Decimal:
-        return kind, value.as_tuple()
-    return kind, value
-
-
 def through_text(value):
     return decode(loads(dumps(encode(value))))
-
-
-texts = st.text(st.characters(), max_size=20) | st.text(
-    st.sampled_from('a\ud800\udc00\x00é\U0001f600\\"'), max_size=6
-)
-bits = st.integers(0, 2**64 - 1).map(lambda n: struct.unpack("<d", struct.pack("<Q", n))[0])
-zones = st.none() | st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(timezone)
-keys = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(-(2**70), 2**70),
-    st.floats(allow_nan=False),
-    texts,
-    st.binary(max_size=9),
-    st.complex_numbers(allow_nan=False),
-    st.dates(),
-    st.datetimes(timezones=zones),
-    st.timedeltas(),
-    st.decimals(allow_nan=False),
-    texts.filter(lambda t: "\0" not in t).map(PurePosixPath),
-    texts.map(PureWindowsPath),
-    st.builds(range, st.integers(), st.integers(), st.integers().filter(bool)),
-)
-numpy_dtypes = st.one_of(
-    nps.boolean_dtypes(),
-    nps.integer_dtypes(endianness="?"),
-    nps.unsigned_integer_dtypes(endianness="?"),
-    nps.floating_dtypes(endianness="?", sizes=(16, 32, 64)),
-    nps.complex_number_dtypes(endianness="?", sizes=(64, 128)),
-    nps.datetime64_dtypes(),
-    nps.timedelta64_dtypes(),
-    nps.byte_string_dtypes(max_len=4),
-    nps.unicode_string_dtypes(max_len=4),
-)
-arrays = nps.arrays(numpy_dtypes, nps.array_shapes(min_dims=0, min_side=0, max_side=3))
-extended = st.sampled_from([ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
-scalars = nps.arrays(numpy_dtypes, ()).map(lambda a: a[()]).filter(lambda s: s.dtype.itemsize > 0)
-leaves = st.one_of(
-    keys,
-    bits,
-    st.builds(complex, bits, bits),
-    st.binary(max_size=9).map(bytearray),
-    arrays,
-    st.builds(
-        lambda d, b: np.frombuffer(b, d), extended, st.binary(max_size=6).map(lambda b: b * 2)
-    ),
-    scalars,
-    st.builds(lambda d, x: d(x), extended, st.floats(-4, 4)),
-    st.builds(slice, st.none() | st.integers(), st.none() | st.integers(), st.integers()),
-    st.sampled_from([DType.named("bfloat16"), Opaque("torch", "device", ("cuda", 1))]),
-)
-values = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.lists(inner, max_size=4).map(tuple),
-        st.dictionaries(keys, inner, max_size=4),
-        st.dictionaries(keys | st.tuples(keys, keys), inner, max_size=4).map(OrderedDict),
-        st.sets(keys, max_size=4),
-        st.frozensets(keys, max_size=4),
-    ),
-    max_leaves=12,
-)
 
 
 @given(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -311,10 +312,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(change, error, mes
     assert not store.reads
 
 
-def test_other_work_stops_at_the_first_error():
+def test_other_work_stops_at_the_first_error(monkeypatch):
+    monkeypatch.setattr("shardkeep.io.jobs._PIECE", BLOCK)
     broken = bytearray(FILE)
     broken[0] ^= 1
-    store = Logging(f=broken)
+
+    class Slow(Logging):
+        def read_into(self, name, offset, buffer):
+            time.sleep(0.01)
+            return super().read_into(name, offset, buffer)
+
+    store = Slow(f=broken)
     with pytest.raises(Damaged, match="block 0"):
         read_copies(store, [flat(0, 15 * BLOCK)], threads=2)
     assert len(store.reads) < 15

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardkeep.cli.terminal import CommandError, Output, error_line
+from shardkeep.cli.terminal import CommandError, Output, one_line
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 
 if TYPE_CHECKING:
@@ -209,8 +209,11 @@ def _run(argv: Sequence[str] | None) -> int:
         return _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", _USAGE)
     except CommandError as error:
         return _fail(str(error), error.code)
-    except (NotACheckpoint, OSError) as error:
+    except NotACheckpoint as error:
         return _fail(str(error), _NO_CHECKPOINT)
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(where, _NO_CHECKPOINT)
     except ShardkeepError as error:
         return _fail(str(error), _WRONG)
     return code if isinstance(code, int) else _DONE
@@ -218,5 +221,5 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"shardkeep: {error_line(message)}", file=sys.stderr)
+    print(f"shardkeep: {one_line(message)}", file=sys.stderr)
     return code

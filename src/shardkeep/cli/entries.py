@@ -9,22 +9,24 @@ from math import prod
 from typing import NamedTuple
 
 from shardkeep.checkpoint import Checkpoint
-from shardkeep.types import DTYPES, DType, Path
+from shardkeep.types import DTYPES, DType, Path, Structure
 
-__all__ = ["Node", "Row", "below", "matching", "rows", "tree"]
+__all__ = ["Node", "Row", "matching", "rows", "tree"]
 
 _DEEPEST = 200
 """Keys of a path that become levels of the tree; as many as `shardkeep.tree` walks."""
 
 
 class Row(NamedTuple):
-    """A tensor, or an object (`dtype` is None, `shape` empty, `nbytes` 0)."""
+    """A tensor, an object, or a container that holds nothing (only tensors have the last three)."""
 
     name: str
     path: Path
-    dtype: DType | None
-    shape: tuple[int, ...]
-    nbytes: int
+    kind: str
+    """"tensor", "object", "empty dict", "empty list" or "empty OrderedDict"."""
+    dtype: DType | None = None
+    shape: tuple[int, ...] = ()
+    nbytes: int = 0
 
 
 def rows(checkpoint: Checkpoint) -> list[Row]:
@@ -46,12 +48,32 @@ def rows(checkpoint: Checkpoint) -> list[Row]:
         strict=True,
     ):
         dtype, shape = DTYPES[code], tuple(padded[:ndim])
-        found[name] = Row(name, path(name), dtype, shape, prod(shape) * dtype.itemsize)
+        found[name] = Row(name, path(name), "tensor", dtype, shape, prod(shape) * dtype.itemsize)
     for name in outline.objects.names:
         if name not in outline.twins:
-            found[name] = Row(name, path(name), None, (), 0)
-    ordered = [found.pop(name) for name in leaves if name in found]
-    return ordered + list(found.values())
+            found[name] = Row(name, path(name), "object")
+    if outline.structure is None:
+        return list(found.values())
+    return [*_ordered(found, outline.structure), *found.values()]
+
+
+def _ordered(found: dict[str, Row], structure: Structure) -> Iterator[Row]:
+    """Rows in the state's order, taken out of `found`, with what holds nothing at its place."""
+    empties = sorted(structure.empties.items(), key=lambda item: item[1], reverse=True)
+
+    def until(count: int) -> Iterator[Row]:
+        while empties and empties[-1][1] <= count:
+            path, _ = empties.pop()
+            if path:
+                kind = structure.containers.get(path, "dict")
+                yield Row(".".join(map(str, path)), path, f"empty {kind}")
+
+    for count, name in enumerate(structure.leaves):
+        if empties:
+            yield from until(count)
+        if name in found:
+            yield found.pop(name)
+    yield from until(len(structure.leaves))
 
 
 def matching(all_rows: Sequence[Row], pattern: str) -> list[Row]:
@@ -63,11 +85,6 @@ def matching(all_rows: Sequence[Row], pattern: str) -> list[Row]:
         for row in all_rows
         if row.name == pattern or row.name.startswith(prefix) or fits(row.name)
     ]
-
-
-def below(all_rows: Sequence[Row], name: str) -> list[Row]:
-    """Rows in the container of that name."""
-    return [row for row in all_rows if row.name.startswith(name + ".")]
 
 
 class Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import numpy as np
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.cli.entries import Node, Row, matching, rows, tree
 from shardkeep.cli.render import brief, is_json
-from shardkeep.cli.terminal import CommandError, Output, count, escape, human
+from shardkeep.cli.terminal import CommandError, Output, count, escape, human, one_line
 from shardkeep.errors import ShardkeepError
+from shardkeep.format.manifest import Outline
 
 __all__ = ["ls", "print_tree"]
 
@@ -24,6 +25,9 @@ _READS = 1000
 
 _LABEL = 60
 """Widest label that others are aligned with."""
+
+_WHAT = 40
+"""Widest dtype and shape that others are aligned with."""
 
 
 def ls(
@@ -59,11 +63,11 @@ def ls(
 
 def _header(checkpoint: Checkpoint, found: Sequence[Row], out: Output) -> str:
     nbytes = sum(row.nbytes for row in found)
-    tensors = sum(row.dtype is not None for row in found)
+    tensors = sum(row.kind == "tensor" for row in found)
     parts = [
         _writer(checkpoint),
         count(tensors, "tensor"),
-        count(len(found) - tensors, "object"),
+        count(sum(row.kind == "object" for row in found), "object"),
         f"{human(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1024 else count(nbytes, "byte"),
         count(len(checkpoint.outline.files), "file"),
     ]
@@ -79,49 +83,81 @@ _KINDS = {
 
 
 def _writer(checkpoint: Checkpoint) -> str:
-    """The kind, and which versions wrote it as far as it says."""
-    extra = checkpoint.outline.extra
+    """The kind, and what wrote it when, as far as it says."""
+    said = _said(checkpoint)
     known = [
-        f"{tool} {brief(extra[tool])}" if tool != "format" else f"format {brief(extra[tool])}"
-        for tool in ("format", "shardkeep", "torch")
-        if isinstance(extra.get(tool), (str, int)) and extra[tool] != ""
+        f"{prefix}{said[key]}"
+        for key, prefix in (("shardkeep", "by shardkeep "), ("torch", "torch "), ("created", ""))
+        if isinstance(said.get(key), str)
     ]
     kind = _KINDS.get(checkpoint.kind, checkpoint.kind)
-    return escape(f"{kind} ({', '.join(known)})".replace("'", "")) if known else kind
+    return f"{kind} ({escape(', '.join(known)[:200])})" if known else kind
+
+
+def _said(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What the checkpoint says of itself."""
+    outline = checkpoint.outline
+    header = outline.header if isinstance(outline, Outline) else {}
+    return {**outline.extra, **header}
 
 
 def _print_flat(checkpoint: Checkpoint, shown: Sequence[Row], out: Output) -> None:
     """A line for each row, under its whole name."""
-    labels = [escape(row.name) for row in shown]
-    width = _width(labels)
-    told = _Values(checkpoint, shown)
-    paint = _painter(out)
-    out.lines(
-        f"{label.ljust(width)}  {_what(row, told, paint)}"
-        for label, row in zip(labels, shown, strict=True)
-    )
+    _print([("", escape(row.name), row) for row in shown], checkpoint, out)
 
 
 def print_tree(
     checkpoint: Checkpoint, shown: Sequence[Row], out: Output, *, depth: int | None = None
 ) -> None:
     """The rows as a tree; containers below `depth` levels are folded into one line each."""
-    lines = list(_walk(tree(shown), depth))
-    width = _width(guide + label for guide, label, _ in lines)
+    _print(list(_walk(tree(shown), depth)), checkpoint, out)
+
+
+_Line = tuple[str, str, "Row | Node"]
+"""Guide, label, and what is there."""
+
+
+def _print(lines: Sequence[_Line], checkpoint: Checkpoint, out: Output) -> None:
+    """In columns: guide and label, what it is, its size."""
     told = _Values(checkpoint, [what for _, _, what in lines if isinstance(what, Row)])
-    paint = _painter(out)
+    cells = [_cells(what, told) for _, _, what in lines]
+    label_width = _width((guide + label for guide, label, _ in lines), _LABEL)
+    what_width = _width((what for what, size, _ in cells if size), _WHAT)
+    size_width = _width((size for _, size, _ in cells), _WHAT)
 
-    def line(guide: str, label: str, what: Row | Node) -> str:
-        pad = " " * max(0, width - len(guide) - len(label))
-        if isinstance(what, Row):
-            return f"{paint('dim', guide)}{label}{pad}  {_what(what, told, paint)}"
-        return f"{paint('dim', guide)}{paint('bold', label)}{pad}  {_sum(what, paint)}"
+    def line(guide: str, label: str, what: str, size: str, style: str) -> str:
+        indent = " " * (label_width - len(guide) - len(label))
+        gap = " " * (what_width - len(what) + 2) if size else ""
+        number = size.rjust(size_width) if size else ""
+        if not out.colour:
+            return f"{guide}{label}{indent}  {what}{gap}{number}"
+        name = out.paint("bold", label) if style == "dim" else label
+        left = f"{out.paint('dim', guide)}{name}{indent}"
+        return f"{left}  {out.paint(style, what)}{gap}{out.paint('green', number)}"
 
-    out.lines(line(*entry).rstrip() for entry in lines)
+    out.lines(
+        line(guide, label, *cell) for (guide, label, _), cell in zip(lines, cells, strict=True)
+    )
 
 
-def _walk(root: Node, depth: int | None) -> Iterator[tuple[str, str, Row | Node]]:
-    """Guide, label, and what is there, top to bottom. With its own stack: paths may be deep."""
+def _width(texts: Iterable[str], most: int) -> int:
+    """Of a column; what is wider than `most` sticks out of it."""
+    return max((n for n in map(len, texts) if n <= most), default=0)
+
+
+def _cells(what: Row | Node, told: _Values) -> tuple[str, str, str]:
+    """What it is, its size if it has one, and the style."""
+    if isinstance(what, Node):
+        return _sum(what)
+    if what.dtype is None:
+        known = told.line(what.name) if what.kind == "object" else what.kind
+        return known, "", "yellow"
+    shape = ", ".join(map(str, what.shape))
+    return f"{what.dtype.name} [{shape}]", human(what.nbytes), "cyan"
+
+
+def _walk(root: Node, depth: int | None) -> Iterator[_Line]:
+    """Top to bottom. With its own stack: paths may be deep."""
     stack = [("", iter(_children(root)))]
     while stack:
         indent, children = stack[-1]
@@ -152,34 +188,15 @@ def _label(label: str, row: Row) -> str:
     return label if joined == row.name else f"{label} (named {escape(row.name)})"
 
 
-def _width(labels: Iterable[str]) -> int:
-    return max((len(label) for label in labels if len(label) <= _LABEL), default=0)
-
-
-_Paint = Callable[[str, str], str]
-
-
-def _painter(out: Output) -> _Paint:
-    """Without colour, a function that does nothing: it is called some 400,000 times."""
-    return out.paint if out.colour else lambda _, text: text
-
-
-def _what(row: Row, told: _Values, paint: _Paint) -> str:
-    if row.dtype is None:
-        return paint("yellow", escape(told.line(row.name)))
-    return f"{paint('cyan', row.dtype.name)} {list(row.shape)}  {paint('green', human(row.nbytes))}"
-
-
-def _sum(node: Node, paint: _Paint) -> str:
+def _sum(node: Node) -> tuple[str, str, str]:
     tensors = nbytes = objects = 0
     for row in node.all():
         nbytes += row.nbytes
-        tensors += row.dtype is not None
-        objects += row.dtype is None
+        tensors += row.kind == "tensor"
+        objects += row.kind == "object"
     parts = [count(tensors, "tensor")] if tensors else []
-    parts += [human(nbytes)] if tensors else []
     parts += [count(objects, "object")] if objects else []
-    return paint("dim", ", ".join(parts))
+    return ", ".join(parts), human(nbytes) if tensors else "", "dim"
 
 
 class _Values:
@@ -191,55 +208,54 @@ class _Values:
 
     def __init__(self, checkpoint: Checkpoint, shown: Iterable[Row]) -> None:
         self._checkpoint = checkpoint
-        self._known = checkpoint.outline.objects.values
-        unknown = [row.name for row in shown if row.dtype is None and row.name not in self._known]
+        objects = checkpoint.outline.objects
+        self._known = objects.values
+        self._sizes = dict(zip(objects.names, objects.length.tolist(), strict=True))
+        unknown = [
+            row.name for row in shown if row.kind == "object" and row.name not in self._known
+        ]
         self._unread = frozenset(unknown[_READS:])
-        self._rows: dict[str, int] = {}
-        if unknown:
-            names = checkpoint.index.objects.names
-            self._rows = {name: row for row, name in enumerate(names)}
 
-    def size(self, name: str) -> int:
-        """Bytes of the item; 0 where the value is known without it."""
-        if name in self._known:
-            return 0
-        return int(self._checkpoint.index.objects.length[self._rows[name]])
+    def _shown(self, name: str) -> bool:
+        small = self._sizes[name] <= _SMALL and name not in self._unread
+        return small or name in self._known
 
     def line(self, name: str) -> str:
-        """The value; or the size where it is large, or why it can't be read. Not escaped."""
-        nbytes = self.size(name)
-        if nbytes > _SMALL or name in self._unread:
-            return f"object of {human(nbytes)}"
+        """The value; or the size where it is large, or why it can't be read."""
+        if not self._shown(name):
+            return f"object of {human(self._sizes[name])}"
         try:
-            return brief(self._checkpoint.value(name))
+            return one_line(brief(self._checkpoint.value(name)))
         except (ShardkeepError, OSError) as error:
-            return f"object that can't be read: {error}"
+            return one_line(f"object that can't be read: {error}")
 
     def entry(self, name: str) -> dict[str, Any]:
         """The same for JSON."""
-        nbytes = self.size(name)
-        if nbytes > _SMALL or name in self._unread:
-            return {"nbytes": nbytes}
-        try:
-            value = self._checkpoint.value(name)
-        except (ShardkeepError, OSError) as error:
-            return {"nbytes": nbytes, "error": str(error)}
-        exact = is_json(value)
-        return {"nbytes": nbytes} | ({"value": value} if exact else {"repr": brief(value, 2000)})
+        entry: dict[str, Any] = {"nbytes": self._sizes[name]}
+        if self._shown(name):
+            try:
+                value = self._checkpoint.value(name)
+                entry |= {"value": value} if is_json(value) else {"repr": brief(value, 2000)}
+            except (ShardkeepError, OSError) as error:
+                entry["error"] = str(error)
+        return entry
 
 
 def _print_json(checkpoint: Checkpoint, shown: Sequence[Row], out: Output) -> None:
     """One document, an entry a line, written as it is made."""
-    index = checkpoint.index
-    chunks = np.bincount(index.chunks.tensor, minlength=len(index.tensors.names)).tolist()
-    counted = dict(zip(index.tensors.names, chunks, strict=True))
+    outline = checkpoint.outline
+    if isinstance(outline, Outline):
+        counts = outline.counts
+    else:
+        counts = np.bincount(outline.chunks.tensor, minlength=len(outline.tensors.names))
+    counted = dict(zip(outline.tensors.names, counts.tolist(), strict=True))
     head = {
         "path": checkpoint.url,
         "kind": checkpoint.kind,
-        "wrote": {key: _json_value(value) for key, value in index.extra.items()},
-        "files": list(index.files),
-        "tensors": sum(row.dtype is not None for row in shown),
-        "objects": sum(row.dtype is None for row in shown),
+        "says": {key: _json_value(value) for key, value in _said(checkpoint).items()},
+        "files": list(outline.files),
+        "tensors": sum(row.kind == "tensor" for row in shown),
+        "objects": sum(row.kind == "object" for row in shown),
         "nbytes": sum(row.nbytes for row in shown),
     }
     encode = json.JSONEncoder().encode
@@ -255,16 +271,11 @@ def _print_json(checkpoint: Checkpoint, shown: Sequence[Row], out: Output) -> No
 
 def _entry(row: Row, chunks: dict[str, int], told: _Values) -> dict[str, Any]:
     path = [key if type(key) in (str, int) else brief(key) for key in row.path]
-    entry: dict[str, Any] = {"name": row.name, "path": path}
+    entry: dict[str, Any] = {"name": row.name, "path": path, "kind": row.kind}
     if row.dtype is not None:
-        return entry | {
-            "kind": "tensor",
-            "dtype": row.dtype.name,
-            "shape": row.shape,
-            "nbytes": row.nbytes,
-            "chunks": chunks[row.name],
-        }
-    return entry | {"kind": "object"} | told.entry(row.name)
+        entry |= {"dtype": row.dtype.name, "shape": row.shape, "nbytes": row.nbytes}
+        return entry | {"chunks": chunks[row.name]}
+    return entry | (told.entry(row.name) if row.kind == "object" else {})
 
 
 def _json_value(value: Any) -> Any:

@@ -130,7 +130,7 @@ def _parts(value: Any) -> tuple[list[tuple[str, Any]], str, str]:
     if known is None:
         return [], "", ""
     if isinstance(value, Mapping):
-        return [(f"{brief(key)}: ", entry) for key, entry in value.items()], *known[1:]
+        return [(f"{brief(key, _TEXT)}: ", entry) for key, entry in value.items()], *known[1:]
     return [("", entry) for entry in value], *known[1:]
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.cli.boxes import corner, parse
-from shardkeep.cli.entries import Row, below, rows
+from shardkeep.cli.entries import Row, rows
 from shardkeep.cli.listing import print_tree
 from shardkeep.cli.progress import bar
 from shardkeep.cli.render import opaque_names, pretty
 from shardkeep.cli.stats import Stats, statistics, widened
-from shardkeep.cli.terminal import CommandError, Output, count, escape, human
+from shardkeep.cli.terminal import CommandError, Output, count, escape, human, one_line
 from shardkeep.types import Box, Chunk, DType, TensorInfo
 
 __all__ = ["show"]
@@ -56,9 +56,7 @@ def show(
     elif name in checkpoint:
         _object(checkpoint, name, out)
     else:
-        inside = below(rows(checkpoint), name)
-        out.line(f"{out.paint('bold', escape(name))}: {len(inside):,} inside")
-        print_tree(checkpoint, inside, out)
+        _container(checkpoint, name, out)
     return 0
 
 
@@ -67,7 +65,7 @@ def _resolve(checkpoint: Checkpoint, name: str) -> str:
     if name in checkpoint:
         return name
     found = rows(checkpoint)
-    if below(found, name):
+    if any(row.name == name or row.name.startswith(f"{name}.") for row in found):
         return name
     printed = [row.name for row in found if escape(row.name) == name]
     if len(printed) == 1:
@@ -75,6 +73,15 @@ def _resolve(checkpoint: Checkpoint, name: str) -> str:
     close = _close(name, found)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise CommandError(f"{checkpoint.url} holds no {name!r}{hint}", 1)
+
+
+def _container(checkpoint: Checkpoint, name: str, out: Output) -> None:
+    found = rows(checkpoint)
+    inside = [row for row in found if row.name.startswith(f"{name}.")]
+    bare = [row.kind for row in found if row.name == name]
+    what = f"{len(inside):,} inside" if inside else bare[0]
+    out.line(f"{out.paint('bold', escape(name))}: {what}")
+    print_tree(checkpoint, inside, out)
 
 
 def _close(name: str, found: Sequence[Row]) -> list[str]:
@@ -87,7 +94,7 @@ def _close(name: str, found: Sequence[Row]) -> list[str]:
 def _object(checkpoint: Checkpoint, name: str, out: Output) -> None:
     value = checkpoint.value(name)
     out.line(f"{out.paint('bold', escape(name))}: object, {escape(type(value).__name__)}")
-    out.lines("  " + escape(line) for line in pretty(value))
+    out.lines("  " + one_line(line) for line in pretty(value))
     unknown = opaque_names(value)
     if unknown:
         out.line()

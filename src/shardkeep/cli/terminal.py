@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TextIO
 
-__all__ = ["CommandError", "Output", "count", "error_line", "escape", "human"]
+__all__ = ["CommandError", "Output", "count", "escape", "human", "one_line"]
 
 _LINES = 1024
 """Lines a write: early enough for `| head`, and few enough calls for 100,000 lines."""
@@ -32,8 +32,8 @@ def escape(text: str) -> str:
     )
 
 
-def error_line(text: str) -> str:
-    """A message as one line, escaped. Backslashes stay: messages hold names escaped already."""
+def one_line(text: str) -> str:
+    """A message or a `repr` as one line, escaped; backslashes stay, as it has some of its own."""
     return " ".join("\\".join(map(escape, line.split("\\"))) for line in text.splitlines())
 
 

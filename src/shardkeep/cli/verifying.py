@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.cli.progress import bar
-from shardkeep.cli.terminal import Output, count, escape, human
+from shardkeep.cli.terminal import Output, count, escape, human, one_line
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.verify import VerifyReport
 
@@ -53,7 +53,7 @@ def _lines(report: VerifyReport, out: Output) -> Iterator[str]:
         verdict = out.paint("yellow", "nothing found, but nothing could be checked")
     yield f"{path}: {verdict}; {checked}"
     for damage in report.damaged:
-        yield f"  {escape(_place(damage))}: {escape(damage.what)}"
+        yield f"  {escape(_place(damage))}: {one_line(damage.what)}"
     if report.unchecked:
         yield f"no digest, so damage in them would not show ({len(report.unchecked):,}):"
         yield from (f"  {escape(name)}" for name in report.unchecked)

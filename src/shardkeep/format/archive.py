@@ -109,7 +109,7 @@ class Archive:
             if np.lib.format.read_magic(source) != (1, 0):
                 raise ValueError("unknown version")
             header = np.lib.format.read_array_header_1_0(source, max_header_size=_MAX_NPY_HEADER)
-        except (ValueError, MemoryError, RecursionError, EOFError) as error:
+        except Exception as error:  # numpy lets errors of Python's tokenizer pass, among others
             raise self._error(f"not a column: {error}", member) from None
         found, fortran, stored = header
         if found != shape or fortran or stored not in _DTYPES:

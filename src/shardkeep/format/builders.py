@@ -179,6 +179,7 @@ def _reconstructor(kind: Any, base: Any, state: Any) -> Any:
 CORE: Registry = Registry(
     {
         "_codecs.encode": Builder(_encode),
+        "builtins.Ellipsis": Builder(value=...),
         "builtins.bool": Builder(_of(bool, bool, int, float)),
         "builtins.int": Builder(_of(int, int, bool, float)),
         "builtins.float": Builder(_of(float, float, int, bool)),

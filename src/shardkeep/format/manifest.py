@@ -234,7 +234,9 @@ class _Reader:
         if ndim.max(initial=0) != dims or (shape < 0).any() or (shape[padding] != 1).any():
             self._refuse("tensors.shape.npy", "does not fit the numbers of dimensions")
         tensors = Tensors(tuple(names), np.array(codes, np.uint8)[rows], ndim, shape)
-        if (np.maximum(shape, 1).prod(axis=1, dtype=np.float64) * 16 > _MAX_BYTES).any():
+        with np.errstate(over="ignore"):
+            elements = np.maximum(shape, 1).prod(axis=1, dtype=np.float64)
+        if (elements * _ITEMSIZES.max() > _MAX_BYTES).any():
             self._refuse("tensors.shape.npy", "holds a tensor of more than 2**62 bytes")
         return tensors
 

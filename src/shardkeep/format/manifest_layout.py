@@ -23,7 +23,7 @@ VERSION = 1
 KINDS = ("dict", "list", "OrderedDict")
 """Kinds of containers: how columns hold them is the position here."""
 
-_MAX_PATH = 200
+_MAX_PATH = 100
 _MEAN_PATH = 64
 """Keys of a path at most, and on average: paths share their beginnings on disk, not in memory."""
 

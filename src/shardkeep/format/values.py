@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from base64 import b64decode, b64encode
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -389,10 +389,10 @@ def unique_keys(keys: list[Any]) -> list[Any]:
     those of numbers are not: thousands of equal ones are an attack that would take minutes.
     """
     try:
-        hashes = {hash(key) for key in keys}
+        hashes = Counter(map(hash, keys))
     except TypeError:
         raise FormatError("a key cannot be hashed") from None
-    if len(hashes) < len(keys) - 100:
+    if max(hashes.values(), default=0) > 100:
         raise FormatError("the keys have equal hashes")
     if len(set(keys)) != len(keys):
         raise FormatError("a key occurs twice")

@@ -16,8 +16,8 @@ from shardkeep.types import Box
 
 __all__ = ["Copy", "Planner", "Straight", "Use", "uses_in"]
 
-_PIECE = 1 << 20
-"""Bytes of one read straight into memory: they are still in the cache when they are checked."""
+_PIECE = 2 << 20
+"""Bytes of one read straight into memory: about what a core's own cache holds until the check."""
 
 _STRAIGHT = 2 * BLOCK
 """A run of so many bytes goes straight into memory; smaller ones share reads with others."""

@@ -16,7 +16,7 @@ PIECE = 1 << 20
 """Bytes of a piece at most. torch's TCPStore (libuv server, 2.13 and 2.15) drops the connection for
 good on a value of more than 8 MiB."""
 
-_HEADER = struct.Struct("<4sB3xQQI")
+_HEADER = struct.Struct("<4sBQQI")
 """Magic, whether compressed, bytes of the message, bytes of the body, CRC-32 of all that follows
 the magic but itself."""
 _MAGIC = b"SKm1"
@@ -52,12 +52,12 @@ def join(pieces: Sequence[bytes]) -> bytes:
     return zstandard.ZstdDecompressor().decompress(body, max_output_size=size)
 
 
-def _header(first: bytes) -> tuple[bool, int, int, int]:
+def _header(first: bytes) -> tuple[int, int, int, int]:
     if len(first) < _HEADER.size or first[:4] != _MAGIC:
         raise FormatError(f"not the start of a message: {first[:8]!r}")
     _, packed, size, length, crc = _HEADER.unpack_from(first)
-    return bool(packed), size, length, crc
+    return packed, size, length, crc
 
 
-def _crc(packed: bool, size: int, body: bytes) -> int:
+def _crc(packed: int, size: int, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(struct.pack("<BQQ", packed, size, len(body))))

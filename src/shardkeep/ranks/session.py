@@ -89,6 +89,7 @@ class KeySession(Session):
         self._step = 0
         self._posted: list[str] = []
         self._answered: set[int] = set()
+        self._absent = False
         self._blamed: int | None = None
 
     @property
@@ -249,14 +250,19 @@ class KeySession(Session):
     def _come(self) -> None:
         word = token_hex(16)
         own, answer = f"{self._base}/word/{self._rank}", f"{self._base}/answer/{word}"
+        missed = f"{self._base}/missed/{self._rank}"
         self._keys.set(own, word.encode())
         try:
-            if not self._keys.wait([answer], self._timing.deadline + _LATER):
+            found = self._keys.wait([missed, answer], self._timing.deadline + _LATER)
+            if found is None:
                 cause = self._absence(0)
                 raise RankFailed(self._members[0], _NOWHERE, "enter", self._path, cause)
-            self._id = self._keys.get(answer).decode()
+            said = self._keys.get(found)
         finally:
-            self._keys.delete([own, answer])
+            self._keys.delete([own, answer, missed])
+        if found == missed:
+            raise self._told(said)
+        self._id = said.decode()
         self._live()
         self._check()
 
@@ -279,23 +285,21 @@ class KeySession(Session):
                 keys, timeout = [alive], min(_AGAIN, dead - monotonic())
             if self._await(keys, rank, timeout) == alive:
                 return
-            if (word := self._answer(rank, answered)) is not None:
+            word = self._peek(f"{self._base}/word/{rank}")
+            if word is not None and word != answered:
+                self._answer(rank, word)
                 answered, dead = word, monotonic() + self._timing.patience
             elif monotonic() >= end:
+                self._absent = True
                 raise self._blame(rank, self._absence(rank))
             elif monotonic() >= dead:
                 raise self._blame(rank, self._silence)
 
-    def _answer(self, rank: int, answered: bytes | None) -> bytes | None:
-        """Tell a rank the session's id; its word, or None if it has not said a new one."""
-        word = self._peek(f"{self._base}/word/{rank}")
-        if word is None or word == answered:
-            return None
+    def _answer(self, rank: int, word: bytes) -> None:
         answer = f"{self._base}/answer/{word.decode()}"
         self._keys.set(answer, self._id.encode())
         self._posted.append(answer)
         self._answered.add(rank)
-        return word
 
     def _absence(self, rank: int) -> str:
         cause = f"it did not enter this {self._work} within {self._timing.deadline:g} s"
@@ -342,14 +346,15 @@ class KeySession(Session):
             return  # nobody knows of this session but us
         with suppress(ConnectionError, KeyError):
             cause = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self._post(self._rank, self._host, self._phase, cause)
+            told = self._post(self._rank, self._host, self._phase, cause)
             if self._rank:
                 self._keys.delete(self._posted)
-            else:
-                # Those who still wait to enter this session must learn of it, too. Not those who
-                # were in it: what they wait for by now is the next one.
+            elif not self._absent:
+                # Those who have yet to enter this session learn of its end when they do. Not if it
+                # ended as someone did not come in time: that rank may never come to this session,
+                # and would then take the next one for it.
                 for rank in set(range(1, self.size)) - self._answered:
-                    self._answer(rank, None)
+                    self._keys.set(f"{self._base}/missed/{rank}", told)
         self._part()
 
     def _part(self) -> None:

@@ -1,0 +1,165 @@
+"""What only real processes can show: kills, training beside a save, sub-groups, torch's store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from shardkeep.contracts import Ranks
+from shardkeep.ranks import take_part
+from shardkeep.ranks.group import GroupRanks
+from support import sessions
+from support.gloo import Failed, Pool
+
+QUICK = {"SHARDKEEP_HEARTBEAT": "0.3", "SHARDKEEP_MISSED": "4"}
+
+
+def beside_training(ranks: Ranks) -> tuple[int, list[Any]]:
+    with sessions.training() as rounds:
+        ends = [
+            sessions.conversation(ranks, [0, 100_000]),
+            [[one["end"] for one in ends] for ends in sessions.failure(ranks, 1)],
+            sessions.parallel(ranks, 3),
+        ]
+    return rounds[0], ends
+
+
+def test_training_goes_on_beside_sessions(gloo: Pool) -> None:
+    results = gloo.ranks(beside_training)
+    assert len({rounds for rounds, _ in results}) == 1
+    assert results[0][0] > 5
+    for rank, (_, (talked, failed, several)) in enumerate(results):
+        assert talked == "done"
+        assert failed == [["raised" if rank == 1 else "told", "done"]] * len(sessions.PHASES)
+        assert several == ["done", "raised" if rank == 2 else "told", "done"]
+
+
+def gone(ranks: Ranks, culprit: int, where: str, number: int) -> dict[str, Any]:
+    def step(phase: str) -> None:
+        if phase == where and ranks.rank == culprit:
+            time.sleep(0.7)  # a sign of life that says where it was is out
+            os.kill(os.getpid(), number)
+
+    return sessions.outcome(ranks, step)
+
+
+@pytest.mark.parametrize(
+    ("culprit", "where", "number"), [(2, "write", signal.SIGKILL), (3, "leave", signal.SIGSTOP)]
+)
+def test_killed_or_frozen_rank_is_named(
+    gloo: Pool, culprit: int, where: str, number: signal.Signals
+) -> None:
+    with pytest.raises(Failed) as caught:
+        gloo.ranks(gone, culprit, where, number, env=QUICK, limit=8.0)
+    assert list(caught.value.errors) == [culprit]
+    for end in caught.value.results.values():
+        assert (end["end"], end["rank"], end["phase"]) == ("told", culprit, where)
+        assert end["cause"] == "it stopped answering: no sign of life for 1.2 s"
+        assert end["took"] < 5
+
+
+def test_killed_store_is_explained(gloo: Pool) -> None:
+    with pytest.raises(Failed) as caught:
+        gloo.ranks(gone, 0, "write", signal.SIGKILL, env=QUICK)
+    assert list(caught.value.errors) == [0]
+    for end in caught.value.results.values():
+        assert (end["end"], end["rank"]) == ("told", 0)
+        assert "the job's store, which lives beside it, is out of reach" in end["cause"]
+        assert end["took"] < 5
+
+
+def in_halves(rank: int, size: int) -> list[str]:
+    half = take_part([1, 0] if rank < 2 else [2, 3])
+    assert half.rank == [1, 0, 0, 1][rank]
+    first = sessions.conversation(half, [0, 5000])
+
+    def step(phase: str) -> None:
+        if phase == "report" and rank == 3:
+            raise ValueError("boom")
+
+    end = sessions.outcome(half, step)
+    return [first, end["end"], str(end.get("rank")), sessions.conversation(take_part(), [1])]
+
+
+def test_subgroups_at_the_same_time(gloo: Pool) -> None:
+    done = ["done", "done", "None", "done"]
+    assert gloo.run(in_halves) == [
+        done,
+        done,
+        ["done", "told", "3", "done"],
+        ["done", "raised", "None", "done"],
+    ]
+
+
+def beside_a_blocking_wait(ranks: Ranks) -> float:
+    from torch import distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+
+    def block() -> None:
+        with pytest.raises(RuntimeError):
+            store.wait(["never set"], timedelta(seconds=2))
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    sessions.conversation(ranks, [10])
+    took = time.monotonic() - began
+    assert thread.is_alive()
+    thread.join()
+    return took
+
+
+def test_others_may_block_the_shared_client(gloo: Pool) -> None:
+    assert max(gloo.ranks(beside_a_blocking_wait)) < 1.8
+
+
+def count_keys(ranks: Ranks) -> tuple[int, int]:
+    from torch import distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    before = store.num_keys()
+    dist.barrier()
+    sessions.conversation(ranks, [0, 3_000_000])
+    sessions.failure(ranks, 2)
+    dist.barrier()
+    # The session of rank 0 ends last, and the barrier needs no key.
+    return before, store.num_keys()
+
+
+def test_no_key_is_left_in_the_store(gloo: Pool) -> None:
+    for before, after in gloo.ranks(count_keys):
+        assert before == after
+
+
+def by_collectives(rank: int, size: int) -> list[Any]:
+    from torch import distributed as dist
+
+    ranks = GroupRanks(dist)
+    talked = sessions.conversation(ranks, [0, 1, 300_000])
+    ends = sessions.failure(ranks, 2)
+    half = GroupRanks(dist, [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2])
+    stranger = sessions.strangers(ranks)
+    return [talked, ends, sessions.conversation(half, [5]), stranger]
+
+
+def test_collectives(gloo: Pool) -> None:
+    for rank, (talked, rounds, half, stranger) in enumerate(gloo.run(by_collectives)):
+        assert talked == half == "done"
+        for where, (first, later) in zip(sessions.PHASES, rounds, strict=True):
+            assert first["end"] == ("raised" if rank == 2 else "told")
+            if rank != 2:
+                assert (first["rank"], first["phase"]) == (2, where)
+                assert first["cause"].endswith("ValueError: boom\n")
+            assert later["end"] == "done"
+        assert stranger["rank"] == 3
+        assert "run/b" in stranger["cause"]
+        assert "run/a" in stranger["cause"]

@@ -1,0 +1,46 @@
+"""The key-value store in memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from shardkeep.ranks.keys import MemoryKeys
+
+
+def test_values() -> None:
+    keys = MemoryKeys()
+    with pytest.raises(KeyError):
+        keys.get("a")
+    keys.set("a", b"1")
+    keys.set("a", b"2")
+    assert keys.get("a") == b"2"
+    keys.delete(["a", "b"])
+    assert len(keys) == 0
+
+
+def test_wait_gives_the_first_in_order() -> None:
+    keys = MemoryKeys()
+    keys.set("b", b"")
+    keys.set("c", b"")
+    assert keys.wait(["a", "b", "c"], 0) == "b"
+    assert keys.wait(["a", "c"], 10) == "c"
+
+
+def test_wait_ends_with_its_time() -> None:
+    keys, began = MemoryKeys(), time.monotonic()
+    assert keys.wait(["a"], -1) is None
+    assert keys.wait(["a"], 0.1) is None
+    assert 0.1 <= time.monotonic() - began < 5
+    assert not keys._waiting
+
+
+def test_wait_is_woken() -> None:
+    keys = MemoryKeys()
+    timer = threading.Timer(0.05, lambda: (keys.set("other", b""), keys.set("b", b"")))
+    timer.start()
+    assert keys.wait(["a", "b"], 30) == "b"
+    timer.join()
+    assert not keys._waiting

@@ -1,0 +1,55 @@
+"""The pool of processes itself."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from support.gloo import Failed, Pool
+
+
+def add(rank: int, size: int, number: int) -> int:
+    import torch
+    from torch import distributed as dist
+
+    total = torch.tensor([rank + number])
+    dist.all_reduce(total)
+    assert dist.get_world_size() == size
+    return int(total) * 10 + rank
+
+
+def misbehave(rank: int, size: int, how: str) -> object:
+    if rank == 1 and how == "raise":
+        raise ValueError("boom")
+    if rank == 1 and how == "exit":
+        os._exit(7)
+    if rank == 1 and how == "hang":
+        time.sleep(1000)
+    if rank == 1 and how == "unpicklable":
+        return lambda: None
+    return rank
+
+
+@pytest.mark.parametrize("size", [4, 1, 2])
+def test_run(gloo: Pool, size: int) -> None:
+    total = sum(range(size)) + 5 * size
+    assert gloo.run(add, 5, size=size) == [total * 10 + rank for rank in range(size)]
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("raise", "ValueError: boom"),
+        ("exit", "the process ended with exit code 7"),
+        ("hang", "in misbehave"),
+        ("unpicklable", "pickle"),
+    ],
+)
+def test_failures_come_back_and_the_pool_goes_on(gloo: Pool, how: str, text: str) -> None:
+    with pytest.raises(Failed, match=text) as caught:
+        gloo.run(misbehave, how, size=2, limit=2.0)
+    assert list(caught.value.errors) == [1]
+    assert caught.value.results == {0: 0}
+    assert gloo.run(add, 1, size=2) == [30, 31]
