@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ def contents(checkpoint: Any) -> Any:
 def _read(checkpoint: Any, node: Any) -> Any:
     if isinstance(node, TensorInfo):
         return checkpoint.read(node.name)
-    if isinstance(node, dict):
+    if type(node) in (dict, OrderedDict):
         return type(node)((key, _read(checkpoint, value)) for key, value in node.items())
     return [_read(checkpoint, value) for value in node] if isinstance(node, list) else node
 

@@ -219,6 +219,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         *,
         makers: Mapping[str, Callable[..., Any]] | None = None,
         decode: Callable[[bytes], Any] | None = None,
+        limit: int = MAX_ITEM,
     ) -> Any:
         """An object's value; parts of unknown classes are `Opaque`.
 
@@ -226,17 +227,18 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
             name: the object.
             makers: builds values of torch's own types from the manifest (`format.values`).
             decode: builds the value from its item's bytes, where the manifest does not hold it.
+            limit: bytes that the item may have once it is decompressed; FormatError beyond.
         """
         known = self.outline.objects.values
         if name in known:
             return values.decode(known[name], *([makers] if makers else []))
-        data = self.item(name)
+        data = self.item(name, limit=limit)
         if decode is not None:
             return decode(data)
         where = self.sources.object(self._objects[name])
         return container.value(data, file=where.file, place=name)
 
-    def item(self, name: str) -> bytes:
+    def item(self, name: str, *, limit: int = MAX_ITEM) -> bytes:
         """The bytes of an object's item, stream transforms undone."""
         row, objects = self._objects[name], self.index.objects
         where = self.sources.object(self._objects[name])
@@ -247,7 +249,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         undo = self.index.transforms[objects.transform[row]]
         if not undo:
             return data
-        return transforms.undo(data, undo, limit=MAX_ITEM, file=where.file, place=name)
+        return transforms.undo(data, undo, limit=limit, file=where.file, place=name)
 
     def verify(
         self, *, threads: int | None = None, progress: Progress | None = None

@@ -43,14 +43,14 @@ def test_ls_shows_a_tree(ckpt: Path, run: Run) -> None:
     assert ran.lines == [
         f"{ckpt}: Shardkeep checkpoint (by shardkeep 0.1.0, torch 2.13.0), "
         "4 tensors, 4 objects, 136 bytes, 2 files",
-        "├─ model            4 tensors        136 B",
-        "│  ├─ layers        4 tensors        136 B",
-        "│  │  ├─ 0          2 tensors        128 B",
-        "│  │  │  ├─ weight  float32 [4, 6]    96 B",
-        "│  │  │  └─ bias    int64 [4]         32 B",
-        "│  │  └─ 1          2 tensors          8 B",
-        "│  │     ├─ weight  float16 [0, 3]     0 B",
-        "│  │     └─ scale   float64 []         8 B",
+        "├─ model            4 tensors       136 B",
+        "│  ├─ layers        4 tensors       136 B",
+        "│  │  ├─ 0          2 tensors       128 B",
+        "│  │  │  ├─ weight  float32 [4, 6]   96 B",
+        "│  │  │  └─ bias    int64 [4]        32 B",
+        "│  │  └─ 1          2 tensors         8 B",
+        "│  │     ├─ weight  float16 [0, 3]    0 B",
+        "│  │     └─ scale   float64 []        8 B",
         "│  └─ unused        empty dict",
         "├─ optim            3 objects",
         "│  ├─ 0             2 objects",
@@ -153,7 +153,7 @@ def test_large_and_unreadable_objects_do_not_stop_a_listing(
     from shardkeep.checkpoint import Checkpoint
     from shardkeep.errors import Damaged
 
-    def broken(self: Checkpoint, name: str) -> Any:
+    def broken(self: Checkpoint, name: str, **_: Any) -> Any:
         raise Damaged("the bytes\x1b[2J are gone", file="__0_0.distcp", name=name)
 
     monkeypatch.setattr(Checkpoint, "value", broken)
@@ -321,7 +321,8 @@ def test_show_suggests_close_names(ckpt: Path, run: Run) -> None:
     assert ran.code == 1
     assert ran.err == (
         f"shardkeep: {ckpt} holds no 'model.layer.0.weight'; "
-        "did you mean 'model.layers.0.weight' or 'model.layers.1.weight' or 'model.layers.0.bias'?\n"
+        "did you mean 'model.layers.0.weight' or 'model.layers.1.weight' or "
+        "'model.layers.0.bias'?\n"
     )
     assert run("show", ckpt, "betas").err.endswith("did you mean 'optim.0.betas'?\n")
     assert run("show", ckpt, "zzzz").err == f"shardkeep: {ckpt} holds no 'zzzz'\n"

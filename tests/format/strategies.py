@@ -177,7 +177,7 @@ def indexes(draw):
     count = draw(st.integers(0, len(names)))
     tensor_names, object_names = tuple(names[:count]), tuple(names[count:])
     file_names, kinds = draw(files), draw(transforms)
-    size = st.integers(0, 5) | st.sampled_from([0, 1, 2**20])
+    size = st.integers(0, 5) | st.sampled_from([0, 1, 2**16])
     shapes = [tuple(draw(st.lists(size, max_size=3))) for _ in tensor_names]
     dtypes = [draw(st.sampled_from(DTYPES)) for _ in tensor_names]
     dims = max(map(len, shapes), default=0)

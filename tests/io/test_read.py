@@ -222,6 +222,39 @@ def test_whole_payloads_go_straight_and_are_read_once(checked):
     assert found.bytes_read == found.bytes_needed == 10 * BLOCK + 9
 
 
+@pytest.mark.parametrize("start", [0, 1, BLOCK, BLOCK + 7])
+@pytest.mark.parametrize("stop", [5 * BLOCK, 6 * BLOCK - 1, 6 * BLOCK + 1, 10 * BLOCK + 9])
+@pytest.mark.parametrize("damage", [False, True])
+def test_parts_of_a_payload_are_read_by_whole_blocks(start, stop, damage):
+    whole = flat(77, 10 * BLOCK + 9)
+    into = np.zeros(stop - start, np.uint8)
+    data = bytearray(FILE)
+    if damage:
+        data[77 + (stop - 1) // BLOCK * BLOCK] ^= 1
+    store = Logging(f=data)
+    part = Copy("t", whole.source, Box((start,), into.shape), into)
+    if damage:
+        with pytest.raises(Damaged, match=f"block {(stop - 1) // BLOCK}:"):
+            read_copies(store, [part], threads=1)
+        return
+    found = read_copies(store, [part], threads=1)
+    assert into.tobytes() == FILE[77 + start : 77 + stop]
+    low, high = start // BLOCK * BLOCK, min(-(-stop // BLOCK) * BLOCK, 10 * BLOCK + 9)
+    assert (found.bytes_read, found.bytes_needed) == (high - low, stop - start)
+
+
+def test_rows_that_share_blocks_are_read_once(monkeypatch):
+    monkeypatch.setenv("SHARDKEEP_GAP", "0")
+    store = Logging(f=FILE)
+    sizes = (80, BLOCK // 8)
+    nbytes = sizes[0] * sizes[1]
+    source = Source("f", 0, (sizes[1], 1), sizes, 1, (0, nbytes), digests(0, nbytes))
+    into = np.zeros((80, 64), np.uint8)
+    found = read_copies(store, [Copy("t", source, Box((0, 0), into.shape), into)], threads=1)
+    assert into.tobytes() == stored(source)[:, :64].tobytes()
+    assert nbytes - BLOCK < found.bytes_read <= nbytes + 2 * BLOCK
+
+
 def test_neighbouring_parts_of_a_payload_check_a_shared_block_once(monkeypatch):
     import shardkeep.io.read as module
 

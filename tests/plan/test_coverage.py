@@ -68,10 +68,8 @@ def layouts(draw):
     return shapes, draw(st.permutations(rows))
 
 
-@settings(max_examples=250, deadline=None)
-@given(layouts())
-def test_coverage_agrees_with_painting(layout):
-    shapes, rows = layout
+def compare(shapes, rows):
+    """What is found against what painting shows."""
     problems = check(shapes, rows)
     assert list(problems) == sorted(problems, key=lambda p: (p.tensor, p.kind))
     for t, shape in enumerate(shapes):
@@ -87,6 +85,31 @@ def test_coverage_agrees_with_painting(layout):
             i, j = kinds["overlap"].rows
             assert rows[i][0] == rows[j][0] == t
             assert rows[i][1].intersect(rows[j][1]) == kinds["overlap"].box
+
+
+@settings(max_examples=250, deadline=None)
+@given(layouts())
+def test_coverage_agrees_with_painting(layout):
+    compare(*layout)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_few_boxes_anywhere_agree_with_painting(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        ndim = int(rng.integers(1, 4))
+        shape = tuple(rng.integers(1, 9, ndim).tolist())
+        low = rng.integers(0, shape, (int(rng.integers(1, 7)), ndim))
+        sizes = rng.integers(1, np.array(shape) - low + 1)
+        boxes = [Box(tuple(o), tuple(s)) for o, s in zip(low.tolist(), sizes.tolist(), strict=True)]
+        compare([shape], [(0, box) for box in boxes])
+
+
+def test_a_box_may_reach_over_several_others():
+    """The cut before the third box is not clean, though the second one ends before it."""
+    boxes = [Box((0, 0), (10, 5)), Box((1, 5), (1, 5)), Box((3, 0), (1, 5))]
+    (overlap,) = [p for p in check([(10, 10)], [(0, b) for b in boxes]) if p.kind == "overlap"]
+    assert overlap == Problem(0, "overlap", (0, 2), Box((3, 0), (1, 5)))
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from shardkeep.contracts import Ranks
 from shardkeep.errors import RankFailed
 from shardkeep.ranks.heart import Timing
+from shardkeep.ranks.keyed import KeyRanks
 from shardkeep.ranks.keys import MemoryKeys
-from shardkeep.ranks.session import KeyRanks, KeySession
+from shardkeep.ranks.session import KeySession
 from shardkeep.ranks.threads import run
 from support import sessions
 

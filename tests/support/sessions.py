@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -75,7 +75,9 @@ def outcome(ranks: Ranks, step: Callable[[str], None], path: str = "run/step") -
     return {"end": "done", "took": time.monotonic() - began}
 
 
-def failure(ranks: Ranks, culprit: int) -> list[list[dict[str, Any]]]:
+def failure(
+    ranks: Ranks, culprit: int, phases: Sequence[str] = PHASES
+) -> list[list[dict[str, Any]]]:
     """For each phase: one rank raises in it; then another session on the same path."""
 
     def one(where: str) -> list[dict[str, Any]]:
@@ -85,7 +87,7 @@ def failure(ranks: Ranks, culprit: int) -> list[list[dict[str, Any]]]:
 
         return [outcome(ranks, step), outcome(ranks, nothing)]
 
-    return [one(where) for where in PHASES]
+    return [one(where) for where in phases]
 
 
 def until_done(ranks: Ranks) -> str:

@@ -12,6 +12,29 @@ torch = pytest.importorskip("torch")
 from shardkeep.errors import Conflict  # noqa: E402
 from shardkeep.tensors.pieces import Described, describe  # noqa: E402
 
+try:
+    from torch.distributed.tensor import (
+        DTensor,
+        Partial,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        placement_types,
+    )
+except ImportError:  # 2.4
+    from torch.distributed._tensor import (
+        DTensor,
+        Partial,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        placement_types,
+    )
+
+STRIDED = hasattr(placement_types, "_StridedShard")  # 2.5 and later
+NEWER = "src_data_rank" in inspect.signature(distribute_tensor).parameters  # 2.6 and later
+NO_ROWS = 0 if NEWER else 1  # older ones can't distribute an empty tensor
+
 Shipped = tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], Any]]]
 
 
@@ -44,7 +67,6 @@ def assemble(ranks: list[Shipped], copies: int) -> Any:
 def distributed(rank: int, size: int, seed: int) -> list[tuple[Any, int, list[Shipped]]]:
     """Random shapes and placements on meshes of all ranks: (whole, copies, what this rank has)."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     random = torch.Generator().manual_seed(seed)
 
@@ -55,7 +77,7 @@ def distributed(rank: int, size: int, seed: int) -> list[tuple[Any, int, list[Sh
     for sides in ((size,), (2, size // 2)) if size > 2 else ((size,),):
         mesh = init_device_mesh("cpu", sides)
         for _ in range(4):
-            shape = [pick(0, 8) for _ in range(pick(1, 4))]
+            shape = [pick(NO_ROWS, 8) for _ in range(pick(1, 4))]
             whole = torch.randn(shape, generator=random)
             dims = [pick(-1, len(shape)) for _ in sides]
             placements = [Shard(dim) if dim >= 0 else Replicate() for dim in dims]
@@ -80,7 +102,6 @@ def fsdp_and_tp(rank: int, size: int, rows: int) -> dict[str, Any]:
     """A linear layer, cut by columns and by rows over 2 ranks, then sharded over 2 others."""
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -108,7 +129,11 @@ def fsdp_and_tp(rank: int, size: int, rows: int) -> dict[str, Any]:
     return held
 
 
-@pytest.mark.parametrize("rows", [8, 7, 5, 2])
+UNEVEN = pytest.mark.skipif(not NEWER, reason="this torch refuses uneven FSDP2 with TP")
+
+
+@pytest.mark.skipif(not STRIDED, reason="torch 2.4 does not say how the tensors lie")
+@pytest.mark.parametrize("rows", [8, *(pytest.param(n, marks=UNEVEN) for n in (7, 5, 2))])
 def test_fsdp2_over_tensor_parallelism(gloo: Any, rows: int) -> None:
     ranks = gloo.run(fsdp_and_tp, rows)
     copies = {"1.bias": 2, "2.weight": 2, "2.bias": 2}
@@ -118,10 +143,30 @@ def test_fsdp2_over_tensor_parallelism(gloo: Any, rows: int) -> None:
     assert "_StridedShard" in ranks[0]["0.weight"][1]
 
 
+def doubly_cut(rank: int, size: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    made = distribute_tensor(torch.arange(8.0), mesh, [Shard(0), Shard(0)])
+    try:
+        return str(describe("x", made)[0].pieces[0].box)
+    except Conflict as error:
+        return str(error)
+
+
+def test_a_dimension_cut_twice(gloo: Any) -> None:
+    """In torch 2.4, FSDP2 over tensor parallelism looks the same and means the other sequence."""
+    found = gloo.run(doubly_cut)
+    if STRIDED:
+        assert found == ["[0:2]", "[2:4]", "[4:6]", "[6:8]"]
+    else:
+        assert "use torch 2.5 or later" in found[1]
+        assert found[0] == "[0:2]"  # the first and the last one are the same in either
+
+
 def part_of_the_ranks(rank: int, size: int) -> Any:
     """A mesh of the first two ranks: the others know the tensor and hold nothing."""
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     mesh = DeviceMesh("cpu", [0, 1])
     made = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
@@ -138,7 +183,6 @@ def test_ranks_outside_the_mesh_know_the_tensor(gloo: Any) -> None:
 def refused(rank: int, size: int) -> list[str]:
     """Messages for what can't be described."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Shard
     from torch.testing._internal.two_tensor import TwoTensor
 
     mesh = init_device_mesh("cpu", (size,))
@@ -201,7 +245,6 @@ def test_sharded_tensors(gloo: Any) -> None:
 def ordered(rank: int, size: int) -> Any:
     """Plain shards of one dimension that cut in another sequence than from left to right."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2, 2))
     made = distribute_tensor(torch.arange(7.0), mesh, [Replicate(), Replicate()])

@@ -134,6 +134,10 @@ def test_every_dtype_comes_back(name: str) -> None:
     if name.startswith(("int", "bits")) and name not in ("int8", "int16", "int32", "int64"):
         return
     tensor = torch.zeros(6 * dtype.itemsize, dtype=torch.uint8).random_(0, 2).view(dtype)
+    try:
+        torch.save(tensor, io.BytesIO())
+    except KeyError:
+        pytest.skip("this torch can't save it")
     assert same(back((tensor,)), (tensor,))
 
 
@@ -270,7 +274,11 @@ def test_what_can_not_be_saved_is_refused_by_name(make: Any, message: str) -> No
 
 def dtensors(rank: int, size: int) -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+
+    try:
+        from torch.distributed.tensor import Shard, distribute_tensor
+    except ImportError:  # 2.4
+        from torch.distributed._tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (size,))
     made = distribute_tensor(torch.ones(4), mesh, [Shard(0)])

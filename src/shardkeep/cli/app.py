@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardkeep.cli.terminal import CommandError, Output, one_line
+from shardkeep.cli.terminal import CommandError, Output, PipeClosed, one_line
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def run(argv: Sequence[str] | None) -> int:
         with _uncollected():
             code = _run(argv)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (PipeClosed, BrokenPipeError):
         # The reader has left, as `head` does. Python would try to flush once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
@@ -201,7 +201,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments: Any = None if argv is None else list(argv)
     try:
         code = app(arguments, prog_name="shardkeep", standalone_mode=False)
-    except (KeyboardInterrupt, BrokenPipeError, typer.Abort):
+    except (KeyboardInterrupt, PipeClosed, typer.Abort):
         raise
     except _UsageError as error:
         context = getattr(error, "ctx", None)

@@ -20,6 +20,9 @@ __all__ = ["ls", "print_tree"]
 _SMALL = 64 * 1024
 """Bytes of an object that is read to show its value."""
 
+_LARGEST = 1 << 20
+"""Bytes that such an object may have decompressed: 64 KiB can hold gigabytes of zeros."""
+
 _READS = 1000
 """Objects that are read to show their values: each costs a read of its file."""
 
@@ -225,7 +228,7 @@ class _Values:
         if not self._shown(name):
             return f"object of {human(self._sizes[name])}"
         try:
-            return one_line(brief(self._checkpoint.value(name)))
+            return one_line(brief(self._checkpoint.value(name, limit=_LARGEST)))
         except (ShardkeepError, OSError) as error:
             return one_line(f"object that can't be read: {error}")
 
@@ -234,7 +237,7 @@ class _Values:
         entry: dict[str, Any] = {"nbytes": self._sizes[name]}
         if self._shown(name):
             try:
-                value = self._checkpoint.value(name)
+                value = self._checkpoint.value(name, limit=_LARGEST)
                 entry |= {"value": value} if is_json(value) else {"repr": brief(value, 2000)}
             except (ShardkeepError, OSError) as error:
                 entry["error"] = str(error)

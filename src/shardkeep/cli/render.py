@@ -16,7 +16,7 @@ __all__ = ["brief", "is_json", "opaque_names", "pretty"]
 _DEEPEST = 60
 """Containers inside one another that are shown: far from Python's own limit on recursion."""
 
-_TEXT = 2000
+_TEXT = 20_000
 """Characters of one string, or bytes, that are shown."""
 
 _NODES = 100_000

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TextIO
 
-__all__ = ["CommandError", "Output", "count", "escape", "human", "one_line"]
+__all__ = ["CommandError", "Output", "PipeClosed", "count", "escape", "human", "one_line"]
 
 _LINES = 1024
 """Lines a write: early enough for `| head`, and few enough calls for 100,000 lines."""
@@ -60,6 +60,10 @@ class CommandError(Exception):
         super().__init__(message)
 
 
+class PipeClosed(Exception):
+    """The reader of standard output has left. Not an OSError: typer would turn that into exit 1."""
+
+
 class Output:
     """Standard output: colour on a terminal only (and not where NO_COLOR is set)."""
 
@@ -76,9 +80,12 @@ class Output:
         return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if self.colour and text else text
 
     def line(self, text: str = "") -> None:
-        self._stream.write(text + "\n")
+        self.lines([text])
 
     def lines(self, lines: Iterable[str]) -> None:
         source = iter(lines)
         while some := list(islice(source, _LINES)):
-            self._stream.write("\n".join(some) + "\n")
+            try:
+                self._stream.write("\n".join(some) + "\n")
+            except BrokenPipeError:
+                raise PipeClosed from None

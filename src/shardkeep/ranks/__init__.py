@@ -9,7 +9,7 @@ from typing import Any
 
 from shardkeep.contracts import Ranks
 from shardkeep.ranks.group import GroupRanks
-from shardkeep.ranks.session import KeyRanks
+from shardkeep.ranks.keyed import KeyRanks
 from shardkeep.ranks.solo import Solo
 from shardkeep.ranks.store import StoreKeys
 

@@ -36,20 +36,26 @@ from functools import lru_cache
 from secrets import token_hex
 from time import monotonic
 from types import TracebackType
+from typing import NamedTuple
 
-from shardkeep.contracts import Ranks, Session
+from shardkeep.contracts import Session
 from shardkeep.errors import RankFailed
 from shardkeep.ranks.heart import Heart, Sign, Timing
 from shardkeep.ranks.keys import KeyValue
 from shardkeep.ranks.messages import count, join, split
 
-__all__ = ["KeyRanks", "KeySession"]
+__all__ = ["KeySession"]
 
 _NOWHERE = "an unknown host"
 _LATER = 0.5
 """Seconds by which the others wait longer than the coordinator."""
 _AGAIN = 1.0
-"""Seconds after which the coordinator looks whether a rank that it answered has come anew."""
+"""Seconds after which the coordinator looks who else has come, or has come anew."""
+
+
+class _Answered(NamedTuple):
+    word: bytes
+    at: float
 
 
 class KeySession(Session):
@@ -88,7 +94,7 @@ class KeySession(Session):
         self._beat = 0
         self._step = 0
         self._posted: list[str] = []
-        self._answered: set[int] = set()
+        self._answered: dict[int, _Answered] = {}
         self._absent = False
         self._blamed: int | None = None
 
@@ -275,31 +281,31 @@ class KeySession(Session):
 
     def _admit(self, rank: int, end: float) -> None:
         """Answer a rank until it has come in; again, if it has given up and come anew."""
-        alive = f"{self._id}/alive/{rank}"
-        answered: bytes | None = None
-        dead = end
+        alive, word = f"{self._id}/alive/{rank}", f"{self._base}/word/{rank}"
         while True:
-            if answered is None:
-                keys, timeout = [alive, f"{self._base}/word/{rank}"], end - monotonic()
-            else:
-                keys, timeout = [alive], min(_AGAIN, dead - monotonic())
-            if self._await(keys, rank, timeout) == alive:
+            answered = self._answered.get(rank)
+            until = end if answered is None else answered.at + self._timing.patience
+            keys = [alive, word] if answered is None else [alive]
+            found = self._await(keys, rank, min(_AGAIN, until - monotonic()))
+            if found == alive:
                 return
-            word = self._peek(f"{self._base}/word/{rank}")
-            if word is not None and word != answered:
-                self._answer(rank, word)
-                answered, dead = word, monotonic() + self._timing.patience
-            elif monotonic() >= end:
-                self._absent = True
-                raise self._blame(rank, self._absence(rank))
-            elif monotonic() >= dead:
-                raise self._blame(rank, self._silence)
+            # While this one lets us wait, the others come in, and watch each other.
+            for other in [rank] if found else range(rank, self.size):
+                self._answer(other)
+            if found is None and monotonic() >= until and self._answered.get(rank) is answered:
+                self._absent = answered is None
+                raise self._blame(rank, self._absence(rank) if self._absent else self._silence)
 
-    def _answer(self, rank: int, word: bytes) -> None:
+    def _answer(self, rank: int) -> None:
+        """Tell a rank the session's id, if it has said a word that is not answered yet."""
+        word = self._peek(f"{self._base}/word/{rank}")
+        answered = self._answered.get(rank)
+        if word is None or (answered is not None and answered.word == word):
+            return
         answer = f"{self._base}/answer/{word.decode()}"
         self._keys.set(answer, self._id.encode())
         self._posted.append(answer)
-        self._answered.add(rank)
+        self._answered[rank] = _Answered(word, monotonic())
 
     def _absence(self, rank: int) -> str:
         cause = f"it did not enter this {self._work} within {self._timing.deadline:g} s"
@@ -353,7 +359,7 @@ class KeySession(Session):
                 # Those who have yet to enter this session learn of its end when they do. Not if it
                 # ended as someone did not come in time: that rank may never come to this session,
                 # and would then take the next one for it.
-                for rank in set(range(1, self.size)) - self._answered:
+                for rank in set(range(1, self.size)) - set(self._answered):
                     self._keys.set(f"{self._base}/missed/{rank}", told)
         self._part()
 
@@ -381,48 +387,6 @@ class KeySession(Session):
             left = 0.0 if rank == self._blamed else max(0.0, end - monotonic())
             gone &= self._keys.wait([f"{self._id}/bye/{rank}"], left) is not None
         return gone
-
-
-class KeyRanks(Ranks):
-    """Ranks that talk through a key-value store.
-
-    Args:
-        keys: this rank's client of it.
-        rank: counted among the members.
-        members: their global ranks, the coordinator first.
-        scope, timing: see `KeySession`.
-    """
-
-    def __init__(
-        self,
-        keys: KeyValue,
-        rank: int,
-        members: tuple[int, ...] | range,
-        *,
-        scope: str = "",
-        timing: Timing | None = None,
-    ) -> None:
-        self._keys, self._rank, self._members = keys, rank, members
-        self._scope, self._timing = scope, timing
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def size(self) -> int:
-        return len(self._members)
-
-    def session(self, work: str, path: str) -> KeySession:
-        return KeySession(
-            self._keys,
-            self._rank,
-            self._members,
-            work,
-            path,
-            scope=self._scope,
-            timing=self._timing,
-        )
 
 
 @lru_cache(maxsize=16)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from shardkeep.errors import RankFailed
 from shardkeep.ranks.heart import Timing
+from shardkeep.ranks.keyed import KeyRanks
 from shardkeep.ranks.keys import MemoryKeys
-from shardkeep.ranks.session import KeyRanks
 
 __all__ = ["run"]
 

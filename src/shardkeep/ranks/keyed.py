@@ -1,0 +1,52 @@
+"""Ranks that talk through a key-value store, whatever kind of store it is."""
+
+from __future__ import annotations
+
+from shardkeep.contracts import Ranks
+from shardkeep.ranks.heart import Timing
+from shardkeep.ranks.keys import KeyValue
+from shardkeep.ranks.session import KeySession
+
+__all__ = ["KeyRanks"]
+
+
+class KeyRanks(Ranks):
+    """One rank of them, and who the others are.
+
+    Args:
+        keys: this rank's client of it.
+        rank: counted among the members.
+        members: their global ranks, the coordinator first.
+        scope, timing: see `KeySession`.
+    """
+
+    def __init__(
+        self,
+        keys: KeyValue,
+        rank: int,
+        members: tuple[int, ...] | range,
+        *,
+        scope: str = "",
+        timing: Timing | None = None,
+    ) -> None:
+        self._keys, self._rank, self._members = keys, rank, members
+        self._scope, self._timing = scope, timing
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    def session(self, work: str, path: str) -> KeySession:
+        return KeySession(
+            self._keys,
+            self._rank,
+            self._members,
+            work,
+            path,
+            scope=self._scope,
+            timing=self._timing,
+        )
