@@ -236,22 +236,39 @@ def plain(node: Node) -> Any:
 def template(node: Node) -> Any:
     """The state that a load fills: empty tensors, and values that the load must replace.
 
-    Needs torch. What can't be a tensor here (a dtype that this torch lacks) is left out.
+    Needs torch, and a torch that has all the dtypes: see `known_here`.
     """
     import torch
 
     kind = node["kind"]
     if kind == "dict":
-        made = ((plain(key), template(value)) for key, value in node["items"])
-        return {key: value for key, value in made if value is not MISSING}
+        return {plain(key): template(value) for key, value in node["items"]}
     if kind == "list":
         return [template(item) for item in node["items"]]
     if kind == "tuple":
         return tuple(template(item) for item in node["items"])
     if kind == "tensor":
-        dtype = getattr(torch, node["dtype"], None)
-        if dtype is None or "quantizer" in node:
-            return MISSING
+        dtype = getattr(torch, node["dtype"])
+        if "quantizer" in node:
+            return torch.quantize_per_tensor(torch.zeros(node["shape"]), 1.0, 0, dtype)
         nbytes = len(base64.b64decode(node["data"]))
         return torch.zeros(nbytes, dtype=torch.uint8).view(dtype).reshape(node["shape"])
     return "to be replaced"
+
+
+def known_here(node: Node) -> dict[str, Any]:
+    """The same mapping without the entries that need a dtype which the running torch lacks."""
+    items = [
+        (key, known_here(value) if value["kind"] == "dict" else value)
+        for key, value in node["items"]
+        if not _lacks(value)
+    ]
+    return {**node, "items": items}
+
+
+def _lacks(node: Node) -> bool:
+    import torch
+
+    if node["kind"] == "tensor":
+        return not hasattr(torch, node["dtype"])
+    return node["kind"] in ("list", "tuple") and any(map(_lacks, node["items"]))

@@ -239,14 +239,22 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return container.value(data, file=where.file, place=name)
 
     def item(self, name: str, *, limit: int = MAX_ITEM) -> bytes:
-        """The bytes of an object's item, stream transforms undone."""
-        row, objects = self._objects[name], self.index.objects
-        where = self.sources.object(self._objects[name])
+        """The bytes of the one item that holds an object, or a tensor that is one chunk.
+
+        Stream transforms are undone; `limit` is how many bytes may come out.
+        """
+        if name in self._tensors:
+            (row,) = self._rows(name)
+            where, columns = self.sources.item(row), self.index.chunks
+            crc = -1
+        else:
+            row = self._objects[name]
+            where, columns = self.sources.object(row), self.index.objects
+            crc = int(self.index.objects.crc[row])
         data = read_range(self.store, where, name)
-        crc = int(objects.crc[row])
         if crc >= 0 and crc32(data) != crc:
             raise Damaged("bytes do not match their digest", file=where.file, name=name)
-        undo = self.index.transforms[objects.transform[row]]
+        undo = self.index.transforms[columns.transform[row]]
         if not undo:
             return data
         return transforms.undo(data, undo, limit=limit, file=where.file, place=name)

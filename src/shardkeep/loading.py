@@ -143,6 +143,10 @@ class _Contents:
             self._values[name] = self.source.value(name, makers=MAKERS, decode=decode)
         return self._values[name]
 
+    def whole(self, name: str) -> Any:
+        """A tensor that is one chunk, as its item describes it."""
+        return from_bytes(self.source.item(name), name=name, trust=self._trust)
+
     def find(self, name: str, path: Path) -> tuple[str, Any] | None:
         """The object that holds what a template has at `path`, and the value there.
 
@@ -262,8 +266,7 @@ def _match(flat: Flat, contents: _Contents) -> _Match:
     for leaf in (leaf for leaf in flat.leaves if leaf.name in objects):
         if contents.is_tensor(leaf.name):
             used.add(leaf.name)
-            kind = type(leaf.value).__name__
-            match.refused[leaf.name] = f"kind: a tensor in the checkpoint, {kind} in the template"
+            _match_quantized(match, leaf, contents)
             continue
         found = contents.find(leaf.name, leaf.path)
         if found is None:
@@ -288,6 +291,20 @@ def _match_tensor(match: _Match, tensor: Described, source: Checkpoint) -> None:
     chunks = {chunk.box for chunk in source.tensor(tensor.name).chunks}
     if not all(piece.box in chunks for piece in tensor.pieces):
         match.resharded.append(tensor.name)
+
+
+def _match_quantized(match: _Match, leaf: Leaf, contents: _Contents) -> None:
+    """A tensor that is an object here: only its own item knows the scale of a quantized one."""
+    wanted = leaf.value
+    if isinstance(wanted, torch.Tensor) and wanted.is_quantized:
+        dtype, shape = contents.source.shape_of(leaf.name)
+        if (f"torch.{dtype}", shape) == (str(wanted.dtype), tuple(wanted.shape)):
+            match.values.append((leaf, contents.whole(leaf.name)))
+            return
+        stored, kind = f"{dtype}{list(shape)}", f"{wanted.dtype}{list(wanted.shape)}"
+    else:
+        stored, kind = "a tensor", type(wanted).__name__
+    match.refused[leaf.name] = f"kind: {stored} in the checkpoint, {kind} in the template"
 
 
 def _match_inside(match: _Match, tensor: Described, path: Path, contents: _Contents) -> set[str]:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardkeep.types import Box
+from shardkeep import commit
+from shardkeep.stores import LocalStore
+from shardkeep.types import Box, Chunks, Index, Objects, Tensors
 
 Make = Callable[..., Path]
 Run = Callable[..., Any]
@@ -489,3 +491,30 @@ def test_arguments(run: Run) -> None:
     assert ran.code == 2
     assert "--nope" in ran.err
     assert ran.err.count("\n") == 1
+
+
+def test_an_object_that_decompresses_to_gigabytes_is_not_read(tmp_path: Path, run: Run) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    stream = zstandard.ZstdCompressor().compressobj()
+    data = b"".join(stream.compress(bytes(1 << 20)) for _ in range(64)) + stream.flush()
+    assert len(data) < 64 * 1024
+    (tmp_path / "data").write_bytes(data)
+    none, table = np.zeros(0, np.int64), np.zeros((0, 0), np.int64)
+    few, small = np.zeros(0, np.uint8), np.zeros(0, np.int16)
+    index = Index(
+        files=("data",),
+        transforms=((), ("stream.zstd/1",)),
+        tensors=Tensors((), few, few, table),
+        chunks=Chunks(
+            none, table, table, none.astype(np.int32), none, none, none, small,
+            np.zeros(1, np.int64), np.zeros(0, np.uint32),
+        ),
+        objects=Objects(
+            ("bomb",), np.zeros(1, np.int32), np.zeros(1, np.int64), np.array([len(data)]),
+            np.ones(1, np.int16), np.full(1, -1), {},
+        ),
+    )  # fmt: skip
+    save_id = commit.new_id()
+    commit.publish(LocalStore(tmp_path), save_id, index, {"save_id": save_id})
+    (line,) = run("ls", tmp_path).lines[1:]
+    assert line.startswith("└─ bomb  object that can't be read: data, bomb: it decompresses to ")

@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from compat.expected import compare, contents, template
+from compat.expected import compare, contents, known_here, plain, template
 
 import shardkeep as sk
 
@@ -62,6 +62,8 @@ def allowed(case: str, release: str, line: str) -> bool:
     """What the release did not store, or stored beyond what the case expects."""
     if "not expected" in line:
         return case == "no_collectives"  # an object that each rank has another value of
+    if "quint4x2" in line:
+        return line.endswith("Opaque, not quint4x2")  # two in a byte: a stand-in, by decision
     minor = ".".join(release.split(".")[:2])
     return "missing" in line and minor in NEVER_STORED.get(case, ())
 
@@ -74,13 +76,36 @@ def test_the_drop_in_loads_every_leaf(unpacked, release):
 
     wrong: list[str] = []
     for case, folder in cases(unpacked(release)).items():
-        expected = json.loads((folder / "expected.json").read_text())
+        expected = known_here(json.loads((folder / "expected.json").read_text()))
         state = template(expected)
         planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-        try:
-            dcp.load(state, checkpoint_id=folder / "ckpt", planner=planner)
-        except sk.Untrusted:
-            continue
+        while True:
+            try:
+                dcp.load(state, checkpoint_id=folder / "ckpt", planner=planner)
+                break
+            except sk.Untrusted as error:
+                assert untrustworthy(error.classes), error
+                remove(state, expected, error.name)
         done = compare(expected, state, typed_keys=True)
         wrong += [f"{case}{line}" for line in done.differences if not allowed(case, release, line)]
     assert wrong == []
+
+
+def untrustworthy(classes: tuple[str, ...]) -> bool:
+    """Classes of the script that made the checkpoints, and what only pretends to be safe."""
+    own = ("__main__.", "http.HTTPStatus", "builtins.", "torch.")
+    return all(name.startswith(own) for name in classes)
+
+
+def remove(state: dict, expected: dict, name: str) -> None:
+    """Take the object of that name out of a template and of what is expected of it."""
+    for key in list(state):
+        rest = name.removeprefix(str(key))
+        if rest == name or rest[:1] not in ("", "."):
+            continue
+        (entry,) = [item for item in expected["items"] if plain(item[0]) == key]
+        if rest == "":
+            del state[key]
+            expected["items"].remove(entry)
+        else:
+            remove(state[key], entry[1], rest[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,7 +67,7 @@ def jobs(draw):
     for t in range(draw(st.integers(0, 5))):
         shape = (draw(st.integers(1, 12)), draw(st.integers(0, 3)))
         cuts = sorted({0, shape[0], *draw(st.lists(st.integers(0, shape[0]), max_size=4))})
-        parts = list(zip(cuts, cuts[1:], strict=False))
+        parts = list(pairwise(cuts))
         holders = [draw(st.sets(st.integers(0, ranks - 1), min_size=1)) for _ in parts]
         for rank in range(ranks):
             mine = [p for p, who in zip(parts, holders, strict=True) if rank in who]

@@ -31,6 +31,11 @@ __all__ = ["Failed", "Pool"]
 AFTER_FAILURE = 20.0
 """Seconds that the other ranks have left when one has failed: some of them may wait for it."""
 
+AFTER_RUN = 10.0
+"""Seconds to leave a group: torch up to 2.7 can hang there, with the interpreter's lock held."""
+
+STARTING = 90.0
+
 
 class Failed(Exception):
     """Some ranks failed. `errors` holds what each one raised, as text; `results` of the others."""
@@ -81,9 +86,9 @@ class Pool:
         return self._run(_Job(_reference(function), args, size, env or {}, with_ranks=True), limit)
 
     def _run(self, job: _Job, limit: float) -> list[Any]:
+        for rank in range(job.size):
+            self._begin(rank)
         workers = [self._ready(rank) for rank in range(job.size)]
-        for worker in workers:
-            worker.started()
         end = time.monotonic() + limit
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
@@ -116,10 +121,20 @@ class Pool:
             raise Failed(errors, results)
         return [results[rank] for rank in range(job.size)]
 
+    def _begin(self, rank: int) -> None:
+        """Start what is missing, without waiting: they import torch side by side."""
+        worker = self._workers[rank]
+        if worker is None or not worker.is_ready(AFTER_RUN):
+            if worker is not None:
+                worker.end()
+            self._workers[rank] = _Worker(rank)
+
     def _ready(self, rank: int) -> _Worker:
         worker = self._workers[rank]
-        if worker is None or not worker.process.is_alive():
-            worker = self._workers[rank] = _Worker(rank)
+        assert worker is not None
+        if not worker.is_ready(STARTING):
+            raise TimeoutError(f"process {rank} did not start:\n{worker.stacks()}")
+        worker.ready = False
         return worker
 
     def __enter__(self) -> Pool:
@@ -144,7 +159,7 @@ class _Worker:
     """The parent's end of one process."""
 
     def __init__(self, rank: int) -> None:
-        self._up = False
+        self.ready = False
         descriptor, name = tempfile.mkstemp(prefix="stacks-")
         os.close(descriptor)
         self._dump = Path(name)
@@ -156,11 +171,11 @@ class _Worker:
         self.process.start()
         child.close()
 
-    def started(self) -> None:
-        """Wait until torch is imported: that is not part of a run's time."""
-        if not self._up:
-            self.pipe.recv()
-            self._up = True
+    def is_ready(self, seconds: float) -> bool:
+        """Whether it waits for a job, by then: has imported torch, has left the last group."""
+        with suppress(EOFError, OSError):
+            self.ready = self.ready or (self.pipe.poll(seconds) and self.pipe.recv() == "ready")
+        return self.ready and self.process.is_alive()
 
     def stacks(self) -> str:
         """Where its threads are just now."""
@@ -213,9 +228,9 @@ def _work(pipe: Connection, dump: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     from torch import distributed as dist
 
-    pipe.send("up")
     store = None  # rank 0 keeps the last run's server, as other ranks may still leave that group
     while True:
+        pipe.send("ready")
         try:
             rank, job, port = pipe.recv()
         except EOFError:
@@ -230,14 +245,13 @@ def _work(pipe: Connection, dump: str) -> None:
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=job.size, timeout=timedelta(seconds=60)
             )
-            try:
-                with _environment(job.env):
-                    result = _call(rank, job)
-            finally:
-                dist.destroy_process_group()
+            with _environment(job.env):
+                result = _call(rank, job)
             pipe.send(("ok", result))
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _call(rank: int, job: _Job) -> Any:

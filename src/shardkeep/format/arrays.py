@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import FormatError
 from shardkeep.format.inert import Builder, Reference
+from shardkeep.format.shown import shown
 
 __all__ = ["ARRAYS"]
 
@@ -98,9 +99,9 @@ def _checked(shape: Any, dtype: Any, data: Any) -> NDArray[Any]:
     if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
         raise FormatError("a numpy array with a shape that is none")
     if type(data) not in (bytes, bytearray) or prod(shape) * dtype.itemsize != len(data):
-        raise FormatError(f"a numpy array of shape {shape} with other than its bytes")
+        raise FormatError(f"a numpy array of shape {shown(shape)} with other than its bytes")
     if prod(max(size, 1) for size in shape) >= 1 << 62:
-        raise FormatError(f"an empty numpy array of shape {shape}")
+        raise FormatError(f"an empty numpy array of shape {shown(shape)}")
     array: NDArray[Any] = np.frombuffer(bytes(data), dtype)
     return array
 

@@ -12,6 +12,7 @@ from shardkeep.errors import FormatError
 from shardkeep.format.builders import CORE
 from shardkeep.format.inert import Builder
 from shardkeep.format.rebuild import Record, StoredTensor, persistent_storage
+from shardkeep.format.shown import shown
 from shardkeep.format.unpickle import loads
 from shardkeep.format.zips import ReadAt, records
 
@@ -49,14 +50,14 @@ class _Archive:
         """The bytes of a record."""
         data = self._read_at(record.offset, record.nbytes)
         if len(data) != record.nbytes:
-            raise self.error(f"record {record.name!r:.100} is cut short")
+            raise self.error(f"record {shown(record.name)} is cut short")
         return data
 
     def data(self, key: str) -> Record:
         """The record of a storage."""
         record = self._records.get(f"{self._folder}data/{key}")
         if record is None:
-            raise FormatError(f"a storage {key!r:.100} without a record")
+            raise FormatError(f"a storage {shown(key)} without a record")
         return record
 
     def load(self, builders: Mapping[str, Builder], finish: Callable[[StoredTensor], Any]) -> Any:

@@ -31,6 +31,8 @@ class Limits:
 
     Attributes:
         depth: containers inside each other; what comes out can be walked by recursion.
+        parts: of what comes out, with shared ones counted as often as they appear: what is small
+            in memory may take forever to print or compare. Each byte of the pickle adds 16.
         memory: bytes that any pickle may make.
         growth: bytes that it may make beyond that, for each byte of itself. Real metadata takes
             about 15; a list of empty dicts 80, an endless row of empty sets 300.
@@ -42,7 +44,8 @@ class Limits:
     """
 
     depth: int = 100
-    memory: int = 64 << 20
+    parts: int = 1 << 22
+    memory: int = 32 << 20
     growth: int = 64
     int_bytes: int = 1024
     key_depth: int = 4
@@ -124,61 +127,86 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
 """How to walk a container. Whatever is not here is a leaf: its builder answers for its inside."""
 
 
-def check_nesting(value: Any, limit: int) -> None:
-    """Refuse what contains itself or nests deeper than `limit`: walking it would crash or hang.
+def check_nesting(value: Any, depth: int, parts: int) -> None:
+    """Refuse what contains itself, nests too deeply or shares too much: walking it would hang.
 
     An `Opaque` ends the nesting and starts a new one: stand-ins of ordinary object graphs, where a
     child knows its parent, may be read, as long as no list or dict contains itself.
 
+    Args:
+        value: what was read.
+        depth: containers inside each other at most.
+        parts: at most, with shared ones counted as often as they appear.
+
     Raises:
-        FormatError: a container contains itself, or nests too deeply.
+        FormatError: there is more.
     """
-    heights: dict[int, int] = {}  # by id: levels below and including it; 0 while it is open
+    measured: dict[int, tuple[int, int]] = {}
     roots: list[Any] = [value]
-    for generation in range(limit + 1):
+    for _ in range(depth):
         found: dict[int, Opaque] = {}
         for root in roots:
-            _measure(root, limit, heights, found)
+            _measure(root, depth, parts, measured, found)
         roots = [part for opaque in found.values() for part in (opaque.args, opaque.state)]
         if not roots:
             return
-        assert generation <= limit
-    raise FormatError(f"objects nest more than {limit} levels deep")
+    raise FormatError(f"objects nest more than {depth} levels deep")
 
 
-def _measure(root: Any, limit: int, heights: dict[int, int], found: dict[int, Opaque]) -> None:
-    """Walk one nesting depth first, without recursion."""
-    # A level is [id, what is left of its parts, height of the highest part so far]. The first one
+_OPEN = (0, 0)
+
+
+def _measure(
+    root: Any,
+    depth: int,
+    parts: int,
+    measured: dict[int, tuple[int, int]],
+    found: dict[int, Opaque],
+) -> None:
+    """Walk one nesting depth first, without recursion.
+
+    Args:
+        root: where to begin.
+        depth, parts: as above.
+        measured: levels and parts of each container, by id; grows.
+        found: takes up the stand-ins that are met.
+    """
+    # A level is [id, what is left of its parts, levels and parts of it so far]. The first one
     # stands outside, so that the root is looked at as any other part.
-    path: list[list[Any]] = [[0, iter((root,)), 0]]
-    while path:
+    path: list[list[Any]] = [[0, iter((root,)), 0, 0]]
+    while True:
         level = path[-1]
         for part in level[1]:
-            walk = _PARTS.get(type(part))
+            kind = type(part)
+            walk = _PARTS.get(kind)
             if walk is None:
-                if isinstance(part, Opaque) and id(part) not in heights:
-                    heights[id(part)] = 1
+                level[3] += 1 + (len(part) >> 6 if kind is str or kind is bytes else 0)
+                if isinstance(part, Opaque) and id(part) not in measured:
+                    measured[id(part)] = _OPEN
                     found[id(part)] = part
                 continue
-            height = heights.get(id(part))
-            if height is None:
-                if len(path) > limit:
-                    raise FormatError(f"containers nest more than {limit} levels deep")
-                heights[id(part)] = 0
-                path.append([id(part), iter(walk(part)), 0])
+            known = measured.get(id(part))
+            if known is None:
+                if len(path) > depth:
+                    raise FormatError(f"containers nest more than {depth} levels deep")
+                measured[id(part)] = _OPEN
+                path.append([id(part), iter(walk(part)), 0, 0])
                 break
-            if height == 0:
-                raise FormatError(f"a {type(part).__name__} contains itself")
-            level[2] = max(level[2], height)
+            if known is _OPEN:
+                raise FormatError(f"a {kind.__name__} contains itself")
+            level[2] = max(level[2], known[0])
+            level[3] += known[1]
         else:
-            path.pop()
-            height = level[2] + 1
+            _, _, levels, weight = path.pop()
             if not path:
                 return
-            if height > limit:
-                raise FormatError(f"containers nest more than {limit} levels deep")
-            heights[level[0]] = height
-            path[-1][2] = max(path[-1][2], height)
+            if levels >= depth:
+                raise FormatError(f"containers nest more than {depth} levels deep")
+            if weight > parts:
+                raise FormatError(f"it has more than {parts} parts, most of them shared")
+            measured[level[0]] = levels + 1, weight + 1
+            path[-1][2] = max(path[-1][2], levels + 1)
+            path[-1][3] += weight + 1
 
 
 def opaque_classes(value: Any) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from shardkeep.format.metadata_columns import (
     object_columns,
     tensor_columns,
 )
+from shardkeep.format.shown import shown
 from shardkeep.format.structure import structure_of
 from shardkeep.format.unpickle import loads_prefix
 from shardkeep.types import DType, Index, Opaque, Path, Structure
@@ -204,7 +205,7 @@ def _mapping(state: dict[Any, Any], key: str) -> dict[Any, Any]:
 
 
 def _named(name: object) -> str:
-    return f"name {name!r:.200}"
+    return f"name {shown(name)}"
 
 
 def _extra(state: dict[Any, Any]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _places(storage: dict[Any, Any]) -> dict[tuple[str, Any], Placed]:
         if type(name) is not str or (offsets is not None and not _are_offsets(offsets)):
             raise FormatError("storage of something without name or offsets", place=_named(name))
         if (name, offsets) in places:
-            raise FormatError(f"two items at offsets {offsets}", place=_named(name))
+            raise FormatError(f"two items at offsets {shown(offsets)}", place=_named(name))
         places[name, offsets] = _placed(place, name)
     return places
 
@@ -246,7 +247,7 @@ def _placed(place: Any, name: str) -> Placed:
     if type(path) is not str or type(start) is not int or type(length) is not int:
         raise FormatError("stored without a path, an offset or a length", place=_named(name))
     if not 0 <= start < 1 << 62 or not 0 <= length < 1 << 62:
-        raise FormatError(f"stored at {start:.0g}, {length:.0g} bytes", place=_named(name))
+        raise FormatError(f"stored at {shown(start)}, {shown(length)} bytes", place=_named(name))
     transforms = state.get("transform_descriptors") or ()
     if type(transforms) not in (list, tuple) or len(transforms) > _TRANSFORMS:
         raise FormatError("stored with transforms that are none", place=_named(name))
@@ -296,10 +297,12 @@ def _take_object(name: str, part: _Part, objects: dict[str, Placed]) -> None:
 def _take_tensor(name: str, entry: _Tensor, part: _Part, tensors: _Tensors) -> None:
     state = _state(entry)
     dtype, shape = _dtype(name, state.get("properties")), state.get("size")
+    if not _are_offsets(shape):
+        raise FormatError(f"a shape that is none: {shown(shape)}", place=_named(name))
     if tensors.dtypes.setdefault(name, dtype) != dtype:
         raise FormatError(f"ranks disagree on its dtype: {dtype}", place=_named(name))
     if tensors.shapes.setdefault(name, shape) != shape:
-        raise FormatError(f"ranks disagree on its shape: {shape!r:.100}", place=_named(name))
+        raise FormatError(f"ranks disagree on its shape: {shown(shape)}", place=_named(name))
     boxes = tensors.boxes.setdefault(name, {})
     for chunk in state.get("chunks") or ():
         if type(chunk) is not _Chunk:
@@ -328,7 +331,8 @@ def _replaces(name: str, sizes: Any, place: Placed | None, known: tuple[Any, Any
         return False
     if 0 in known[0]:
         return place is not None
-    raise FormatError(f"two chunks at one place: {sizes} and {known[0]}", place=_named(name))
+    what = f"two chunks at one place: {shown(sizes)} and {shown(known[0])}"
+    raise FormatError(what, place=_named(name))
 
 
 def _dtype(name: str, properties: Any) -> DType:
@@ -374,7 +378,9 @@ def _rows(tensors: _Tensors) -> Iterator[Row]:
             if place is not None:
                 yield number, offsets, sizes, place
             elif 0 not in sizes:
-                raise FormatError(f"its chunk at {offsets} is stored nowhere", place=_named(name))
+                raise FormatError(
+                    f"its chunk at {shown(offsets)} is stored nowhere", place=_named(name)
+                )
 
 
 def _structure(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import FormatError
 from shardkeep.format.names import safe_file_name
+from shardkeep.format.shown import shown
 from shardkeep.types import DTYPES, I64, MAX_DIMS, Chunks, DType, Objects, Tensors
 
 __all__ = ["Files", "Placed", "Row", "chunk_columns", "object_columns", "tensor_columns"]
@@ -74,7 +75,7 @@ def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequen
     """
 
     def bad(row: int, what: str) -> FormatError:
-        return FormatError(f"{what} {shapes[row]!r:.100}", place=f"tensor {names[row]!r:.200}")
+        return FormatError(f"{what} {shown(shapes[row])}", place=f"tensor {shown(names[row])}")
 
     ndim = _lengths(shapes, lambda row: bad(row, "a shape of too many dimensions:"))
     shape = _table(shapes, ndim, 1, lambda row: bad(row, "a shape that is none:"))
@@ -106,8 +107,8 @@ def chunk_columns(
 
     def bad(row: int, what: str) -> FormatError:
         tensor, offsets, sizes, _ = rows[row]
-        box = f"{what}: offsets {offsets!r:.100}, sizes {sizes!r:.100}"
-        return FormatError(box, place=f"tensor {tensors.names[tensor]!r:.200}")
+        box = f"{what}: offsets {shown(offsets)}, sizes {shown(sizes)}"
+        return FormatError(box, place=f"tensor {shown(tensors.names[tensor])}")
 
     tensor = np.array([row[0] for row in rows], dtype=np.int64)
     ndim = tensors.ndim[tensor].astype(np.int64)

@@ -12,6 +12,7 @@ from typing import Any
 
 from shardkeep.errors import FormatError
 from shardkeep.format.inert import Builder, Reference
+from shardkeep.format.shown import shown
 from shardkeep.types import DTYPES, MAX_DIMS, DType, Opaque
 
 __all__ = ["REBUILD", "Record", "Storage", "StorageKind", "StoredTensor", "persistent_storage"]
@@ -111,14 +112,14 @@ def persistent_storage(
         raise FormatError("a persistent id that is not a storage")
     _, kind, name, device, count = key
     if type(kind) is not StorageKind:
-        raise FormatError(f"a storage of unknown class {getattr(kind, 'name', kind)!r}")
+        raise FormatError(f"a storage of unknown class {shown(getattr(kind, 'name', kind))}")
     if type(name) is not str or type(device) is not str or not _counts(count):
         raise FormatError("a storage with a name, device or length that is none")
     found = record(name)
     storage = Storage(kind, count, found, finish)
     if storage.nbytes > found.nbytes:
         raise FormatError(
-            f"record {found.name!r} holds {found.nbytes} bytes, its storage has {storage.nbytes}"
+            f"record {shown(found.name)} holds {found.nbytes} bytes, its storage has {storage.nbytes}"
         )
     return storage
 
@@ -142,19 +143,19 @@ def _rebuild(
         raise FormatError("a tensor without a storage")
     dtype = dtype if storage.kind.dtype is None else storage.kind.dtype
     if type(dtype) is not DType:
-        raise FormatError(f"a tensor of unknown dtype {getattr(dtype, 'name', dtype)!r}")
+        raise FormatError(f"a tensor of unknown dtype {shown(getattr(dtype, 'name', dtype))}")
     for numbers in (size, stride):
         if type(numbers) is not tuple or len(numbers) > MAX_DIMS or not all(map(_counts, numbers)):
-            raise FormatError(f"a tensor with sizes {_short(size)} and strides {_short(stride)}")
+            raise FormatError(f"a tensor with sizes {shown(size)} and strides {shown(stride)}")
     if len(size) != len(stride) or not _counts(offset) or not _counts(prod(size) * dtype.itemsize):
         raise FormatError(
-            f"a tensor with sizes {_short(size)}, strides {_short(stride)}, offset {offset!r}"
+            f"a tensor with sizes {shown(size)}, strides {shown(stride)}, offset {shown(offset)}"
         )
     if 0 not in size:
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if (last + 1) * dtype.itemsize > storage.nbytes:
             raise FormatError(
-                f"a tensor of sizes {_short(size)} and strides {_short(stride)} from element "
+                f"a tensor of sizes {shown(size)} and strides {shown(stride)} from element "
                 f"{offset} on reaches beyond its storage of {storage.nbytes} bytes"
             )
     elif offset * dtype.itemsize > storage.nbytes:
@@ -172,11 +173,6 @@ def _rebuild(
         quantizer=quantizer,
     )
     return storage.finish(stored)
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if type(value) is tuple and len(value) <= 8 else f"<{type(value).__name__}>"
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> Any:
@@ -223,8 +219,10 @@ def _qtensor(
         # Several elements a byte: no numpy array has its shape, so its bytes stand for it.
         plain = _rebuild(storage, 0, (storage.count,), (1,), None)
         return Opaque("torch._utils", "_rebuild_qtensor", (plain, offset, size, stride, quantizer))
-    scheme = quantizer[0].name if isinstance(quantizer[0], Opaque) else str(quantizer[0])
-    kept = (scheme, *quantizer[1:])
+    scheme, *numbers = quantizer
+    if not isinstance(scheme, Opaque) or any(type(part) in (tuple, dict) for part in numbers):
+        raise FormatError("a quantized tensor of an unknown scheme")
+    kept = (scheme.name, *numbers)
     return _rebuild(storage, offset, size, stride, None, grad=requires_grad, quantizer=kept)
 
 

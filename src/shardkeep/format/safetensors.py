@@ -20,6 +20,7 @@ from shardkeep.format.metadata_columns import (
     tensor_columns,
 )
 from shardkeep.format.names import safe_file_name
+from shardkeep.format.shown import shown
 from shardkeep.types import MAX_DIMS, DType, Index
 
 __all__ = ["Entry", "Header", "index_of", "read_header", "weight_map"]
@@ -121,7 +122,7 @@ def read_header(read_at: ReadAt, size: int, *, file: str) -> Header:
 
 
 def _named(name: str) -> str:
-    return f"tensor {name!r:.200}"
+    return f"tensor {shown(name)}"
 
 
 def _json(data: bytes, file: str) -> dict[str, Any]:
@@ -152,19 +153,19 @@ def _entry(name: str, field: Any, base: int, file: str) -> Entry:
     shape: Any = field.get("shape")
     offsets: Any = field.get("data_offsets")
     if type(kind) is not str or kind not in _DTYPES:
-        raise bad(f"unknown dtype {kind!r:.50}")
+        raise bad(f"unknown dtype {shown(kind)}")
     if not _counts(shape) or len(shape) > MAX_DIMS:
-        raise bad(f"a shape that is none: {shape!r:.100}")
+        raise bad(f"a shape that is none: {shown(shape)}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"offsets that are none: {offsets!r:.100}")
+        raise bad(f"offsets that are none: {shown(offsets)}")
     dtype = DType.named(_DTYPES[kind])
     if kind == "F4":
         if not shape or shape[-1] % 2:
-            raise bad(f"4-bit floats that fill no bytes: {shape!r:.100}")
+            raise bad(f"4-bit floats that fill no bytes: {shown(shape)}")
         shape = [*shape[:-1], shape[-1] // 2]
     nbytes = offsets[1] - offsets[0]
     if prod(shape) * dtype.itemsize != nbytes:
-        raise bad(f"{nbytes} bytes for {dtype}{shape!r:.100}")
+        raise bad(f"{nbytes} bytes for {dtype}{shown(shape)}")
     return Entry(dtype, tuple(shape), base + offsets[0], nbytes)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from shardkeep.errors import FormatError
+from shardkeep.format.shown import shown
 from shardkeep.types import Path, Structure
 
 __all__ = ["structure_of"]
@@ -41,7 +42,7 @@ def structure_of(
     twins = {name: path for name, path in leaves.items() if path in children}
     for name in twins:
         if name in tensors:
-            raise FormatError("it is at the place of a container", place=f"name {name!r:.200}")
+            raise FormatError("it is at the place of a container", place=f"name {shown(name)}")
         del leaves[name]
     if len(set(leaves.values())) != len(leaves):
         raise FormatError(f"two names have one path: {_clash(leaves)}")
@@ -57,7 +58,7 @@ def _depth(item: tuple[Path, Any]) -> int:
 def _path(name: str, path: Any) -> Path:
     if type(path) is tuple and 0 < len(path) <= _DEPTH and set(map(type, path)) <= {str, int}:
         return path
-    raise FormatError(f"its path is none: {path!r:.100}", place=f"name {name!r:.200}")
+    raise FormatError(f"its path is none: {shown(path)}", place=f"name {shown(name)}")
 
 
 def _children(paths: Iterable[Path]) -> dict[Path, dict[Any, None]]:
@@ -85,5 +86,5 @@ def _clash(leaves: Mapping[str, Path]) -> str:
     for name, path in leaves.items():
         other = seen.setdefault(path, name)
         if other != name:
-            return f"{other!r:.100} and {name!r:.100}"
+            return f"{shown(other)} and {shown(name)}"
     raise AssertionError("no clash")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zstandard
 
 from shardkeep.errors import FormatError
+from shardkeep.format.shown import shown
 
 __all__ = ["undo"]
 
@@ -28,7 +29,7 @@ def undo(data: bytes, transforms: tuple[str, ...], *, limit: int, file: str, pla
             name.partition("/")[0] != "stream.zstd"
             or name.partition("/")[2].partition(".")[0] != "1"
         ):
-            raise FormatError(f"unknown stream transform {name!r:.100}", file=file, place=place)
+            raise FormatError(f"unknown stream transform {shown(name)}", file=file, place=place)
         data = _zstd(data, limit, file, place)
     return data
 

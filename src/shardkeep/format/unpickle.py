@@ -88,11 +88,14 @@ def loads_prefix(
     machine = Machine(bytes(data), registry, persistent, limits)
     try:
         value = machine.run(TABLE)
-        check_nesting(value, limits.depth)
+        check_nesting(value, limits.depth, limits.parts + 16 * machine.end)
     except FormatError as error:
         raise error.within(file=file, place=f"offset {machine.at}") from error
     except _BROKEN as error:
         what = _EARLY if isinstance(error, (IndexError, struct.error)) else f"{error}"[:200]
         place = f"offset {machine.at}"
         raise FormatError(f"broken pickle: {what}", file=file, place=place) from error
+    finally:  # an error's traceback keeps the machine: it should not keep a bomb as well
+        machine.stack.clear()
+        machine.memo.clear()
     return value, machine.end

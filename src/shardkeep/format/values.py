@@ -212,9 +212,14 @@ class _Encoder:
         zone = value.tzinfo
         if zone is not None and (type(zone) is not timezone or len(zone.__getinitargs__()) > 1):  # type: ignore[attr-defined]
             raise NotEncodable(f"a time zone of type {type(zone).__name__} is not carried")
-        return [self.text(value.isoformat(), 0), value.fold]
+        offset = value.utcoffset()
+        microseconds = None if offset is None else offset // timedelta(microseconds=1)
+        return [self.text(value.replace(tzinfo=None).isoformat(), 0), value.fold, microseconds]
 
     def path(self, value: PurePath, depth: int) -> list[Json]:
+        again = type(value)(str(value))
+        if (again.parts, str(again)) != (value.parts, str(value)):
+            raise NotEncodable("a path that is another one when it is read")  # some of Windows
         return [type(value).__name__, self.encode(str(value), depth)]
 
     def _other(self, value: Any, kind: type) -> Json:
@@ -334,8 +339,9 @@ class _Decoder:
         return self.array(values, depth)[()]
 
     def datetime(self, values: Json, _: int) -> datetime:
-        text, fold = values
-        return datetime.fromisoformat(text).replace(fold=fold)
+        text, fold, offset = values
+        zone = None if offset is None else timezone(timedelta(microseconds=offset))
+        return datetime.fromisoformat(text).replace(fold=fold, tzinfo=zone)
 
     def path(self, values: Json, depth: int) -> PurePath:
         name, text = values

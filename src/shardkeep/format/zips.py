@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from shardkeep.errors import FormatError
 from shardkeep.format.rebuild import Record
+from shardkeep.format.shown import shown
 
 __all__ = ["ReadAt", "records"]
 
@@ -74,7 +75,7 @@ class _Zip:
         for _ in range(count):
             local, record, at = self._central(data, at)
             if record.name in found:
-                self.fail(f"two records {record.name!r:.100}")
+                self.fail(f"two records {shown(record.name)}")
             found[record.name] = local, record
         if at != size:
             self.fail(f"a directory of {size} bytes with {at} in use")
@@ -82,11 +83,11 @@ class _Zip:
         ordered = []
         for local, record in sorted(found.values(), key=lambda entry: entry[0]):
             if local < end:
-                self.fail(f"record {record.name!r:.100} overlaps the one before it")
+                self.fail(f"record {shown(record.name)} overlaps the one before it")
             placed = self._local(local, record)
             end = placed.offset + placed.nbytes
             if end > start:
-                self.fail(f"record {record.name!r:.100} reaches into the directory")
+                self.fail(f"record {shown(record.name)} reaches into the directory")
             ordered.append(placed)
         return tuple(ordered)
 
@@ -143,13 +144,13 @@ class _Zip:
             self.fail("its directory is broken")
         name = self._name(data[at : at + name_size])
         if flags & _ENCRYPTED:
-            self.fail(f"record {name!r:.100} is encrypted")
+            self.fail(f"record {shown(name)} is encrypted")
         if method != 0:
-            self.fail(f"record {name!r:.100} is compressed (method {method})")
+            self.fail(f"record {shown(name)} is compressed (method {method})")
         extra = data[at + name_size : at + name_size + extra_size]
         size, packed, local = self._wide(extra, [size, packed, local], name)
         if packed != size:
-            self.fail(f"record {name!r:.100} has {size} bytes in {packed}")
+            self.fail(f"record {shown(name)} has {size} bytes in {packed}")
         return local, Record(name, -1, size, crc), end
 
     def _wide(self, extra: bytes, numbers: list[int], name: str) -> list[int]:
@@ -166,20 +167,20 @@ class _Zip:
                     numbers[i] = number
                 return numbers
             at += 4 + size
-        self.fail(f"record {name!r:.100} lacks its 64-bit sizes")
+        self.fail(f"record {shown(name)} lacks its 64-bit sizes")
 
     def _name(self, raw: bytes) -> str:
         try:
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
-            self.fail(f"a record's name {raw!r:.100} is not UTF-8")
+            self.fail(f"a record's name {shown(raw)} is not UTF-8")
         if not name or "\0" in name:
-            self.fail(f"a record's name {name!r:.100} is none")
+            self.fail(f"a record's name {shown(name)} is none")
         return name
 
     def _local(self, at: int, record: Record) -> Record:
         """The record with its offset, from its local header, which must not say anything else."""
-        what = f"record {record.name!r:.100}"
+        what = f"record {shown(record.name)}"
         head = self.read(at, _LOCAL.size, what)
         fields = _LOCAL.unpack(head)
         signature, _, flags, method, _, _, crc, packed, size, name_size, extra_size = fields

@@ -75,7 +75,7 @@ def _translated(key: str) -> Iterator[None]:
 def _own_client(store: Any) -> Any:
     try:
         own = store.clone()
-    except (AttributeError, RuntimeError):  # older than 2.6, or a kind that cannot
+    except (AttributeError, RuntimeError):  # torch up to 2.7, or a kind that cannot
         own = _second_client(store)
     if own is not store:
         own.set_timeout(_TIMEOUT)
