@@ -274,7 +274,7 @@ def assembled(folder):
         "model.scalar": torch.tensor(5),
         "model.flags": torch.tensor([True, False]),
         "model.layers.0.weight": torch.tensor([1 + 2j, 3]),
-        "model.layers.1.weight": torch.arange(3, dtype=torch.uint16),
+        "model.layers.1.weight": torch.tensor([1, 2, 65535], dtype=torch.uint16),
         "optim.state.0.exp": torch.arange(5.0, dtype=torch.float64).reshape(5, 1).t(),
     }
     out = _Assembly()
