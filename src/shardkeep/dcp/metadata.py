@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from shardkeep.format.metadata_write import dcp_path
 from shardkeep.types import DTYPES, Index
 
 __all__ = ["to_torch"]
@@ -54,10 +55,4 @@ def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]]:
         return {name: (name,) for name in (*index.tensors.names, *index.objects.names)}
     containers = index.structure.containers
     paths = {**index.structure.leaves, **index.twins}
-    return {
-        name: tuple(
-            key if containers.get(path[:depth]) == "list" else str(key)
-            for depth, key in enumerate(path)
-        )
-        for name, path in paths.items()
-    }
+    return {name: dcp_path(path, containers) for name, path in paths.items()}

@@ -118,9 +118,8 @@ def persistent_storage(
     found = record(name)
     storage = Storage(kind, count, found, finish)
     if storage.nbytes > found.nbytes:
-        raise FormatError(
-            f"record {shown(found.name)} holds {found.nbytes} bytes, its storage has {storage.nbytes}"
-        )
+        what = f"holds {found.nbytes} bytes, its storage has {storage.nbytes}"
+        raise FormatError(f"record {shown(found.name)} {what}")
     return storage
 
 

@@ -24,7 +24,8 @@ def shown(value: Any) -> str:
         return repr(value)
     if kind is tuple or kind is list:
         parts = [_flat(part) for part in value[:_ITEMS]] + ["..."] * (len(value) > _ITEMS)
-        return f"({', '.join(parts)})" if kind is tuple else f"[{', '.join(parts)}]"
+        text = ", ".join(parts) + "," * (kind is tuple and len(value) == 1)
+        return f"({text})" if kind is tuple else f"[{text}]"
     return f"<{kind.__name__}>"
 
 
