@@ -92,9 +92,7 @@ def _execution() -> Attacks:
     )
     yield (
         "metadata_is_a_call",
-        Attack(
-            in_metadata(p.PROTOCOL + system + p.STOP), "not of DCP's Metadata", "Only the call."
-        ),
+        Attack(in_metadata(p.PROTOCOL + system + p.STOP), "not of DCP's Metadata", "A call."),
     )
     yield (
         "metadata_class_state",
@@ -135,7 +133,7 @@ def _execution() -> Attacks:
         Attack(
             in_metadata(p.PROTOCOL + p.text("x") + b"Q" + p.STOP),
             "persistent id",
-            "In the metadata.",
+            "There, too.",
         ),
     )
     yield (

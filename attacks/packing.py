@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import warnings
+import zipfile
 from pathlib import Path
 
 import zstandard
@@ -40,7 +43,6 @@ def _zips() -> Attacks:
     good = p.container(p.tensor_pickle())
     end = good.rfind(b"PK\5\6")
     pickle_at = _find(good, b"PK\3\4", "archive/data.pkl", 30)
-    twice = good.replace(b"archive/version", b"archive/dataXpkl").replace(b"dataXpkl", b"data.pkl")
     expanded = p.tensor_pickle((1 << 40,), (0,), count=6)
     wide = p.tensor(p.size(1 << 40), p.listing(p.chunk(p.size(0), p.size(1 << 40))))
     for name, item, error, what in (
@@ -77,7 +79,7 @@ def _zips() -> Attacks:
             "overlaps|another name",
             "Two records share their bytes.",
         ),
-        ("zip_duplicate", twice, "two records|records data.pkl", "Two records of one name."),
+        ("zip_duplicate", _twice(), "two records", "Two records of one name."),
         (
             "zip_local_name",
             good.replace(b"archive/data/0", b"archive/data/1", 1),
@@ -153,7 +155,7 @@ def _zips() -> Attacks:
             "400 MB of tensors out of 24 bytes, inside an object.",
         ),
     )
-    zeros = p.container(p.PROTOCOL + p.NONE + p.STOP, bytes(1 << 31 if False else 1 << 28))
+    zeros = p.container(p.PROTOCOL + p.NONE + p.STOP, bytes(1 << 28))
     bomb = zstandard.ZstdCompressor().compress(zeros)
     transform = p.listing(p.text("stream.zstd/1"))
     yield (
@@ -161,7 +163,7 @@ def _zips() -> Attacks:
         Attack(
             in_item(bomb, transform_descriptors=transform),
             "decompresses to more",
-            "256 MB in 9 KB.",
+            "256 MB.",
         ),
     )
     yield (
@@ -169,7 +171,7 @@ def _zips() -> Attacks:
         Attack(
             in_item(b"(\xb5/\xfd" + bytes(50), transform_descriptors=transform),
             "zstd|zip",
-            "Noise.",
+            "A stub.",
         ),
     )
     yield (
@@ -180,6 +182,15 @@ def _zips() -> Attacks:
             "A transform that does not exist.",
         ),
     )
+
+
+def _twice() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for record in ("data.pkl", "data/0", "data/0", "version"):
+            archive.writestr(f"archive/{record}", p.PAYLOAD)
+    return out.getvalue()
 
 
 def _expanded(folder: Path, item: bytes, entry: bytes) -> None:

@@ -80,7 +80,7 @@ def _places() -> Attacks:
         Attack(
             in_metadata(p.metadata({"w": p.tensor()}, twice)),
             "two items",
-            "A chunk with two items.",
+            "Two for one chunk.",
         ),
     )
 

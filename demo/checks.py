@@ -56,7 +56,10 @@ def main() -> None:
     seconds = time.perf_counter() - begun
     found = Testimony.read(witness).compare(tensors, values)
     imported = [name for name in ("torch", "shardkeep") if name in sys.modules]
-    print(json.dumps({**asdict(found), "seconds": seconds, "imported": imported}))
+    version = str(sys.modules[imported[0]].__version__)
+    print(
+        json.dumps(asdict(found) | {"seconds": seconds, "imported": imported, "version": version})
+    )
 
 
 if __name__ == "__main__":

@@ -14,110 +14,145 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "JobFailed", "adopt_orphans"]
+__all__ = ["ROOT", "Job", "JobFailed", "adopt_orphans", "environment", "left_behind"]
 
 ROOT = Path(__file__).parent.parent
-LINUX = sys.platform == "linux"
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+
+_LINUX = sys.platform == "linux"
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+_SILENCE = 120.0
+"""Seconds without a line in the log after which a job is given up."""
 
 
 class JobFailed(RuntimeError):
-    """The job ended although nobody killed it. The message is the end of what it printed."""
+    """The job ended by itself, or hangs. The message ends with what it printed."""
 
 
 class Job:
-    """`ranks` processes of the observed training job, and the launcher above them.
+    """`ranks` processes of the observed training job, and torchrun above them.
 
     Use it as a context: leaving it ends whatever still runs.
     """
 
     def __init__(self, ranks: int, folder: Path, options: Sequence[str]) -> None:
-        self.ranks, self.log = ranks, folder / "log.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self.log.touch()
-        self.position = self.log.stat().st_size
-        self.workers: list[int] = []
-        self.killed = False
-        self.output = (folder / f"output_{ranks}_ranks.txt").open("w+")
-        launcher = (
-            f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node {ranks}"
-        )
-        self.launcher = subprocess.Popen(
-            [sys.executable, *launcher.split(), "-m", "demo.witness", str(folder), *options],
+        self._log = folder / "log.jsonl"
+        self._log.touch()
+        self._position = self._log.stat().st_size
+        self._workers: list[int] = []
+        self._killed = False
+        self._output = (folder / f"output_{ranks}_ranks.txt").open("w+")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        job = [f"--nproc-per-node={ranks}", "-m", "demo.witness", str(folder), *options]
+        self._launcher = subprocess.Popen(
+            [sys.executable, *torchrun, *job],
             cwd=ROOT,
             env=environment(),
             stdin=subprocess.DEVNULL,
-            stdout=self.output,
+            stdout=self._output,
             stderr=subprocess.STDOUT,
-            preexec_fn=_end_with_parent if LINUX else None,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 (there are no threads here)
         )
 
     def __enter__(self) -> Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.launcher.poll() is None:
-            self.launcher.terminate()  # torchrun ends its workers, then itself
+        if self._launcher.poll() is None:
+            self._launcher.terminate()  # torchrun ends its workers, then itself
             with suppress(subprocess.TimeoutExpired):
-                self.launcher.wait(10)
-        self.kill()
-        self.output.close()
+                self._launcher.wait(10)
+        if self._launcher.returncode is None:
+            self.kill()
+        for pid in _children():  # workers without torchrun that had not yet logged their pid
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self._output.close()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What the job logs, as it comes, until it ends.
+        """What the job logs, as it comes, until the job ends.
 
         Raises:
-            JobFailed: it ended by itself, with an error.
+            JobFailed: it failed, or it hangs.
         """
+        heard = time.monotonic()
         while True:
-            ended = self.killed or self.launcher.poll() is not None
-            with self.log.open() as log:
-                log.seek(self.position)
-                while (line := log.readline()).endswith("\n"):
-                    self.position = log.tell()
-                    record = json.loads(line)
-                    if "pid" in record:
-                        self.workers.append(record["pid"])
-                    yield record
+            ended = self._killed or self._launcher.poll() is not None
+            for record in self._new_records():
+                heard = time.monotonic()
+                yield record
             if ended:
                 break
-            time.sleep(0.005)
-        if self.launcher.returncode and not self.killed:
-            self.output.seek(0)
-            raise JobFailed(f"exit code {self.launcher.returncode}\n{self.output.read()[-6000:]}")
+            if time.monotonic() - heard > _SILENCE:
+                raise JobFailed(f"nothing for {_SILENCE:.0f} s\n{self._printed()}")
+            time.sleep(0.01)
+        if self._launcher.returncode and not self._killed:
+            raise JobFailed(f"exit code {self._launcher.returncode}\n{self._printed()}")
 
     def kill(self) -> list[int]:
-        """SIGKILL for every process of the job, all at once.
+        """SIGKILL for every process of a job that is running.
 
         Returns:
-            The signal that ended each of them, as the kernel reports it to their parent: the
-            launcher's first, then the workers' (only on Linux, where `adopt_orphans` works).
+            The signal that ended each of them, as the kernel tells their parent: torchrun's, then
+            the workers'. That takes `adopt_orphans`, which only Linux has.
         """
-        for pid in (self.launcher.pid, *self.workers):
-            if pid != self.launcher.pid or self.launcher.returncode is None:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        signals = [-self.launcher.wait()]
-        for pid in self.workers:
-            with suppress(ChildProcessError):  # the launcher has seen to it
+        if self._launcher.poll() is not None:
+            raise JobFailed(f"it ended before it was killed\n{self._printed()}")
+        for pid in (self._launcher.pid, *self._workers):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        signals = [-self._launcher.wait()]
+        for pid in self._workers:
+            with suppress(ChildProcessError):  # torchrun has waited for it before it ended
                 signals.append(os.WTERMSIG(os.waitpid(pid, 0)[1]))
-        self.workers.clear()
-        self.killed = True
+        self._workers.clear()
+        self._killed = True
         return signals
+
+    def _new_records(self) -> Iterator[dict[str, Any]]:
+        with self._log.open() as log:
+            log.seek(self._position)
+            while (line := log.readline()).endswith("\n"):
+                self._position = log.tell()
+                record = json.loads(line)
+                if "pid" in record:
+                    self._workers.append(record["pid"])
+                yield record
+
+    def _printed(self) -> str:
+        self._output.seek(0)
+        return self._output.read()[-6000:]
 
 
 def environment() -> dict[str, str]:
     """One thread a rank, and no network but the loopback."""
-    here = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if LINUX else "lo0"}
-    return {**os.environ, **here, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    loopback = "lo" if _LINUX else "lo0"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
 
 
 def adopt_orphans() -> None:
-    """Become the parent of workers whose launcher was killed: nobody else would see them end."""
-    if LINUX:
+    """Become the parent of workers whose torchrun was killed: nobody else would see them end."""
+    if _LINUX:
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def left_behind() -> int:
+    """How many processes that this one started, or adopted, are there still."""
+    left = 0
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            left += 1
+        left = max(left + 1, len(_children()))
+    return left
+
+
+def _children() -> list[int]:
+    with suppress(OSError):
+        return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
+    return []
+
+
 def _end_with_parent() -> None:
-    """A launcher whose demo was killed gets SIGTERM, and ends its workers."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
+    """A torchrun whose demo was killed gets SIGTERM, and ends its workers."""
+    if _LINUX:
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)

@@ -19,7 +19,7 @@ class GPTConfig:
     context: int = 64
     width: int = 160
     heads: int = 5
-    layers: int = 4
+    layers: int = 3
     dropout: float = 0.05
 
 

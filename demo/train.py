@@ -109,7 +109,7 @@ class Trainer:
 
 
 class Samples:
-    """Sample i of an endless sequence: a golden-ratio walk, so any stretch of it covers the text."""
+    """Sample i of an endless sequence: a golden-ratio walk; any stretch of it covers the text."""
 
     def __init__(self, tokens: torch.Tensor, context: int) -> None:
         self.tokens, self.length = tokens, context + 1
@@ -154,8 +154,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16, help="samples a step, of all ranks")
     parser.add_argument("--width", type=int, default=160)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ from shardkeep.io.digest import crc32
 from shardkeep.io.read import Copy, ReadStats, read_copies
 from shardkeep.plan.coverage import coverage
 from shardkeep.plan.overlap import Boxes, overlap
-from shardkeep.sources import MAX_ITEM, Sources, read_range
+from shardkeep.sources import Sources, read_range, unpacked_limit
 from shardkeep.stores import store_at
 from shardkeep.tree import unflatten
 from shardkeep.types import (
@@ -208,7 +208,9 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         wanted = Box.whole(shape) if box is None else box
         if not wanted.within(shape):
             raise ValueError(f"box {wanted} leaves tensor {name!r} of shape {list(shape)}")
-        self.sources.locate(self._rows(name))  # refuses sizes that the files can't hold
+        # Both refuse a shape that the files can't fill, before memory is taken for it.
+        self._check_cover(np.array([self._tensors[name]], dtype=np.int64))
+        self.sources.locate(self._rows(name))
         array = np.empty(wanted.sizes, dtype=dtype.numpy)
         self.fill([Request(name, wanted, array)], verify=verify)
         return array
@@ -219,7 +221,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         *,
         makers: Mapping[str, Callable[..., Any]] | None = None,
         decode: Callable[[bytes], Any] | None = None,
-        limit: int = MAX_ITEM,
+        limit: int | None = None,
     ) -> Any:
         """An object's value; parts of unknown classes are `Opaque`.
 
@@ -238,25 +240,28 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         where = self.sources.object(self._objects[name])
         return container.value(data, file=where.file, place=name)
 
-    def item(self, name: str, *, limit: int = MAX_ITEM) -> bytes:
+    def item(self, name: str, *, limit: int | None = None) -> bytes:
         """The bytes of the one item that holds an object, or a tensor that is one chunk.
 
-        Stream transforms are undone; `limit` is how many bytes may come out.
+        Stream transforms are undone; `limit` is how many bytes may come out of an object's.
         """
+        nbytes: int | None = None
+        crc = -1
         if name in self._tensors:
             (row,) = self._rows(name)
-            where, columns = self.sources.item(row), self.index.chunks
-            crc = -1
+            where, transform = self.sources.item(row), self.index.chunks.transform[row]
+            nbytes = self.tensor(name).nbytes
         else:
-            row = self._objects[name]
-            where, columns = self.sources.object(row), self.index.objects
-            crc = int(self.index.objects.crc[row])
+            row, objects = self._objects[name], self.index.objects
+            where, transform = self.sources.object(row), objects.transform[row]
+            crc = int(objects.crc[row])
         data = read_range(self.store, where, name)
         if crc >= 0 and crc32(data) != crc:
             raise Damaged("bytes do not match their digest", file=where.file, name=name)
-        undo = self.index.transforms[columns.transform[row]]
+        undo = self.index.transforms[int(transform)]
         if not undo:
             return data
+        limit = limit or unpacked_limit(len(data), nbytes)
         return transforms.undo(data, undo, limit=limit, file=where.file, place=name)
 
     def verify(
@@ -311,12 +316,13 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
             ndim = request.box.ndim
             sizes = tuple(found.sizes[k, :ndim].tolist())
             target = Box(tuple(into[k, :ndim].tolist()), sizes)
+            view = (*target.slices, ...)  # not a copy, even of a scalar
             copies.append(
                 Copy(
                     name=request.name,
                     source=sources[row],
                     box=Box(tuple(inside[k, :ndim].tolist()), sizes),
-                    into=request.into[(*target.slices, ...)],  # a view, of scalars too
+                    into=request.into[view],
                 )
             )
         return copies
@@ -338,6 +344,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
             box = Box(problem.box.offsets[:ndim], problem.box.sizes[:ndim])
             raise FormatError(
                 f"its chunks have a {problem.kind} at {box}",
+                file=self.found.file,
                 place=f"tensor {tensors.names[row]!r}",
             )
 

@@ -50,10 +50,12 @@ class Found:
             (`use_collectives=False`), or "safetensors".
         outline: reads names, dtypes, shapes and structure; chunk columns may be missing.
         index: reads everything.
+        file: what says so, for errors.
         trailer: what ends `.metadata`, for the kind "shardkeep".
     """
 
     kind: str
+    file: str
     outline: Callable[[], Index | Outline]
     index: Callable[[], Index]
     trailer: Trailer | None = None
@@ -70,17 +72,20 @@ def find(store: Store, *, manifest: bool = True) -> Found:
     if trailer is not None and manifest:
         return _with_manifest(store, trailer)
     if trailer is not None or _exists(store, METADATA):
-        return _found("dcp", lambda: read_metadata(_whole(store, METADATA), file=METADATA))
+        return _found(
+            "dcp", METADATA, lambda: read_metadata(_whole(store, METADATA), file=METADATA)
+        )
     names = sorted(store.names())
     per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
     if per_rank:
         return _found(
             "dcp-per-rank",
+            per_rank[0][1],
             lambda: merge_metadata([(name, _whole(store, name)) for _, name in per_rank]),
         )
     tensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if tensors:
-        return _found("safetensors", lambda: _safetensors(store, tensors))
+        return _found("safetensors", tensors[0], lambda: _safetensors(store, tensors))
     what = "has no .metadata and no .safetensors file" if names else "is empty or does not exist"
     raise NotACheckpoint(f"{store.url} {what}: no checkpoint is committed there")
 
@@ -90,7 +95,7 @@ def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any])
 
     The data files that `index` names are durable already, names and all.
     """
-    manifest = write_manifest(index, header)
+    manifest = write_manifest(index, {"save_id": save_id, **header})
     pickle = metadata_bytes(index)
     trailer = Trailer.of(save_id, pickle, manifest)
     with store.create(manifest_name(save_id)) as sink:
@@ -122,9 +127,9 @@ def sweep(store: Store, old: frozenset[str]) -> None:
         store.remove(name)
 
 
-def _found(kind: str, read: Callable[[], Index]) -> Found:
+def _found(kind: str, file: str, read: Callable[[], Index]) -> Found:
     once = cache(read)  # outline and index are one: reading it twice takes seconds
-    return Found(kind, once, once)
+    return Found(kind, file, once, once)
 
 
 def _with_manifest(store: Store, trailer: Trailer) -> Found:
@@ -136,11 +141,14 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
     def whole() -> Index:
         data = _manifest(store, trailer)
         return read_manifest(
-            lambda offset, length: data[offset : offset + length], len(data), file=name
+            lambda offset, length: data[offset : offset + length],
+            len(data),
+            file=name,
+            save_id=trailer.save_id,
         )
 
     def outline() -> Outline:
-        return read_outline(read_at, trailer.manifest_length, file=name)
+        return read_outline(read_at, trailer.manifest_length, file=name, save_id=trailer.save_id)
 
     try:
         size = store.size(name)
@@ -150,7 +158,7 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
         raise Damaged(
             f"the manifest has {size} bytes, not {trailer.manifest_length}{_HINT}", file=name
         )
-    return Found("shardkeep", outline, whole, trailer)
+    return Found("shardkeep", name, outline, whole, trailer)
 
 
 _HINT = "; open(path, manifest=False) reads .metadata alone, as stock torch does"

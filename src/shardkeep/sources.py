@@ -14,10 +14,7 @@ from shardkeep.format import container, transforms
 from shardkeep.plan.reads import Source
 from shardkeep.types import DTYPES, ByteRange, DType, Index
 
-__all__ = ["MAX_ITEM", "Sources", "inside", "read_range", "window"]
-
-MAX_ITEM = 1 << 31
-"""Bytes that an item may have when its stream transforms are undone, and nobody says how many."""
+__all__ = ["Sources", "inside", "read_range", "unpacked_limit", "window"]
 
 _WHOLE = 64 * 1024
 """Items up to this many bytes are read in one piece when their header is asked for."""
@@ -27,6 +24,10 @@ _EDGE = 4096
 
 _EXPANDED = 64 << 20
 """A tensor may take this many bytes more than are stored (an expanded one does), not more."""
+
+_UNPACKED = 32 << 20
+_RATIO = 64
+"""An object may unpack to so many bytes, or to so many times what is stored."""
 
 _OVERHEAD = 1 << 20
 """Bytes that a decompressed item may have beyond its tensor: header, directory, padding."""
@@ -62,6 +63,13 @@ class Sources:
         """The tensor that a chunk belongs to."""
         return self.index.tensors.names[int(self.index.chunks.tensor[row])]
 
+    def nbytes(self, row: int) -> int:
+        """Bytes of a chunk's elements."""
+        chunks = self.index.chunks
+        dtype = DTYPES[self.index.tensors.dtype[int(chunks.tensor[row])]]
+        nbytes: int = prod(chunks.sizes[row].tolist()) * dtype.itemsize
+        return nbytes
+
     def item(self, row: int) -> ByteRange:
         """The item of a chunk."""
         chunks = self.index.chunks
@@ -87,7 +95,7 @@ class Sources:
             read_at = window(self.store, item, name)
             stored = container.tensor(read_at, item.length, file=item.file, place=name)
             return _source(stored, item, dtype, sizes, name)
-        limit = prod(sizes) * dtype.itemsize + _OVERHEAD
+        limit = unpacked_limit(item.length, prod(sizes) * dtype.itemsize)
         packed = read_range(self.store, item, name)
         data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
 
@@ -173,6 +181,17 @@ def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def unpacked_limit(packed: int, nbytes: int | None = None) -> int:
+    """Bytes that may come out of the stream transforms of an item.
+
+    Args:
+        packed: bytes of the item.
+        nbytes: bytes of its tensor; None for an object, whose size nobody tells: a few bytes must
+            not fill the memory.
+    """
+    return max(_UNPACKED, _RATIO * packed) if nbytes is None else nbytes + _OVERHEAD
 
 
 def inside(data: bytes) -> Callable[[int, int], bytes]:

@@ -16,7 +16,7 @@ from shardkeep.format import container, transforms
 from shardkeep.format.container_write import TensorItem
 from shardkeep.io.digest import crc32, whole_crc
 from shardkeep.io.read import Payload, verify_payloads
-from shardkeep.sources import MAX_ITEM, Sources, inside, read_range, window
+from shardkeep.sources import Sources, inside, read_range, unpacked_limit, window
 from shardkeep.types import DTYPES, ByteRange
 
 __all__ = ["VerifyReport", "verify"]
@@ -107,13 +107,17 @@ class _Work:
         self.unchecked.append(METADATA if self._found.kind == "dcp" else "__*.metadata")
         chunks, objects = self._index.chunks, self._index.objects
         undo = self._index.transforms
-        items = {
-            self._sources.item(row): (self._sources.name(row), undo[int(chunks.transform[row])])
+        items: dict[ByteRange, tuple[str, tuple[str, ...], int | None]] = {
+            self._sources.item(row): (
+                self._sources.name(row),
+                undo[int(chunks.transform[row])],
+                row,
+            )
             for row in range(len(chunks.tensor))
         }
         for row, name in enumerate(objects.names):
             where = self._sources.object(row)
-            items.setdefault(where, (name, undo[int(objects.transform[row])]))
+            items.setdefault(where, (name, undo[int(objects.transform[row])], None))
         self._each(self._records, items.items())
 
     def safetensors(self) -> None:
@@ -181,9 +185,11 @@ class _Work:
         name, crc = objects.names[row], int(objects.crc[row])
         return [Payload(name, where.file, where.offset, where.length, crc=crc)]
 
-    def _records(self, entry: tuple[ByteRange, tuple[str, tuple[str, ...]]]) -> list[Payload]:
+    def _records(
+        self, entry: tuple[ByteRange, tuple[str, tuple[str, ...], int | None]]
+    ) -> list[Payload]:
         """An item that stock torch wrote: a zip, perhaps inside a stream transform."""
-        item, (name, undo) = entry
+        item, (name, undo, row) = entry
         if not undo:
             found = container.records(
                 window(self._store, item, name), item.length, file=item.file, place=name
@@ -195,7 +201,8 @@ class _Work:
                 for record in found
             ]
         packed = read_range(self._store, item, name)
-        data = transforms.undo(packed, undo, limit=MAX_ITEM, file=item.file, place=name)
+        limit = unpacked_limit(item.length, None if row is None else self._sources.nbytes(row))
+        data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
         for record in container.records(inside(data), len(data), file=item.file, place=name):
             if crc32(data[record.offset : record.offset + record.nbytes]) != record.crc32:
                 what = f"record {record.name!r} does not match its CRC-32"

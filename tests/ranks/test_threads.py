@@ -84,6 +84,8 @@ def test_told_again_by_every_call() -> None:
         told = 0
         with pytest.raises(ValueError if ranks.rank == 1 else RankFailed):  # noqa: SIM117
             with ranks.session("save", "x") as session:
+                session.gather(b"")  # from here on, all have entered
+                session.broadcast(b"")
                 if ranks.rank == 1:
                     raise ValueError("mine")
                 # The first call waits for what never comes; the others would not have to wait.

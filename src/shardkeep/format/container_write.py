@@ -1,7 +1,7 @@
 """One stored tensor as the zip that `torch.save` makes, written in one pass around its payload.
 
 The payload comes last, so that head, payload and tail follow each other: its CRC-32 and size stand
-in a data descriptor behind it and in the central directory (FORMAT.md, "An item").
+in a data descriptor behind it and in the central directory (docs/format.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An index as the `.metadata` file of `torch.distributed.checkpoint`, for torch from 2.0 on.
 
-What every release opens (FORMAT.md, "The pickle in `.metadata`"): the five-field state of
+What every release opens (docs/format.md): the five-field state of
 `TensorProperties`, under its old module path, which is still importable in the newest release; no
 `StorageMeta`, which 2.0 to 2.3 lack; no path objects. Attributes that newer classes have and the
 pickle lacks fall back to the defaults that their classes carry.

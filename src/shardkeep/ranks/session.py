@@ -6,7 +6,8 @@ else happens under that id. So nothing is counted: a session that some ranks nev
 failed half-way on some of them, leaves nothing that a later one could mistake for its own. A word
 is written and removed only by its rank, and answered under a key of its own, so an answer to an
 earlier try of a rank is never read by a later one. The answered rank's first sign of life tells
-that it came in.
+that it came in. If the session fails before a slower rank has come, the coordinator leaves what
+happened under `missed/rank`, so that it does not wait for those who are gone.
 
 **Talking.** Messages are pieces under `id/step/...`. The receiver of a message for one rank removes
 it; broadcasts are removed by the coordinator when all have left.

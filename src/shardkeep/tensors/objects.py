@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def to_bytes(value: Any, *, name: str) -> bytes:
     """
     out = io.BytesIO()
     try:
-        check_nesting(value, Limits().depth)
+        check_nesting(value, Limits().depth, sys.maxsize)
         torch.save(value, out, pickle_module=_Pickling)
     except _Spread as error:
         raise Conflict(

@@ -1,0 +1,246 @@
+"""Tiny training jobs in every layout that torch has, for runs on real ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as stock
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import shardkeep as sk
+from support.scenarios import bits
+
+
+class Net(nn.Module):
+    """Tied embeddings, a parameter smaller than the job, buffers of other dtypes, odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(6)
+        self.gain = nn.Parameter(torch.rand(1))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("seen", torch.randint(99, (), dtype=torch.int64))
+        self.register_buffer("mean", torch.rand(3).bfloat16())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        return self.head(self.norm(x + self.down(self.up(x).relu())) * self.gain)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model.up, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def tensor_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    return model
+
+
+def fsdp_tensor_parallel(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tensor_parallel(model, mesh["tp"])
+    fully_shard(model.up, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def hsdp(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model.up, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "plain": plain,
+    "fsdp": fsdp,
+    "tp": tensor_parallel,
+    "fsdp_tp": fsdp_tensor_parallel,
+    "hsdp": hsdp,
+    "ddp": ddp,
+}
+
+
+def job(layout: str, seed: int, steps: int) -> tuple[dict[str, Any], nn.Module, Any]:
+    """The state of a job that has done some steps, its model and its optimizer."""
+    torch.manual_seed(seed)
+    model = LAYOUTS[layout](Net())
+    optim = torch.optim.AdamW(model.parameters(), lr=0.01 * seed, foreach=False)
+    for _ in range(steps):
+        model(torch.randint(11, (2, 5))).square().mean().backward()
+        optim.step()
+        optim.zero_grad()
+    weights, moments = get_state_dict(model, optim)
+    return {"model": weights, "optim": moments, "step": seed * 100, "seed": [seed]}, model, optim
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Flat names and whole values: tensors as their dtype, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return {name: (str(whole.dtype), tuple(whole.shape), bits(whole))}
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in items:
+        found |= leaves(inner, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def save(rank: int, size: int, path: str, layout: str) -> dict[str, Any]:
+    """Train two steps and save; the whole state, and what the report says of its bytes."""
+    state, _, _ = job(layout, 3, 2)
+    report = sk.save(state, path)
+    whole = leaves(state)
+    return {"leaves": whole, "written": report.written, "nbytes": report.nbytes}
+
+
+def load(rank: int, size: int, path: str, layout: str, with_stock: bool) -> dict[str, Any]:
+    """Load into a fresh job of other values, by Shardkeep and by stock torch."""
+    state, model, _ = job(layout, 5, 0)
+    report = sk.load(state, path)
+    result = {"ours": leaves(state), "unexpected": report.unexpected, "missing": report.missing}
+    inner = model.module if layout == "ddp" else model
+    result["in place"] = leaves(inner.state_dict(), "model")
+    if with_stock:
+        other, _, _ = job(layout, 7, 0)
+        stock.load(other, checkpoint_id=path)
+        result["stock"] = leaves(other)
+    return result
+
+
+# --- objects that hold optimizers and modules themselves -----------------------------------------
+
+
+def resume(rank: int, size: int, path: str) -> tuple[list[str], Any]:
+    """Save a model and its optimizer as they are; load into a new one that never made a step."""
+    _, model, optim = job("fsdp", 3, 2)
+    sk.save({"model": model, "optim": optim}, path)
+    _, other, _ = job("fsdp", 5, 0)
+    later = torch.optim.AdamW(other.parameters(), lr=9.0)
+    report = sk.load({"model": other, "optim": later}, path)
+    wrong = [
+        name
+        for (name, a), (_, b) in zip(
+            leaves(optim.state_dict()).items(), leaves(later.state_dict()).items(), strict=True
+        )
+        if a != b
+    ]
+    return wrong, report.unexpected
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+def failing_save(rank: int, size: int, path: str, how: str, overwrite: bool) -> dict[str, Any]:
+    """Save; one rank fails in a way. What this rank got, how long it took."""
+    from torch.distributed.tensor import Partial, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (size,))
+    fine = distribute_tensor(torch.ones(size * 2, 3), mesh, [Shard(0)])
+    state: dict[str, Any] = {"w": fine, "mine": {rank: torch.full((4,), float(rank))}}
+    store: Any = path
+    if rank == 2 and how == "partial":
+        state["p"] = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
+    if rank == 2 and how in ("full", "killed"):
+        store = Broken(path, how)
+    began = time.monotonic()
+    try:
+        sk.save(state, store, overwrite=overwrite)
+    except sk.RankFailed as error:
+        known = {"rank": error.rank, "phase": error.phase, "path": error.path}
+        end = {"kind": "RankFailed", "text": str(error), **known}
+    except Exception as error:
+        end = {"kind": type(error).__name__, "text": str(error)}
+    else:
+        end = {"kind": "saved"}
+    return {**end, "took": time.monotonic() - began}
+
+
+def Broken(path: str, how: str) -> Any:
+    """A local store whose files can't be written to."""
+    import errno
+    import os
+    import signal
+
+    from shardkeep.stores import LocalStore
+
+    class Sink:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __enter__(self) -> Any:
+            self.inner.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.inner.__exit__(*error)
+
+        def write(self, data: bytes) -> None:
+            self.inner.write(data[: len(data) // 2])
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Store(LocalStore):
+        def create(self, name: str) -> Any:
+            return Sink(super().create(name))
+
+    return Store(path)
+
+
+def read_back(rank: int, size: int, path: str) -> dict[str, Any]:
+    """What the checkpoint holds, on this number of ranks."""
+    state = {"w": torch.zeros(8, 3), "mine": {r: torch.zeros(4) for r in range(4)}}
+    sk.load(state, path)
+    return leaves(state)
+
+
+def folder(path: str | Path) -> set[str]:
+    return {file.name for file in Path(path).iterdir()}
+
+
+def leaves_of_tree(checkpoint: Any) -> dict[str, Any]:
+    """The leaves of the nested state, each tensor read by the name that its place says."""
+    found = {}
+    for name, value in leaves(checkpoint.tree()).items():
+        if isinstance(value, sk.TensorInfo):
+            array = checkpoint.read(value.name)
+            value = (f"torch.{value.dtype}", value.shape, array.tobytes())
+        found[name] = value
+    return found

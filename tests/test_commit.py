@@ -1,0 +1,238 @@
+"""A checkpoint is whole or absent, and no byte of it changes unnoticed."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+import torch.distributed.checkpoint as stock
+from support.faults import WAYS, Died, FaultyStore
+from support.scenarios import bits, values
+
+import shardkeep as sk
+from shardkeep.stores import LocalStore, MemoryStore
+
+
+def state(seed: str) -> dict:
+    tied = values(seed + "tied", (6, 2), torch.float32)
+    return {
+        "model": {
+            "a": values(seed + "a", (5, 3), torch.float32),
+            "b": values(seed + "b", (7,), torch.bfloat16),
+            "embed": tied,
+            "head": tied,
+            "scalar": values(seed + "s", (), torch.float64),
+            "none": torch.zeros(0, 4),
+        },
+        "groups": [{"lr": len(seed) / 10, "params": [0, 1]}],
+        "note": f"{seed} state",
+        "set": {1, 2, len(seed)},
+        7: {"seven": (seed,)},
+    }
+
+
+OLD, NEW = state("old"), state("newer")
+
+
+def contents(checkpoint) -> dict:
+    """Every leaf's bytes or value."""
+    found = {}
+    for name in checkpoint:
+        value = checkpoint.read(name)
+        if checkpoint.is_tensor(name):
+            value = (*checkpoint.shape_of(name), value.shape, value.tobytes())
+        found[name] = value
+    return found
+
+
+def saved(what: dict) -> MemoryStore:
+    store = MemoryStore()
+    sk.save(what, store)
+    return store
+
+
+def files(store: MemoryStore) -> dict[str, bytes]:
+    return {name: store.read(name, 0, store.size(name)) for name in store.names()}
+
+
+def store_of(content: dict[str, bytes]) -> MemoryStore:
+    store = MemoryStore()
+    for name, data in content.items():
+        store.publish(name, data)
+    return store
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, dict]:
+    return {"old": contents(sk.open(saved(OLD))), "new": contents(sk.open(saved(NEW)))}
+
+
+def what_is_there(store: MemoryStore, whole: dict[str, dict]) -> str:
+    """Which of the states is there, whole in every view of it."""
+    try:
+        checkpoint = sk.open(store)
+    except sk.NotACheckpoint:
+        return "none"
+    report = checkpoint.verify()
+    assert report.ok, report.damaged
+    assert not report.unchecked
+    found = contents(checkpoint)
+    (which,) = [name for name, expected in whole.items() if found == expected]
+    plain = sk.open(store, manifest=False)
+    assert plain.verify().ok
+    for name in checkpoint:
+        if checkpoint.is_tensor(name):
+            assert plain.read(name).tobytes() == checkpoint.read(name).tobytes()
+    return which
+
+
+@pytest.mark.parametrize(("kind", "when"), WAYS)
+@pytest.mark.parametrize("before", ["none", "old"])
+def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(whole, before, kind, when):
+    start = {} if before == "none" else files(saved(OLD))
+    ends = []
+    for at in range(1000):
+        inner = store_of(start)
+        store = FaultyStore(inner, at, kind, when)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "files of the overwritten checkpoint stay behind")
+                sk.save(NEW, store, overwrite=before == "old")
+            failed = False
+        except (OSError, Died):
+            failed = True
+        there = what_is_there(inner, whole)
+        assert there in (before, "new")
+        committed = ("publish", ".metadata") in store.log[: at + (when == "after")]
+        assert there == ("new" if committed else before), store.log[at]
+        if not failed:
+            assert there == "new"
+        ends.append(there)
+        if len(store.log) <= at:
+            break
+        sk.save(NEW, inner, overwrite=True)
+        assert what_is_there(inner, whole) == "new"
+    assert ends == sorted(ends, key=[before, "new"].index)  # one instant, and never back
+    assert len(ends) > 10
+
+
+def test_after_an_error_nothing_stays_of_what_was_not_committed(whole):
+    for at in range(1000):
+        inner = store_of(files(saved(OLD)))
+        before = set(inner.names())
+        store = FaultyStore(inner, at)
+        try:
+            sk.save(NEW, store, overwrite=True)
+        except OSError:
+            if ("create", ".manifest") in [(what, name[:9]) for what, name in store.log]:
+                break  # from here on nobody can know whether it was committed
+            assert set(inner.names()) == before
+    else:
+        pytest.fail("the save never came as far as its manifest")
+    assert at > 5
+
+
+def test_old_files_go_only_after_the_commit(tmp_path, whole):
+    stock.save(dict(OLD["model"]), checkpoint_id=tmp_path, no_dist=True)
+    local = LocalStore(tmp_path)
+    content = {name: local.read(name, 0, local.size(name)) for name in local.names()}
+    theirs = set(content) - {".metadata"}
+    assert theirs
+    store = FaultyStore(store_of(content))
+    sk.save(NEW, store, overwrite=True)
+    removed = {name for what, name in store.log if what == "remove"}
+    assert removed == theirs
+    order = [what for what, _ in store.log]
+    assert order.index("publish") < order.index("remove")
+    assert not theirs & set(store.inner.names())
+    assert what_is_there(store.inner, whole) == "new"
+
+
+def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):
+    sk.save(OLD, tmp_path)
+    newer = {"model": NEW["model"], "note": "from torch"}
+    stock.save(newer, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint = sk.open(tmp_path)
+    assert checkpoint.kind == "dcp"
+    assert checkpoint.verify().ok
+    assert checkpoint.read("note") == "from torch"
+    assert set(checkpoint) == {"note", *(f"model.{name}" for name in NEW["model"])}
+    for name, tensor in NEW["model"].items():
+        assert checkpoint.read(f"model.{name}").tobytes() == bits(tensor)
+    sk.save(OLD, tmp_path, overwrite=True)
+    assert contents(sk.open(tmp_path)) == whole["old"]
+    assert "__0_0.distcp" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():
+    content = files(saved(OLD))
+    content[".metadata"] = content[".metadata"][:-1]
+    with pytest.raises(sk.AlreadyExists, match="holds a checkpoint that can't be read"):
+        sk.save(NEW, store_of(content))
+    store = store_of(content)
+    sk.save(NEW, store, overwrite=True)
+    assert sk.open(store).read("note") == "newer state"
+    assert set(content) <= set(store.names())  # what is not understood is not removed
+
+
+def damaged(content: dict[str, bytes], original: dict, what: str) -> None:
+    """Hold that changed files are noticed: by opening or by verifying; and never read as data."""
+    try:
+        checkpoint = sk.open(store_of(content))
+        assert not checkpoint.verify().ok, f"{what}: not found by verify"
+    except sk.ShardkeepError:
+        pass
+    try:
+        checkpoint = sk.open(store_of(content))
+        names = list(checkpoint)
+    except sk.ShardkeepError:
+        return
+    for name in names:
+        try:
+            value = checkpoint.read(name)
+            if checkpoint.is_tensor(name):
+                value = (*checkpoint.shape_of(name), value.shape, value.tobytes())
+        except sk.ShardkeepError:
+            continue
+        assert name in original, f"{what}: {name!r} was made up"
+        assert value == original[name], f"{what}: {name!r} was read wrong"
+
+
+@pytest.mark.parametrize("kind", [".metadata", ".manifest", "__0_"])
+def test_every_flipped_byte_is_found(kind):
+    content = files(saved(OLD))
+    original = contents(sk.open(store_of(content)))
+    chance = random.Random(kind)
+    (name,) = [name for name in content if name.startswith(kind)]
+    data = content[name]
+    places = range(len(data)) if len(data) < 1500 else sorted(chance.sample(range(len(data)), 1500))
+    for place in places:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << chance.randrange(8)
+        damaged({**content, name: bytes(flipped)}, original, f"{name} byte {place}")
+
+
+@pytest.mark.parametrize("kind", [".metadata", ".manifest", "__0_"])
+def test_every_cut_is_found(kind):
+    content = files(saved(OLD))
+    original = contents(sk.open(store_of(content)))
+    (name,) = [name for name in content if name.startswith(kind)]
+    data = content[name]
+    pickle = sk.open(store_of(content)).found.trailer.pickle_length
+    lengths = set(random.Random(kind).sample(range(len(data)), 300)) | {0, 1, len(data) - 1, pickle}
+    for length in sorted(lengths):
+        if length >= len(data):
+            continue
+        cut = {**content, name: data[:length]}
+        if name == ".metadata" and length == pickle:
+            # Nothing is missing of what stock torch would have written: then this is that.
+            assert sk.open(store_of(cut)).kind == "dcp"
+            assert sk.open(store_of(cut)).verify().ok
+        else:
+            damaged(cut, original, f"{name} cut to {length}")
+    damaged({n: d for n, d in content.items() if n != name}, original, f"{name} removed")
