@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from demo.witness import Testimony
+from demo.witness import Holdings
 
 __all__ = ["bare", "stock"]
 
@@ -54,7 +54,7 @@ def main() -> None:
     begun = time.perf_counter()
     tensors, values = {"stock": stock, "bare": bare}[kind](path)
     seconds = time.perf_counter() - begun
-    found = Testimony.read(witness).compare(tensors, values)
+    found = Holdings.read(witness).compare(tensors, values)
     imported = [name for name in ("torch", "shardkeep") if name in sys.modules]
     version = str(sys.modules[imported[0]].__version__)
     print(

@@ -69,7 +69,7 @@ def draw(
         near.tick_params(labelbottom=False)
         whole.set_title("The whole run", loc="left", fontsize=10)
         near.set_title(
-            "Around the kill; below, the distance to the uninterrupted run", loc="left", fontsize=10
+            "Around the kill (below: minus the uninterrupted run)", loc="left", fontsize=10
         )
         figure.suptitle(
             f"Killed on {ranks[0]} ranks, resumed on {ranks[1]} from the last committed checkpoint",

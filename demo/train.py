@@ -128,7 +128,7 @@ def stdlib_source() -> torch.Tensor:
     tokens = []
     for path in sorted(root.rglob("*.py")):
         text = path.read_bytes()
-        if text and not {"site-packages", "test", "tests"} & set(path.parts):
+        if text and not {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
             tokens += [torch.frombuffer(bytearray(text), dtype=torch.uint8).short(), end]
     return torch.cat(tokens)
 
@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", help="where checkpoints and log.jsonl go")
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=16, help="samples a step, of all ranks")
+    parser.add_argument("--batch", type=int, default=16, help="samples a step, all ranks together")
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Comparison", "Testimony", "leaves", "plain"]
+__all__ = ["Comparison", "Holdings", "leaves", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
+class Holdings:
     """What all ranks held together: flat names to arrays, and to values as JSON has them."""
 
     tensors: Mapping[str, NDArray[Any]]
@@ -43,7 +43,7 @@ class Testimony:
         (folder / f"rank_{rank}.json").write_text(json.dumps(self.values))
 
     @staticmethod
-    def read(folder: Path) -> Testimony:
+    def read(folder: Path) -> Holdings:
         """Raises ValueError where two ranks' words about one name differ."""
         tensors: dict[str, NDArray[Any]] = {}
         values: dict[str, Any] = {}
@@ -56,7 +56,7 @@ class Testimony:
             for name, value in json.loads(path.with_suffix(".json").read_text()).items():
                 if values.setdefault(name, value) != value:
                     raise ValueError(f"the ranks hold different values {name!r}")
-        return Testimony(tensors, values)
+        return Holdings(tensors, values)
 
     def compare(self, tensors: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> Comparison:
         """What somebody else holds under the same names."""
@@ -96,7 +96,7 @@ def leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(part, f"{prefix}{key}.")
 
 
-def held(state: Any, *, gathered: bool = True) -> Testimony:
+def held(state: Any, *, gathered: bool = True) -> Holdings:
     """What this rank holds: sharded tensors are gathered (so all ranks must call), or left out."""
     import torch
     from torch.distributed.tensor import DTensor
@@ -111,7 +111,7 @@ def held(state: Any, *, gathered: bool = True) -> Testimony:
             tensors[name] = leaf.numpy()
         else:
             values[name] = plain(leaf)
-    return Testimony(tensors, values)
+    return Holdings(tensors, values)
 
 
 def main() -> None:
@@ -135,7 +135,7 @@ def main() -> None:
             report = super().resume(path)
             with torch.no_grad():
                 mine = held(self.state())
-            expected = Testimony.read(self.folder / "witness" / path.name)
+            expected = Holdings.read(self.folder / "witness" / path.name)
             found = expected.compare(mine.tensors, mine.values)
             self.tell(compared=asdict(found), resharded=len(report.resharded), read=report.read)
             return report

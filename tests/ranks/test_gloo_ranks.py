@@ -124,6 +124,22 @@ def test_others_may_block_the_shared_client(gloo: Pool) -> None:
     assert max(gloo.ranks(beside_a_blocking_wait)) < 1.8
 
 
+def clients(rank: int, size: int) -> bool:
+    from torch import distributed as dist
+
+    from shardkeep.ranks import store
+
+    first, second = take_part()._keys._store, take_part([1, 0])._keys._store
+    assert len(store._clients) == 1
+    assert first is not dist.distributed_c10d._get_default_store()
+    return first is second
+
+
+def test_one_own_client_per_group(gloo: Pool) -> None:
+    for _ in range(2):  # the second time the group is another one, in the same processes
+        assert gloo.run(clients, size=2) == [True, True]
+
+
 def count_keys(ranks: Ranks) -> tuple[int, int]:
     from torch import distributed as dist
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Lock
 from time import monotonic, sleep
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from shardkeep.ranks.keys import KeyValue
 
@@ -72,7 +74,21 @@ def _translated(key: str) -> Iterator[None]:
         raise ConnectionError(text.splitlines()[0] if text else repr(error)) from error
 
 
+_clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""Store -> our client of it, for as long as the job keeps the store. A new one for each save would
+connect each time, and torch looks up the name of the address then: 5 s where no one answers that."""
+_connecting = Lock()
+
+
 def _own_client(store: Any) -> Any:
+    with _connecting:
+        own = _clients.get(store)
+        if own is None:
+            own = _clients[store] = _connect(store)
+    return own
+
+
+def _connect(store: Any) -> Any:
     try:
         own = store.clone()
     except (AttributeError, RuntimeError):  # torch up to 2.7, or a kind that cannot

@@ -1,0 +1,195 @@
+"""The ways from a writer to a reader, and what each of them compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from compat import nodes
+from compat.crew import RanksFailedError, run_ranks
+from compat.environments import Environment, parse
+from compat.read_golden import loaded, opened, read_all
+from compat.results import Direction, Outcome
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SRC = {"PYTHONPATH": str(ROOT / "src")}
+
+FIRST_TO_RUN_ON = (2, 4)
+"""The oldest torch that Shardkeep itself runs on."""
+
+TITLES = {
+    "load": "loads what Shardkeep wrote",
+    "dtensor": "… into DTensors on 2 ranks",
+    "sharded_tensor": "… into ShardedTensors on 2 ranks",
+    "torch_save": "… by dcp_to_torch_save",
+    "open": "Shardkeep opens what it wrote, without torch",
+    "drop_in": "… by shardkeep.dcp.load",
+    "on_1": "Shardkeep on it: save on 1 and 4 ranks, load on 1",
+    "on_2": "… load on 2",
+    "on_4": "… load on 4",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A release to be checked."""
+
+    environment: Environment
+    scratch: Path
+    written: Path
+    """What Shardkeep wrote in the development environment."""
+    seed: int
+
+    @property
+    def minor(self) -> tuple[int, int]:
+        return parse(self.environment.release)[:2]
+
+
+def write_states(out: Path, seed: int, python: Path | str = sys.executable) -> dict[str, str]:
+    """Have Shardkeep save all states; the reasons for those that can't be made here."""
+    reasons: dict[str, str] = {}
+    for ranks in (1, 4):
+        arguments = [out, "--seed", str(seed)]
+        run_ranks(python, HERE / "states.py", arguments, size=ranks, variables=SRC)
+        outcomes = json.loads((out / f"written_by_{ranks}.json").read_text(encoding="utf-8"))
+        reasons |= {name: one["why"] for name, one in outcomes.items() if not one["ok"]}
+    return reasons
+
+
+def torch_reads(job: Job) -> Iterator[Direction]:
+    """That release reads what Shardkeep wrote."""
+    python, script = job.environment.python, HERE / "read_with_torch.py"
+    out = job.scratch / "read_by_torch"
+    # Below 2.3 there is no converter.
+    convert = ["--torch-save"] if job.minor >= (2, 3) else []
+    with collected(out / "load", job.written, "load") as found:
+        run_ranks(python, script, [job.written, out, *convert])
+    yield from found
+    if convert:
+        yield judge("torch_save", out / "torch_save", job.written, text_keys=True)
+    spread = ["dtensor", "sharded_tensor"][0 if job.minor >= (2, 1) else 1 :]
+    names = [path.name for path in cases(job.written) if spreads(path.name)]
+    try:
+        run_ranks(
+            python, script, [job.written, out, "--spread", *spread, "--cases", *names], size=2
+        )
+    except RanksFailedError as error:
+        yield Direction(spread[0], (Outcome("all", 1, (f": {error}",)),))
+        return
+    for kind in spread:
+        yield judge(kind, out / kind, job.written, names=names)
+
+
+def spreads(name: str) -> bool:
+    """Whether a case has tensors that can be spread over ranks, and is not about something else."""
+    return not name.startswith(("dtype", "more_dtypes", "no_flatten", "objects", "empty"))
+
+
+@contextmanager
+def collected(out: Path, checkpoints: Path, key: str) -> Iterator[list[Direction]]:
+    """The direction that a run of a reader answers to; its end is a difference, too."""
+    found: list[Direction] = []
+    try:
+        yield found
+        found.append(judge(key, out, checkpoints))
+    except RanksFailedError as error:
+        found.append(Direction(key, (Outcome("all", 1, (f": {error}",)),)))
+
+
+def cases(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/expected.json"))
+
+
+def judge(
+    key: str,
+    answers: Path,
+    checkpoints: Path,
+    *,
+    names: list[str] | None = None,
+    text_keys: bool = False,
+) -> Direction:
+    """Compare a reader's answers with what was saved."""
+    wanted = names or [path.name for path in cases(checkpoints)]
+    extra = [path.stem for path in sorted(answers.glob("*.json")) if path.stem not in wanted]
+    return Direction(
+        key,
+        tuple(judge_case(name, answers / f"{name}.json", text_keys) for name in wanted + extra),
+    )
+
+
+def judge_case(name: str, answer: Path, text_keys: bool = False) -> Outcome:
+    """Compare one answer. The reader prunes what it cannot hold, and says so."""
+    if not answer.exists():
+        return Outcome(name, 1, (": no answer",))
+    content = json.loads(answer.read_text(encoding="utf-8"))
+    if "absent" in content:
+        return Outcome(name, absent=content["absent"])
+    left_out = tuple(content.get("left_out", ()))
+    if "why" in content:
+        return Outcome(name, nodes.leaves(content["expected"]), (f": {content['why']}",))
+    done = nodes.compare(content["expected"], content["state"], text_keys=text_keys)
+    return Outcome(
+        name,
+        done.leaves,
+        tuple(map(str, done.differences)),
+        left_out=left_out,
+        spread=content.get("spread", 0),
+    )
+
+
+def shardkeep_reads(job: Job) -> Iterator[Direction]:
+    """Shardkeep reads what that release wrote."""
+    golden = job.scratch / "golden"
+    job.environment.run(
+        ROOT / "tests" / "golden" / "make.py",
+        golden,
+        "--seed",
+        str(job.seed),
+        timeout=900,
+        variables={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    yield Direction("open", read_all(golden, opened))
+    yield Direction("drop_in", read_all(golden, loaded))
+
+
+def shardkeep_runs(job: Job) -> Iterator[Direction]:
+    """Shardkeep itself on that release: save, and load on other numbers of ranks."""
+    if job.minor < FIRST_TO_RUN_ON:
+        return
+    python, written = job.environment.python, job.scratch / "written_there"
+    try:
+        reasons = write_states(written, job.seed, python)
+    except RanksFailedError as error:
+        yield Direction("on_1", (Outcome("all", 1, (f": {error}",)),))
+        return
+    for ranks in (1, 2, 4):
+        out, key = job.scratch / f"read_there_{ranks}", f"on_{ranks}"
+        names = [p.name for p in cases(written) if ranks == 1 or spreads(p.name)]
+        try:
+            run_ranks(
+                python,
+                HERE / "read_with_shardkeep.py",
+                [written, out, "--cases", *names],
+                size=ranks,
+                variables=SRC,
+            )
+        except RanksFailedError as error:
+            yield Direction(key, (Outcome("all", 1, (f": {error}",)),))
+            continue
+        judged = judge(key, out, written, names=names)
+        missing = tuple(not_written(reasons)) if ranks == 1 else ()
+        yield Direction(key, (*judged.outcomes, *missing))
+
+
+def not_written(reasons: dict[str, str]) -> Iterator[Outcome]:
+    """States that could not be saved: by the nature of the release, or else a difference."""
+    for name, why in reasons.items():
+        if why.startswith(("NotInThisReleaseError", "ImportError", "AttributeError")):
+            yield Outcome(name, absent=why)
+        else:
+            yield Outcome(name, 1, (f": not saved: {why}",))
