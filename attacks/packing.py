@@ -167,6 +167,14 @@ def _zips() -> Attacks:
         ),
     )
     yield (
+        "zstd_bomb_object",
+        Attack(
+            lambda folder: _only_object(folder, bomb, transform),
+            "decompresses to more",
+            "An object.",
+        ),
+    )
+    yield (
         "zstd_broken",
         Attack(
             in_item(b"(\xb5/\xfd" + bytes(50), transform_descriptors=transform),
@@ -200,9 +208,12 @@ def _expanded(folder: Path, item: bytes, entry: bytes) -> None:
 
 
 def _with_storage(folder: Path, pickle: bytes) -> None:
-    item = p.container(pickle)
-    storage = [p.key("o"), p.place("data", 0, len(item))]
-    (folder / ".metadata").write_bytes(p.metadata({"o": p.entry_of_bytes()}, storage))
+    _only_object(folder, p.container(pickle))
+
+
+def _only_object(folder: Path, item: bytes, transforms: bytes = b"](e") -> None:
+    place = p.place("data", 0, len(item), transform_descriptors=transforms)
+    (folder / ".metadata").write_bytes(p.metadata({"o": p.entry_of_bytes()}, [p.key("o"), place]))
     (folder / "data").write_bytes(item)
 
 

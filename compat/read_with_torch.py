@@ -18,6 +18,7 @@ import base64
 import contextlib
 import datetime
 import inspect
+import io
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "tests" / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -73,33 +74,36 @@ class Template:
     """Spread tensors: the template, the same with the true values, and the whole tensor's node."""
 
 
-def template(expected: Node, spread: Spread | None = None) -> Template:
+def template(expected: Node, judge: Judge, spread: Spread | None = None) -> Template:
     """A template for a whole state; every bit of its tensors is wrong."""
     made = Template(None, {}, [], [])
-    state, pruned = _template(expected, "", made, spread)
+    state, pruned = _template(expected, "", made, judge, spread)
     made.state, made.expected = state, pruned
     return made
 
 
-def _template(node: Node, path: str, into: Template, spread: Spread | None) -> tuple[Any, Node]:
+def _template(
+    node: Node, path: str, into: Template, judge: Judge, spread: Spread | None
+) -> tuple[Any, Node]:
     kind = node["kind"]
     if kind == "dict":
         pairs = []
         state: Any = OrderedDict() if node["type"] == "OrderedDict" else {}
         for key, value in node["items"]:
-            inner, pruned = _template(value, f"{path}.{_text(key)}", into, spread)
+            inner, pruned = _template(value, f"{path}.{_text(key)}", into, judge, spread)
             if inner is not ABSENT:
                 state[plain(key)] = inner
                 pairs.append([key, pruned])
         return state, {**node, "items": pairs}
     if kind == "list" and any(item["kind"] in ("tensor", "dict", "list") for item in node["items"]):
         items = [
-            _template(item, f"{path}.{i}", into, spread) for i, item in enumerate(node["items"])
+            _template(item, f"{path}.{i}", into, judge, spread)
+            for i, item in enumerate(node["items"])
         ]
         return [state for state, _ in items], {**node, "items": [pruned for _, pruned in items]}
-    lacking = lacks(node)
+    lacking = lacks(node, judge)
     if lacking:
-        into.left_out.append(f"{path[1:]}: no torch.{lacking}")
+        into.left_out.append(f"{path[1:]}: {lacking}")
         return ABSENT, node
     if kind == "tensor" and "quantizer" not in node:
         truth = tensor_of(node)
@@ -112,14 +116,37 @@ def _template(node: Node, path: str, into: Template, spread: Spread | None) -> t
     return SENTINEL, node
 
 
-def lacks(node: Any) -> str | None:
-    """The first dtype of a node that this release does not have."""
+Judge = Callable[[str], Optional[str]]
+"""A dtype's name -> why this release cannot have tensors of it; None if it can."""
+
+
+def known(name: str) -> Optional[str]:
+    """The dtype exists."""
+    return None if hasattr(torch, name) else f"no torch.{name}"
+
+
+def storable(name: str) -> Optional[str]:
+    """The release can itself save and load it, not only name it."""
+    if not hasattr(torch, name):
+        return f"no torch.{name}"
+    file = io.BytesIO()
+    try:
+        torch.save(torch.empty(2, dtype=getattr(torch, name)), file)
+        file.seek(0)
+        torch.load(file)
+    except Exception:
+        return f"torch.{name} cannot be saved by this release itself"
+    return None
+
+
+def lacks(node: Any, judge: Judge) -> Optional[str]:
+    """Why this release cannot have some tensor of a node."""
     if isinstance(node, dict):
-        if node.get("kind") == "tensor" and not hasattr(torch, node["dtype"]):
-            return str(node["dtype"])
-        return next(filter(None, map(lacks, node.values())), None)
+        if node.get("kind") == "tensor" and "quantizer" not in node:
+            return judge(node["dtype"])
+        return next(filter(None, (lacks(part, judge) for part in node.values())), None)
     if isinstance(node, (list, tuple)):
-        return next(filter(None, map(lacks, node)), None)
+        return next(filter(None, (lacks(part, judge) for part in node)), None)
     return None
 
 
@@ -236,12 +263,13 @@ def _merge(at_key: Any, beside: Any) -> tuple[Any, bool]:
 
 def spreader(kind: str, ranks: int) -> Spread:
     """Spread whole tensors as `kind` says: "dtensor" or "sharded_tensor"."""
-    known = {torch.float32} if golden.RELEASE < (2, 3) else {torch.float32, torch.int64}
+    # What gloo can send.
+    sent = {torch.float32} if golden.RELEASE < (2, 3) else {torch.float32, torch.int64}
 
     def dtensor(path: str, tensor: torch.Tensor) -> Any:
         mesh = golden.cpu_mesh(list(range(ranks)))
         dims = [dim for dim, size in enumerate(tensor.shape) if size >= ranks]
-        if tensor.dtype not in known or not dims:
+        if tensor.dtype not in sent or not dims or not tensor.numel():
             return None
         choice = zlib.crc32(path.encode()) % (len(dims) + 1)
         shard, replicate = golden.dtensor_name("Shard"), golden.dtensor_name("Replicate")
@@ -321,15 +349,25 @@ Loader = Callable[[Any, pathlib.Path, bool], Any]
 def read_case(
     folder: pathlib.Path, spread: Spread | None = None, load: Loader = stock_load
 ) -> Node:
-    """Load one case; the answer has `state` (what came back) or `why` it did not."""
+    """Load one case; the answer has `state` (what came back), `why` it did not, or `absent`.
+
+    What only has a name in this release is tried as well, and left out if it fails.
+    """
+    content = _read_case(folder, known, spread, load)
+    return _read_case(folder, storable, spread, load) if "why" in content else content
+
+
+def _read_case(
+    folder: pathlib.Path, judge: Judge, spread: Spread | None, load: Loader
+) -> Node:
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     flatten = not folder.name.startswith(UNFLATTENED)
     try:
-        unreadable = stored_dtypes_lacking(expected) if flatten else None
-        if unreadable:
-            return {"absent": f"no torch.{unreadable}"}
-        made = template(expected, spread)
-        blank = template(made.expected).state
+        reason = unreadable(expected, judge) if flatten else None
+        if reason:
+            return {"absent": reason}
+        made = template(expected, judge, spread)
+        blank = template(made.expected, judge).state
         loaded = load(made.state, folder / "ckpt", flatten)
         if spread is not None:
             loaded = gather(made, loaded)
@@ -342,47 +380,56 @@ def read_case(
             "beside": moved,
         }
     except BaseException as error:  # the checkpoint package's own error is no Exception
-        traceback.print_exc()
-        if isinstance(error, golden.NotInThisReleaseError):
-            return {"absent": golden.reason(error)}
-        return {"why": golden.reason(error), "expected": expected}
+        return _failed(error, expected)
 
 
-def stored_dtypes_lacking(expected: Node) -> str | None:
-    """A dtype that this release lacks and that a tensor of its own has.
+def _failed(error: BaseException, expected: Node) -> Node:
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    if isinstance(error, golden.NotInThisReleaseError):
+        return {"absent": golden.reason(error)}
+    traceback.print_exception(type(error), error, error.__traceback__)
+    return {"why": golden.reason(error), "expected": expected}
 
-    Such a dtype stands in the checkpoint's one metadata pickle, which then opens nowhere in this
-    release; inside an object, it spoils that object only.
+
+def unreadable(expected: Node, judge: Judge) -> Optional[str]:
+    """Why no checkpoint can give this release some tensor, by that tensor's dtype.
+
+    A dtype that is unknown stands in the checkpoint's one metadata pickle, which then opens nowhere
+    in this release; inside an object, it spoils that object only.
     """
-    if expected["kind"] == "dict":
-        return next(
-            filter(None, (stored_dtypes_lacking(value) for _, value in expected["items"])), None
-        )
-    if expected["kind"] == "list":
-        return next(filter(None, map(stored_dtypes_lacking, expected["items"])), None)
-    quantized = "quantizer" in expected
-    return lacks(expected) if expected["kind"] == "tensor" and not quantized else None
+    if expected["kind"] in ("dict", "list"):
+        items = expected["items"]
+        inner = [value for _, value in items] if expected["kind"] == "dict" else items
+        return next(filter(None, (unreadable(value, judge) for value in inner)), None)
+    if expected["kind"] != "tensor" or "quantizer" in expected:
+        return None
+    return judge(expected["dtype"]) or cannot_copy(expected["dtype"])
+
+
+def cannot_copy(name: str) -> Optional[str]:
+    """Loading copies tensors. Some dtypes are only names: nothing is implemented for them."""
+    dtype = getattr(torch, name)
+    try:
+        torch.empty(2, dtype=dtype).copy_(torch.empty(2, dtype=dtype))
+    except (NotImplementedError, RuntimeError):
+        return f"torch.{name} cannot be copied"
+    return None
 
 
 def read_through_torch_save(folder: pathlib.Path) -> Node:
     """Convert to a torch.save file, as this release does it, and load that."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    lacking = lacks(expected)
-    if lacking:
-        return {"absent": f"no torch.{lacking}"}
     try:
-        convert = golden.first_of(
-            "torch.distributed.checkpoint.format_utils:dcp_to_torch_save"
-        )
+        convert = golden.first_of("torch.distributed.checkpoint.format_utils:dcp_to_torch_save")
         with tempfile.TemporaryDirectory() as scratch:
             file = os.path.join(scratch, "whole.pt")
             convert(str(folder / "ckpt"), file)
             return {"state": describe(torch.load(file, weights_only=False)), "expected": expected}
-    except golden.NotInThisReleaseError:
-        return {"absent": "no dcp_to_torch_save"}
     except BaseException as error:
-        traceback.print_exc()
-        return {"why": golden.reason(error), "expected": expected}
+        # The converter takes all or nothing.
+        reason = unreadable(expected, storable) or lacks(expected, storable)
+        return {"absent": reason} if reason else _failed(error, expected)
 
 
 def join() -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +18,53 @@ from demo.witness import Holdings, leaves
 ROOT = Path(__file__).parent.parent
 
 
+SMALL = "--ranks 2 --then 1 --steps 9 --save-every 3 --kill-at 6 --batch 4 --width 32 --layers 1"
+
+
+def command(out):
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    return [sys.executable, "-m", "demo", "--out", str(out), "--below=6", *SMALL.split()]
+
+
+def pids(out):
+    log = out / "run" / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [record["pid"] for record in map(json.loads, lines) if "pid" in record]
+
+
+def assert_gone(some_pids):
+    for pid in some_pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 @pytest.mark.torch
 @pytest.mark.gloo
 @pytest.mark.timeout(300)
 def test_small_demo_trains_is_killed_resumes_on_one_rank_and_holds_every_claim(tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("matplotlib")
-    sizes = (
-        "--ranks 2 --then 1 --steps 9 --save-every 3 --kill-at 6 --batch 4 --width 32 --layers 1"
-    )
     done = subprocess.run(
-        [sys.executable, "-m", "demo", "--out", str(tmp_path / "out"), "--below=6", *sizes.split()],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
+        command(tmp_path), check=False, cwd=ROOT, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 of 8 claims hold" in done.stdout
     assert "SIGKILL ended 3 of 3 processes" in done.stdout
-    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(pids(tmp_path)) == 3
+    assert_gone(pids(tmp_path))
 
-    log = (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()
-    pids = [record["pid"] for record in map(json.loads, log) if "pid" in record]
-    assert len(pids) == 3
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+
+@pytest.mark.torch
+@pytest.mark.gloo
+def test_demo_that_is_stopped_leaves_no_process_behind(tmp_path):
+    with subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE) as demo:
+        while demo.poll() is None and len(pids(tmp_path)) < 2:
+            time.sleep(0.1)
+        demo.terminate()
+        demo.communicate(timeout=60)
+    assert demo.returncode == 143
+    assert len(pids(tmp_path)) == 2
+    assert_gone(pids(tmp_path))
 
 
 def run(ranks=2, *, losses, first=1, saves=(), **more):

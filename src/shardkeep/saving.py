@@ -95,8 +95,9 @@ def save(
         order = own(session, local.claim, lambda: old.append(_admit(store, overwrite)))
 
         clock.phase("write")
-        file = commit.data_file(session.rank, 0, order.save_id)
-        with _removed_on_failure(store, file):
+        names = [commit.data_file(rank, 0, order.save_id) for rank in range(session.size)]
+        file = names[session.rank]
+        with _removed_on_failure(store, [file] if session.rank else names):
             written = _write(store, file, local, order, progress)
             store.sync()
 
@@ -191,16 +192,18 @@ class _Bare:
 
 
 @contextlib.contextmanager
-def _removed_on_failure(store: Store, file: str) -> Iterator[None]:
-    """What can't be committed any more does not stay.
+def _removed_on_failure(store: Store, files: Sequence[str]) -> Iterator[None]:
+    """What can't be committed any more does not stay, or a full disk would stay full.
 
-    Later failures remove nothing: whoever waits for the commit can't know whether it came about.
+    The coordinator removes all ranks' files: some ranks may be dead, and those that wait for the
+    commit can't know whether it came about, so later failures remove nothing.
     """
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            store.remove(file)
+        for file in files:
+            with contextlib.suppress(OSError):
+                store.remove(file)
         raise
 
 

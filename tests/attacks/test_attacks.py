@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from attacks.make import ATTACKS, CANARY  # noqa: E402
+from attacks.make import ATTACKS, CANARY
 
 SECONDS = 1.0
 """Of processor time: other work on the machine must not fail the test."""

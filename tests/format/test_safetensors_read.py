@@ -118,6 +118,7 @@ def test_mutations_give_a_header_or_a_format_error() -> None:
     assert 1000 < errors < 3000
 
 
+@pytest.mark.torch
 def test_dcp_writes_such_sets(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     dcp = pytest.importorskip("torch.distributed.checkpoint")

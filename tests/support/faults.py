@@ -38,10 +38,11 @@ class FaultyStore(Store):
         self.log.append((what, name))
         if here and self.when == "before":
             self._fail(name)
-        result = act()
-        if here:
-            self._fail(name)
-        return result
+        try:
+            return act()
+        finally:
+            if here:
+                self._fail(name)
 
     def _fail(self, name: str) -> None:
         if self.kind == "crash":

@@ -258,9 +258,13 @@ def _call(rank: int, job: _Job) -> Any:
     function = _resolve(*job.function)
     if not job.with_ranks:
         return function(rank, job.size, *job.args)
+    from torch import distributed as dist
+
     from shardkeep.ranks import take_part
 
-    return function(take_part(), *job.args)
+    ranks = take_part()
+    dist.barrier()  # connecting can take seconds, which are no part of what is measured
+    return function(ranks, *job.args)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
         return {name: (str(whole.dtype), tuple(whole.shape), bits(whole))}
     if isinstance(value, dict):
         items = value.items()
-    elif isinstance(value, list):
+    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
         items = enumerate(value)
     else:
         return {name: value}
@@ -214,6 +214,7 @@ def Broken(path: str, how: str) -> Any:
         def write(self, data: bytes) -> None:
             self.inner.write(data[: len(data) // 2])
             if how == "killed":
+                time.sleep(1)  # the others know the phase from its last sign of life
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, "No space left on device")
 

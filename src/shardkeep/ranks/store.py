@@ -75,8 +75,8 @@ def _translated(key: str) -> Iterator[None]:
 
 
 _clients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""Store -> our client of it, for as long as the job keeps the store. A new one for each save would
-connect each time, and torch looks up the name of the address then: 5 s where no one answers that."""
+"""Store -> our client of it, for as long as the job keeps the store. With a new one for each save,
+torch would look up the name of the address each time: 5 s where no one answers that."""
 _connecting = Lock()
 
 
@@ -84,7 +84,9 @@ def _own_client(store: Any) -> Any:
     with _connecting:
         own = _clients.get(store)
         if own is None:
-            own = _clients[store] = _connect(store)
+            own = _connect(store)
+            if own is not store:
+                _clients[store] = own
     return own
 
 

@@ -327,7 +327,7 @@ def _fits(parts: Sequence[Part], local: tuple[int, ...]) -> bool:
 def _placement(name: str, placement: Any, ndim: int) -> Placement:
     if placement.is_partial():
         raise Conflict(
-            f"tensor {name!r} is {placement}: its values are not summed up over ranks yet"
+            f"tensor {name!r} is {placement!r}: its values are not summed up over ranks yet"
         )
     if placement.is_replicate():
         return placements.Replicate()
