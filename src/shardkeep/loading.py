@@ -17,6 +17,7 @@ from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import Mismatch
 from shardkeep.ranks import take_part
 from shardkeep.saving import Clock
+from shardkeep.stores import store_at
 from shardkeep.tensors.memory import landing
 from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
@@ -98,10 +99,11 @@ def load(
         RankFailed: another rank failed.
     """
     job = take_part(ranks)
-    with job.session("load", str(path)) as session:
+    store = store_at(path)
+    with job.session("load", store.url) as session:
         clock = Clock(session)
         clock.phase("open")
-        source = checkpoint.open(path)
+        source = checkpoint.open(store)
 
         clock.phase("describe")
         template, statefuls = expand(state)

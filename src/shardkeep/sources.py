@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -94,14 +95,21 @@ class Sources:
         if not undo:
             read_at = window(self.store, item, name)
             stored = container.tensor(read_at, item.length, file=item.file, place=name)
-            return _source(stored, item, dtype, sizes, name)
+            source = _source(stored, item, dtype, sizes, name)
+            if stored.conj or stored.neg:
+                record = read_at(stored.record.offset, stored.record.nbytes)
+                return _resolved(stored, source, record)
+            return source
         limit = unpacked_limit(item.length, prod(sizes) * dtype.itemsize)
         packed = read_range(self.store, item, name)
         data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
-
         stored = container.tensor(inside(data), len(data), file=item.file, place=name)
         unpacked = ByteRange(item.file, 0, len(data))
-        return _source(stored, unpacked, dtype, sizes, name, data=memoryview(data))
+        source = _source(stored, unpacked, dtype, sizes, name, data=memoryview(data))
+        if stored.conj or stored.neg:
+            first = stored.record.offset
+            return _resolved(stored, source, data[first : first + stored.record.nbytes])
+        return source
 
     def _check_inside(self, item: ByteRange, name: str) -> None:
         try:
@@ -172,6 +180,14 @@ def _source(
         digests=None,
         data=data,
     )
+
+
+def _resolved(stored: container.StoredTensor, source: Source, record: bytes) -> Source:
+    """A source whose elements are stored conjugated or negated: what they mean, in memory."""
+    array = container.array(stored, memoryview(record))
+    data = memoryview(array.tobytes())
+    strides = _c_strides(source.sizes, source.itemsize)
+    return replace(source, start=0, strides=strides, payload=(0, len(data)), data=data)
 
 
 def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

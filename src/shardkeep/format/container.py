@@ -91,8 +91,6 @@ def tensor(read_at: ReadAt, length: int, *, file: str, place: str) -> StoredTens
     if type(stored) is not StoredTensor:
         kind = getattr(stored, "name", type(stored).__name__)
         raise archive.error(f"its item holds no plain tensor, but a {kind}")
-    if stored.conj or stored.neg:
-        raise archive.error("a tensor with its elements stored conjugated or negated")
     return stored
 
 
