@@ -13,10 +13,10 @@ import torch
 
 from shardkeep import checkpoint
 from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep.clock import Clock
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import Mismatch
 from shardkeep.ranks import take_part
-from shardkeep.saving import Clock
 from shardkeep.stores import store_at
 from shardkeep.tensors.memory import landing
 from shardkeep.tensors.objects import MAKERS, from_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import shardkeep
 from shardkeep import commit, knobs
 from shardkeep.agreement import Order, own, report
+from shardkeep.clock import Clock
 from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
@@ -117,31 +117,6 @@ def save(
             seconds=clock.seconds(),
             **totals,
         )
-
-
-class Clock:
-    """Names the phase that a rank is in, and takes its time."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._name: str | None = None
-        self._since = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    def phase(self, name: str) -> None:
-        """Begin a phase."""
-        self.seconds()
-        self._name = name
-        self._session.phase(name)
-
-    def seconds(self) -> dict[str, float]:
-        """Phase -> seconds, up to now."""
-        now = time.perf_counter()
-        if self._name is not None:
-            spent = self._seconds.get(self._name, 0.0) + now - self._since
-            self._seconds[self._name] = spent
-        self._since = now
-        return dict(self._seconds)
 
 
 def _admit(store: Store, overwrite: bool) -> frozenset[str]:
