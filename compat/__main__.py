@@ -68,7 +68,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every minor release, and the page")
     parser.add_argument("--keep", default=os.environ.get("SHARDKEEP_COMPAT_KEEP"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=7, help="of the states that are saved")
-    parser.add_argument("--parts", default="ABC", help="A: it reads, B: is read, C: Shardkeep on it")
+    parser.add_argument(
+        "--parts", default="ABC", help="A: it reads, B: is read, C: Shardkeep on it"
+    )
     parser.add_argument("--scratch", type=Path, help="keep the checkpoints here")
     parser.add_argument("--page", action="store_true", help="write the page from stored results")
     chosen = parser.parse_args()
@@ -92,9 +94,7 @@ def main() -> int:
             for name, why in write_states(written, chosen.seed).items():
                 console.print(f"[dim]not saved: {name}: {why}[/dim]")
         for release in wanted:
-            with environment(
-                release, keep=chosen.keep, extra=extras(release), slim=True
-            ) as made:
+            with environment(release, keep=chosen.keep, extra=extras(release), slim=True) as made:
                 result = check(made, written, scratch / release, chosen.seed, chosen.parts)
             page.show(result, console)
             if chosen.parts == "ABC":

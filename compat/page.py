@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from compat.directions import TITLES
+from compat.environments import parse
 from compat.results import Result
+
+Stored = Mapping[str, Any]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 SHOWN = 20
+"""Differences that are listed; the results hold all."""
 
 
 def show(result: Result, console: Console) -> None:
@@ -36,5 +41,196 @@ def show(result: Result, console: Console) -> None:
     console.print(f"[dim]{result.seconds:.0f} seconds[/dim]")
 
 
-def write(results: Sequence[Mapping[str, Any]]) -> None:
-    raise NotImplementedError
+def write(results: Sequence[Stored], path: Path = PAGE) -> None:
+    """Write the page from stored results."""
+    path.write_text(text(results), encoding="utf-8")
+
+
+def text(results: Sequence[Stored]) -> str:
+    """The page. Every figure in it comes from the results."""
+    dates = sorted({one["date"] for one in results})
+    writers = sorted({one["writer"] for one in results})
+    differing = sum(len(d["differences"]) for d in directions(results))
+    parts = [
+        "# Compatibility",
+        f"Made by `python -m compat --all` on {' and '.join(dates)}, with Shardkeep on torch "
+        f"{' and '.join(writers)}: {len(results)} releases, "
+        f"{sum(d['leaves'] for d in directions(results)):,} leaves compared bit for bit, "
+        f"**{differing} different**.",
+        INTRODUCTION,
+        "## A release reads what Shardkeep wrote",
+        READS,
+        figures(results, ("load", "dtensor", "sharded_tensor", "torch_save")),
+        "## Shardkeep reads what a release wrote, and runs on it",
+        WRITES,
+        figures(results, ("open", "drop_in", "on_1", "on_2", "on_4")),
+        "## What is not compared, and why",
+        ABSENT,
+        reasons(results),
+        *([DIFFERENT, differences(results)] if differing else []),
+        REPEAT,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """\
+## How to read it
+
+A *case* is one checkpoint. A *leaf* is a tensor or a value in it. "874 / 874 (61)" means: 874 of
+874 compared leaves came back as they were saved, in 61 cases. Tensors are compared in dtype,
+shape and every bit, values in type and value, containers in their keys and the type of these.
+Before a load, every bit of the template's tensors is the opposite of what has to come.
+
+What a release cannot have by its nature is not counted as compared: cases that need a dtype or a
+feature that it lacks, each with its reason below."""
+
+READS = """\
+The release alone reads, by its own `dcp.load` (`load_state_dict` in 2.0 and 2.1), in one process;
+into DTensors or ShardedTensors on two ranks; and by `dcp_to_torch_save` where there is one.
+Shardkeep was asked for nothing special when it saved. The states: every dtype in a checkpoint of
+its own; scalars and empty tensors; views, transposed, tied and oversized storages; a model with
+AdamW and a scheduler; nested states with lists, tuples, mappings and lists without tensors, empty
+containers, integer keys, names in unicode, with dots, slashes and `..`; DTensors on meshes of one
+and two dimensions, FSDP2, HSDP, FSDP2 with tensor parallelism, ShardedTensors, uneven boxes on
+two dimensions by hand, tensors and objects that only some ranks have, written by four ranks, real
+and simulated; checkpoints that replaced others.
+
+Releases up to 2.3 keep plain values of the top level from the caller; there, values are taken
+from the planner. No release puts values under keys that are no strings where they belong (they
+land at `"0"`, beside `0`); they are compared where they land. `dcp_to_torch_save` builds
+containers from names, so keys are compared as text there."""
+
+WRITES = """\
+The release writes the golden cases (`tests/golden/make.py`) with values of another seed than the
+archives in `tests/golden`. They are read by `shardkeep.open`, as numpy arrays and values, with
+all checksums, and by `shardkeep.dcp.load`. From 2.4 on, Shardkeep itself runs on the release: it
+saves the states on 1 and on 4 ranks, and loads them on 1, on 2 and on 4 ranks in other placements
+(uneven, empty, replicated, on meshes of one and two dimensions, strided shards of FSDP2 with
+tensor parallelism)."""
+
+ABSENT = """\
+Some dtypes are in a release by name only: tensors of it can neither be copied nor saved there. A
+checkpoint is left out only where the release has no tensor of that dtype to load it into, or fails
+on it and on its own file of such a tensor alike. What a release could not write itself stands in
+`tests/golden/README.md`."""
+
+DIFFERENT = "## Differences"
+
+REPEAT = """\
+## Repeat it
+
+```console
+$ make compat TORCH=2.3.1            # one release, in an environment that is removed afterwards
+$ python -m compat --all             # all of them, and this page
+$ python -m compat --all --keep DIR  # keeps the environments (about 1 GB each) for the next time
+```
+
+It needs `python3.11`, for which every release has a wheel, and a package index. The exit code is
+1 if anything differs. `compat/results/` holds the last run's figures with every reason and, if
+there are any, every difference."""
+
+HEADS = {
+    "load": "1 process",
+    "dtensor": "2 ranks, DTensor",
+    "sharded_tensor": "2 ranks, ShardedTensor",
+    "torch_save": "`dcp_to_torch_save`",
+    "open": "`shardkeep.open`",
+    "drop_in": "`shardkeep.dcp.load`",
+    "on_1": "on it: load on 1",
+    "on_2": "load on 2",
+    "on_4": "load on 4",
+}
+
+
+def directions(results: Sequence[Stored]) -> list[Stored]:
+    return [one for result in results for one in result["directions"].values()]
+
+
+def figures(results: Sequence[Stored], keys: Sequence[str]) -> str:
+    """A row a release, a column a direction."""
+    lines = [
+        "| torch | " + " | ".join(HEADS[key] for key in keys) + " |",
+        "|---|" + "---|" * len(keys),
+    ]
+    for result in results:
+        cells = [cell(result["directions"].get(key)) for key in keys]
+        lines.append(f"| {result['release']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(direction: Stored | None) -> str:
+    if direction is None:
+        return "–"
+    shown = f"{direction['equal']:,} / {direction['leaves']:,} ({direction['cases']})"
+    return f"**{shown}**" if direction["differences"] else shown
+
+
+def reasons(results: Sequence[Stored]) -> str:
+    """What was left out, why, and in which releases; what goes together on one line."""
+    releases_of: dict[tuple[str, str, str], set[str]] = {}
+    for result in results:
+        for key, direction in result["directions"].items():
+            entries = [line.split(": ", 1) for line in direction["left_out"]]
+            if key not in ("open", "drop_in"):
+                entries += list(direction["absent"].items())
+            for case, why in entries:
+                what = (GROUPS[key], *reason(case, why))
+                releases_of.setdefault(what, set()).add(result["release"])
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for (group, why, what), releases in sorted(releases_of.items()):
+        together.setdefault((group, why, spans(releases, results)), []).append(what)
+    lines = ["| Direction | Why | What | torch |", "|---|---|---|---|"]
+    for (group, why, span), whats in together.items():
+        shown = ", ".join(f"`{what}`" for what in whats)
+        lines.append(f"| {group} | {escaped(why)} | {shown} | {span} |")
+    return "\n".join(lines)
+
+
+def reason(case: str, why: str) -> tuple[str, str]:
+    """Why something was left out, and what: a dtype, an object or a case."""
+    why = why.removeprefix("NotInThisReleaseError: ")
+    if trust := re.fullmatch(r"(\S+) needs trust \((.*)\)", why):
+        return f"needs trust: {trust[2]}", f"{case}: {trust[1]}"
+    if dtype := re.fullmatch(r"(?:\S+: )?(no )?torch\.(\w+) ?(.*)", why):
+        return "no such dtype" if dtype[1] else dtype[3], dtype[2]
+    return why, case
+
+
+GROUPS = {
+    **dict.fromkeys(("load", "dtensor", "sharded_tensor"), "it loads"),
+    "torch_save": "`dcp_to_torch_save`",
+    "open": "`shardkeep.open`",
+    "drop_in": "`shardkeep.dcp.load`",
+    **dict.fromkeys(("on_1", "on_2", "on_4"), "Shardkeep on it"),
+}
+
+
+def escaped(reason: str) -> str:
+    return reason.replace("|", "\\|").replace("<", "&lt;")
+
+
+def spans(releases: Iterable[str], results: Sequence[Stored]) -> str:
+    """Neighbouring releases together: "2.0 to 2.3, 2.9"."""
+    everyone = [one["release"] for one in results]
+    rows = sorted(everyone.index(release) for release in releases)
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    if len(rows) == len(everyone) and len(everyone) > 1:
+        return "all"
+    short = [".".join(map(str, parse(release)[:2])) for release in everyone]
+    return ", ".join(
+        short[run[0]] if len(run) == 1 else f"{short[run[0]]} to {short[run[-1]]}" for run in runs
+    )
+
+
+def differences(results: Sequence[Stored]) -> str:
+    return "\n".join(
+        f"- {result['release']}, {HEADS[key]}: `{line}`"
+        for result in results
+        for key, direction in result["directions"].items()
+        for line in direction["differences"][:SHOWN]
+    )

@@ -14,6 +14,9 @@ from compat.results import Outcome
 
 Node = Mapping[str, Any]
 
+PACKED = ": Opaque, not quint4x2"
+"""Quantized integers, two in a byte, whose zero points are floats: a stand-in, by decision."""
+
 
 def read_all(folder: Path, read: Callable[[str, Path, Node], Outcome]) -> tuple[Outcome, ...]:
     """Read every case of a set of golden checkpoints."""
@@ -37,7 +40,10 @@ def opened(name: str, path: Path, expected: Node) -> Outcome:
     done = compare(expected, contents(checkpoint))
     report = checkpoint.verify()
     damaged = () if report.ok else (f": verify says {report}",)
-    return _outcome(name, done.leaves, (*done.differences, *damaged), ())
+    packed = tuple(line for line in done.differences if line.endswith(PACKED))
+    wrong = tuple(line for line in done.differences if line not in packed)
+    notes = ("torch.quint4x2 comes back as a stand-in",) if packed else ()
+    return _outcome(name, done.leaves - len(packed), (*wrong, *damaged), notes)
 
 
 def loaded(name: str, path: Path, expected: Node) -> Outcome:

@@ -26,11 +26,21 @@ import shardkeep as sk
 SPREAD = (torch.float32, torch.int64, torch.bfloat16)
 """What gloo can send in every release; other dtypes stay whole."""
 
+TRUSTED = ["make.*", "http.HTTPStatus", "builtins.len", "builtins.int"]
+"""What the case `objects` holds: classes of its own script, an enumeration, a function, a type."""
+
 
 def load(state: Any, path: pathlib.Path, flatten: bool) -> Any:
     """Fill the state in place; anything that is missing or refused is an error."""
-    sk.load(state, path, trust=["make.*"])
+    sk.load(state, path, trust=TRUSTED)
     return state
+
+
+def known(name: str) -> str | None:
+    """Why Shardkeep gives no tensor of that dtype."""
+    if name in ("quint4x2", "quint2x4"):
+        return f"torch.{name} comes back as a stand-in"
+    return reading.known(name)
 
 
 def spreader(ranks: int) -> Spread:
@@ -46,6 +56,8 @@ def spreader(ranks: int) -> Spread:
         width = 1 + choice % 2
         kinds: list[Any] = [*range(tensor.ndim), "r"]
         pairs = list(itertools.product(kinds, repeat=width))
+        if golden.RELEASE < (2, 5):  # there, DTensors do not say how one dimension is cut twice
+            pairs = [pair for pair in pairs if len(set(pair)) == width or pair[0] == "r"]
         places = pairs[choice // 2 % len(pairs)]
         shard, replicate = golden.dtensor_name("Shard"), golden.dtensor_name("Replicate")
         chosen = [replicate() if place == "r" else shard(place) for place in places]
@@ -56,7 +68,7 @@ def spreader(ranks: int) -> Spread:
 
 def strided_template(expected: Node, ranks: int) -> Template:
     """FSDP2 around tensor parallelism, each layer split the other way round than when saved."""
-    node = dict((reading.plain(key), value) for key, value in expected["items"])["model"]
+    node = {reading.plain(key): value for key, value in expected["items"]}["model"]
     tensors = {reading.plain(key): reading.tensor_of(value) for key, value in node["items"]}
     blank, truth = (
         _parallel(ranks, {name: change(value) for name, value in tensors.items()})
@@ -99,7 +111,7 @@ def main() -> None:
     rank, ranks = reading.join()
     spread = spreader(ranks) if ranks > 1 else None
     for folder in reading.cases(chosen.checkpoints.resolve(), chosen.cases):
-        content = reading.read_case(folder, spread, load)
+        content = reading.read_case(folder, spread, load, [known])
         if rank == 0:
             reading.answer(chosen.out, folder.name, content)
         if spread and folder.name == "tp_fsdp2":

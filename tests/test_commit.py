@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import torch.distributed.checkpoint as stock
-from support.faults import WAYS, Died, FaultyStore
-from support.scenarios import bits, values
 
 import shardkeep as sk
 from shardkeep.stores import LocalStore, MemoryStore
+from support.faults import WAYS, Died, FaultyStore
+from support.scenarios import bits, values
 
 
 def state(seed: str) -> dict:

@@ -7,10 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.torch, pytest.mark.gloo]
 
+import shardkeep as sk
 from support import jobs
 from support.gloo import Failed
-
-import shardkeep as sk
 
 SOON = {"SHARDKEEP_HEARTBEAT": "0.3", "SHARDKEEP_MISSED": "6"}
 FAILURES = {

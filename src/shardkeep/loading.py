@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,7 +22,7 @@ from shardkeep.tensors.memory import landing
 from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.state import describe_tensors
-from shardkeep.tensors.stateful import expand, restore
+from shardkeep.tensors.stateful import Stored, expand, make_room, restore
 from shardkeep.tree import Flat, Leaf, flatten, put
 from shardkeep.types import Path
 
@@ -80,7 +80,8 @@ def load(
     the byte ranges that its own boxes need.
 
     Args:
-        state: the template: tensors are filled, values replaced, under the keys that they have.
+        state: the template: tensors are filled, values replaced, under the keys that they have. An
+            optimizer that never made a step gets the state that the checkpoint has for it.
         path: a folder, or a store.
         strict: whether a name that the checkpoint lacks is an error; also per name pattern, as
             `{"optim.*": False}`: the first pattern that fits decides, without any it is.
@@ -107,6 +108,7 @@ def load(
 
         clock.phase("describe")
         template, statefuls = expand(state)
+        make_room(template, statefuls, _stored(source))
         flat = flatten(template, is_any_tensor)
 
         clock.phase("match")
@@ -125,6 +127,15 @@ def load(
             put(template, leaf.path, value)
         restore(state, template, statefuls)
         return match.report(stats.bytes_needed, stats.bytes_read, clock.seconds())
+
+
+def _stored(source: Checkpoint) -> Iterator[Stored]:
+    """The leaves of a checkpoint, by their paths."""
+    for name, path in source.structure.leaves.items():
+        if source.is_tensor(name):
+            yield path, *source.shape_of(name)
+        elif name in source:
+            yield path, None, ()
 
 
 class _Contents:

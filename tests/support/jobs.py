@@ -147,21 +147,40 @@ def load(rank: int, size: int, path: str, layout: str, with_stock: bool) -> dict
 # --- objects that hold optimizers and modules themselves -----------------------------------------
 
 
-def resume(rank: int, size: int, path: str) -> tuple[list[str], Any]:
-    """Save a model and its optimizer as they are; load into a new one that never made a step."""
+def resume(rank: int, size: int, path: str) -> list[str]:
+    """Save a model and its optimizer as they are; load into new ones that never made a step."""
     _, model, optim = job("fsdp", 3, 2)
-    sk.save({"model": model, "optim": optim}, path)
-    _, other, _ = job("fsdp", 5, 0)
-    later = torch.optim.AdamW(other.parameters(), lr=9.0)
-    report = sk.load({"model": other, "optim": later}, path)
-    wrong = [
-        name
-        for (name, a), (_, b) in zip(
-            leaves(optim.state_dict()).items(), leaves(later.state_dict()).items(), strict=True
-        )
-        if a != b
-    ]
-    return wrong, report.unexpected
+    sk.save({"model": model, "optim": optim}, f"{path}/ours")
+    stock.save({"model": model, "optim": optim}, checkpoint_id=f"{path}/stock")
+    for name in ("ours", "stock"):
+        torch.manual_seed(5)
+        other = fsdp(Net())
+        later = torch.optim.AdamW(other.parameters(), lr=9.0, foreach=False)
+        before = leaves(other.state_dict())
+        refused = {"model": other, "optim": later, "absent": 1}
+        try:
+            sk.load(refused, f"{path}/{name}")
+        except sk.Mismatch:
+            assert not later.state
+            assert leaves(other.state_dict()) == before
+        else:
+            raise AssertionError("a missing name was not refused")
+        report = sk.load({"model": other, "optim": later}, f"{path}/{name}")
+        assert report.unexpected == ()
+        assert leaves(other.state_dict()) == leaves(model.state_dict())
+        assert leaves(later.state_dict()) == leaves(optim.state_dict())
+        for a, b in zip(optim.state.values(), later.state.values(), strict=True):
+            assert {key: type(one) for key, one in a.items()} == {
+                key: type(one) for key, one in b.items()
+            }
+        for one, net in ((optim, model), (later, other)):
+            torch.manual_seed(1)
+            net(torch.randint(11, (2, 5))).square().mean().backward()
+            one.step()
+            one.zero_grad()
+        assert leaves(other.state_dict()) == leaves(model.state_dict())
+        _, model, optim = job("fsdp", 3, 2)
+    return list(report.loaded)
 
 
 # --- failures ------------------------------------------------------------------------------------
@@ -239,9 +258,9 @@ def folder(path: str | Path) -> set[str]:
 def leaves_of_tree(checkpoint: Any) -> dict[str, Any]:
     """The leaves of the nested state, each tensor read by the name that its place says."""
     found = {}
-    for name, value in leaves(checkpoint.tree()).items():
-        if isinstance(value, sk.TensorInfo):
-            array = checkpoint.read(value.name)
-            value = (f"torch.{value.dtype}", value.shape, array.tobytes())
-        found[name] = value
+    for name, leaf in leaves(checkpoint.tree()).items():
+        found[name] = leaf
+        if isinstance(leaf, sk.TensorInfo):
+            data = checkpoint.read(leaf.name).tobytes()
+            found[name] = (f"torch.{leaf.dtype}", leaf.shape, data)
     return found

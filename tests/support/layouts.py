@@ -203,6 +203,8 @@ def _groups(rank: int, path: str) -> None:
     assert same(blank["w"].to_local(), held(whole, mesh, [Shard(1)]).to_local())
     assert blank["turn"] == 2
     dist.barrier()
-    one = {"w": distribute_tensor(torch.zeros(5, 2), DeviceMesh("cpu", torch.arange(4)), [Shard(0)])}
+    one = {
+        "w": distribute_tensor(torch.zeros(5, 2), DeviceMesh("cpu", torch.arange(4)), [Shard(0)])
+    }
     sk.load(one, f"{path}/a")
     assert same(one["w"].full_tensor(), values("a", (5, 2), torch.float32))

@@ -9,7 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.tensors.stateful import expand, restore  # noqa: E402
+from shardkeep.tensors.stateful import expand, make_room, restore
+from shardkeep.types import DType
 
 
 class Counter:
@@ -66,3 +67,53 @@ def test_modules_and_optimizers() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert (model.weight == 4).all()
     assert state == {"model": model, "optimizer": optimizer}
+
+
+def test_optimizers_without_a_state_get_room_for_the_stored_one() -> None:
+    model = torch.nn.Linear(3, 2)
+    fresh = torch.optim.AdamW(model.parameters())
+    used = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    used.step()
+    kind, wide = DType.named("float32"), DType.named("float64")
+    stored = [
+        (("fresh", "state", 0, "exp_avg"), kind, (2, 3)),
+        (("fresh", "state", "1", "exp_avg"), wide, (2,)),
+        (("fresh", "state", "1", "step"), kind, ()),
+        (("fresh", "state", "1", "rows"), kind, (5,)),
+        (("fresh", "state", "1", "note"), None, ()),
+        (("fresh", "state", "2", "exp_avg"), kind, (2,)),  # there is no third parameter
+        (("fresh", "state", "name", "exp_avg"), kind, (2,)),
+        (("fresh", "param_groups", 0, "lr"), None, ()),
+        (("used", "state", 0, "other"), kind, (2, 3)),
+        (("step",), None, ()),
+    ]
+    plain, found = expand({"fresh": fresh, "used": used, "step": 1})
+    before = used.state_dict()["state"]
+    make_room(plain, found, stored)
+    assert not fresh.state
+    assert {name: list(one) for name, one in plain["used"]["state"].items()} == {
+        name: list(one) for name, one in before.items()
+    }
+    room = plain["fresh"]["state"]
+    shapes = {
+        (number, name): (one.dtype, tuple(one.shape)) if one is not None else None
+        for number, entry in room.items()
+        for name, one in entry.items()
+    }
+    assert shapes == {
+        (0, "exp_avg"): (torch.float32, (2, 3)),
+        (1, "exp_avg"): (torch.float64, (2,)),
+        (1, "step"): (torch.float32, ()),
+        (1, "rows"): (torch.float32, (5,)),
+        (1, "note"): None,
+    }
+
+
+def test_the_checkpoint_is_not_walked_without_need() -> None:
+    def never():
+        raise AssertionError
+        yield
+
+    plain, found = expand({"model": torch.nn.Linear(1, 1), "step": 1})
+    make_room(plain, found, never())

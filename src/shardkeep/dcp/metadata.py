@@ -22,7 +22,10 @@ __all__ = ["to_torch"]
 
 
 def to_torch(index: Index) -> Metadata:
-    """The metadata that stock torch's reader would give for this checkpoint."""
+    """The metadata that stock torch's reader would give for this checkpoint.
+
+    What the index does not know stays at its default: `requires_grad`, `version`, `storage_meta`.
+    """
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for row, name in enumerate(index.tensors.names):
@@ -50,9 +53,9 @@ def to_torch(index: Index) -> Metadata:
     return Metadata(entries, planner_data=_planner_data(index), storage_data=places)
 
 
-def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]]:
+def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]] | None:
     if index.structure is None:
-        return {name: (name,) for name in (*index.tensors.names, *index.objects.names)}
+        return None
     containers = index.structure.containers
     paths = {**index.structure.leaves, **index.twins}
     return {name: dcp_path(path, containers) for name, path in paths.items()}
