@@ -9,9 +9,9 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import torch.distributed.checkpoint as stock
-from support.scenarios import bits, same, values
 
 import shardkeep as sk
+from support.scenarios import bits, same, values
 
 
 def saved(path, state, **options):
@@ -71,7 +71,9 @@ def test_a_file_that_is_missing_or_cut_is_named(tmp_path):
     (data,) = tmp_path.glob("*.distcp")
     whole = data.read_bytes()
     data.write_bytes(whole[:-1000])
-    with pytest.raises(sk.Damaged, match=rf"{data.name}, 'w'.*the file ends at {len(whole) - 1000}"):
+    with pytest.raises(
+        sk.Damaged, match=rf"{data.name}, 'w'.*the file ends at {len(whole) - 1000}"
+    ):
         sk.open(tmp_path).read("w")
     assert not sk.open(tmp_path).verify().ok
     data.unlink()

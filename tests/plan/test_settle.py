@@ -119,9 +119,7 @@ def test_aliases_are_one_payload():
 
 
 def test_aliases_seen_by_another_rank_only_are_still_one_payload():
-    done = settle(
-        [claim([whole("a", 4)]), claim([whole("b", 4), whole("a", 4)], alias=[0, 0])]
-    )
+    done = settle([claim([whole("a", 4)]), claim([whole("b", 4), whole("a", 4)], alias=[0, 0])])
     assert len(set(done.payload.tolist())) == 1
     assert len(done.writer) == 1
 

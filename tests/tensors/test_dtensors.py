@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.errors import Conflict  # noqa: E402
-from shardkeep.tensors.pieces import Described, describe  # noqa: E402
+from shardkeep.errors import Conflict
+from shardkeep.tensors.pieces import Described, describe
 
 try:
     from torch.distributed.tensor import (

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.errors import Mismatch  # noqa: E402
-from shardkeep.tensors.memory import landing, payload, raw  # noqa: E402
-from shardkeep.types import DTYPES, DType  # noqa: E402
+from shardkeep.errors import Mismatch
+from shardkeep.tensors.memory import landing, payload, raw
+from shardkeep.types import DTYPES, DType
 
 PLAIN = [d for d in DTYPES if hasattr(torch, d.name) and not d.name.startswith(("qint", "quint"))]
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.errors import Conflict, FormatError, Mismatch, Untrusted  # noqa: E402
-from shardkeep.format import values  # noqa: E402
-from shardkeep.tensors.objects import MAKERS, from_bytes, to_bytes  # noqa: E402
-from shardkeep.tensors.shards import Shards  # noqa: E402
-from shardkeep.types import DTYPES  # noqa: E402
+from shardkeep.errors import Conflict, FormatError, Mismatch, Untrusted
+from shardkeep.format import values
+from shardkeep.tensors.objects import MAKERS, from_bytes, to_bytes
+from shardkeep.tensors.shards import Shards
+from shardkeep.types import DTYPES
 
 HERE = "objects_of_a_user"
 

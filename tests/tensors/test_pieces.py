@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.errors import Conflict  # noqa: E402
-from shardkeep.tensors.pieces import (  # noqa: E402
+from shardkeep.errors import Conflict
+from shardkeep.tensors.pieces import (
     aliases,
     describe,
     describe_all,
@@ -19,8 +19,8 @@ from shardkeep.tensors.pieces import (  # noqa: E402
     is_sharded,
     is_tensor,
 )
-from shardkeep.tensors.shards import Shards  # noqa: E402
-from shardkeep.types import DTYPES, Box, DType  # noqa: E402
+from shardkeep.tensors.shards import Shards
+from shardkeep.types import DTYPES, Box, DType
 
 
 def one(value: Any) -> Any:

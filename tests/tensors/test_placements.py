@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")  # the package's own imports need it; the functions do not
 
-from shardkeep.tensors.placements import (  # noqa: E402
+from shardkeep.tensors.placements import (
     Part,
     Placement,
     Replicate,
@@ -26,7 +26,7 @@ from shardkeep.tensors.placements import (  # noqa: E402
     order,
     parts,
 )
-from shardkeep.types import Box  # noqa: E402
+from shardkeep.types import Box
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]
 
