@@ -15,7 +15,7 @@ pytestmark = pytest.mark.torch
 
 from compat import __main__ as command
 from compat import page
-from compat.directions import judge, judge_case
+from compat.directions import judge, judge_case, not_written
 from compat.read_golden import without
 from compat.results import Direction, Outcome, Result, store, stored
 
@@ -176,6 +176,13 @@ def test_a_reader_that_ends_or_fails_is_a_difference(tmp_path):
     assert judge_case("failed", tmp_path / "failed.json") == Outcome(
         "failed", 2, (": KeyError: 'x'",)
     )
+
+
+def test_a_state_that_could_not_be_saved_is_a_difference_unless_by_nature():
+    reasons = {"a": "TypeError: broken", "b": "NotInThisReleaseError: no torch.int1"}
+    broken, absent = not_written(reasons)
+    assert broken.differences == (": not saved: TypeError: broken",)
+    assert (absent.differences, absent.absent) == ((), "no torch.int1")
 
 
 def test_a_name_is_taken_out_of_an_expectation(scripts):

@@ -80,7 +80,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'shardkeep' has no attribute {name!r}")
-    value = getattr(_import_module(_HOMES[name]), name)
+    try:
+        value = getattr(_import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        why = f"shardkeep.{name} needs torch: pip install 'shardkeep[torch]'"
+        raise ModuleNotFoundError(why, name="torch") from None
     globals()[name] = value
     return value
 
