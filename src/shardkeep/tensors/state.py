@@ -98,23 +98,32 @@ def _top_level(state: Mapping[Any, Any]) -> Flat:
 
 def _structure(flat: Flat, tensors: Sequence[Described]) -> Structure:
     """The state's structure, with the inner tensors of a subclass below where it stands."""
-    names = {tensor.name for tensor in tensors}
+    leaves = flat.structure.leaves
+    below: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.name not in leaves:
+            below.setdefault(_owner(tensor.name, leaves), []).append(tensor.name)
+    if not below:
+        return flat.structure
     paths: dict[str, Path] = {}
     containers = dict(flat.structure.containers)
-    inner = [tensor.name for tensor in tensors if tensor.name not in flat.structure.leaves]
-    if not inner:
-        return flat.structure
-    for name, path in flat.structure.leaves.items():
-        below = [one for one in inner if one.startswith(name + ".")]
-        if not below or name in names:
-            paths[name] = path
-            continue
-        for one in below:
-            rest = tuple(one[len(name) + 1 :].split("."))
-            paths[one] = path + rest
-            for depth in range(len(rest)):
-                containers[path + rest[:depth]] = "dict"
-    return Structure(paths, containers, flat.structure.empties)
+    before = [0]  # how many leaves there are now before each of the old ones
+    for name, path in leaves.items():
+        for inner in below.get(name, [name]):
+            rest = tuple(inner[len(name) + 1 :].split(".")) if inner != name else ()
+            paths[inner] = path + rest
+            containers |= {path + rest[:depth]: "dict" for depth in range(len(rest))}
+        before.append(len(paths))
+    empties = {path: before[count] for path, count in flat.structure.empties.items()}
+    return Structure(paths, containers, empties)
+
+
+def _owner(inner: str, leaves: Mapping[str, Path]) -> str:
+    """The leaf that an inner tensor belongs to."""
+    name = inner
+    while name not in leaves:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _columns(tensors: Sequence[Described], width: int) -> Tensors:
