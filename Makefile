@@ -13,7 +13,7 @@ help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
 	@echo "make test                all tests, with torch and without (12 minutes)"
 	@echo "make check               ruff, mypy, import-linter"
-	@echo "make compat TORCH=2.3.1  both directions against that release of torch"
+	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
 
 # One environment for development; the constraints file says which torch.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -46,7 +46,7 @@ check: $(VENV)/ready
 	$(VENV)/bin/lint-imports --no-logo
 
 compat: $(VENV)/ready
-	$(VENV)/bin/python -m compat $(TORCH)
+	$(VENV)/bin/python -m compat $(or $(TORCH),--all)
 
 clean:
 	rm -rf $(VENV) $(CORE) build demo/out

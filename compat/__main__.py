@@ -23,7 +23,7 @@ from rich.console import Console
 
 from compat import page
 from compat.directions import Job, shardkeep_reads, shardkeep_runs, torch_reads, write_states
-from compat.environments import Environment, environment, parse, releases
+from compat.environments import environment, parse, releases
 from compat.results import Direction, Result, store, stored
 
 RUNTIME = ("isal",)
@@ -35,14 +35,14 @@ HUB = "huggingface_hub"
 PARTS = {"A": torch_reads, "B": shardkeep_reads, "C": shardkeep_runs}
 
 
-def check(made: Environment, written: Path, scratch: Path, seed: int, parts: str) -> Result:
+def check(job: Job, parts: str) -> Result:
     """Run the directions for one release."""
+    made = job.environment
     began = time.monotonic()
     versions = made.run(
         "-c",
         "import platform, numpy; print(platform.python_version(), numpy.__version__)",
     ).stdout.split()
-    job = Job(made, scratch, written, seed)
     found: list[Direction] = [one for part in parts for one in PARTS[part](job)]
     return Result(
         release=made.release,
@@ -50,7 +50,7 @@ def check(made: Environment, written: Path, scratch: Path, seed: int, parts: str
         numpy=versions[1],
         writer=str(torch.__version__),
         date=datetime.date.today().isoformat(),
-        seed=seed,
+        seed=job.seed,
         seconds=round(time.monotonic() - began, 1),
         directions=tuple(found),
     )
@@ -89,13 +89,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="compat-") as temporary:
         scratch = chosen.scratch or Path(temporary)
         written = scratch / "written"
+        not_saved: dict[str, str] = {}
         if wanted and "A" in chosen.parts:
             console.print(f"[dim]Shardkeep saves its states on torch {torch.__version__}[/dim]")
-            for name, why in write_states(written, chosen.seed).items():
-                console.print(f"[dim]not saved: {name}: {why}[/dim]")
+            not_saved = write_states(written, chosen.seed)
         for release in wanted:
             with environment(release, keep=chosen.keep, extra=extras(release), slim=True) as made:
-                result = check(made, written, scratch / release, chosen.seed, chosen.parts)
+                job = Job(made, scratch / release, written, not_saved, chosen.seed)
+                result = check(job, chosen.parts)
             page.show(result, console)
             if chosen.parts == "ABC":
                 store(result)

@@ -53,7 +53,7 @@ def text(results: Sequence[Stored]) -> str:
     differing = sum(len(d["differences"]) for d in directions(results))
     parts = [
         "# Compatibility",
-        f"Made by `python -m compat --all` on {' and '.join(dates)}, with Shardkeep on torch "
+        f"Made by `make compat` on {' and '.join(dates)}, with Shardkeep on torch "
         f"{' and '.join(writers)}: {len(results)} releases, "
         f"{sum(d['leaves'] for d in directions(results)):,} leaves compared bit for bit, "
         f"**{differing} different**.",
@@ -95,10 +95,11 @@ and two dimensions, FSDP2, HSDP, FSDP2 with tensor parallelism, ShardedTensors, 
 two dimensions by hand, tensors and objects that only some ranks have, written by four ranks, real
 and simulated; checkpoints that replaced others.
 
-Releases up to 2.3 keep plain values of the top level from the caller; there, values are taken
-from the planner. No release puts values under keys that are no strings where they belong (they
-land at `"0"`, beside `0`); they are compared where they land. `dcp_to_torch_save` builds
-containers from names, so keys are compared as text there."""
+Releases up to 2.3 keep plain values of the top level from the caller; there, values are taken from
+the planner. Stock torch puts a value that stands beside tensors, under a key that is no string, at
+that key's text (at `"0"`, next to `0`); such values are compared where they land.
+`dcp_to_torch_save` builds containers from names, so keys are compared as text there. The class of a
+mapping is its template's."""
 
 WRITES = """\
 The release writes the golden cases (`tests/golden/make.py`) with values of another seed than the
@@ -120,14 +121,15 @@ REPEAT = """\
 ## Repeat it
 
 ```console
-$ make compat TORCH=2.3.1            # one release, in an environment that is removed afterwards
-$ python -m compat --all             # all of them, and this page
-$ python -m compat --all --keep DIR  # keeps the environments (about 1 GB each) for the next time
+$ make compat TORCH=2.3.1     # one release, in an environment that is removed afterwards
+$ make compat                 # all of them, one after the other, and this page
+$ SHARDKEEP_COMPAT_KEEP=DIR make compat   # keeps the environments, about 1 GB each, for next time
 ```
 
-It needs `python3.11`, for which every release has a wheel, and a package index. The exit code is
-1 if anything differs. `compat/results/` holds the last run's figures with every reason and, if
-there are any, every difference."""
+It needs `python3.11`, for which every release has a wheel, and a package index; a release takes
+about a minute once its environment is there. The exit code is 1 if anything differs.
+`compat/results/` holds the last run's figures with every reason and, if there are any, every
+difference."""
 
 HEADS = {
     "load": "1 process",

@@ -75,7 +75,7 @@ def _outcome(
     each_rank = name == "no_collectives"
     wrong = tuple(line for line in differences if not (each_rank and "not expected" in line))
     extra = len(differences) - len(wrong)
-    notes = (*left_out, *(["i: another value on each rank"] if extra else []))
+    notes = (*left_out, *(["`i` has another value on each rank"] if extra else []))
     return Outcome(name, leaves - extra, wrong, left_out=notes)
 
 

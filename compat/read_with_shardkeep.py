@@ -19,7 +19,9 @@ from typing import Any
 
 import read_with_torch as reading
 import torch
-from read_with_torch import Node, Spread, Template, golden
+from spread import agree, describe, gather
+from templates import Node, Spread, Template, golden, inverted, plain, tensor_of
+from templates import known as known_here
 
 import shardkeep as sk
 
@@ -40,7 +42,7 @@ def known(name: str) -> str | None:
     """Why Shardkeep gives no tensor of that dtype."""
     if name in ("quint4x2", "quint2x4"):
         return f"torch.{name} comes back as a stand-in"
-    return reading.known(name)
+    return known_here(name)
 
 
 def spreader(ranks: int) -> Spread:
@@ -68,13 +70,13 @@ def spreader(ranks: int) -> Spread:
 
 def strided_template(expected: Node, ranks: int) -> Template:
     """FSDP2 around tensor parallelism, each layer split the other way round than when saved."""
-    node = {reading.plain(key): value for key, value in expected["items"]}["model"]
-    tensors = {reading.plain(key): reading.tensor_of(value) for key, value in node["items"]}
+    node = {plain(key): value for key, value in expected["items"]}["model"]
+    tensors = {plain(key): tensor_of(value) for key, value in node["items"]}
     blank, truth = (
         _parallel(ranks, {name: change(value) for name, value in tensors.items()})
-        for change in (reading.inverted, torch.clone)
+        for change in (inverted, torch.clone)
     )
-    nodes = {reading.plain(key): value for key, value in node["items"]}
+    nodes = {plain(key): value for key, value in node["items"]}
     truths = [(blank[name], truth[name], nodes[name]) for name in blank]
     state = {"model": {name: blank[name] for name in nodes}}
     return Template(state, expected, [], truths)
@@ -99,9 +101,9 @@ def read_strided(folder: pathlib.Path, ranks: int) -> Node:
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     try:
         made = strided_template(expected, ranks)
-        state = reading.gather(made, load(made.state, folder / "ckpt", True))
-        spread = len(made.truths)
-        return {"state": reading.describe(state), "expected": expected, "spread": spread}
+        state = describe(gather(made, load(made.state, folder / "ckpt", True)))
+        agree(state)
+        return {"state": state, "expected": expected, "spread": len(made.truths)}
     except Exception as error:
         return {"why": golden.reason(error), "expected": expected}
 

@@ -20,7 +20,7 @@ from typing import Any
 import read_with_torch
 import torch
 import torch.distributed as dist
-from read_with_torch import golden
+from templates import golden, storable
 
 import shardkeep as sk
 from shardkeep.ranks import threads
@@ -70,7 +70,7 @@ def enter_dtype(name: str) -> None:
             "scalar": run.tensor("scalar", dtype=dtype),
             "nothing": torch.empty((0, 4), dtype=dtype),
         }
-        if read_with_torch.storable(name) is None:
+        if storable(name) is None:
             state["in_tuple"] = (run.tensor("in_tuple", 4, dtype=dtype), 1)
         save(state)
         return state

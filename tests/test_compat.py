@@ -33,6 +33,11 @@ def scripts(monkeypatch):
 
 
 @pytest.fixture
+def templates(scripts):
+    return importlib.import_module("templates")
+
+
+@pytest.fixture
 def written(scripts, tmp_path, monkeypatch):
     """A handful of states that Shardkeep saved, as folders of cases."""
     states, reading = scripts
@@ -152,20 +157,19 @@ def test_a_load_that_forgets_leaves_is_found(scripts, written, tmp_path):
     assert outcome.leaves - templates_own <= len(outcome.differences) <= outcome.leaves
 
 
-def test_objects_beside_their_integer_keys_are_put_there(scripts):
-    _, reading = scripts
-    sentinel = reading.SENTINEL
+def test_objects_beside_their_integer_keys_are_put_there(templates):
+    sentinel = templates.SENTINEL
     blank = {"d": {0: {"x": sentinel, "t": "tensor"}, "a": sentinel}, "l": [{1: sentinel}]}
     loaded = copy.deepcopy(blank)
     loaded["d"]["a"] = "A"
     loaded["d"]["0"] = {"x": 5}
     loaded["l"][0]["1"] = None
-    settled, moved = reading.settle(blank, loaded)
+    settled, moved = templates.settle(blank, loaded)
     assert settled == {"d": {0: {"x": 5, "t": "tensor"}, "a": "A"}, "l": [{1: None}]}
     assert moved == 2
     # What did not come stays what it was, and a stray key stays where it is.
-    assert reading.settle(blank, blank) == (blank, 0)
-    assert reading.settle({"a": 1}, {"a": 1, "0": 2}) == ({"a": 1, "0": 2}, 0)
+    assert templates.settle(blank, blank) == (blank, 0)
+    assert templates.settle({"a": 1}, {"a": 1, "0": 2}) == ({"a": 1, "0": 2}, 0)
 
 
 def test_a_reader_that_ends_or_fails_is_a_difference(tmp_path):
