@@ -112,3 +112,20 @@ def test_shardkeep_needs_no_manifest_to_read_its_own(tmp_path):
         sk.load(loaded, tmp_path)
     stock.load(loaded, checkpoint_id=tmp_path, no_dist=True)
     assert same(loaded["a"]["w"], state["a"]["w"])
+
+
+@pytest.mark.parametrize("name", ["uint16", "uint32", "uint64"])
+def test_unsigned_integers_are_carried_by_signed_ones_of_the_same_bits(tmp_path, name):
+    dtype = getattr(torch, name)
+    tensor = values(name, (300, 7), dtype)
+    sk.save({"t": tensor}, tmp_path)
+    for manifest in (True, False):
+        checkpoint = sk.open(tmp_path, manifest=manifest)
+        assert checkpoint["t"].dtype.name == name
+        array = checkpoint.read("t", sk.Box((1, 2), (200, 3)))
+        assert array.dtype.name == name
+        assert array.tobytes() == bits(tensor[1:201, 2:5])
+        assert checkpoint.verify().ok
+    loaded = {"t": torch.zeros(300, 7, dtype=dtype)}
+    stock.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    assert same(loaded["t"], tensor)

@@ -26,6 +26,9 @@ _EDGE = 4096
 _EXPANDED = 64 << 20
 """A tensor may take this many bytes more than are stored (an expanded one does), not more."""
 
+_CARRIERS = {"uint16": "int16", "uint32": "int32", "uint64": "int64"}
+"""Shardkeep's items hold these dtypes as others of the same bits (`format.container_write`)."""
+
 _UNPACKED = 32 << 20
 _RATIO = 64
 """An object may unpack to so many bytes, or to so many times what is stored."""
@@ -156,7 +159,7 @@ def _source(
 ) -> Source:
     """A source from an item's own header, which must say the same as the index."""
     place = f"tensor {name!r}"
-    if stored.dtype != dtype or tuple(stored.shape) != sizes:
+    if stored.dtype.name not in (dtype.name, _CARRIERS.get(dtype.name)) or stored.shape != sizes:
         raise FormatError(
             f"the metadata says {dtype}{list(sizes)}, "
             f"but its item holds {stored.dtype}{list(stored.shape)}",

@@ -36,8 +36,13 @@ _STORAGES = {
     "bfloat16": "BFloat16Storage",
     "complex64": "ComplexFloatStorage",
     "complex128": "ComplexDoubleStorage",
+    # The loaders of 2.4 and 2.5 know these dtypes, but refuse their names in an item. As signed
+    # integers of the same bits they load everywhere: `.metadata` says what they are.
+    "uint16": "ShortStorage",
+    "uint32": "IntStorage",
+    "uint64": "LongStorage",
 }
-"""Dtypes with a storage class of their own; all others are rebuilt from an untyped storage."""
+"""Dtypes with a storage class; all others are rebuilt from an untyped storage."""
 
 _QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
 
