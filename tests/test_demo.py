@@ -18,7 +18,8 @@ from demo.witness import Holdings, leaves
 ROOT = Path(__file__).parent.parent
 
 
-SMALL = "--ranks 2 --then 1 --steps 9 --save-every 3 --kill-at 6 --batch 4 --width 32 --layers 1"
+# Steps take some 20 ms here: many of them before the next save, so that the kill stays clear of it.
+SMALL = "--ranks 2 --then 1 --steps 40 --save-every 20 --kill-at 23 --batch 4 --width 32 --layers 1"
 
 
 def command(out):

@@ -6,7 +6,7 @@ import io
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from shardkeep.errors import Damaged, FormatError
@@ -22,6 +22,7 @@ SAVE = "00112233445566778899aabbccddeeff"
 PICKLE = pickle.dumps({"a": 1})
 TRAILER = Trailer.of(SAVE, PICKLE, b"manifest")
 FILE = PICKLE + TRAILER.to_bytes()
+MARKS = (FILE[len(PICKLE) :][:8], FILE[-8:])
 
 sizes = st.integers(0, 2**64 - 1)
 digests = st.binary(min_size=16, max_size=16)
@@ -48,6 +49,7 @@ def test_a_trailer_says_what_it_was_made_of():
 
 @given(st.binary(max_size=200))
 def test_other_files_have_no_trailer(data):
+    assume(MARKS[0] not in data and not data.endswith(MARKS[1]))  # either one demands a trailer
     assert Trailer.parse(data[-TRAILER_SIZE:], len(data)) is None
 
 

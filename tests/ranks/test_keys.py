@@ -1,4 +1,4 @@
-"""The key-value store in memory."""
+"""The key-value stores: in memory, and through a store of the job."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import pytest
 
 from shardkeep.ranks.keys import MemoryKeys
+from shardkeep.ranks.store import StoreKeys
 
 
 def test_values() -> None:
@@ -44,3 +45,18 @@ def test_wait_is_woken() -> None:
     assert keys.wait(["a", "b"], 30) == "b"
     timer.join()
     assert not keys._waiting
+
+
+class Vanishing:
+    """A store whose key goes between the look and the answer, as TCPStore shows it."""
+
+    def check(self, keys):
+        return True
+
+    def get(self, key):
+        return b""
+
+
+def test_a_key_that_goes_while_it_is_read_is_missing_not_empty():
+    with pytest.raises(KeyError, match="message/0"):
+        StoreKeys(Vanishing(), 2).get("message/0")

@@ -23,7 +23,7 @@ class KeyValue(Protocol):
         ...
 
     def get(self, key: str) -> bytes:
-        """The value of a key that exists; KeyError if it has gone."""
+        """The value of a key that exists, never an empty one; KeyError if it has gone."""
         ...
 
     def wait(self, keys: Sequence[str], timeout: float) -> str | None:

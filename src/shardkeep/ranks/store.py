@@ -41,7 +41,11 @@ class StoreKeys(KeyValue):
 
     def get(self, key: str) -> bytes:
         with _translated(key):
-            return bytes(self._store.get(key))
+            value = bytes(self._store.get(key))
+        # TCPStore waits for a key and then asks for it; one that goes in between comes back empty.
+        if not value:
+            raise KeyError(key)
+        return value
 
     def wait(self, keys: Sequence[str], timeout: float) -> str | None:
         end, pause = monotonic() + timeout, _SHORTEST
