@@ -231,6 +231,7 @@ class StoreTests:
         put(store, "a/b/c", b"1")
         store.sync()
         store.sync()
+        assert store.read("a/b/c", 0, 2) == b"1"
 
 
 class TestMemoryStore(StoreTests):
