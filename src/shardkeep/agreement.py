@@ -19,7 +19,7 @@ from shardkeep.contracts import Session
 from shardkeep.errors import AlreadyExists, Conflict, ShardkeepError
 from shardkeep.format.claims import outline, pack_claim, unpack_claim
 from shardkeep.format.columns import pack, unpack
-from shardkeep.io.write import Written
+from shardkeep.io.write import Written, take_blocks
 from shardkeep.plan.settle import Settlement, settle
 from shardkeep.types import I64, Chunks, Claim, Index, Objects
 
@@ -47,12 +47,21 @@ class Order:
     settlement: Settlement | None = None
 
 
-def own(session: Session, claim: Claim, admit: Callable[[], None]) -> Order:
+def own(
+    session: Session,
+    claim: Claim,
+    admit: Callable[[], None],
+    *,
+    save_id: str | None = None,
+    spread: bool = True,
+) -> Order:
     """Settle with all ranks who writes what.
 
     Args:
         claim: what this rank has to save.
         admit: called on the coordinator before anything is settled; raises what forbids the save.
+        save_id: the save's id, if the coordinator's caller has one; never used before.
+        spread: as of `plan.settle`.
 
     Raises:
         Conflict, AlreadyExists: on every rank, with the same message.
@@ -60,7 +69,7 @@ def own(session: Session, claim: Claim, admit: Callable[[], None]) -> Order:
     mine = outline(claim)
     digest = blake2b(mine, digest_size=16).hexdigest()
     lead = session.rank == 0
-    hello = pack({"save_id": commit.new_id(), "outline": digest}, {}) if lead else None
+    hello = pack({"save_id": save_id or commit.new_id(), "outline": digest}, {}) if lead else None
     known, _ = unpack(session.broadcast(hello))
     # Ranks of one job mostly have the same names and shapes: only who differs sends them.
     same = known["outline"] == digest and not lead
@@ -70,7 +79,9 @@ def own(session: Session, claim: Claim, admit: Callable[[], None]) -> Order:
     try:
         admit()
         first = unpack_claim(answers[0], None)
-        settlement = settle([first, *(unpack_claim(block, first) for block in answers[1:])])
+        settlement = settle(
+            [first, *(unpack_claim(block, first) for block in answers[1:])], spread=spread
+        )
     except tuple(_REFUSALS.values()) as error:
         refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})
         return _order(session.scatter([refusal] * session.size))
@@ -138,7 +149,7 @@ def _index(
     }
     counts = np.concatenate([np.diff(columns["block"]) for _, columns in reports])
     rows = place[settlement.payload]
-    block, digests = _take_blocks(counts, everything["digests"], rows)
+    block, digests = take_blocks(counts, everything["digests"], rows)
     return Index(
         files=tuple(files),
         tensors=settlement.tensors,
@@ -166,13 +177,3 @@ def _index(
         structure=settlement.structure,
         twins=settlement.twins,
     )
-
-
-def _take_blocks(
-    counts: I64, digests: NDArray[np.uint32], rows: I64
-) -> tuple[I64, NDArray[np.uint32]]:
-    """The digests of these rows, one after the other, and where each row's begin."""
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[rows])])
-    inside = np.arange(int(block[-1])) - np.repeat(block[:-1], counts[rows])
-    return block, digests[np.repeat(starts[rows], counts[rows]) + inside]

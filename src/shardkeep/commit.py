@@ -24,9 +24,10 @@ from shardkeep.format.metadata_write import metadata_bytes
 from shardkeep.format.trailer import TRAILER_SIZE, Trailer, manifest_name
 from shardkeep.types import Index
 
-__all__ = ["METADATA", "Found", "data_file", "find", "new_id", "publish", "sweep"]
+__all__ = ["METADATA", "Found", "data_file", "find", "new_id", "publish", "remove_files", "sweep"]
 
 METADATA = ".metadata"
+_DATA_FILE = re.compile(r"__(\d+)_\d+_([0-9a-f]+)\.distcp")
 _PER_RANK = re.compile(r"__(\d+)\.metadata")
 _MAX_INDEX_JSON = 1 << 28
 
@@ -39,6 +40,14 @@ def new_id() -> str:
 def data_file(rank: int, number: int, save_id: str) -> str:
     """The name of a data file, never used before. Stock torch loads any name."""
     return f"__{rank}_{number}_{save_id}.distcp"
+
+
+def remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
+    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
+    for name in list(store.names()):
+        parts = _DATA_FILE.fullmatch(name)
+        if parts and parts[2] == save_id and rank in (None, int(parts[1])):
+            store.remove(name)
 
 
 @dataclass(frozen=True, slots=True)

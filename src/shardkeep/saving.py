@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
 from shardkeep.format.container_write import TensorItem
-from shardkeep.io.write import Item, Written, write_items
+from shardkeep.io.write import Item, Written, write_packed
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
 from shardkeep.tensors.memory import payload
@@ -61,6 +61,9 @@ def save(
     *,
     overwrite: bool = False,
     flatten: bool = True,
+    files: int | Literal["each"] | None = None,
+    spread: bool = True,
+    save_id: str | None = None,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
@@ -75,6 +78,11 @@ def save(
         overwrite: replace the checkpoint at `path`; it loads until the new one is durable.
         flatten: False keeps each top-level value as one leaf: containers become objects, with
             their tensors inside (what DCP calls `flatten_state_dict=False`).
+        files: data files of each rank, even in bytes; "each" makes one for each item (a shard of a
+            tensor, or an object). By default one, and none for a rank that writes nothing.
+        spread: share replicas out over the ranks that hold them; else the lowest one writes them.
+        save_id: an id for the save that was never used before, of 32 hexadecimal digits, taken
+            from the coordinator; by default a new one.
         ranks: global ranks that take part (default: all of the default group, or this process).
         progress: told how far the writing has come.
 
@@ -92,13 +100,17 @@ def save(
 
         clock.phase("own")
         old: list[frozenset[str]] = []
-        order = own(session, local.claim, lambda: old.append(_admit(store, overwrite)))
+        order = own(
+            session,
+            local.claim,
+            lambda: old.append(_admit(store, overwrite)),
+            save_id=save_id,
+            spread=spread,
+        )
 
         clock.phase("write")
-        names = [commit.data_file(rank, 0, order.save_id) for rank in range(session.size)]
-        file = names[session.rank]
-        with _removed_on_failure(store, [file] if session.rank else names):
-            written = _write(store, file, local, order, progress)
+        with _removed_on_failure(store, order.save_id, session.rank):
+            written = _write(store, session.rank, files, local, order, progress)
             store.sync()
 
             clock.phase("report")
@@ -138,9 +150,14 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
 
 
 def _write(
-    store: Store, file: str, local: Local, order: Order, progress: Progress | None
+    store: Store,
+    rank: int,
+    files: int | Literal["each"] | None,
+    local: Local,
+    order: Order,
+    progress: Progress | None,
 ) -> Written:
-    """Write this rank's pieces, then its objects, to its data file."""
+    """Write this rank's pieces, then its objects, to its data files."""
     items = [
         Item(TensorItem(piece.dtype, piece.box.sizes), partial(payload, piece.local))
         for piece in (local.pieces[row] for row in order.pieces.tolist())
@@ -148,9 +165,9 @@ def _write(
     for name in order.objects:
         data = to_bytes(local.objects[name], name=name)
         items.append(Item(_Bare(len(data)), memoryview(data)))
-    return write_items(
-        store, {file: items} if items else {}, threads=knobs.threads(), progress=progress
-    )
+    count = len(items) if files == "each" else files or min(1, len(items))
+    names = [commit.data_file(rank, number, order.save_id) for number in range(count)]
+    return write_packed(store, names, items, threads=knobs.threads(), progress=progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +184,7 @@ class _Bare:
 
 
 @contextlib.contextmanager
-def _removed_on_failure(store: Store, files: Sequence[str]) -> Iterator[None]:
+def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
     """What can't be committed any more does not stay, or a full disk would stay full.
 
     The coordinator removes all ranks' files: some ranks may be dead, and those that wait for the
@@ -176,9 +193,8 @@ def _removed_on_failure(store: Store, files: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for file in files:
-            with contextlib.suppress(OSError):
-                store.remove(file)
+        with contextlib.suppress(OSError):
+            commit.remove_files(store, save_id, rank or None)
         raise
 
 

@@ -1,21 +1,33 @@
 """The drop-in: `import shardkeep.dcp as dcp` where `torch.distributed.checkpoint` was imported.
 
-Names and signatures are torch's (2.13); the engine is Shardkeep's. So far: `save`, `load`, the file
-system's reader and writer, and the default planners with their options. A planner, reader or writer
-that overrides something is refused, not half obeyed.
+Names and signatures are torch's. Where nothing is customised, the engine does the work alone; what
+users derive from torch's planners and storage is called in the order that torch documents
+(`bridge/steps.py`). Modules that have no file here are torch's own (`handed.py`).
 """
 
 from __future__ import annotations
 
-from shardkeep.dcp.api import load, save
-from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
-from shardkeep.dcp.planners import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-__all__ = [
-    "DefaultLoadPlanner",
-    "DefaultSavePlanner",
-    "FileSystemReader",
-    "FileSystemWriter",
-    "load",
-    "save",
-]
+from shardkeep.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
+from shardkeep.dcp.handed import hand_on
+from shardkeep.dcp.state_dict_loader import load, load_state_dict
+from shardkeep.dcp.state_dict_saver import save, save_state_dict
+
+hand_on()

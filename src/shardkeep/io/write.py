@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from shardkeep.contracts import Codec, Progress, Sink, Store
 from shardkeep.io.digest import crc32, whole_crc
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import BLOCK
+from shardkeep.plan.packing import pack
 from shardkeep.types import I64
 
-__all__ = ["Item", "Written", "write_items"]
+__all__ = ["Item", "Written", "take_blocks", "write_items", "write_packed"]
 
 _Bytes = memoryview | NDArray[Any]
 
@@ -53,6 +54,69 @@ class Written:
     """CRC-32 of each block of `BLOCK` bytes of a payload."""
     crc: NDArray[np.uint32]
     """[N] CRC-32 of the whole payload."""
+
+
+def write_packed(
+    store: Store,
+    files: Sequence[str],
+    items: Sequence[Item],
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> Written:
+    """Write items to new files, shared out so that these are even in bytes; see `write_items`.
+
+    Returns:
+        Where they went, in the order of `items`. Every one of `files` exists then, even if empty.
+    """
+    if not files:
+        if items:
+            raise ValueError(f"{len(items)} items need at least one file")
+        return write_items(store, {}, threads=threads)
+    nbytes = np.array([_nbytes(item) for item in items], dtype=np.int64)
+    place = pack(nbytes, len(files))
+    order = np.argsort(place, kind="stable")
+    shares = np.split(order, np.searchsorted(place[order], np.arange(1, len(files))))
+    packed = {
+        file: [items[row] for row in share.tolist()]
+        for file, share in zip(files, shares, strict=True)
+    }
+    written = write_items(store, packed, threads=threads, progress=progress)
+    return written if len(files) < 2 else _take(written, np.argsort(order))
+
+
+def _take(written: Written, rows: I64) -> Written:
+    """These rows, in this order."""
+    block, digests = take_blocks(np.diff(written.block), written.digests, rows)
+    return replace(
+        written,
+        file=written.file[rows],
+        item=written.item[rows],
+        length=written.length[rows],
+        payload=written.payload[rows],
+        block=block,
+        digests=digests,
+        crc=written.crc[rows],
+    )
+
+
+def take_blocks(
+    counts: I64, digests: NDArray[np.uint32], rows: I64
+) -> tuple[I64, NDArray[np.uint32]]:
+    """The digests of these rows, one after the other, and where each row's begin.
+
+    Args:
+        counts: [N] how many digests each row has.
+        digests: [sum of counts] those of all rows.
+        rows: [M] the rows wanted.
+
+    Returns:
+        [M + 1] where the digests of each begin, and the digests.
+    """
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[rows])])
+    inside = np.arange(int(block[-1])) - np.repeat(block[:-1], counts[rows])
+    return block, digests[np.repeat(starts[rows], counts[rows]) + inside]
 
 
 def write_items(

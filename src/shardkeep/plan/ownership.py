@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from shardkeep.types import I64
 
-__all__ = ["owners"]
+__all__ = ["lowest", "owners"]
 
 _GREEDY = 16_384
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -68,6 +68,16 @@ def owners(
         pick[group] = start + best
         load[holders[best]] += weight[start]
     chosen[order[pick]] = True
+    return chosen
+
+
+def lowest(key: I64, rank: I64) -> NDArray[np.bool_]:
+    """Choose for each key the lowest rank that holds it, as `owners` does by load."""
+    order = np.lexsort((rank, key))
+    chosen = np.zeros(len(key), dtype=np.bool_)
+    fresh = np.ones(len(key), dtype=np.bool_)
+    fresh[1:] = key[order][1:] != key[order][:-1]
+    chosen[order[fresh]] = True
     return chosen
 
 

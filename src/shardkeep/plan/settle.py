@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import Conflict
 from shardkeep.plan.coverage import coverage
-from shardkeep.plan.ownership import owners
+from shardkeep.plan.ownership import lowest, owners
 from shardkeep.tree import merge
 from shardkeep.types import DTYPES, I64, Box, Claim, Path, Structure, Tensors
 
@@ -67,8 +67,12 @@ class _Pieces:
     """Position in these columns."""
 
 
-def settle(claims: Sequence[Claim]) -> Settlement:
+def settle(claims: Sequence[Claim], *, spread: bool = True) -> Settlement:
     """Merge what the ranks claim, in rank order; one rank writes each thing.
+
+    Args:
+        claims: of each rank.
+        spread: share replicas out over the ranks that hold them; else the lowest one writes them.
 
     Raises:
         Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes. It names the
@@ -85,7 +89,8 @@ def settle(claims: Sequence[Claim]) -> Settlement:
     payload = _share_payloads(key, pieces.alias)
     itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
     nbytes = pieces.sizes.prod(axis=1) * itemsize[tensors.dtype[pieces.tensor]]
-    chosen = np.flatnonzero(owners(payload, pieces.rank, nbytes))
+    owned = owners(payload, pieces.rank, nbytes) if spread else lowest(payload, pieces.rank)
+    chosen = np.flatnonzero(owned)
     chosen = chosen[np.argsort(payload[chosen])]
     return Settlement(
         tensors=tensors,

@@ -15,13 +15,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from shardkeep.checkpoint import Checkpoint
 from shardkeep.format.metadata_write import dcp_path
 from shardkeep.types import DTYPES, Index
 
-__all__ = ["to_torch"]
+__all__ = ["metadata_of"]
 
 
-def to_torch(index: Index) -> Metadata:
+def metadata_of(source: Checkpoint) -> Metadata:
+    """What a checkpoint holds, in torch's own classes, as torch's reader would give it."""
+    return _to_torch(source.index)
+
+
+def _to_torch(index: Index) -> Metadata:
     """The metadata that stock torch's reader would give for this checkpoint.
 
     What the index does not know stays at its default: `requires_grad`, `version`, `storage_meta`.

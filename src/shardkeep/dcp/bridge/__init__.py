@@ -1,0 +1,1 @@
+"""Between torch's protocol of planners and storage, and the engine."""

@@ -1,0 +1,66 @@
+"""Whether a planner, reader or writer changes anything: if not, the engine works alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed.checkpoint as stock
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+from shardkeep.dcp import default_planner, filesystem
+
+__all__ = ["plain_load", "plain_save"]
+
+_SAVE_PLANNER = """
+    set_up_planner create_local_plan create_global_plan finish_plan resolve_data lookup_object
+    transform_object _create_global_plan _dedup_save_plans
+""".split()
+_LOAD_PLANNER = """
+    set_up_planner create_local_plan create_global_plan finish_plan load_bytes resolve_bytes
+    resolve_tensor commit_tensor lookup_tensor transform_tensor
+""".split()
+_WRITER = """
+    set_up_storage_writer prepare_local_plan prepare_global_plan write_data _write_data finish
+    storage_meta _get_metadata_path
+""".split()
+_READER = """
+    set_up_storage_reader prepare_local_plan prepare_global_plan read_data read_metadata _slice_file
+    _get_metadata_path
+""".split()
+
+
+def plain_save(planner: Any, writer: Any) -> bool:
+    """Whether a save with these is one that the engine does alone, with the same outcome."""
+    return (
+        _same(writer, (filesystem.FileSystemWriter, stock.FileSystemWriter), _WRITER)
+        and not writer.transforms.extensions
+        and writer.serialization_format is SerializationFormat.TORCH_SAVE
+        and _same(
+            planner, (default_planner.DefaultSavePlanner, stock.DefaultSavePlanner), _SAVE_PLANNER
+        )
+    )
+
+
+def plain_load(planner: Any, reader: Any) -> bool:
+    """Whether a load with these is one that the engine does alone, with the same outcome."""
+    return (
+        _same(reader, (filesystem.FileSystemReader, stock.FileSystemReader), _READER)
+        and getattr(reader, "_extension_registry", None) is None
+        and _same(
+            planner, (default_planner.DefaultLoadPlanner, stock.DefaultLoadPlanner), _LOAD_PLANNER
+        )
+    )
+
+
+def _same(given: Any, kinds: tuple[type[Any], ...], methods: list[str]) -> bool:
+    """Whether `given` behaves like one of these: an instance, with none of its methods replaced."""
+    if given is None:
+        return True
+    if not isinstance(given, kinds):
+        return False
+    replaced = vars(given).keys()
+    return all(
+        name not in replaced
+        and any(getattr(type(given), name, None) is getattr(kind, name, None) for kind in kinds)
+        for name in methods
+    )

@@ -1,0 +1,31 @@
+"""Who takes part, as torch's arguments say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from shardkeep.contracts import Ranks
+from shardkeep.ranks.solo import Solo
+
+__all__ = ["members"]
+
+
+def members(
+    group: dist.ProcessGroup | None, coordinator: int, no_dist: bool
+) -> tuple[int, Sequence[int] | Ranks | None]:
+    """This rank in the group, and what `take_part` is asked for.
+
+    Args:
+        group: by default the job's.
+        coordinator: a rank of the group.
+        no_dist: this process takes part alone.
+    """
+    if no_dist or not (dist.is_available() and dist.is_initialized()):
+        return 0, Solo()
+    if group is None and not coordinator:
+        return dist.get_rank(), None
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    first = [ranks[coordinator]]
+    return dist.get_rank(group), first + [rank for rank in ranks if rank not in first]

@@ -1,0 +1,131 @@
+"""`save` and `async_save`, with torch's signatures."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.logger import _dcp_method_logger
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.utils import _api_bc_check
+from typing_extensions import deprecated
+
+from shardkeep import checkpoint, commit, saving
+from shardkeep.dcp.bridge.choice import plain_save
+from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.metadata import metadata_of
+from shardkeep.dcp.bridge.ranks import members
+from shardkeep.dcp.bridge.steps import save_by_steps
+from shardkeep.dcp.bridge.storage import writer_for
+from shardkeep.dcp.bridge.streams import store_of
+from shardkeep.dcp.default_planner import DefaultSavePlanner
+from shardkeep.dcp.handed import rest_of
+from shardkeep.ranks import take_part
+
+__all__ = ["save", "save_state_dict"]
+
+__getattr__ = rest_of("state_dict_saver")
+
+
+@_dcp_method_logger(log_exceptions=True)
+@_api_bc_check
+def save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Metadata:
+    """Save a state; see `shardkeep.save`. Overwrites by default, as torch does, but safely.
+
+    Args:
+        state_dict: nested mappings and lists; a `Stateful` at the top level stands for its state.
+        checkpoint_id: a folder or URL; for a writer of the user's own, whatever it takes.
+        storage_writer: by default one that fits `checkpoint_id`.
+        planner: by default `DefaultSavePlanner`.
+        process_group: whose ranks take part (by default all); no collective of it is called.
+        no_dist: this process saves alone.
+        use_collectives: False has each rank save what it holds, with metadata of its own.
+
+    Raises:
+        RuntimeError: neither `checkpoint_id` nor `storage_writer` says where to.
+        CheckpointException: the save failed, and nothing was committed. It is also of the class
+            that `shardkeep.save` raises, and an `Exception`.
+    """
+    writer = writer_for(storage_writer, checkpoint_id)
+    return _save_state_dict(
+        state_dict, writer, process_group, 0, no_dist, planner, use_collectives, stateful=True
+    )
+
+
+@deprecated("`save_state_dict` is deprecated: use `save`", category=FutureWarning)
+def save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+) -> Metadata:
+    """Save a state. Deprecated in torch; `save` does more."""
+    storage_writer.reset()
+    return _save_state_dict(
+        state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
+    )
+
+
+def _save_state_dict(
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter,
+    process_group: dist.ProcessGroup | None = None,
+    coordinator_rank: int = 0,
+    no_dist: bool = False,
+    planner: SavePlanner | None = None,
+    use_collectives: bool = True,
+    *,
+    stateful: bool = False,
+) -> Metadata:
+    """Save by the engine alone, or in steps where something is the user's own."""
+    rank, ranks = members(process_group, coordinator_rank, no_dist)
+    with as_torch(rank):
+        if use_collectives and plain_save(planner, storage_writer):
+            return _save_plainly(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks)
+        state = _stateful_to_state_dict(state_dict) if stateful else state_dict
+        return save_by_steps(
+            state,
+            storage_writer,
+            planner or DefaultSavePlanner(),
+            take_part(ranks),
+            use_collectives=use_collectives,
+        )
+
+
+def _save_plainly(state: Any, writer: Any, planner: Any, ranks: Any) -> Metadata:
+    """What the options of a writer and a planner mean to the engine."""
+    store = store_of(writer)
+    writer.save_id = commit.new_id()
+    saving.save(
+        state,
+        store,
+        overwrite=writer.overwrite,
+        flatten=planner.flatten_state_dict,
+        files=writer.thread_count if writer.single_file_per_rank else "each",
+        spread=not planner.dedup_save_to_lowest_rank,
+        save_id=writer.save_id,
+        ranks=ranks,
+    )
+    return metadata_of(checkpoint.open(store))
+
+
+def _stateful_to_state_dict(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.state_dict() if isinstance(value, Stateful) else value
+        for key, value in state.items()
+    }
