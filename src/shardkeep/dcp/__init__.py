@@ -30,4 +30,28 @@ from shardkeep.dcp.handed import hand_on
 from shardkeep.dcp.state_dict_loader import load, load_state_dict
 from shardkeep.dcp.state_dict_saver import save, save_state_dict
 
+__all__ = [
+    "BytesStorageMetadata",
+    "CheckpointException",
+    "ChunkStorageMetadata",
+    "DefaultLoadPlanner",
+    "DefaultSavePlanner",
+    "FileSystemReader",
+    "FileSystemWriter",
+    "LoadPlan",
+    "LoadPlanner",
+    "Metadata",
+    "ReadItem",
+    "SavePlan",
+    "SavePlanner",
+    "StorageReader",
+    "StorageWriter",
+    "TensorStorageMetadata",
+    "WriteItem",
+    "load",
+    "load_state_dict",
+    "save",
+    "save_state_dict",
+]
+
 hand_on()

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from shardkeep.errors import Conflict, FormatError
 from shardkeep.tensors import placements
+from shardkeep.tensors.checkpointable import boxes, is_checkpointable
 from shardkeep.tensors.placements import Part, Placement
 from shardkeep.tensors.shards import Shards
 from shardkeep.types import Box, DType
@@ -94,7 +95,7 @@ def is_tensor(value: Any) -> bool:
 
 def is_sharded(value: Any) -> bool:
     """Whether a value belongs to several ranks: no object may hold such a one inside."""
-    return isinstance(value, Shards) or _is(value, _DTENSOR + _SHARDED)
+    return isinstance(value, Shards) or _is(value, _DTENSOR + _SHARDED) or is_checkpointable(value)
 
 
 def describe(name: str, value: Any) -> tuple[Described, ...]:
@@ -108,6 +109,9 @@ def describe(name: str, value: Any) -> tuple[Described, ...]:
         Conflict: the tensor has no memory of its own (meta, fake, lazy), is nested or `Partial`, or
             its memory does not have the shape that its placements say.
     """
+    if is_checkpointable(value):
+        parts = boxes(name, value)
+        return (_assembled(name, value.dtype, value.global_shape, parts),)
     found = None if type(value) in _PLAIN else _special(name, value)
     return (_plain(name, value),) if found is None else found
 

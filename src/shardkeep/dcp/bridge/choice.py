@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed.checkpoint as stock
-from torch.distributed.checkpoint.filesystem import SerializationFormat
+import torch.distributed.checkpoint.default_planner as stock_planner
+import torch.distributed.checkpoint.filesystem as stock_files
 
 from shardkeep.dcp import default_planner, filesystem
 
@@ -32,11 +32,13 @@ _READER = """
 def plain_save(planner: Any, writer: Any) -> bool:
     """Whether a save with these is one that the engine does alone, with the same outcome."""
     return (
-        _same(writer, (filesystem.FileSystemWriter, stock.FileSystemWriter), _WRITER)
+        _same(writer, (filesystem.FileSystemWriter, stock_files.FileSystemWriter), _WRITER)
         and not writer.transforms.extensions
-        and writer.serialization_format is SerializationFormat.TORCH_SAVE
+        and writer.serialization_format is stock_files.SerializationFormat.TORCH_SAVE
         and _same(
-            planner, (default_planner.DefaultSavePlanner, stock.DefaultSavePlanner), _SAVE_PLANNER
+            planner,
+            (default_planner.DefaultSavePlanner, stock_planner.DefaultSavePlanner),
+            _SAVE_PLANNER,
         )
     )
 
@@ -44,10 +46,12 @@ def plain_save(planner: Any, writer: Any) -> bool:
 def plain_load(planner: Any, reader: Any) -> bool:
     """Whether a load with these is one that the engine does alone, with the same outcome."""
     return (
-        _same(reader, (filesystem.FileSystemReader, stock.FileSystemReader), _READER)
+        _same(reader, (filesystem.FileSystemReader, stock_files.FileSystemReader), _READER)
         and getattr(reader, "_extension_registry", None) is None
         and _same(
-            planner, (default_planner.DefaultLoadPlanner, stock.DefaultLoadPlanner), _LOAD_PLANNER
+            planner,
+            (default_planner.DefaultLoadPlanner, stock_planner.DefaultLoadPlanner),
+            _LOAD_PLANNER,
         )
     )
 

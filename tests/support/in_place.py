@@ -1,0 +1,37 @@
+"""`shardkeep.dcp` where code imports `torch.distributed.checkpoint`, while a block runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as stock
+
+import shardkeep.dcp as ours
+
+__all__ = ["in_place_of_torchs"]
+
+_THEIRS, _OURS = stock.__name__, ours.__name__
+
+
+@contextmanager
+def in_place_of_torchs() -> Iterator[None]:
+    """Imports of torch's package and of all its modules give Shardkeep's inside the block."""
+    own = {name: module for name, module in sys.modules.items() if _below(name, _OURS)}
+    before = {name: module for name, module in sys.modules.items() if _below(name, _THEIRS)}
+    for name, module in own.items():
+        sys.modules[_THEIRS + name.removeprefix(_OURS)] = module
+    dist.checkpoint = ours
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if _below(name, _THEIRS)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+        dist.checkpoint = stock
+
+
+def _below(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
