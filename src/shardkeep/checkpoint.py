@@ -38,13 +38,20 @@ from shardkeep.verify import VerifyReport, verify
 __all__ = ["Checkpoint", "Request", "open"]
 
 
-def open(path: str | PathLike[str] | Store, *, manifest: bool = True) -> Checkpoint:
+def open(
+    path: str | PathLike[str] | Store,
+    *,
+    manifest: bool = True,
+    rank: tuple[int, int] | None = None,
+) -> Checkpoint:
     """Open the checkpoint that is committed at `path`; no tensor data is read.
 
     Args:
         path: a folder, or a store.
         manifest: False reads `.metadata` as stock torch would, even where Shardkeep's manifest
             tells more.
+        rank: a rank, of so many: where each rank saved for itself (`use_collectives=False` in DCP),
+            what this one saved, if there are as many again. By default what all of them saved.
 
     Raises:
         NotACheckpoint: there is none.
@@ -52,7 +59,7 @@ def open(path: str | PathLike[str] | Store, *, manifest: bool = True) -> Checkpo
         Damaged: its metadata does not match its digest.
     """
     store = store_at(path)
-    return Checkpoint(store, commit.find(store, manifest=manifest))
+    return Checkpoint(store, commit.find(store, manifest=manifest, rank=rank))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,6 +333,10 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
                 )
             )
         return copies
+
+    def check_cover(self) -> None:
+        """Refuse any tensor with holes, as reading it would, with a FormatError."""
+        self._check_cover(np.arange(len(self._tensors), dtype=np.int64))
 
     def _check_cover(self, rows: NDArray[np.int64]) -> None:
         """Refuse tensors with holes: what no chunk holds would come back as whatever was there."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +24,18 @@ from shardkeep.format.metadata_write import metadata_bytes
 from shardkeep.format.trailer import TRAILER_SIZE, Trailer, manifest_name
 from shardkeep.types import Index
 
-__all__ = ["METADATA", "Found", "data_file", "find", "new_id", "publish", "remove_files", "sweep"]
+__all__ = [
+    "METADATA",
+    "Found",
+    "data_file",
+    "find",
+    "headers",
+    "new_id",
+    "publish",
+    "remove_files",
+    "sweep",
+    "weights",
+]
 
 METADATA = ".metadata"
 _DATA_FILE = re.compile(r"__(\d+)_\d+_([0-9a-f]+)\.distcp")
@@ -70,8 +81,14 @@ class Found:
     trailer: Trailer | None = None
 
 
-def find(store: Store, *, manifest: bool = True) -> Found:
+def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = None) -> Found:
     """What is committed in this store.
+
+    Args:
+        store: the folder.
+        manifest: False reads `.metadata` alone.
+        rank: who asks: a rank, of so many. If as many ranks saved, each with metadata of its own,
+            it sees what it saved itself; anybody else sees what all of them saved, as one.
 
     Raises:
         NotACheckpoint: nothing.
@@ -80,12 +97,15 @@ def find(store: Store, *, manifest: bool = True) -> Found:
     trailer = _trailer(store)
     if trailer is not None and manifest:
         return _with_manifest(store, trailer)
-    if trailer is not None or _exists(store, METADATA):
+    if trailer is not None or exists(store, METADATA):
         return _found(
             "dcp", METADATA, lambda: read_metadata(_whole(store, METADATA), file=METADATA)
         )
     names = sorted(store.names())
     per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
+    if per_rank and rank is not None and [n for n, _ in per_rank] == list(range(rank[1])):
+        own = per_rank[rank[0]][1]
+        return _found("dcp-per-rank", own, lambda: read_metadata(_whole(store, own), file=own))
     if per_rank:
         return _found(
             "dcp-per-rank",
@@ -127,6 +147,8 @@ def files_of(store: Store) -> frozenset[str]:
         return frozenset()
     if found.trailer is not None:
         files.add(manifest_name(found.trailer.save_id))
+    if found.kind == "dcp-per-rank":
+        files.update(filter(_PER_RANK.fullmatch, store.names()))
     return frozenset(files)
 
 
@@ -192,7 +214,8 @@ def _trailer(store: Store) -> Trailer | None:
     return Trailer.parse(store.read(METADATA, start, size - start), size)
 
 
-def _exists(store: Store, name: str) -> bool:
+def exists(store: Store, name: str) -> bool:
+    """Whether there is a file of that name."""
     try:
         store.size(name)
     except FileNotFoundError:
@@ -205,7 +228,12 @@ def _whole(store: Store, name: str) -> bytes:
 
 
 def _safetensors(store: Store, names: list[str]) -> Index:
-    headers = {
+    return safetensors.index_of(headers(store, names), weights(store))
+
+
+def headers(store: Store, names: Iterable[str]) -> dict[str, safetensors.Header]:
+    """The headers of safetensors files. FormatError if one is broken or hostile."""
+    return {
         name: safetensors.read_header(
             lambda offset, length, name=name: store.read(name, offset, length),  # type: ignore[misc]
             store.size(name),
@@ -213,9 +241,13 @@ def _safetensors(store: Store, names: list[str]) -> Index:
         )
         for name in names
     }
-    listing = "model.safetensors.index.json"
-    if not _exists(store, listing):
-        return safetensors.index_of(headers, None)
+
+
+def weights(store: Store) -> dict[str, str] | None:
+    """What the index of a set of safetensors files says, if there is one. FormatError as above."""
+    listing = safetensors.INDEX
+    if not exists(store, listing):
+        return None
     if store.size(listing) > _MAX_INDEX_JSON:
         raise FormatError("larger than any index can be", file=listing)
-    return safetensors.index_of(headers, safetensors.weight_map(_whole(store, listing)))
+    return safetensors.weight_map(_whole(store, listing))

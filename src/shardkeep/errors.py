@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AlreadyExists",
     "Conflict",
@@ -16,7 +18,10 @@ __all__ = [
 
 
 class ShardkeepError(Exception):
-    """Base of everything that Shardkeep raises on purpose."""
+    """Base of everything that Shardkeep raises on purpose. All of them can be pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args, self.__dict__)
 
 
 class NotACheckpoint(ShardkeepError):
@@ -83,14 +88,15 @@ class Untrusted(ShardkeepError):
     Args:
         name: the object's name in the checkpoint.
         classes: full names (`module.Class`) of what was not trusted.
+        how: what to do to trust them; by default the argument of `load`.
     """
 
-    def __init__(self, name: str, classes: tuple[str, ...]) -> None:
+    def __init__(self, name: str, classes: tuple[str, ...], how: str | None = None) -> None:
         self.name, self.classes = name, classes
-        trust = ", ".join(f'"{c}"' for c in classes)
+        how = how or "pass trust=[" + ", ".join(f'"{one}"' for one in classes) + "]"
         super().__init__(
             f"object {name!r} holds classes that are not trusted: {', '.join(classes)}; "
-            f"if you trust this checkpoint's author with them, pass trust=[{trust}]"
+            f"if you trust this checkpoint's author with them, {how}"
         )
 
 
@@ -110,5 +116,9 @@ class RankFailed(ShardkeepError):
         last = cause.strip().splitlines()[-1] if cause.strip() else "unknown error"
         super().__init__(f"rank {rank} on {host} failed in phase {phase!r} of {path}: {last}")
 
-    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str, str, str, str]]:
-        return type(self), (self.rank, self.host, self.phase, self.path, self.cause)
+
+def _made_again(kind: Any, args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    """What was pickled: constructors take other arguments than the message that they make."""
+    made = kind.__new__(kind, *args)
+    made.__dict__.update(state)
+    return made

@@ -104,7 +104,7 @@ def load(
     with job.session("load", store.url) as session:
         clock = Clock(session)
         clock.phase("open")
-        source = checkpoint.open(store)
+        source = checkpoint.open(store, rank=(session.rank, session.size))
 
         clock.phase("describe")
         template, statefuls = expand(state)

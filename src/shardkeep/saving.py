@@ -18,11 +18,11 @@ import shardkeep
 from shardkeep import commit, knobs
 from shardkeep.agreement import Order, own, report
 from shardkeep.clock import Clock
-from shardkeep.contracts import Progress, Ranks, Session, Store
+from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
 from shardkeep.format.container_write import TensorItem
-from shardkeep.io.write import Item, Written, write_packed
+from shardkeep.io.write import Bare, Item, Written, write_packed
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
 from shardkeep.tensors.memory import payload
@@ -118,10 +118,10 @@ def save(
 
         clock.phase("commit")
         if index is not None:
-            commit.publish(store, order.save_id, index, _header(session))
+            commit.publish(store, order.save_id, index, header(session.size))
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
-            _sweep(store, old[0])
+            sweep(store, old[0])
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
@@ -164,23 +164,10 @@ def _write(
     ]
     for name in order.objects:
         data = to_bytes(local.objects[name], name=name)
-        items.append(Item(_Bare(len(data)), memoryview(data)))
+        items.append(Item(Bare(len(data)), memoryview(data)))
     count = len(items) if files == "each" else files or min(1, len(items))
     names = [commit.data_file(rank, number, order.save_id) for number in range(count)]
     return write_packed(store, names, items, threads=knobs.threads(), progress=progress)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bare:
-    """An object comes as a whole item already."""
-
-    nbytes: int
-
-    def head(self, position: int) -> bytes:
-        return b""
-
-    def tail(self, position: int, crc: int) -> bytes:
-        return b""
 
 
 @contextlib.contextmanager
@@ -198,7 +185,7 @@ def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]
         raise
 
 
-def _sweep(store: Store, old: frozenset[str]) -> None:
+def sweep(store: Store, old: frozenset[str]) -> None:
     """Remove the files of the overwritten checkpoint; the new one is committed, come what may."""
     try:
         commit.sweep(store, old)
@@ -206,12 +193,13 @@ def _sweep(store: Store, old: frozenset[str]) -> None:
         warnings.warn(f"files of the overwritten checkpoint stay behind: {error}", stacklevel=3)
 
 
-def _header(session: Session) -> dict[str, Any]:
+def header(ranks: int) -> dict[str, Any]:
+    """What a manifest says of the save that so many ranks made."""
     return {
         "shardkeep": shardkeep.__version__,
         "torch": str(torch.__version__),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "ranks": session.size,
+        "ranks": ranks,
     }
 
 

@@ -8,6 +8,9 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shardkeep import knobs
 from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError
@@ -80,6 +83,15 @@ class Sources:
         file = self.index.files[int(chunks.file[row])]
         return ByteRange(file, int(chunks.item[row]), int(chunks.length[row]))
 
+    def bare(self, row: int) -> bool:
+        """Whether a chunk's item is its elements alone, as in a safetensors file."""
+        item = self.item(row)
+        if self.index.chunks.transform[row] or item.length != self.nbytes(row):
+            return False
+        # A tensor that repeats its elements may have a container that is as long by chance.
+        begin = ByteRange(item.file, item.offset, min(4, item.length))
+        return read_range(self.store, begin, self.name(row)) != b"PK\x03\x04"
+
     def object(self, row: int) -> ByteRange:
         """The item of an object, by its row in `Index.objects`."""
         objects = self.index.objects
@@ -93,7 +105,9 @@ class Sources:
         sizes = tuple(chunks.sizes[row, : self.index.tensors.ndim[tensor]].tolist())
         self._check_inside(item, name)
         if chunks.payload[row] >= 0:
-            return self._from_index(row, item, dtype, sizes)
+            return self._from_index(row, item, dtype, sizes, int(chunks.payload[row]))
+        if self.bare(row):
+            return self._from_index(row, item, dtype, sizes, item.offset)
         undo = self.index.transforms[int(chunks.transform[row])]
         if not undo:
             read_at = window(self.store, item, name)
@@ -112,7 +126,7 @@ class Sources:
         if stored.conj or stored.neg:
             first = stored.record.offset
             return _resolved(stored, source, data[first : first + stored.record.nbytes])
-        return source
+        return replace(source, digests=self._digests(row))
 
     def _check_inside(self, item: ByteRange, name: str) -> None:
         try:
@@ -128,14 +142,12 @@ class Sources:
             )
 
     def _from_index(
-        self, row: int, item: ByteRange, dtype: DType, sizes: tuple[int, ...]
+        self, row: int, item: ByteRange, dtype: DType, sizes: tuple[int, ...], start: int
     ) -> Source:
-        chunks = self.index.chunks
-        start, nbytes = int(chunks.payload[row]), prod(sizes) * dtype.itemsize
+        nbytes = prod(sizes) * dtype.itemsize
         if start < item.offset or start + nbytes > item.offset + item.length:
             place = f"tensor {self.name(row)!r}"
             raise FormatError("its payload leaves its item", file=item.file, place=place)
-        first, last = int(chunks.block[row]), int(chunks.block[row + 1])
         return Source(
             file=item.file,
             start=start,
@@ -143,9 +155,14 @@ class Sources:
             sizes=sizes,
             itemsize=dtype.itemsize,
             payload=(start, nbytes),
-            digests=chunks.digests[first:last] if last > first else None,
+            digests=self._digests(row),
             data=None,
         )
+
+    def _digests(self, row: int) -> NDArray[np.uint32] | None:
+        chunks = self.index.chunks
+        first, last = int(chunks.block[row]), int(chunks.block[row + 1])
+        return chunks.digests[first:last] if last > first else None
 
 
 def _source(

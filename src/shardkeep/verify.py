@@ -163,8 +163,14 @@ class _Work:
     def _framed(self, row: int) -> list[Payload]:
         """A chunk that Shardkeep wrote: its frame is known to the byte, its payload has digests."""
         chunks, name = self._index.chunks, self._sources.name(row)
-        source = self._sources.locate([row])[row]
         item = self._sources.item(row)
+        undo = self._index.transforms[int(chunks.transform[row])]
+        if undo:
+            return self._records((item, (name, undo, row)))
+        source = self._sources.locate([row])[row]
+        if item.length == self._sources.nbytes(row):  # In a safetensors file: there is no frame.
+            whole = Payload(name, item.file, *source.payload, digests=source.digests)
+            return [whole] if item.length else []
         dtype = DTYPES[self._index.tensors.dtype[int(chunks.tensor[row])]]
         start, nbytes = source.payload
         head = read_range(self._store, ByteRange(item.file, item.offset, start - item.offset), name)
@@ -190,6 +196,9 @@ class _Work:
     ) -> list[Payload]:
         """An item that stock torch wrote: a zip, perhaps inside a stream transform."""
         item, (name, undo, row) = entry
+        if not undo and row is not None and self._sources.bare(row):
+            self.unchecked.append(name)
+            return []
         if not undo:
             found = container.records(
                 window(self._store, item, name), item.length, file=item.file, place=name

@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import torch.distributed.checkpoint as stock
-from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
@@ -221,54 +220,13 @@ def test_overwriting_is_on_as_in_torch_and_can_be_turned_off(tmp_path):
         dcp.save({"n": 3}, storage_writer=dcp.FileSystemWriter(tmp_path, overwrite=False))
 
 
-class OwnSavePlanner(stock.DefaultSavePlanner):
-    """Somebody's own."""
-
-
-class OwnLoadPlanner(stock.DefaultLoadPlanner):
-    """Somebody's own."""
-
-
-class OwnReader(dcp.FileSystemReader):
-    """Somebody's own."""
-
-
-class OwnWriter(dcp.FileSystemWriter):
-    """Somebody's own."""
-
-
-@pytest.mark.parametrize(
-    ("what", "kind"),
-    [
-        (lambda path: {"planner": OwnSavePlanner()}, "DefaultSavePlanner"),
-        (lambda path: {"planner": stock.DefaultSavePlanner()}, "DefaultSavePlanner"),
-        (lambda path: {"storage_writer": OwnWriter(path)}, "FileSystemWriter"),
-        (lambda path: {"storage_writer": stock.FileSystemWriter(path)}, "FileSystemWriter"),
-        (lambda path: {"planner": OwnLoadPlanner()}, "DefaultLoadPlanner"),
-        (lambda path: {"storage_reader": OwnReader(path)}, "FileSystemReader"),
-        (lambda path: {"storage_reader": stock.FileSystemReader(path)}, "FileSystemReader"),
-    ],
-)
-def test_what_would_not_be_obeyed_is_refused(tmp_path, what, kind):
-    call = dcp.load if kind in ("DefaultLoadPlanner", "FileSystemReader") else dcp.save
-    given = what(tmp_path)
-    (one,) = given.values()
-    name = f"{type(one).__module__}.{type(one).__qualname__}"
-    with pytest.raises(NotImplementedError) as caught:
-        call({"n": 1}, checkpoint_id=tmp_path, **given)
-    assert str(caught.value) == f"{name} can't be used yet: only shardkeep.dcp.{kind} itself"
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_files_would_be_written_in_is_refused_where_it_is_not_ours(tmp_path):
-    with pytest.raises(NotImplementedError, match="can't write with stream extensions yet"):
-        dcp.FileSystemWriter(tmp_path, _extensions=[object()])
-    with pytest.raises(NotImplementedError, match=r"can't write SerializationFormat.SAFETENSORS"):
-        dcp.FileSystemWriter(tmp_path, serialization_format=SerializationFormat.SAFETENSORS)
-    with pytest.raises(ValueError, match="give checkpoint_id, or a FileSystemWriter"):
+def test_somebody_has_to_say_where():
+    with pytest.raises(RuntimeError, match=r"^give `checkpoint_id`, or a `storage_writer`$"):
         dcp.save({"n": 1})
-    with pytest.raises(ValueError, match="give checkpoint_id, or a FileSystemReader"):
+    with pytest.raises(RuntimeError, match=r"^give `checkpoint_id`, or a `storage_reader`$"):
         dcp.load({"n": 1})
+    with pytest.raises(RuntimeError, match=r"^Cannot detect a `storage_writer` for 'odd://x': give"):
+        dcp.save({"n": 1}, checkpoint_id="odd://x")
 
 
 def test_nothing_warns_that_need_not(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ _THEIRS, _OURS = stock.__name__, ours.__name__
 @contextmanager
 def in_place_of_torchs() -> Iterator[None]:
     """Imports of torch's package and of all its modules give Shardkeep's inside the block."""
+    for found in pkgutil.walk_packages(ours.__path__, f"{_OURS}."):
+        importlib.import_module(found.name)  # Later, torch's own would not be found any more.
     own = {name: module for name, module in sys.modules.items() if _below(name, _OURS)}
     before = {name: module for name, module in sys.modules.items() if _below(name, _THEIRS)}
     for name, module in own.items():

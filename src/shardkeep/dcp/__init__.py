@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from shardkeep.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
 from shardkeep.dcp.handed import hand_on
+from shardkeep.dcp.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from shardkeep.dcp.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from shardkeep.dcp.state_dict_loader import load, load_state_dict
 from shardkeep.dcp.state_dict_saver import save, save_state_dict
 
@@ -38,9 +40,12 @@ __all__ = [
     "DefaultSavePlanner",
     "FileSystemReader",
     "FileSystemWriter",
+    "HuggingFaceStorageReader",
+    "HuggingFaceStorageWriter",
     "LoadPlan",
     "LoadPlanner",
     "Metadata",
+    "QuantizedHuggingFaceStorageReader",
     "ReadItem",
     "SavePlan",
     "SavePlanner",

@@ -7,23 +7,23 @@ import warnings
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.planner import LoadPlanner
-from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
 
-from shardkeep import loading
+from shardkeep import checkpoint, loading
 from shardkeep.dcp.bridge.choice import plain_load
 from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.hooks import hooked
+from shardkeep.dcp.bridge.meta import take_memory
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.steps import load_by_steps
 from shardkeep.dcp.bridge.storage import reader_for
 from shardkeep.dcp.bridge.streams import store_of
 from shardkeep.dcp.bridge.trust import trusted
-from shardkeep.dcp.default_planner import DefaultLoadPlanner
+from shardkeep.dcp.bridge.whole import read_whole
+from shardkeep.dcp.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from shardkeep.dcp.handed import rest_of
 from shardkeep.ranks import take_part
 
@@ -32,8 +32,7 @@ __all__ = ["load", "load_state_dict"]
 __getattr__ = rest_of("state_dict_loader")
 
 
-@_dcp_method_logger(log_exceptions=True)
-@_api_bc_check
+@hooked
 def load(
     state_dict: dict[str, Any],
     *,
@@ -93,18 +92,27 @@ def _load_state_dict(
         if plain_load(planner, storage_reader):
             _load_plainly(state_dict, storage_reader, planner, ranks)
             return
-        state = {key: _state_of(state_dict[key]) for key in sorted(state_dict)}
-        load_by_steps(state if stateful else state_dict, storage_reader, planner, take_part(ranks))
-        for key in state if stateful else ():
-            if isinstance(state_dict[key], Stateful):
-                state_dict[key].load_state_dict(state[key])
+        state: dict[str, Any] = {}
+
+        def template() -> dict[str, Any]:
+            if not stateful:
+                return state_dict
+            for key in sorted(state_dict, key=str):
+                state[key] = _state_of(state_dict[key])
+            return state
+
+        load_by_steps(template, storage_reader, planner, take_part(ranks), rank=rank)
+        for key, loaded in state.items():
+            held = state_dict.get(key)  # Some planners fill a state that is empty.
+            if isinstance(held, Stateful):
+                held.load_state_dict(loaded)
             else:
-                state_dict[key] = state[key]
+                state_dict[key] = loaded
 
 
 def _load_plainly(state: Any, reader: Any, planner: Any, ranks: Any) -> None:
     """What the options of a reader and a planner mean to the engine."""
-    _init_state_dict(state)  # Tensors on the meta device get memory.
+    take_memory(state)
     report = loading.load(
         state,
         store_of(reader),
@@ -113,8 +121,45 @@ def _load_plainly(state: Any, reader: Any, planner: Any, ranks: Any) -> None:
         trust=trusted(),
         ranks=ranks,
     )
+    if isinstance(planner, DefaultLoadPlanner):
+        planner.read_from(reader)
     for name, (stored, wanted) in report.cast.items():
         warnings.warn(f"{name}: stored as {stored}, cast to {wanted}", stacklevel=6)
+
+
+def _load_state_dict_from_keys(
+    keys: set[str] | str | None = None,
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """A checkpoint's state, or part of it, without a template; each rank gets all of it.
+
+    Args:
+        keys: flat names, or those of containers around them; by default all. What the checkpoint
+            does not hold is left out.
+        checkpoint_id, storage_reader, process_group: as for `load`.
+
+    Returns:
+        The state, nested as it was saved, on the CPU; read by Shardkeep alone, with its integer
+        keys as well.
+
+    Raises: as `load`.
+    """
+    reader = reader_for(storage_reader, checkpoint_id)
+    wanted = {keys} if isinstance(keys, str) else keys
+    rank, ranks = members(process_group, 0, False)
+    planner = _EmptyStateDictLoadPlanner(wanted)
+    state: dict[str, Any] = {}
+    with as_torch(rank):
+        if not plain_load(None, reader):
+            load_by_steps(lambda: state, reader, planner, take_part(ranks), rank=rank)
+            return state
+        store = store_of(reader)
+        with take_part(ranks).session("load", store.url) as session:
+            source = checkpoint.open(store, rank=(session.rank, session.size))
+            return dict(read_whole(source, keys=wanted, trust=trusted()))
 
 
 def _state_of(value: Any) -> Any:

@@ -6,17 +6,16 @@ import os
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter
-from torch.distributed.checkpoint.utils import _api_bc_check
 from typing_extensions import deprecated
 
 from shardkeep import checkpoint, commit, saving
 from shardkeep.dcp.bridge.choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.hooks import hooked
 from shardkeep.dcp.bridge.metadata import metadata_of
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.steps import save_by_steps
@@ -31,8 +30,7 @@ __all__ = ["save", "save_state_dict"]
 __getattr__ = rest_of("state_dict_saver")
 
 
-@_dcp_method_logger(log_exceptions=True)
-@_api_bc_check
+@hooked
 def save(
     state_dict: dict[str, Any],
     *,
@@ -97,12 +95,12 @@ def _save_state_dict(
     with as_torch(rank):
         if use_collectives and plain_save(planner, storage_writer):
             return _save_plainly(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks)
-        state = _stateful_to_state_dict(state_dict) if stateful else state_dict
         return save_by_steps(
-            state,
+            lambda: _stateful_to_state_dict(state_dict) if stateful else state_dict,
             storage_writer,
             planner or DefaultSavePlanner(),
             take_part(ranks),
+            rank=rank,
             use_collectives=use_collectives,
         )
 

@@ -23,14 +23,30 @@ from shardkeep.format.names import safe_file_name
 from shardkeep.format.shown import shown
 from shardkeep.types import MAX_DIMS, DType, Index
 
-__all__ = ["Entry", "Header", "index_of", "read_header", "weight_map"]
+__all__ = [
+    "INDEX",
+    "KINDS",
+    "MAX_HEADER",
+    "SHARDING",
+    "Entry",
+    "Header",
+    "index_of",
+    "read_header",
+    "weight_map",
+]
 
 ReadAt = Callable[[int, int], bytes]
 Ints = tuple[int, ...]
 
-_MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
+"""What the index of a set is called."""
 
-_DTYPES = {
+SHARDING = "DCP_SHARDING_INFO"
+"""Where in `__metadata__` DCP says which part of each tensor a file holds."""
+
+MAX_HEADER = 100_000_000
+
+KINDS = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -52,6 +68,7 @@ _DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F4": "float4_e2m1fn_x2",
 }
+"""The format's name of a dtype -> torch's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +120,7 @@ def read_header(read_at: ReadAt, size: int, *, file: str) -> Header:
     if size < 8:
         raise FormatError("too short for a safetensors file", file=file)
     length = int.from_bytes(read_at(0, 8), "little")
-    if length > _MAX_HEADER or length > size - 8:
+    if length > MAX_HEADER or length > size - 8:
         raise FormatError(f"a header of {length} bytes in a file of {size}", file=file)
     fields = _json(read_at(8, length), file)
     metadata = fields.pop("__metadata__", {})
@@ -152,13 +169,13 @@ def _entry(name: str, field: Any, base: int, file: str) -> Entry:
     kind: Any = field.get("dtype")
     shape: Any = field.get("shape")
     offsets: Any = field.get("data_offsets")
-    if type(kind) is not str or kind not in _DTYPES:
+    if type(kind) is not str or kind not in KINDS:
         raise bad(f"unknown dtype {shown(kind)}")
     if not _counts(shape) or len(shape) > MAX_DIMS:
         raise bad(f"a shape that is none: {shown(shape)}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad(f"offsets that are none: {shown(offsets)}")
-    dtype = DType.named(_DTYPES[kind])
+    dtype = DType.named(KINDS[kind])
     if kind == "F4":
         if not shape or shape[-1] % 2:
             raise bad(f"4-bit floats that fill no bytes: {shown(shape)}")
@@ -173,7 +190,7 @@ def _counts(value: Any) -> bool:
     return type(value) is list and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
 
 
-def weight_map(data: bytes, *, file: str = "model.safetensors.index.json") -> dict[str, str]:
+def weight_map(data: bytes, *, file: str = INDEX) -> dict[str, str]:
     """Which file holds which tensor, from the index of a set.
 
     Raises:
@@ -236,14 +253,14 @@ def index_of(headers: Mapping[str, Header], weights: Mapping[str, str] | None) -
 
 def _saved_offsets(header: Header, file: str) -> dict[str, Ints]:
     """Where in its whole tensor each part of this file begins; empty if the file does not say."""
-    text = header.metadata.get("DCP_SHARDING_INFO")
+    text = header.metadata.get(SHARDING)
     if text is None:
         return {}
     offsets = {}
     for name, entry in _json(text.encode("utf-8", "replace"), file).items():
         begin: Any = entry.get("saved_offsets") if type(entry) is dict else None
         if not _counts(begin) or name not in header.tensors:
-            raise FormatError("DCP_SHARDING_INFO without offsets", file=file, place=_named(name))
+            raise FormatError(f"{SHARDING} without offsets", file=file, place=_named(name))
         if len(begin) != len(header.tensors[name].shape):
             raise FormatError("offsets of other dimensions", file=file, place=_named(name))
         offsets[name] = tuple(begin)

@@ -16,7 +16,7 @@ from shardkeep.knobs import BLOCK
 from shardkeep.plan.packing import pack
 from shardkeep.types import I64
 
-__all__ = ["Item", "Written", "take_blocks", "write_items", "write_packed"]
+__all__ = ["Bare", "Item", "Written", "take_blocks", "write_items", "write_packed"]
 
 _Bytes = memoryview | NDArray[Any]
 
@@ -33,6 +33,19 @@ class Item:
 
     codec: Codec
     payload: _Bytes | Callable[[], _Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """The codec of what needs no wrapping: `nbytes` that are an item as they are."""
+
+    nbytes: int
+
+    def head(self, position: int) -> bytes:
+        return b""
+
+    def tail(self, position: int, crc: int) -> bytes:
+        return b""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -31,7 +31,7 @@ class CheckpointableTensor(Protocol):
     local_sizes: tuple[_Ints, ...]
 
 
-def is_checkpointable(value: object) -> TypeGuard[CheckpointableTensor]:
+def is_checkpointable(value: object) -> bool:
     """Whether it is a tensor with these attributes."""
     # Nearly no tensor has the first one: it is asked first, as asking for a protocol is slow.
     return (
@@ -41,13 +41,16 @@ def is_checkpointable(value: object) -> TypeGuard[CheckpointableTensor]:
     )
 
 
-def boxes(name: str, value: CheckpointableTensor) -> list[tuple[Box, torch.Tensor]]:
-    """Each shard's box of the global tensor, and its memory: a view.
+def boxes(name: str, value: Any) -> list[tuple[Box, torch.Tensor]]:
+    """Each shard's box of the global tensor, and its memory, a view.
+
+    Args:
+        name: the tensor's, for errors.
+        value: is `is_checkpointable`.
 
     Raises:
         Conflict: the lists differ in length, or a shard leaves the global or the local tensor.
     """
-    assert isinstance(value, torch.Tensor)
     whole = tuple(value.global_shape)
     lists = (value.global_offsets, value.local_offsets, value.local_sizes)
     if len({len(each) for each in lists}) != 1:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shardkeep.errors import Mismatch
 from shardkeep.types import DType
 
-__all__ = ["landing", "payload", "raw"]
+__all__ = ["landing", "payload", "raw", "words"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
@@ -31,12 +31,17 @@ def raw(tensor: torch.Tensor) -> NDArray[Any]:
     """
     if tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"no plain memory: a tensor on {tensor.device}, or with a conj or neg bit")
-    words: NDArray[Any] = _words(tensor).numpy()
-    unsigned = _UNSIGNED.get(words.itemsize)
-    return words if unsigned is None else words.view(unsigned)
+    array: NDArray[Any] = words(tensor).numpy()
+    unsigned = _UNSIGNED.get(array.itemsize)
+    return array if unsigned is None else array.view(unsigned)
 
 
-def _words(tensor: torch.Tensor) -> torch.Tensor:
+def words(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers, or complex128, that torch can move whatever the dtype is.
+
+    Raises:
+        ValueError: the tensor is quantized.
+    """
     if tensor.is_quantized:  # Packed ones have less memory than their shape says.
         raise ValueError(f"no plain memory: a quantized tensor ({tensor.dtype})")
     return tensor.detach().view(_WORDS[tensor.element_size()])
@@ -48,8 +53,8 @@ def payload(tensor: torch.Tensor) -> memoryview:
     if plain.device.type != "cpu":
         plain = plain.cpu()
     # As words: torch can't copy every dtype, and makes 1 of the bytes of a bool.
-    words = _words(plain.resolve_conj().resolve_neg()).contiguous()
-    flat: NDArray[Any] = words.numpy().reshape(-1)
+    moved = words(plain.resolve_conj().resolve_neg()).contiguous()
+    flat: NDArray[Any] = moved.numpy().reshape(-1)
     return flat.view(np.uint8).data
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from traceback import StackSummary
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from shardkeep.errors import RankFailed
+from shardkeep.dcp.bridge.trust import how_to_trust
+from shardkeep.errors import Mismatch, RankFailed, Untrusted
 
-__all__ = ["as_torch", "failed"]
+__all__ = ["Failures", "as_torch", "failed", "portable", "together", "wrapped"]
+
+Failures = Mapping[int, tuple[BaseException, StackSummary]]
+"""Rank -> what it raised, and where."""
+
+_SHOWN = 40
+_SHAPES = re.compile(r"shape: (\[.*\]) in the checkpoint, (\[.*\]) in the template")
 
 
 @contextmanager
@@ -28,26 +38,100 @@ def as_torch(rank: int) -> Iterator[None]:
         raise
     except Exception as error:
         where = error.rank if isinstance(error, RankFailed) else rank
-        frames = traceback.extract_tb(error.__traceback__)
-        raise failed(error, {where: (error, frames)}) from error
+        raise failed(error, {where: wrapped(error)}) from error
 
 
-def failed(error: BaseException, failures: dict[int, Any]) -> CheckpointException:
+def wrapped(error: BaseException) -> tuple[BaseException, StackSummary]:
+    """An error, in torch's words where it has some, and where it was raised; both can travel."""
+    if isinstance(error, Untrusted):
+        error.args = Untrusted(error.name, error.classes, how_to_trust(error.classes)).args
+    elif isinstance(error, Mismatch):
+        error.args = ("\n".join(dict.fromkeys([str(error), *_torchs_words(error)])),)
+    # Frames of their own: those of Python 3.13 carry code, which can't be pickled.
+    frames = traceback.extract_tb(error.__traceback__)
+    plain = [(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames]
+    return error, StackSummary.from_list(plain)
+
+
+def _torchs_words(error: Mismatch) -> list[str]:
+    """What torch says of the same names: there are programs that look for it."""
+    refused: Mapping[str, str] = getattr(error.report, "refused", {})
+    lines = []
+    for name, why in list(refused.items())[:_SHOWN]:
+        if why.startswith("missing: "):
+            lines.append(f"Missing key in checkpoint state_dict: {name}.")
+        elif shapes := _SHAPES.fullmatch(why):
+            saved, current = (f"torch.Size({shape})" for shape in shapes.groups())
+            lines.append(f"Size mismatch between saved {saved} and current: {current} for {name}")
+    return lines
+
+
+def together(phase: str, failures: Failures) -> CheckpointException:
+    """What all ranks raise of what some of them did; of its class, if all did the same.
+
+    Args:
+        phase: what they were doing.
+        failures: of the ranks that failed; at least one.
+    """
+    errors = [error for error, _ in failures.values()]
+    if len({type(error) for error in errors}) == 1:
+        return failed(errors[0], failures)
+    return failed(Exception(f"{len(errors)} ranks failed in phase {phase!r}"), failures)
+
+
+def failed(error: BaseException, failures: Failures) -> CheckpointException:
     """A `CheckpointException` with these failures that is an instance of `error`'s class as well.
 
-    Where no such class can be made, it is a plain `CheckpointException`.
+    It has the error's arguments and attributes, and can be pickled. Where the class can't be
+    derived from, it is an `Exception` only.
     """
-    both: Any = None
+    if isinstance(error, CheckpointException):  # Of a save or load inside this one.
+        error = getattr(error, "_error", error)
     try:
-        both = _both(type(error)).__new__(_both(type(error)), *error.args)
-        vars(both).update(vars(error))
-        CheckpointException.__init__(both, str(error), failures)
-    except TypeError:  # Classes whose layouts clash, or that want other arguments.
-        both = CheckpointException(str(error), failures)
-    assert isinstance(both, CheckpointException)
-    return both
+        made = _like(error)
+    except Exception:  # Whatever a class does to those who derive from it.
+        made = _like(Exception(*error.args))
+    made._error, made._failures = error, dict(failures)
+    assert isinstance(made, CheckpointException)
+    return made
+
+
+def _like(error: BaseException) -> Any:
+    """A copy of the error, of a class that is torch's too. No code of its own class runs."""
+    if not isinstance(error, Exception):
+        raise TypeError("Python's own ways of ending a program are no failures")
+    kind: Any = type(error)
+    native: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    # Some have more than `args`: the file of an OSError, the bytes of a UnicodeDecodeError.
+    _, args, *state = native.__reduce__(error)
+    made = native.__new__(_both(kind), *args)
+    native.__init__(made, *args)
+    for attributes in filter(None, state):
+        native.__setstate__(made, attributes)
+    return made
 
 
 @cache
 def _both(kind: type[BaseException]) -> type[BaseException]:
-    return type(kind.__name__, (CheckpointException, kind), {"__module__": kind.__module__})
+    named = CheckpointException if kind is Exception else kind
+    parts = {"__module__": named.__module__, "__reduce__": _reduce}
+    return type(named.__name__, (CheckpointException, kind), parts)
+
+
+def _reduce(self: Any) -> Any:
+    """The class can't be found by its name: it is made again from what it is made of."""
+    return failed, (_travelling(self._error), portable(self._failures))
+
+
+def portable(failures: Failures) -> dict[int, tuple[BaseException, StackSummary]]:
+    """The failures, with text in place of exceptions that can't be pickled and come back."""
+    return {rank: (_travelling(error), trace) for rank, (error, trace) in failures.items()}
+
+
+def _travelling(error: BaseException) -> BaseException:
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301 - just made
+            return error
+    except Exception:  # noqa: S110 - whatever its class does
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,10 +1,19 @@
-"""An index as torch's own metadata classes."""
+"""Torch's own metadata classes, out of an index and into one."""
 
 from __future__ import annotations
 
+import copyreg
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as LegacyProperties
+from torch.distributed.checkpoint import metadata as stock
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -14,17 +23,126 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
 from shardkeep.checkpoint import Checkpoint
+from shardkeep.dcp.bridge.items import Digested
+from shardkeep.errors import FormatError
+from shardkeep.format.metadata_columns import (
+    Files,
+    Placed,
+    Row,
+    chunk_columns,
+    object_columns,
+    tensor_columns,
+)
 from shardkeep.format.metadata_write import dcp_path
-from shardkeep.types import DTYPES, Index
+from shardkeep.format.structure import structure_of
+from shardkeep.types import DTYPES, Chunks, DType, Index, Objects
 
-__all__ = ["metadata_of"]
+__all__ = ["index_of", "is_whole", "metadata_of", "pickled", "says_no_more"]
+
+Results = Mapping[MetadataIndex, WriteResult]
 
 
-def metadata_of(source: Checkpoint) -> Metadata:
+def metadata_of(source: Checkpoint | Index) -> Metadata:
     """What a checkpoint holds, in torch's own classes, as torch's reader would give it."""
-    return _to_torch(source.index)
+    return _to_torch(source if isinstance(source, Index) else source.index)
+
+
+def index_of(metadata: Metadata, results: Results | None = None) -> Index:
+    """What metadata says of names, boxes and places, as an index.
+
+    Args:
+        metadata: with `storage_data`.
+        results: what was written for its entries, with digests if it is `Digested`. A tensor is of
+            the dtype that it was written in, whatever its entry says.
+
+    Raises:
+        FormatError: it contradicts itself, or is of other classes than torch's own writers use.
+    """
+    results = results or {}
+    files = Files()
+    dtypes: dict[str, DType] = {}
+    shapes: list[tuple[int, ...]] = []
+    rows: list[Row] = []
+    written: list[WriteResult | None] = []
+    objects: dict[str, Placed] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            objects[name] = _placed(metadata, MetadataIndex(name))
+            continue
+        if not isinstance(entry, TensorStorageMetadata):
+            raise FormatError(f"an entry that is a {type(entry).__name__}", place=f"name {name!r}")
+        boxes = dict.fromkeys((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
+        keys = [MetadataIndex(name, box[0]) for box in boxes]
+        kept = [
+            (key, box) for key, box in zip(keys, boxes, strict=True)
+            if key in metadata.storage_data or 0 not in box[1]
+        ]  # fmt: skip
+        found = [results.get(key) for key, _ in kept]
+        for key, box in kept:
+            rows.append((len(dtypes), *box, _placed(metadata, key)))
+        written += found
+        dtypes[name] = _dtype(name, entry, found)
+        shapes.append(tuple(entry.size))
+    tensors = tensor_columns(list(dtypes), list(dtypes.values()), shapes)
+    chunks = chunk_columns(rows, tensors, files)
+    known = object_columns(objects, files)
+    paths = metadata.planner_data
+    structure, twins = (None, {}) if paths is None else structure_of(paths, dtypes, objects)
+    return Index(
+        files=files.files,
+        tensors=tensors,
+        chunks=_digested(chunks, rows, written),
+        objects=_with_crcs(known, results),
+        transforms=files.transforms,
+        structure=structure,
+        twins=twins,
+    )
+
+
+def is_whole(index: Index) -> bool:
+    """Whether every byte of an index has a digest, so that it can stand in a manifest."""
+    chunks = index.chunks
+    filled = (chunks.sizes > 0).all(axis=1) if len(chunks.tensor) else np.zeros(0, bool)
+    plain = (chunks.payload >= 0) | (chunks.transform > 0)
+    return bool(((np.diff(chunks.block) > 0) | ~filled).all() and plain.all()
+                and (index.objects.crc >= 0).all())  # fmt: skip
+
+
+def says_no_more(metadata: Metadata, index: Index) -> bool:
+    """Whether nothing in metadata would be lost if only its index were kept.
+
+    What torch itself never uses does not count: whether gradients were wanted, and the like.
+    """
+    return (
+        _is_plain(metadata, Metadata)
+        and all(map(_is_plain_entry, metadata.state_dict_metadata.values()))
+        and all(type(key) is str for key in metadata.state_dict_metadata)
+        and all(_is_plain(key, MetadataIndex) for key in metadata.storage_data)
+        and all(_is_plain(place, _StorageInfo) for place in metadata.storage_data.values())
+        and _is_plain_meta(getattr(metadata, "storage_meta", None))
+        and metadata.planner_data == _planner_data(index)
+        and len(metadata.storage_data) == len(index.chunks.tensor) + len(index.objects.names)
+    )
+
+
+def pickled(metadata: Any) -> bytes:
+    """The pickle of metadata of any kind; its tensors' properties as all releases read them."""
+    out = io.BytesIO()
+    _Pickler(out, protocol=4).dump(metadata)
+    return out.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        """Releases before 2.15 take five properties, not the six that later ones pickle."""
+        if type(value) is not TensorProperties:
+            return NotImplemented
+        properties: Any = value
+        new: Any = copyreg
+        return new.__newobj__, (TensorProperties,), properties.__getstate__()[:5]
 
 
 def _to_torch(index: Index) -> Metadata:
@@ -46,17 +164,20 @@ def _to_torch(index: Index) -> Metadata:
         offsets = torch.Size(chunks.offsets[row, :ndim].tolist())
         sizes = torch.Size(chunks.sizes[row, :ndim].tolist())
         held = entries[name].chunks
-        places[MetadataIndex(name, offsets, len(held))] = _StorageInfo(
-            index.files[int(chunks.file[row])], int(chunks.item[row]), int(chunks.length[row])
-        )
+        places[MetadataIndex(name, offsets, len(held))] = _info(index, chunks, row)
         held.append(ChunkStorageMetadata(offsets, sizes))
-    objects = index.objects
-    for row, name in enumerate(objects.names):
+    for row, name in enumerate(index.objects.names):
         entries[name] = BytesStorageMetadata()
-        places[MetadataIndex(name)] = _StorageInfo(
-            index.files[int(objects.file[row])], int(objects.item[row]), int(objects.length[row])
-        )
+        places[MetadataIndex(name)] = _info(index, index.objects, row)
     return Metadata(entries, planner_data=_planner_data(index), storage_data=places)
+
+
+def _info(index: Index, table: Chunks | Objects, row: int) -> _StorageInfo:
+    place = index.files[int(table.file[row])], int(table.item[row]), int(table.length[row])
+    transforms = index.transforms[int(table.transform[row])]
+    kind: Any = _StorageInfo
+    info: _StorageInfo = kind(*place, list(transforms)) if transforms else kind(*place)
+    return info
 
 
 def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]] | None:
@@ -65,3 +186,83 @@ def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]] | None:
     containers = index.structure.containers
     paths = {**index.structure.leaves, **index.twins}
     return {name: dcp_path(path, containers) for name, path in paths.items()}
+
+
+def _placed(metadata: Metadata, key: MetadataIndex) -> Placed:
+    """Where an item is; storage of other classes is taken by its attributes."""
+    place = metadata.storage_data.get(key)
+    if place is None:
+        raise FormatError("it is stored nowhere", place=f"name {key.fqn!r}")
+    try:
+        path, offset, length = place.relative_path, int(place.offset), int(place.length)
+    except (AttributeError, TypeError, ValueError) as error:
+        what = f"stored at a {type(place).__name__}"
+        raise FormatError(what, place=f"name {key.fqn!r}") from error
+    return str(path), offset, length, tuple(getattr(place, "transform_descriptors", None) or ())
+
+
+def _dtype(name: str, entry: TensorStorageMetadata, written: list[WriteResult | None]) -> DType:
+    """The dtype that all chunks were written in, or the one that the entry says."""
+    kinds = {one.dtype for one in written if isinstance(one, Digested) and one.dtype}
+    if len(kinds) > 1:
+        raise FormatError(f"its chunks are of {sorted(kinds)}", place=f"name {name!r}")
+    return DType.named(kinds.pop() if kinds else str(entry.properties.dtype))
+
+
+def _digested(chunks: Chunks, rows: list[Row], written: list[WriteResult | None]) -> Chunks:
+    """The chunks with what is known of their payloads."""
+    payload = np.full(len(rows), -1, dtype=np.int64)
+    digests: list[np.ndarray[Any, Any]] = []
+    for row, one in enumerate(written):
+        mine = np.zeros(0, dtype=np.uint32)
+        if isinstance(one, Digested) and one.dtype:
+            if one.sizes != rows[row][2]:
+                what = f"written as {list(one.sizes)}, planned as {list(rows[row][2])}"
+                raise FormatError(what, place=f"name {one.index.fqn!r}")
+            mine = np.frombuffer(one.digests, "<u4").astype(np.uint32)
+            if one.payload >= 0:
+                payload[row] = chunks.item[row] + one.payload
+        digests.append(mine)
+    counts = np.fromiter(map(len, digests), np.int64, len(digests))
+    block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    joined = np.concatenate([np.zeros(0, np.uint32), *digests])
+    return replace(chunks, payload=payload, block=block, digests=joined)
+
+
+def _with_crcs(objects: Objects, results: Results) -> Objects:
+    found = (results.get(MetadataIndex(name)) for name in objects.names)
+    crc = [one.crc if isinstance(one, Digested) else -1 for one in found]
+    return replace(objects, crc=np.array(crc, dtype=np.int64))
+
+
+def _is_plain(value: Any, kind: Any) -> bool:
+    """Exactly of that class, with no attributes besides its own."""
+    return type(value) is kind and vars(value).keys() <= _fields(kind)
+
+
+@cache
+def _fields(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in fields(kind))
+
+
+def _is_plain_entry(entry: Any) -> bool:
+    if not isinstance(entry, TensorStorageMetadata):
+        return _is_plain(entry, BytesStorageMetadata)
+    properties: Any = entry.properties
+    known = _is_plain(properties, TensorProperties) or _is_plain(properties, LegacyProperties)
+    return (
+        _is_plain(entry, TensorStorageMetadata)
+        and known
+        and properties.layout is torch.strided
+        and all(_is_plain(chunk, ChunkStorageMetadata) for chunk in entry.chunks)
+    )
+
+
+def _is_plain_meta(meta: Any) -> bool:
+    """Whether it says where and under which id something was saved, and no more."""
+    if meta is None:
+        return True
+    rest = vars(meta).keys() - {"checkpoint_id", "save_id", "load_id"}
+    return _is_plain(meta, getattr(stock, "StorageMeta", None)) and not any(
+        getattr(meta, name) for name in rest
+    )

@@ -7,32 +7,37 @@ what fails on any rank in a step is raised on all of them.
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.logger import _dcp_method_logger
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from shardkeep.contracts import Ranks, Session
-from shardkeep.errors import NotACheckpoint
+from shardkeep.dcp.bridge.errors import portable, together, wrapped
+from shardkeep.errors import NotACheckpoint, RankFailed
 
 __all__ = ["load_by_steps", "save_by_steps"]
 
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
 def save_by_steps(
-    state: Any,
+    state: Callable[[], Any],
     writer: StorageWriter,
     planner: SavePlanner,
     job: Ranks,
     *,
+    rank: int | None = None,
     use_collectives: bool = True,
 ) -> Metadata:
     """Save by the planner's plans with the writer's writes.
@@ -40,8 +45,14 @@ def save_by_steps(
     The order of calls, on every rank unless it says otherwise: `planner.set_up_planner`,
     `writer.set_up_storage_writer`, `planner.create_local_plan`, `writer.prepare_local_plan`; on the
     coordinator `planner.create_global_plan`, `writer.prepare_global_plan`; `planner.finish_plan`,
-    `writer.write_data`; on the coordinator `writer.finish`. Without `use_collectives` each rank is
-    its own coordinator.
+    `writer.write_data`; on the coordinator `writer.finish`. Without `use_collectives` each rank
+    does the coordinator's part for itself, and none finishes before all have written.
+
+    Args:
+        state: gives what is saved; called once the ranks have met, as it may fail on one of them.
+        job: who takes part, the coordinator first.
+        rank: this rank in the process group, if that counts otherwise than `job`. It orders the
+            plans, and names this rank in `CheckpointException.failures`.
 
     Raises:
         CheckpointException: a step failed; on every rank, with what each rank raised.
@@ -52,10 +63,10 @@ def save_by_steps(
 
     @log
     def plan_local() -> Any:
-        _set_up_planner(planner, state, writer, lead)
-        rank: dict[str, Any] = {"rank": session.rank, "use_collectives": use_collectives}
+        _set_up_planner(planner, state(), writer, lead)
+        own: dict[str, Any] = {"rank": steps.rank, "use_collectives": use_collectives}
         set_up = writer.set_up_storage_writer
-        set_up(lead, **(rank if _takes(set_up, "kwargs") else {}))
+        set_up(lead, **(own if _takes(set_up, "kwargs") else {}))
         return writer.prepare_local_plan(planner.create_local_plan())
 
     @log
@@ -73,57 +84,79 @@ def save_by_steps(
     @log
     def finish(results: list[Any]) -> Metadata:
         writer.finish(metadata=metadata, results=results)
-        return metadata
+        saved: Metadata = metadata
+        return saved
 
-    def all_alone() -> Metadata:
-        return finish([write(plan_global([plan_local()])[0])])
-
-    with _Steps(job.session("save", _where(writer))) as steps:
-        session, lead = steps.session, steps.session.rank == 0
+    with _Steps(job.session("save", _where(writer, use_collectives)), rank) as steps:
+        lead = steps.session.rank == 0
         if not use_collectives:
-            return steps.each("write", all_alone)
+            written = steps.each("write", lambda: write(plan_global([plan_local()])[0]))
+            return steps.each("write", lambda: finish([written]))
         plan = steps.scatter("plan", plan_local, plan_global)
         return steps.share("write", lambda: write(plan), finish)
 
 
-def load_by_steps(state: Any, reader: StorageReader, planner: LoadPlanner, job: Ranks) -> None:
+def load_by_steps(
+    state: Callable[[], Any],
+    reader: StorageReader,
+    planner: LoadPlanner,
+    job: Ranks,
+    *,
+    rank: int | None = None,
+) -> None:
     """Load by the planner's plans with the reader's reads.
 
     The order of calls, on every rank unless it says otherwise: `reader.read_metadata`,
     `planner.set_up_planner`, `reader.set_up_storage_reader`, `planner.create_local_plan`,
     `reader.prepare_local_plan`; on the coordinator `planner.create_global_plan`,
     `reader.prepare_global_plan`; `planner.finish_plan`, `reader.read_data`. Where ranks have saved
-    without collectives, each one plans for itself.
+    without collectives, each does the coordinator's part for itself.
 
-    Raises: as `save_by_steps`.
+    Args and raises: as `save_by_steps`.
     """
-    alone = False
     log = _logger(reader)
 
     @log
-    def plan_local() -> Any:
-        nonlocal alone
-        metadata, alone = _metadata(reader, session.rank)
-        planner.set_up_planner(state, metadata, session.rank == 0)
-        rank: dict[str, Any] = {"rank": session.rank, "use_collectives": not alone}
+    def plan_local() -> tuple[bool, Any]:
+        template = state()
+        metadata, alone = _metadata(reader, steps.rank)
+        lead = steps.session.rank == 0
+        planner.set_up_planner(template, metadata, lead)
+        own: dict[str, Any] = {"rank": steps.rank, "use_collectives": not alone}
         set_up = reader.set_up_storage_reader
-        set_up(metadata, session.rank == 0, **(rank if _takes(set_up, "kwargs") else {}))
-        return reader.prepare_local_plan(planner.create_local_plan())
+        set_up(metadata, lead, **(own if _takes(set_up, "kwargs") else {}))
+        plan = reader.prepare_local_plan(planner.create_local_plan())
+        return alone, plan_global([plan])[0] if alone else plan
 
     @log
     def plan_global(plans: list[Any]) -> list[Any]:
-        if alone:
-            return [reader.prepare_global_plan(planner.create_global_plan([p]))[0] for p in plans]
-        return reader.prepare_global_plan(planner.create_global_plan(plans))
+        made: list[Any] = reader.prepare_global_plan(planner.create_global_plan(plans))
+        return made
+
+    def settle(found: list[tuple[bool, Any]]) -> list[Any]:
+        plans = [plan for _, plan in found]
+        if not any(alone for alone, _ in found):
+            return plan_global(plans)
+        if not all(alone for alone, _ in found):
+            some = [number for number, (alone, _) in enumerate(found) if alone]
+            raise RuntimeError(f"ranks {some} found metadata of their own only, others the job's")
+        return plans
 
     @log
     def read(plan: Any) -> None:
         reader.read_data(planner.finish_plan(plan), planner).wait()
 
-    with _Steps(job.session("load", _where(reader))) as steps:
-        session = steps.session
-        plan = steps.scatter("plan", plan_local, plan_global)
+    with _Steps(job.session("load", _where(reader)), rank) as steps:
+        plan = steps.scatter("plan", plan_local, settle)
         steps.each("read", lambda: read(plan))
+
+
+class _Outcome(NamedTuple):
+    """What a step gave on a rank, or what failed in it, by rank."""
+
+    rank: int
+    value: Any
+    failures: dict[int, Any]
 
 
 class _Steps:
@@ -133,8 +166,9 @@ class _Steps:
     session as a failure of one of them: the others would hear of that in place of what failed.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, rank: int | None) -> None:
         self.session = session
+        self.rank = session.rank if rank is None else rank
         self._agreed: CheckpointException | None = None
 
     def __enter__(self) -> _Steps:
@@ -147,22 +181,51 @@ class _Steps:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ended = (None, None, None) if error is self._agreed else (kind, error, trace)
-        self.session.__exit__(*ended)
+        if error is None or error is not self._agreed:
+            self.session.__exit__(kind, error, trace)
+            return
+        with suppress(RankFailed):  # A rank went without a farewell; what is raised says more.
+            self.session.__exit__(None, None, None)
 
     def scatter(
-        self, phase: str, local: Callable[[], T], combine: Callable[[list[T]], Sequence[T]]
-    ) -> T:
-        """This rank's part of what `combine`, on the coordinator, makes of what `local` gives."""
-        answers = self._gather(phase, local)
-        messages = answers and self._combine(answers, lambda values: [*map(_done, combine(values))])
-        return self._take(phase, self.session.scatter(messages))
+        self, phase: str, local: Callable[[], T], combine: Callable[[list[T]], Sequence[Any]]
+    ) -> Any:
+        """This rank's part of what `combine`, on the coordinator, makes of what `local` gives.
+
+        `combine` is given, and gives, one value for each rank, in the order of their ranks.
+        """
+        outcomes = self._gather(phase, local)
+        if outcomes is None:
+            return self._take(phase, self._read(self.session.scatter(None)))
+        done = self._combine(outcomes, combine)
+        if self.session.size == 1:
+            plans = self._take(phase, done)
+            return plans[0]
+        order = sorted(outcome.rank for outcome in outcomes)
+        places = [order.index(outcome.rank) for outcome in outcomes]
+        try:
+            parts = [None if done.failures else done.value[place] for place in places]
+            messages = [_packed(done._replace(value=part)) for part in parts]
+        except Exception as error:
+            messages = [_packed(self._failed(error))] * len(outcomes)
+        return self._take(phase, self._read(self.session.scatter(messages)))
 
     def share(self, phase: str, local: Callable[[], Any], combine: Callable[[list[Any]], T]) -> T:
         """What `combine`, on the coordinator, makes for all ranks of what `local` gives on each."""
-        answers = self._gather(phase, local)
-        messages = answers and self._combine(answers, lambda values: [_done(combine(values))])
-        return self._take(phase, self.session.broadcast(messages[0] if messages else None))
+        outcomes = self._gather(phase, local)
+        if outcomes is None:
+            received: T = self._take(phase, self._read(self.session.broadcast(None)))
+            return received
+        done = self._combine(outcomes, combine)
+        if self.session.size > 1:
+            try:
+                message = _packed(done)
+            except Exception as error:
+                done = self._failed(error)
+                message = _packed(done)
+            self.session.broadcast(message)
+        made: T = self._take(phase, done)
+        return made
 
     def each(self, phase: str, local: Callable[[], T]) -> T:
         """What `local` gives on this rank, when it has come to its end on all."""
@@ -170,58 +233,54 @@ class _Steps:
         self.share(phase, lambda: kept.append(local()), lambda _: None)
         return kept[0]
 
-    def _gather(self, phase: str, local: Callable[[], Any]) -> list[bytes] | None:
+    def _gather(self, phase: str, local: Callable[[], Any]) -> list[_Outcome] | None:
+        """Of all ranks, in the session's order, on the coordinator; None elsewhere."""
         self.session.phase(phase)
+        own = self._try(local)
+        if self.session.size == 1:
+            return [own]  # What stays in one process need not be picklable, as in torch.
         try:
-            message = _done(local())
-        except (Exception, CheckpointException) as error:
-            message = _failed({self.session.rank: _wrap_exception(error)})
-        return self.session.gather(message)
+            message = _packed(own)
+        except Exception as error:
+            message = _packed(self._failed(error))
+        answers = self.session.gather(message)
+        return None if answers is None else [*map(self._read, answers)]
 
-    def _combine(
-        self, answers: list[bytes], combine: Callable[[list[Any]], list[bytes]]
-    ) -> list[bytes]:
-        values, failures = [], {}
-        for answer in answers:
-            value, failed = pickle.loads(answer)  # noqa: S301 - from a rank of this job
-            values.append(value)
-            failures.update(failed)
-        if not failures:
-            try:
-                return combine(values)
-            except (Exception, CheckpointException) as error:
-                failures = {self.session.rank: _wrap_exception(error)}
-        return [_failed(failures)] * self.session.size
-
-    def _take(self, phase: str, message: bytes) -> Any:
-        value, failures = pickle.loads(message)  # noqa: S301 - from the coordinator of this job
+    def _combine(self, outcomes: list[_Outcome], combine: Callable[[list[Any]], Any]) -> _Outcome:
+        failures = {rank: failure for one in outcomes for rank, failure in one.failures.items()}
         if failures:
-            self._agreed = CheckpointException(phase, failures)
+            return _Outcome(self.rank, None, dict(sorted(failures.items())))
+        values = [outcome.value for outcome in sorted(outcomes, key=lambda one: one.rank)]
+        return self._try(lambda: combine(values))
+
+    def _take(self, phase: str, outcome: _Outcome) -> Any:
+        if outcome.failures:
+            self._agreed = together(phase, outcome.failures)
             raise self._agreed
-        return value
+        return outcome.value
+
+    def _try(self, function: Callable[[], Any]) -> _Outcome:
+        try:
+            return _Outcome(self.rank, function(), {})
+        except (Exception, CheckpointException) as error:
+            return self._failed(error)
+
+    def _failed(self, error: BaseException) -> _Outcome:
+        return _Outcome(self.rank, None, {self.rank: wrapped(error)})
+
+    def _read(self, message: bytes) -> _Outcome:
+        outcome: _Outcome = pickle.loads(message)  # noqa: S301 - from a rank of this job
+        return outcome
 
 
-def _done(value: Any) -> bytes:
-    return pickle.dumps((value, {}))
+def _packed(outcome: _Outcome) -> bytes:
+    return pickle.dumps(outcome._replace(failures=portable(outcome.failures)))
 
 
-def _failed(failures: dict[int, Any]) -> bytes:
-    """The failures, with text in place of exceptions that can't travel."""
-    try:
-        message = pickle.dumps((None, failures))
-        pickle.loads(message)  # noqa: S301 - what was just made
-    except Exception:
-        told = {
-            rank: (RuntimeError(f"{type(error).__name__}: {error}"), trace)
-            for rank, (error, trace) in failures.items()
-        }
-        return pickle.dumps((None, told))
-    return message
-
-
-def _where(storage: Any) -> str:
-    """What the ranks call this work: storage may have no id, or not one that is text."""
-    return str(getattr(storage, "checkpoint_id", None) or type(storage).__qualname__)
+def _where(storage: Any, together: bool = True) -> str:
+    """What all ranks call this work: storage may have no id, or one that differs between them."""
+    place = getattr(storage, "checkpoint_id", None) if together else None
+    return os.fspath(place) if isinstance(place, str | os.PathLike) else type(storage).__qualname__
 
 
 def _takes(function: Callable[..., Any], parameter: str) -> bool:
@@ -245,17 +304,21 @@ def _metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
     """The checkpoint's metadata, and whether it is this rank's own."""
     try:
         return reader.read_metadata(), False
-    except Exception:
+    except Exception as error:
         if not _takes(reader.read_metadata, "kwargs"):
             raise
         try:
             return reader.read_metadata(rank=rank), True
-        except NotACheckpoint:
+        except (NotACheckpoint, FileNotFoundError):
             pass  # What the first try says is about the checkpoint; this is about one file.
+        except Exception as own:
+            if isinstance(error, NotACheckpoint | FileNotFoundError):
+                raise own from None
         raise
 
 
-def _logger(storage: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _logger(storage: Any) -> Callable[[F], F]:
     """Torch's hook around each step: `torch.distributed.checkpoint.logger`."""
     place = getattr(storage, "checkpoint_id", None)
-    return _dcp_method_logger(**({} if place is None else {"checkpoint_id": place}))
+    hook = _dcp_method_logger(**({} if place is None else {"checkpoint_id": place}))
+    return cast("Callable[[F], F]", hook)

@@ -40,4 +40,4 @@ def _set_up(given: Any, checkpoint_id: _Id, name: str, kinds: tuple[Any, ...]) -
             made = kind(checkpoint_id)
             made.reset(checkpoint_id)
             return made
-    raise RuntimeError(f"no {name} fits {os.fspath(checkpoint_id)!r}: give a `{name}`")
+    raise RuntimeError(f"Cannot detect a `{name}` for {os.fspath(checkpoint_id)!r}: give one")

@@ -1,0 +1,206 @@
+"""The names that `shardkeep.dcp` gives, beside those of `torch.distributed.checkpoint`.
+
+    python -m compat.names            # writes docs/drop-in.md, or says what is not explained
+    python -m compat.names --record   # writes down what the installed release of torch offers
+
+Recording needs torch alone, not Shardkeep. "Same" is judged here, never written by hand: the object
+is torch's own, or the signatures are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import enum
+import importlib
+import inspect
+import json
+import logging
+import pkgutil
+import sys
+import typing
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+STOCK, OURS = "torch.distributed.checkpoint", "shardkeep.dcp"
+RECORDS = Path(__file__).with_suffix("")
+USED = ("_consolidate_hf_safetensors", "_extension", "_fsspec_filesystem")
+"""Private by name, but imported by users."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A public name: what it is, and how it is called. Members: methods of a class, of an enum."""
+
+    kind: str
+    signature: str = ""
+    members: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one release offers. The package itself is the module "" (`modules[""]`)."""
+
+    torch: str
+    python: str
+    modules: Mapping[str, Mapping[str, Name]]
+    private: tuple[str, ...]
+
+
+def record() -> Record:
+    """What the installed release offers."""
+    import torch
+
+    found = [one.name for one in pkgutil.iter_modules(importlib.import_module(STOCK).__path__)]
+    public = sorted(name for name in found if name in USED or not name.startswith("_"))
+    return Record(
+        torch.__version__.partition("+")[0],
+        f"{sys.version_info.major}.{sys.version_info.minor}",
+        {name: names_of(module(STOCK, name)) for name in ["", *public]},
+        tuple(sorted(set(found) - set(public))),
+    )
+
+
+def recorded() -> tuple[Record, ...]:
+    """What releases offer, as it was written down; oldest first."""
+    files = sorted(RECORDS.glob("*.json"), key=lambda file: [*map(int, file.stem.split("."))])
+    return tuple(_read(json.loads(file.read_text())) for file in files)
+
+
+def _read(saved: Any) -> Record:
+    modules = {
+        module: {name: Name(**how) for name, how in names.items()}
+        for module, names in saved["modules"].items()
+    }
+    return Record(saved["torch"], saved["python"], modules, tuple(saved["private"]))
+
+
+def write(made: Record) -> Path:
+    path = RECORDS / f"{made.torch.rpartition('.')[0]}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(asdict(made), indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def module(package: str, name: str) -> ModuleType:
+    """A module of either package; "" is the package. Raises ImportError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"{package}.{name}" if name else package)
+
+
+def names_of(module: ModuleType) -> dict[str, Name]:
+    """The public names of one of torch's modules."""
+    return {name: describe(getattr(module, name)) for name in sorted(_public(module))}
+
+
+_NO_NAMES = (ModuleType, logging.Logger, typing.TypeVar)
+"""What nobody imports from a module, although it bears no underscore."""
+
+
+def _public(module: ModuleType) -> Iterator[str]:
+    """`__all__`, and what else is defined there without an underscore. Of the package: all."""
+    declared = set(getattr(module, "__all__", ()))
+    assigned = _assigned(module)
+    for name, value in vars(module).items():
+        if name in declared:
+            yield name
+        elif name.startswith("_") or value is None or isinstance(value, _NO_NAMES):
+            continue
+        elif module.__name__ == STOCK:
+            yield name
+        elif getattr(value, "__module__", None) == module.__name__ or name in assigned:
+            yield name
+
+
+def _assigned(module: ModuleType) -> set[str]:
+    """Names of the module's own constants and aliases: values do not say where they are from."""
+    names = set()
+    for node in ast.parse(inspect.getsource(module)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names.update(one.id for one in targets if isinstance(one, ast.Name))
+    return names
+
+
+def describe(value: Any) -> Name:
+    """What a name is, with the signature as text: equal texts, equal calls."""
+    if inspect.isclass(value):
+        if issubclass(value, enum.Enum):
+            return Name("enum", members={one.name: "" for one in value})
+        members = {name: describe_member(value, name) for name in sorted(_members(value))}
+        return Name("class", signature(value), members)
+    if callable(value) and hasattr(value, "__code__"):
+        return Name("function", signature(value))
+    return Name("value")
+
+
+def _members(kind: type) -> set[str]:
+    """Public methods and properties that torch's classes define, inherited ones included."""
+    of_torch = [one for one in kind.__mro__ if one.__module__.split(".")[0] in ("torch", "shardkeep")]
+    return {
+        name
+        for one in of_torch
+        for name, value in vars(one).items()
+        if not name.startswith("_")
+        and (callable(value) or isinstance(value, (property, classmethod, staticmethod)))
+    }
+
+
+def describe_member(kind: type, name: str) -> str:
+    if isinstance(inspect.getattr_static(kind, name), property):
+        return "property"
+    return signature(getattr(kind, name))
+
+
+def signature(value: Any) -> str:
+    """Names, kinds and defaults of the parameters: `(state_dict, *, checkpoint_id=None)`."""
+    try:
+        found = inspect.signature(value)
+    except (TypeError, ValueError):
+        return ""
+    plain = [
+        one.replace(
+            annotation=one.empty,
+            default=one.empty if one.default is one.empty else _Text(one.default),
+        )
+        for one in found.parameters.values()
+    ]
+    return str(inspect.Signature(plain))
+
+
+class _Text:
+    """A default as text that is the same in every process and Python release."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        value = self.value
+        if isinstance(value, enum.Enum):
+            return f"{type(value).__name__}.{value.name}"
+        if value is None or isinstance(value, (bool, int, float, str, bytes, tuple)):
+            return repr(value)
+        if type(value).__module__ == "torch" or value in ([], {}):  # dtypes, layouts
+            return repr(value)
+        return getattr(value, "__qualname__", None) or f"<{type(value).__qualname__}>"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m compat.names", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--record", action="store_true", help="write compat/names/RELEASE.json")
+    if parser.parse_args().record:
+        print(write(record()))
+        return 0
+    from compat import names_page
+
+    return names_page.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""`docs/drop-in.md`: every public name of torch's package, and what stands at its place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compat.better import BETTER, EXPLAINED, MISSING
+from compat.names import OURS, STOCK, Name, Record, describe, describe_member, module, recorded
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "drop-in.md"
+
+OWN, SAME, IMPROVED, ABSENT = "torch's own", "same", "better", "missing"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A name, or a member of a class (`Class.member`), and what is said of it."""
+
+    module: str
+    name: str
+    releases: tuple[str, ...]
+    verdict: str
+    how: str = ""
+    key: str = ""
+    """Where the object is defined in `shardkeep.dcp`, as the tables name it."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and what nobody explained."""
+
+    records: tuple[Record, ...]
+    rows: tuple[Row, ...]
+    problems: tuple[str, ...]
+
+
+def compare(records: tuple[Record, ...] | None = None) -> Comparison:
+    """Hold what is installed against what the releases offer."""
+    records = recorded() if records is None else records
+    rows: list[Row] = []
+    problems: list[str] = []
+    for name in sorted({name for record in records for name in record.modules}):
+        offers: dict[str, dict[str, Name]] = {}
+        for record in records:
+            for public, how in record.modules.get(name, {}).items():
+                offers.setdefault(public, {})[minor(record)] = how
+        for public in sorted(offers):
+            found, wrong = _judge(name, public, offers[public])
+            rows += found
+            problems += wrong
+    problems += _unused(rows)
+    return Comparison(records, tuple(rows), tuple(problems))
+
+
+def minor(record: Record) -> str:
+    return record.torch.rpartition(".")[0]
+
+
+def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], list[str]]:
+    """The rows of a name and its members."""
+    place = f"{where}.{name}" if where else name
+    row = functools.partial(Row, where, name, tuple(offers))
+    try:
+        ours = getattr(module(OURS, where), name)
+    except (ImportError, AttributeError):
+        why = MISSING.get(place, "")
+        return [row(ABSENT, why, place)], [] if why else [f"{place} is missing, and no reason given"]
+    theirs = _attribute(where, name)
+    if ours is theirs:
+        members = _members(where, name, offers, lambda _: (OWN, "", ""))
+        return [row(OWN), *members], []
+    key, found = _key(ours), describe(ours)
+    wrong = [
+        f"{place}{found.signature} in Shardkeep, {place}{how.signature} in torch {release}"
+        for release, how in offers.items()
+        if found.signature != how.signature and key not in EXPLAINED
+    ]
+    wrong += [f"{place} is a {found.kind}, not a {how.kind}"
+              for how in offers.values() if found.kind != how.kind]  # fmt: skip
+    members = _members(where, name, offers, functools.partial(_judge_member, ours, theirs))
+    wrong += _wrong_members(place, ours, offers)
+    return [row(IMPROVED if key in BETTER else SAME, BETTER.get(key, ""), key), *members], wrong
+
+
+def _attribute(where: str, name: str) -> Any:
+    """Torch's own object of the installed release; None if it has none."""
+    try:
+        return getattr(module(STOCK, where), name, None)
+    except ImportError:
+        return None
+
+
+def _members(where: str, name: str, offers: dict[str, Name], judge: Any) -> list[Row]:
+    every = sorted({member for how in offers.values() for member in how.members})
+    return [
+        Row(
+            where,
+            f"{name}.{member}",
+            tuple(release for release, how in offers.items() if member in how.members),
+            *judge(member),
+        )
+        for member in every
+    ]
+
+
+def _judge_member(ours: Any, theirs: Any, member: str) -> tuple[str, str, str]:
+    found = inspect.getattr_static(ours, member, None)
+    if found is None:
+        return ABSENT, "", ""
+    if found is inspect.getattr_static(theirs, member, None) or _of_torch(found):
+        return OWN, "", ""
+    key = _key(found)
+    return (IMPROVED, BETTER[key], key) if key in BETTER else (SAME, "", key)
+
+
+def _wrong_members(place: str, ours: Any, offers: dict[str, Name]) -> Iterator[str]:
+    for release, how in offers.items():
+        for member, signature in how.members.items():
+            found = inspect.getattr_static(ours, member, None)
+            if found is None:
+                yield f"{place}.{member} is missing"
+            elif how.kind == "class" and _key(found) not in EXPLAINED:
+                given = describe_member(ours, member)
+                if given != signature:
+                    yield f"{place}.{member}{given} in Shardkeep, {signature} in torch {release}"
+
+
+def _of_torch(member: Any) -> bool:
+    """Whether a method is inherited from torch's classes (of another module, or release)."""
+    return _home(member)[0].startswith("torch.")
+
+
+def _key(value: Any) -> str:
+    """Where something is defined, below `shardkeep.dcp`; torch's and values have none."""
+    home, name = _home(value)
+    inner = home.removeprefix(f"{OURS}.")
+    return "" if inner == home else f"{inner}.{name}"
+
+
+def _home(value: Any) -> tuple[str, str]:
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    return getattr(value, "__module__", None) or "", getattr(value, "__qualname__", "")
+
+
+def _unused(rows: Iterable[Row]) -> list[str]:
+    """Entries of the tables that no name needs."""
+    keys = {row.key for row in rows}
+    absent = {row.place for row in rows if row.verdict == ABSENT}
+    wrong = [key for table in (BETTER, EXPLAINED) for key in table if key not in keys]
+    wrong += [key for key in MISSING if key not in absent]
+    return [f"the tables in compat/better.py name {key}: there is no such name" for key in wrong]
+
+
+def text(found: Comparison) -> str:
+    """The page."""
+    releases = [minor(record) for record in found.records]
+    # What the package offers is offered by a module as well, and counted there.
+    counted = [row for row in found.rows if row.module]
+    count = {what: sum(row.verdict == what for row in counted)
+             for what in (OWN, SAME, IMPROVED, ABSENT)}  # fmt: skip
+    modules = sorted({name for record in found.records for name in record.modules} - {""})
+    parts = [
+        "# The drop-in, name by name",
+        f"Made by `make drop-in` from what torch {' and '.join(releases)} offer: "
+        f"{len(counted):,} public names in {len(modules)} modules, methods included. "
+        f"{count[OWN]:,} are torch's own, {count[SAME]:,} the same, {count[IMPROVED]:,} better, "
+        f"**{count[ABSENT]:,} missing**.",
+        INTRODUCTION,
+        "## `shardkeep.dcp`",
+        _package(found.rows, releases),
+    ]
+    for name in modules:
+        rows = [row for row in found.rows if row.module == name]
+        since = [minor(record) for record in found.records if name in record.modules]
+        only = "" if len(since) == len(releases) else f" ({', '.join(since)})"
+        parts += [f"## `{name}`{only}", _table(rows, since) if rows else NOTHING]
+    parts += ["## The rest", _private(found.records)]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """\
+Each stands at its place: `shardkeep.dcp.filesystem.FileSystemReader` where torch has
+`torch.distributed.checkpoint.filesystem.FileSystemReader`, whatever release is installed.
+
+- **torch's own**: the very object of the installed release. What planners, storage and metadata are
+  made of has to be.
+- **same**: Shardkeep's, called in the same way: names, kinds and defaults of all parameters are equal.
+- **better**: the same, and what it does beyond torch's.
+
+A number in brackets names the releases of torch that have it, if not all of them do. Private names
+are handed on as they are. How to change over: [migrating.md](migrating.md)."""
+
+NOTHING = "No public names."
+
+
+def _package(rows: Sequence[Row], releases: Sequence[str]) -> str:
+    """The names in the package itself. They are described where they are from."""
+    names = {row.name for row in rows if not row.module}
+    homes: dict[str, str] = {}
+    for row in rows:
+        if row.module and not row.module.startswith("_") and row.name in names:
+            homes.setdefault(row.name, row.module)
+    lines = ["| Name | From | |", "|---|---|---|"]
+    for row in rows:
+        if not row.module and "." not in row.name:
+            home = f"`{homes[row.name]}`" if row.name in homes else ""
+            lines.append(f"| {_code(row, releases)} | {home} | {_said(row)} |")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Row], releases: Sequence[str]) -> str:
+    lines = ["| Name | |", "|---|---|"]
+    for row in rows:
+        if "." in row.name:
+            continue
+        members = [one for one in rows if one.name.startswith(f"{row.name}.")]
+        inherit = [one for one in members if one.verdict == row.verdict == OWN]
+        names = [_code(row, releases), *(_member(one, releases) for one in inherit)]
+        lines.append(f"| {names[0]}{': ' if inherit else ''}{', '.join(names[1:])} | {_said(row)} |")
+        left = [one for one in members if one not in inherit]
+        told = [one for one in left if one.verdict in (IMPROVED, ABSENT)]
+        lines += [f"| {_code(one, releases)} | {_said(one)} |" for one in told]
+        for verdict in (SAME, OWN):
+            plain = [_member(one, releases) for one in left if one.verdict == verdict]
+            if plain:
+                lines.append(f"| of `{row.name}`: {', '.join(plain)} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _code(row: Row, releases: Sequence[str]) -> str:
+    return f"`{row.name}`{_only(row, releases)}"
+
+
+def _member(row: Row, releases: Sequence[str]) -> str:
+    return f"`{row.name.partition('.')[2]}`{_only(row, releases)}"
+
+
+def _only(row: Row, releases: Sequence[str]) -> str:
+    return "" if len(row.releases) == len(releases) else f" ({', '.join(row.releases)})"
+
+
+def _said(row: Row) -> str:
+    explained = EXPLAINED.get(row.key, "")
+    said = f"**{row.verdict}**: {row.how}" if row.how else row.verdict
+    return f"{said}; {explained}" if explained else said
+
+
+def _private(records: Sequence[Record]) -> str:
+    names = sorted({name for record in records for name in record.private})
+    return f"Handed on, too, for those who reach so far: {', '.join(f'`{name}`' for name in names)}."
+
+
+def main() -> int:
+    """Write the page, or say what is unexplained, and return 1."""
+    found = compare()
+    for problem in found.problems:
+        print(problem, file=sys.stderr)
+    if not found.problems:
+        PAGE.write_text(text(found), encoding="utf-8")
+    return 1 if found.problems else 0

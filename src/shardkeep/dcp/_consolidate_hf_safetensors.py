@@ -1,0 +1,201 @@
+"""Sharded safetensors files into whole ones, in slabs: no tensor needs to fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
+from warnings import warn
+
+import numpy as np
+import torch.distributed as dist
+
+from shardkeep import knobs
+from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep.dcp.bridge.ranks import members
+from shardkeep.dcp.bridge.safetensors import Folder, open_folder
+from shardkeep.dcp.handed import rest_of
+from shardkeep.format.safetensors import INDEX
+from shardkeep.format.safetensors_write import file_name, layout, listing, of_wholes
+from shardkeep.io.write import Bare, Item
+from shardkeep.plan.packing import pack
+from shardkeep.ranks import take_part
+from shardkeep.types import Box
+
+__all__ = [
+    "consolidate",
+    "consolidate_safetensors_files",
+    "consolidate_safetensors_files_on_every_rank",
+]
+
+__getattr__ = rest_of("_consolidate_hf_safetensors")
+
+_SLAB = 16 << 20
+"""Bytes that a thread holds of what it joins."""
+
+_SHOWN = 5
+
+_Files = dict[str, list[str]]
+"""File -> the tensors that it is to hold."""
+
+
+def consolidate_safetensors_files(
+    input_dir: str,
+    output_dir: str,
+    fqn_to_index_mapping: dict[str, int],
+    num_threads: int = 1,
+) -> None:
+    """Join the files that ranks wrote (`DCP_SHARDING_INFO`) to files of whole tensors.
+
+    They have the names of Hugging Face's sets, and appear when they are complete; the index comes
+    last. Nothing is removed.
+
+    Args:
+        input_dir, output_dir: folders, or URLs that fsspec knows.
+        fqn_to_index_mapping: tensor -> number of the file that it goes to, from 1 on.
+        num_threads: files that are written at a time; each takes some 50 MiB of memory at most.
+
+    Raises:
+        NotACheckpoint: there is nothing to join.
+        FormatError: a part is missing, or files contradict each other or are broken.
+        ValueError: the mapping is empty, or lacks a tensor; nothing was written.
+    """
+    consolidate(Folder(input_dir), Folder(output_dir), fqn_to_index_mapping, num_threads)
+
+
+def consolidate_safetensors_files_on_every_rank(
+    input_dir: str,
+    output_dir: str,
+    fqn_to_index_mapping: dict[str, int],
+    num_threads: int = 1,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """The same by all ranks of a group: they share the files out, even in bytes.
+
+    No collective is called. Raises RankFailed, too: another rank failed, and there is no index.
+    """
+    _, ranks = members(process_group, 0, False)
+    output = Folder(output_dir)
+    with take_part(ranks).session("consolidate", output.store.url) as session:
+        source, files = _open(Folder(input_dir), fqn_to_index_mapping)
+        nbytes = [_nbytes(source, names) for names in files.values()]
+        place = pack(np.array(nbytes, dtype=np.int64), session.size).tolist()
+        mine = [file for file, rank in zip(files, place, strict=True) if rank == session.rank]
+        session.phase("write")
+        _write(source, output, {file: files[file] for file in mine}, num_threads)
+        session.gather(b"")
+        session.phase("commit")
+        if session.rank == 0:
+            _publish(source, output, files)
+
+
+def consolidate(
+    source: Folder, output: Folder, mapping: Mapping[str, int], threads: int
+) -> list[str]:
+    """Join the files of one folder to files in another; their names. Raises as the above."""
+    opened, files = _open(source, mapping)
+    _write(opened, output, files, threads)
+    _publish(opened, output, files)
+    return list(files)
+
+
+def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[Checkpoint, _Files]:
+    """What is there to be joined, and what goes to which file."""
+    if not mapping:
+        raise ValueError("fqn_to_index_mapping is empty: no tensor has a file to go to")
+    source = open_folder(folder.store, listed=False)
+    source.check_cover()
+    left = [name for name in source if name not in mapping]
+    if left:
+        raise ValueError(f"fqn_to_index_mapping lacks {len(left)} tensors: {_some(left)}")
+    absent = [name for name in mapping if name not in source]
+    if absent:
+        warn(f"{len(absent)} tensors of the mapping are nowhere: {_some(absent)}", stacklevel=4)
+    last = max(mapping.values())
+    files: _Files = {}
+    for name, number in mapping.items():
+        if name in source:
+            files.setdefault(file_name(number, last), []).append(name)
+    return source, files
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _nbytes(source: Checkpoint, names: Sequence[str]) -> int:
+    described = (source.shape_of(name) for name in names)
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in described)
+
+
+def _publish(source: Checkpoint, output: Folder, files: _Files) -> None:
+    weights = {name: file for file, names in files.items() for name in names}
+    output.store.publish(INDEX, listing(weights, _nbytes(source, list(weights))))
+
+
+def _write(source: Checkpoint, output: Folder, files: _Files, threads: int) -> None:
+    readers = max(1, knobs.threads() // max(1, min(threads, len(files))))
+    content = {file: _content(source, names, readers) for file, names in files.items()}
+    output.write(content, threads)
+
+
+def _content(source: Checkpoint, names: Sequence[str], readers: int) -> list[Item]:
+    """A file as its header and slabs, which are read when their turn comes."""
+    laid_out = layout({name: source.shape_of(name) for name in names}, of_wholes())
+    items = [Item(Bare(len(laid_out.header)), memoryview(laid_out.header))]
+    for slab, nbytes in _slabs(source, laid_out.names):
+        read: Callable[[], memoryview] = partial(_read, source, slab, nbytes, readers)
+        items.append(Item(Bare(nbytes), read))
+    return items
+
+
+_Slab = list[tuple[str, Box]]
+"""Boxes of tensors: their bytes follow each other in the file."""
+
+
+def _slabs(source: Checkpoint, names: Sequence[str]) -> Iterator[tuple[_Slab, int]]:
+    """Small tensors together, large ones in pieces."""
+    slab: _Slab = []
+    size = 0
+    for name in names:
+        dtype, shape = source.shape_of(name)
+        for box in _pieces(shape, max(1, _SLAB // dtype.itemsize)):
+            nbytes = box.numel * dtype.itemsize
+            if slab and size + nbytes > _SLAB:
+                yield slab, size
+                slab, size = [], 0
+            slab.append((name, box))
+            size += nbytes
+    if slab:
+        yield slab, size
+
+
+def _pieces(shape: tuple[int, ...], most: int) -> Iterator[Box]:
+    """Boxes of at most so many elements that, one after the other, are the tensor in C order."""
+    if not prod(shape):
+        return
+    cut = 0  # Dimensions from here on are whole, apart from this one.
+    while cut < len(shape) and prod(shape[cut + 1 :]) > most:
+        cut += 1
+    if cut == len(shape):
+        yield Box.whole(shape)
+        return
+    rows = max(1, most // prod(shape[cut + 1 :]))
+    inner = (0,) * (len(shape) - cut - 1)
+    for outer in np.ndindex(shape[:cut]):
+        for row in range(0, shape[cut], rows):
+            sizes = (*(1,) * cut, min(rows, shape[cut] - row), *shape[cut + 1 :])
+            yield Box((*outer, row, *inner), sizes)
+
+
+def _read(source: Checkpoint, slab: _Slab, nbytes: int, threads: int) -> memoryview:
+    space = np.empty(nbytes, dtype=np.uint8)
+    requests = []
+    at = 0
+    for name, box in slab:
+        dtype, _ = source.shape_of(name)
+        into = np.ndarray(box.sizes, f"V{dtype.itemsize}", space.data, at)
+        requests.append(Request(name, box, into))
+        at += into.nbytes
+    source.fill(requests, threads=threads)
+    return space.data

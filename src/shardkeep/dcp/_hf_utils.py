@@ -1,0 +1,39 @@
+"""Names that torch's Hugging Face storage is made of, for releases that lack them, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from shardkeep.dcp.handed import rest_of, theirs
+from shardkeep.format.safetensors import INDEX
+from shardkeep.format.safetensors_write import file_name
+
+__all__ = ["SHARDED_DIR_NAME", "_HFStorageInfo", "_gen_file_name", "_metadata_fn"]
+
+__getattr__ = rest_of("_hf_utils")
+
+SHARDED_DIR_NAME = "sharded"
+_metadata_fn = INDEX
+
+
+def _gen_file_name(index: int, largest_index: int, shard_index: int | None = None) -> str:
+    """The name of a file of a set, as torch's function gives it."""
+    return file_name(index, largest_index, shard_index)
+
+
+@dataclass
+class _StorageInfo:
+    """Where a part of a tensor is: the file's path, the part's shape, its dtype."""
+
+    relative_path: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+if TYPE_CHECKING:
+    _HFStorageInfo = _StorageInfo
+else:
+    _HFStorageInfo = getattr(theirs("_hf_utils"), "_HFStorageInfo", _StorageInfo)

@@ -1,0 +1,208 @@
+"""Saves behind the caller's back: one after another, in the order in which they were asked for.
+
+All ranks ask in the same order, so they meet in the same sessions, and two saves to one path never
+meet each other. The thread ends when there is nothing left to do. A program that ends waits for
+what it has asked for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed.checkpoint.filesystem as stock
+from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from shardkeep.dcp.handed import theirs
+from shardkeep.ranks.heart import Timing
+from shardkeep.tensors.copies import Allocate, copy_state
+
+__all__ = ["Unstaged", "finish_saves", "later", "stage"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+_TORCHS = [BlockingAsyncStager.stage, stock.FileSystemWriter.stage]
+"""What torch does by default in some release: Shardkeep's own copy promises more."""
+
+
+class Unstaged(dict[str, Any]):
+    """In place of a state that could not be staged: who looks at it is told why.
+
+    So a save of it fails as any other: where all other ranks hear of it.
+    """
+
+    def __init__(self, why: BaseException) -> None:
+        self._why = why
+
+    def _tell(self, *_: Any) -> NoReturn:
+        raise self._why
+
+    keys = values = items = get = copy = _tell  # type: ignore[assignment]
+    __iter__ = __len__ = __getitem__ = __contains__ = _tell  # type: ignore[assignment]
+
+
+def stage(
+    state: dict[str, Any],
+    given: AsyncStager | None,
+    writer: StorageWriter | None,
+    allocate: Allocate | None = None,
+) -> Any:
+    """A copy of the state that nothing changes any more, or a future of one.
+
+    Args:
+        state: with no `Stateful` in it.
+        given: stages it; by default the writer, if it is a stager, else Shardkeep itself.
+        writer: where the state will go.
+        allocate: memory for what Shardkeep copies.
+
+    Raises: whatever the stager raises.
+    """
+    stager: Any = writer if given is None and isinstance(writer, AsyncStager) else given
+    if _keeps_memory(stager):
+        finish_saves()  # It would write over what they save.
+    if stager is None or _is_torchs(stager):
+        kept = getattr(stager, "cache_staged_state_dict", False)
+        memory = _kept.setdefault(stager, _Kept()) if kept else None
+        staged = copy_state(state, allocate=allocate or (memory and memory.again()))
+    else:
+        # Torch's stagers share some objects with the state.
+        staged = stager.stage(copy_state(state, keep_tensors=True))
+    if stager is not None and not isinstance(staged, Future):
+        if stager.should_synchronize_after_execute:
+            stager.synchronize_staging()
+    return staged
+
+
+def _is_torchs(stager: Any) -> bool:
+    return "stage" not in vars(stager) and type(stager).stage in _TORCHS
+
+
+def _keeps_memory(stager: Any) -> bool:
+    default = getattr(theirs("staging"), "DefaultStager", ())
+    return isinstance(stager, default) or getattr(stager, "cache_staged_state_dict", False) is True
+
+
+class _Kept:
+    """Memory that is used again by the next copy, as long as tensors have the same sizes."""
+
+    def __init__(self) -> None:
+        self._blocks: list[torch.Tensor] = []
+
+    def again(self) -> Allocate:
+        before = iter(self._blocks)
+        self._blocks = []
+
+        def allocate(nbytes: int) -> torch.Tensor:
+            block = next(before, None)
+            if block is None or block.numel() != nbytes:
+                pinned = torch.cuda.is_available()
+                block = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self._blocks.append(block)
+            return block
+
+        return allocate
+
+
+_kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
+"""By the stager that asks for it."""
+
+
+class _Job:
+    def __init__(self, work: Callable[[], Any], owed: bool) -> None:
+        self.work: Callable[[], Any] | None = work
+        self.owed = owed
+        self.future: Future[Any] = Future()
+        # Nobody can cancel it: the other ranks would wait for this one.
+        self.future.set_running_or_notify_cancel()
+
+    def run(self) -> None:
+        work, self.work = self.work, None
+        assert work is not None
+        try:
+            result = work()
+        except BaseException as error:
+            if self.owed:
+                _log.warning("An asynchronous save failed: %s: %s", type(error).__name__, error)
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+class _Line:
+    """Jobs, done one after another by a thread that is there while there are any."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[_Job] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def put(self, job: _Job) -> None:
+        with self._lock:
+            self._jobs.append(job)
+            if self._thread is None:
+                # Not one that the interpreter waits for: it would do so too late (`_last`).
+                self._thread = threading.Thread(
+                    target=self._run, name="shardkeep-save", daemon=True
+                )
+                self._thread.start()
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            job.run()
+
+    def _next(self) -> _Job | None:
+        with self._lock:
+            # A job leaves the line when it is done: it is waited for until then.
+            while self._jobs and self._jobs[0].future.done():
+                self._jobs.popleft()
+            if self._jobs:
+                return self._jobs[0]
+            self._thread = None
+            return None
+
+    def waiting(self) -> list[_Job]:
+        with self._lock:
+            return [] if self._thread is threading.current_thread() else list(self._jobs)
+
+
+_line = _Line()
+
+
+def later(work: Callable[[], T], *, owed: bool = True) -> Future[T]:
+    """Do it when all that was put off before is done.
+
+    Args:
+        work: raises what the future will raise.
+        owed: False for what only tells other ranks of a failure that is known here: a program that
+            ends does not wait long for them.
+    """
+    job = _Job(work, owed)
+    _line.put(job)
+    return job.future
+
+
+def finish_saves() -> None:
+    """Wait until all that was put off is done, well or not."""
+    wait([job.future for job in _line.waiting()])
+
+
+def _last() -> None:
+    """The program has come to its end, and threads can still be started."""
+    while jobs := _line.waiting():
+        if not any(job.owed for job in jobs):
+            wait([job.future for job in jobs], Timing.from_knobs().patience)
+            return
+        wait([jobs[0].future])
+
+
+# Before thread pools refuse to work, where Python has a place for it.
+getattr(threading, "_register_atexit", atexit.register)(_last)

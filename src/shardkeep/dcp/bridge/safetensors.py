@@ -1,0 +1,310 @@
+"""Folders of safetensors files behind torch's readers and writers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from secrets import token_hex
+from typing import Any
+from warnings import warn
+
+import torch
+import torch.distributed.checkpoint.default_planner as stock_planner
+import torch.distributed.checkpoint.filesystem as stock_files
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from shardkeep import commit
+from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep.contracts import Store
+from shardkeep.dcp import default_planner
+from shardkeep.dcp.bridge.streams import store_of
+from shardkeep.dcp.handed import theirs
+from shardkeep.errors import Mismatch, NotACheckpoint
+from shardkeep.format import safetensors
+from shardkeep.format.safetensors_write import is_file_name, layout, of_parts
+from shardkeep.io.write import Bare, Item, write_items
+from shardkeep.tensors.memory import landing, payload
+from shardkeep.types import Box, DType
+
+__all__ = [
+    "Folder",
+    "Part",
+    "SafetensorsFile",
+    "box_of",
+    "file_system",
+    "open_folder",
+    "part_items",
+    "read_items",
+    "target_of",
+    "torch_dtype",
+]
+
+_BATCH = 256 << 20
+"""Bytes that are read at a time: what lands in buffers first takes as much memory at most."""
+
+_SHOWN = 5
+
+
+def file_system(path: Any) -> Any:
+    """The file system of a path: torch's own for a local one, fsspec's for a URL."""
+    if "://" not in str(path):
+        return stock_files.FileSystem()
+    fsspec = theirs("fsspec_filesystem", "_fsspec_filesystem")
+    kind = getattr(fsspec, "_FileSystem", None) or getattr(fsspec, "FileSystem", None)
+    if kind is None:
+        raise ValueError(f"{path}: URLs need fsspec, which is not installed")
+    return kind()
+
+
+class Folder:
+    """A folder of safetensors files.
+
+    Args:
+        path: as the file system takes it.
+        fs: by default what fits the path.
+    """
+
+    def __init__(self, path: Any, fs: Any = None) -> None:
+        self.fs = fs or file_system(path)
+        self.path = self.fs.init_path(path) if fs is None else path
+        self.store: Store = store_of(self)
+
+    def write(self, files: Mapping[str, Sequence[Item]], threads: int) -> None:
+        """Write files, durably. Each appears under its name when all of them are complete.
+
+        Raises:
+            OSError: naming the file; nothing is left of those that did not appear.
+        """
+        token = token_hex(8)
+        unfinished = {f"{name}.{token}.tmp": name for name in files}
+        try:
+            parts = {temporary: files[name] for temporary, name in unfinished.items()}
+            write_items(self.store, parts, threads=threads)
+            for temporary, name in unfinished.items():
+                self._rename(temporary, name)
+        except BaseException:
+            for temporary in unfinished:
+                with suppress(OSError):
+                    self.store.remove(temporary)
+            raise
+        self.store.sync()
+
+    def _rename(self, old: str, new: str) -> None:
+        source, target = (self.fs.concat_path(self.path, name) for name in (old, new))
+        try:
+            self.fs.rename(source, target)
+        except Exception:
+            if not self.fs.exists(target):
+                raise
+            self.fs.rm_file(target)  # Some file systems do not rename over what is there.
+            self.fs.rename(source, target)
+
+    def sweep(self, kept: set[str], *, shards: bool) -> None:
+        """Remove the files of earlier saves: those with shards, or those without."""
+        for name in list(self.store.names()):
+            sharded = name.startswith("shard-")
+            if is_file_name(name) and sharded == shards and name not in kept:
+                self.store.remove(name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A tensor that goes to a file, and where in the global tensor it begins."""
+
+    name: str
+    tensor: torch.Tensor
+    begin: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return DType.named(str(self.tensor.dtype))
+
+
+def part_items(parts: Sequence[Part]) -> list[Item]:
+    """The content of a file. Conflict if the format can't hold one of them."""
+    by_name = {part.name: part for part in parts}
+    laid_out = layout(
+        {part.name: (part.dtype, tuple(part.tensor.shape)) for part in parts},
+        of_parts({part.name: part.begin for part in parts}),
+    )
+    tensors = [by_name[name].tensor for name in laid_out.names]
+    return [
+        Item(Bare(len(laid_out.header)), memoryview(laid_out.header)),
+        *(Item(Bare(tensor.nbytes), partial(payload, tensor)) for tensor in tensors),
+    ]
+
+
+def open_folder(store: Store, *, listed: bool = True) -> Checkpoint:
+    """The checkpoint that the safetensors files of a folder are, whatever else is there.
+
+    Args:
+        store: the folder.
+        listed: heed the index of the set, where it says which of several files holds a tensor. It
+            may list more than is there: parts of a set are loaded, too.
+
+    Raises:
+        NotACheckpoint: there are no such files.
+        FormatError: one is broken or hostile, or they contradict each other.
+    """
+    names = sorted(name for name in store.names() if _is_tensors(name))
+    if not names:
+        raise NotACheckpoint(f"{store.url} has no .safetensors file")
+    headers = commit.headers(store, names)
+    weights = (commit.weights(store) if listed else None) or {}
+    known = {
+        name: file
+        for name, file in weights.items()
+        if file in headers and name in headers[file].tensors
+    }
+    return _checkpoint(store, headers, known)
+
+
+def _is_tensors(name: str) -> bool:
+    return name.endswith(".safetensors") and "/" not in name
+
+
+def _checkpoint(
+    store: Store, headers: Mapping[str, safetensors.Header], weights: Mapping[str, str]
+) -> Checkpoint:
+    index = safetensors.index_of(headers, weights)
+    first = next(iter(headers))
+    return Checkpoint(store, commit.Found("safetensors", first, lambda: index, lambda: index))
+
+
+class SafetensorsFile:
+    """One file, by itself: the methods of what safetensors' own `safe_open` gives.
+
+    Parts of tensors are tensors of their own here. Only what is asked for is read.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        header = commit.headers(store, [name])[name]
+        self._metadata = dict(header.metadata)
+        alone = safetensors.Header(header.tensors, {})
+        self._source = _checkpoint(store, {name: alone}, {})
+
+    def keys(self) -> list[str]:
+        return list(self._source)
+
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+    def get_slice(self, name: str) -> _Slice:
+        """Index what this returns with slices to read a part."""
+        return _Slice(self._source, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.get_slice(name)[()]
+
+
+class _Slice:
+    def __init__(self, source: Checkpoint, name: str) -> None:
+        self._source, self._name = source, name
+        self._dtype, self._shape = source.shape_of(name)
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
+        """The part that these slices, of step 1, cut out; those that are left out are whole."""
+        given = [*slices, *[slice(None)] * (len(self._shape) - len(slices))]
+        ranges = [range(*s.indices(n)) for s, n in zip(given, self._shape, strict=True)]
+        box = Box(tuple(r.start for r in ranges), tuple(map(len, ranges)))
+        tensor = torch.empty(box.sizes, dtype=torch_dtype(self._dtype))
+        into, finish = landing(tensor, self._dtype)
+        self._source.fill([Request(self._name, box, into)], threads=1)
+        finish()
+        return tensor
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Torch's dtype of that name. Mismatch if this release has none."""
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
+    return found
+
+
+def box_of(item: ReadItem) -> Box:
+    """What a read item wants, in coordinates of the whole tensor."""
+    begin = item.storage_index.offset or [0] * len(item.lengths)
+    inside = item.storage_offsets
+    offsets = (b + i for b, i, _ in zip(begin, inside, item.lengths, strict=False))
+    return Box(tuple(offsets), tuple(item.lengths))
+
+
+def read_items(
+    source: Checkpoint, items: Sequence[ReadItem], planner: LoadPlanner, threads: int
+) -> None:
+    """Fill what the planner gives for these items, each range of the files with few reads.
+
+    Raises:
+        Mismatch: a tensor of the planner's is not of the size that it asked for.
+        FormatError: the files do not hold all of a tensor.
+        Damaged: bytes are missing.
+    """
+    cast: dict[str, str] = {}
+    for batch in _batches(source, items, planner):
+        requests, landed = [], []
+        for item in batch:
+            name = item.storage_index.fqn
+            target = target_of(item, planner)
+            dtype, _ = source.shape_of(name)
+            if target.dtype != torch_dtype(dtype):
+                wanted = str(target.dtype).removeprefix("torch.")
+                cast[name] = f"{name}: stored as {dtype}, cast to {wanted}"
+            into, finish = landing(target, dtype)
+            requests.append(Request(name, box_of(item), into))
+            landed.append((item, target, finish))
+        source.fill(requests, threads=threads)
+        for item, target, finish in landed:
+            finish()
+            planner.commit_tensor(item, target)
+    if cast:
+        shown = list(cast.values())[:_SHOWN]
+        more = [f"and {len(cast) - _SHOWN} more"] if len(cast) > _SHOWN else []
+        warn("; ".join(shown + more), stacklevel=3)
+
+
+def target_of(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
+    """What the planner wants to be filled. Mismatch if it is not of the item's sizes."""
+    target = planner.resolve_tensor(item).detach()
+    if tuple(target.shape) != tuple(item.lengths):
+        raise Mismatch(
+            f"{item.storage_index.fqn!r}: the plan asks for a part of shape {list(item.lengths)}, "
+            f"the planner has a tensor of shape {list(target.shape)} for it"
+        )
+    return target
+
+
+def _batches(
+    source: Checkpoint, items: Sequence[ReadItem], planner: LoadPlanner
+) -> Iterator[list[ReadItem]]:
+    """Items to be read together: one by one where a planner may use one buffer for all of them."""
+    together = _BATCH if _has_its_own_memory(planner) else 0
+    batch: list[ReadItem] = []
+    size = 0
+    for item in items:
+        dtype, _ = source.shape_of(item.storage_index.fqn)
+        nbytes = prod(item.lengths) * dtype.itemsize
+        if batch and size + nbytes > together:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += nbytes
+    if batch:
+        yield batch
+
+
+def _has_its_own_memory(planner: LoadPlanner) -> bool:
+    """Whether a planner's tensors are those of the state, as the default planners' are."""
+    kinds = (default_planner.DefaultLoadPlanner, stock_planner.DefaultLoadPlanner)
+    methods = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
+    return all(
+        method not in vars(planner)
+        and any(getattr(type(planner), method, None) is getattr(kind, method) for kind in kinds)
+        for method in methods
+    )

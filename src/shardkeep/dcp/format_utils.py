@@ -1,0 +1,251 @@
+"""Checkpoints to files of `torch.save` and back: `python -m shardkeep.dcp.format_utils`."""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.format_utils as stock
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+from torch.futures import Future
+
+from shardkeep import checkpoint, commit, saving
+from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.trust import trusted
+from shardkeep.dcp.bridge.whole import read_whole
+from shardkeep.dcp.default_planner import (
+    DefaultLoadPlanner,
+    _EmptyStateDictLoadPlanner,  # noqa: F401 - as in torch's module: others take it from here
+)
+from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter  # noqa: F401 - the same
+from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.state_dict_loader import _load_state_dict  # noqa: F401 - the same
+from shardkeep.dcp.state_dict_saver import _save_state_dict  # noqa: F401 - the same
+from shardkeep.errors import Mismatch
+from shardkeep.ranks.solo import Solo
+from shardkeep.tensors.objects import from_bytes
+from shardkeep.tensors.pieces import is_any_tensor
+from shardkeep.tree import flatten
+
+__all__ = [
+    "BroadcastingTorchSaveReader",
+    "DynamicMetaLoadPlanner",
+    "FormatMode",
+    "dcp_to_torch_save",
+    "torch_save_to_dcp",
+]
+
+__getattr__ = rest_of("format_utils")
+
+
+def dcp_to_torch_save(
+    dcp_checkpoint_dir: str | os.PathLike[str], torch_save_path: str | os.PathLike[str]
+) -> None:
+    """Make one file, as of `torch.save`, of a checkpoint; it appears when it is complete.
+
+    The state comes back as it was saved: containers, integer keys, tied tensors. All of it has to
+    fit into memory.
+
+    Args:
+        dcp_checkpoint_dir: the checkpoint's folder.
+        torch_save_path: the file to write, or to replace.
+
+    Raises:
+        CheckpointException: there is nothing whole to read. It is of the engine's class as well:
+            NotACheckpoint, Damaged, FormatError; Untrusted for an object of a class that the job
+            does not trust.
+        OSError: the file can't be written.
+    """
+    with as_torch(0):
+        state = read_whole(checkpoint.open(dcp_checkpoint_dir), trust=trusted())
+    target = Path(torch_save_path)
+    beside = target.with_name(f".{target.name}.{commit.new_id()}")
+    try:
+        with beside.open("xb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def torch_save_to_dcp(
+    torch_save_path: str | os.PathLike[str], dcp_checkpoint_dir: str | os.PathLike[str]
+) -> None:
+    """Make a checkpoint of a file of `torch.save`. Nothing in the file is executed.
+
+    Args:
+        torch_save_path: the file; it holds a mapping.
+        dcp_checkpoint_dir: the folder; a checkpoint there is replaced.
+
+    Raises:
+        CheckpointException: the file can't be read, or the state can't be saved. It is of the
+            engine's class as well: FormatError; Mismatch if it holds no mapping; Untrusted for a
+            class that the job does not trust.
+    """
+    with as_torch(0):
+        state = _read(torch_save_path)
+        saving.save(state, dcp_checkpoint_dir, overwrite=True, ranks=Solo())
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
+    """The state in a file of `torch.save`, on the CPU."""
+    name = os.fspath(path)
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # Read where it lies: only the tensors take memory.
+        data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    state = from_bytes(data, name=name, trust=trusted())
+    if not isinstance(state, Mapping):
+        raise Mismatch(f"{name} holds a {type(state).__name__}, not a mapping of names to values")
+    return state
+
+
+class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
+    """Reads a file of `torch.save` on one rank, and sends each tensor to all of the job's.
+
+    For `DynamicMetaLoadPlanner`. Only the coordinator needs to see the file. All that can be wrong
+    with it, or with the state, is raised on every rank before anything is sent.
+    """
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        """Read the file, on the coordinator.
+
+        Raises:
+            ValueError: there is no `checkpoint_id`, or another rank coordinates than was said.
+        """
+        if self.checkpoint_id is None:
+            raise ValueError("give the path of the file as checkpoint_id")
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if is_coordinator and rank != self.coordinator_rank:
+            raise ValueError(f"rank {rank} coordinates, not rank {self.coordinator_rank}")
+        self.is_coordinator = is_coordinator
+        self._held: dict[str, torch.Tensor] = {}
+        if is_coordinator:
+            leaves = flatten(_read(self.checkpoint_id), is_any_tensor).leaves
+            self._held = {leaf.name: leaf.value for leaf in leaves if is_any_tensor(leaf.value)}
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Have each rank know what will be sent, in which order.
+
+        Raises:
+            RuntimeError: a tensor is missing from the file.
+            ValueError: one has another size there.
+        """
+        ends: dict[str, list[int]] = {}
+        for item in (item for plan in plans for item in plan.items):
+            reached = [o + n for o, n in zip(item.storage_offsets, item.lengths, strict=True)]
+            known = ends.setdefault(item.storage_index.fqn, reached)
+            known[:] = map(max, known, reached)
+        for name, reached in ends.items():
+            if name not in self._held:
+                raise RuntimeError(f"Missing key in checkpoint state_dict: {name}.")
+            saved, current = self._held[name].shape, torch.Size(reached)
+            if saved != current:
+                raise ValueError(
+                    f"Size mismatch between saved {saved} and current: {current} for {name}"
+                )
+        sent = {name: (self._held[name].shape, self._held[name].dtype) for name in ends}
+        return [LoadPlan(plan.items, sent, plan.planner_data) for plan in plans]
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Take part in sending all tensors; keep what this rank's plan needs."""
+        wanted: dict[str, list[Any]] = {}
+        for item in plan.items:
+            wanted.setdefault(item.storage_index.fqn, []).append(item)
+        for name, (shape, dtype) in plan.storage_data.items():
+            tensor = self._sent(name, shape, dtype)
+            for item in wanted.get(name, ()):
+                part = tensor
+                for dim, (offset, length) in enumerate(
+                    zip(item.storage_offsets, item.lengths, strict=True)
+                ):
+                    part = part.narrow(dim, offset, length)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(part)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _sent(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor, whole, on every rank."""
+        if not dist.is_initialized():
+            return self._held[name]
+        device = dist.distributed_c10d._get_pg_default_device()
+        if self.is_coordinator:
+            tensor = self._held[name].detach().contiguous().to(device)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        # As bytes: backends don't know every dtype.
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=self.coordinator_rank)
+        return tensor
+
+
+class DynamicMetaLoadPlanner(DefaultLoadPlanner):
+    """Takes names, sizes and dtypes from the state itself, where storage has no metadata."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Take the state to fill. RuntimeError if it holds anything but tensors."""
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        entries: dict[str, Any] = {}
+        for name, tensor in self.state_dict.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise RuntimeError(
+                    f"Non-tensor value identified at {name}: {type(self).__name__} loads tensors"
+                )
+            properties = TensorProperties(dtype=tensor.dtype)
+            chunks = _create_chunk_list(tensor)
+            entries[name] = TensorStorageMetadata(properties, tensor.size(), chunks)
+        self.metadata = Metadata(state_dict_metadata=entries)
+
+
+class FormatMode(Enum):
+    """What the command does."""
+
+    TORCH_TO_DCP = "torch_to_dcp"
+    DCP_TO_TORCH = "dcp_to_torch"
+
+
+def _main(arguments: list[str]) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m shardkeep.dcp.format_utils")
+    modes = [mode.value for mode in FormatMode]
+    parser.add_argument("mode", choices=modes, help="what to make of what")
+    parser.add_argument("src", help="the file, or the checkpoint's folder, to read")
+    parser.add_argument("dst", help="the checkpoint's folder, or the file, to write")
+    given = parser.parse_args(arguments)
+    to_torch = given.mode == FormatMode.DCP_TO_TORCH.value
+    if not (os.path.isdir if to_torch else os.path.isfile)(given.src):
+        print(f"No checkpoint found at {given.src}: nothing was converted", file=sys.stderr)
+        return 1
+    print(f"Converting {given.src} to {given.dst} ({given.mode})")
+    (dcp_to_torch_save if to_torch else torch_save_to_dcp)(given.src, given.dst)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

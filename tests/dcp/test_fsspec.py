@@ -1,0 +1,277 @@
+"""Stores on top of torch's file systems, and the reader and writer of fsspec's."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("fsspec")
+
+import torch.distributed.checkpoint as stock_dcp
+import torch.distributed.checkpoint.filesystem as stock_files
+
+import shardkeep as sk
+import shardkeep.dcp as dcp
+from shardkeep.contracts import Store
+from shardkeep.dcp.bridge.streams import FsspecStore, StreamStore, store_of
+from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
+from shardkeep.dcp.handed import theirs
+from shardkeep.stores import LocalStore
+from stores.test_stores import StoreTests
+from support.dcp_files import OwnLoadPlanner, OwnSavePlanner, blank, writer_options
+from support.scenarios import equal, values
+
+stock = theirs("fsspec_filesystem", "_fsspec_filesystem")
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:.*no process group"),
+]
+
+FRESH = itertools.count()
+
+
+class Dictionary(stock_files.FileSystemBase):
+    """Somebody's file system: files in a dictionary, seen when they are closed; no `ls`."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.calls: list[str] = []
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        self.calls.append(f"{mode} {path}")
+        stream = io.BytesIO(self.files[path] if mode == "rb" else b"")
+        yield stream
+        if mode == "wb":
+            self.files[path] = stream.getvalue()
+
+    def concat_path(self, path: Any, suffix: str) -> str:
+        return f"{path}/{suffix}"
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        if new_path in self.files:
+            raise KeyError(f"{new_path} is there")
+        self.files[new_path] = self.files.pop(path)
+
+    def init_path(self, path: Any) -> str:
+        return str(path)
+
+    def mkdir(self, path: Any) -> None:
+        self.calls.append(f"mkdir {path}")
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+    def exists(self, path: Any) -> bool:
+        return path in self.files
+
+    def rm_file(self, path: Any) -> None:
+        del self.files[path]
+
+
+class Listing(Dictionary):
+    """The same with `ls`: bare names of one level, as some have it."""
+
+    def ls(self, path: Any) -> list[str]:
+        below = [name[len(path) + 1 :] for name in self.files if name.startswith(f"{path}/")]
+        return sorted({name.split("/")[0] for name in below})
+
+
+class Local(stock_files.FileSystem):
+    """Torch's own with something of the user's."""
+
+    def exists(self, path: Any) -> bool:
+        return super().exists(path)
+
+
+class TestListing(StoreTests):
+    """A user's file system."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        return StreamStore(Listing(), "root")
+
+
+class TestLocal(StoreTests):
+    """A user's own variant of torch's local file system."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        fs = Local()
+        return StreamStore(fs, fs.init_path(tmp_path / "run" / "step"))
+
+
+class TestFsspecMemory(StoreTests):
+    """fsspec's files in memory: two streams of one file share a position."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        return fsspec_store(f"memory://run{next(FRESH)}/step")
+
+
+class TestFsspecStreams(StoreTests):
+    """The same through streams alone."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        fs = stock._FileSystem() if hasattr(stock, "_FileSystem") else stock.FileSystem()
+        return StreamStore(fs, fs.init_path(f"memory://run{next(FRESH)}/step"))
+
+
+class TestFsspecFiles(StoreTests):
+    """fsspec's local files."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return fsspec_store(f"file://{tmp_path}/run/step")
+
+
+def fsspec_store(url: str) -> Store:
+    store = store_of(stock.FsspecWriter(url))
+    assert type(store) is FsspecStore
+    return store
+
+
+def state() -> dict[str, Any]:
+    return {
+        "w": values("w", (300, 1000), torch.float32),
+        "half": values("half", (7,), torch.bfloat16),
+        "nested": {"list": [torch.ones(2), {"x": 1}], "none": torch.zeros(0, 3)},
+        "step": 3,
+    }
+
+
+def url(where: str, tmp_path: Path) -> str:
+    return f"file://{tmp_path}/run" if where == "file" else f"memory://run{next(FRESH)}"
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+@pytest.mark.parametrize("planner", [None, OwnSavePlanner], ids=["engine", "steps"])
+@pytest.mark.parametrize("name", ["plain", "3 threads", "file per item", "zstd"])
+def test_urls(tmp_path, where, planner, name):
+    path, saved = url(where, tmp_path), state()
+    options, _ = writer_options(name)
+    for number in (1, 2):  # the second one overwrites
+        saved["step"] = number
+        writer = FsspecWriter(path, **options)
+        dcp.save(saved, storage_writer=writer, planner=planner and planner())
+    store = store_of(writer)
+    assert type(store) is FsspecStore
+    source = sk.open(store)
+    assert source.kind == "shardkeep"
+    assert source.verify().ok
+    data = [name for name in store.names() if name.endswith(".distcp")]
+    assert sorted(data) == sorted(source.index.files), "what was overwritten is gone"
+    for reader, own in ((stock_dcp, None), (dcp, None), (dcp, OwnLoadPlanner())):
+        loaded = blank(saved)
+        reader.load(loaded, checkpoint_id=path, planner=own)
+        assert equal(loaded, saved), (reader, own)
+    reader = FsspecReader(path)
+    assert reader.read_metadata().storage_meta.save_id == source.found.trailer.save_id
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_what_stock_wrote_to_a_url(tmp_path, where):
+    path, saved = url(where, tmp_path), state()
+    stock_dcp.save(saved, storage_writer=stock.FsspecWriter(path, thread_count=2))
+    for own in (None, OwnLoadPlanner()):
+        loaded = blank(saved)
+        dcp.load(loaded, storage_reader=FsspecReader(path), planner=own)
+        assert equal(loaded, saved)
+
+
+def test_a_url_is_enough(tmp_path):
+    path, saved = url("file", tmp_path), state()
+    dcp.save(saved, checkpoint_id=path)
+    loaded = blank(saved)
+    dcp.load(loaded, checkpoint_id=path)
+    assert equal(loaded, saved)
+    assert (tmp_path / "run" / ".metadata").exists()
+
+
+def test_signatures_are_torchs_and_classes_are_its_kind():
+    for ours, theirs_ in ((FsspecWriter, stock.FsspecWriter), (FsspecReader, stock.FsspecReader)):
+        assert inspect.signature(ours) == inspect.signature(theirs_)
+        assert issubclass(ours, theirs_)
+    import shardkeep.dcp._fsspec_filesystem as older
+
+    assert older.FsspecWriter is FsspecWriter
+    assert issubclass(older.FileSystem, stock_files.FileSystemBase)
+    assert not FsspecWriter.validate_checkpoint_id(Path("x"))
+    assert FsspecWriter.validate_checkpoint_id("memory://x")
+
+
+def test_options_go_to_fsspec():
+    writer = FsspecWriter("memory://options", use_listings_cache=False)
+    assert writer.fs.fs.storage_options == {"use_listings_cache": False}
+    assert FsspecReader("memory://options", skip_instance_cache=True).path == "memory://options"
+
+
+@pytest.mark.parametrize("kind", [Dictionary, Listing])
+@pytest.mark.parametrize("planner", [None, OwnSavePlanner], ids=["engine", "steps"])
+def test_file_systems_of_users(kind, planner):
+    fs = kind()
+
+    class Writer(dcp.FileSystemWriter):
+        """As users have it: torch's with another file system."""
+
+        def __init__(self, path: Any) -> None:
+            super().__init__("anywhere")
+            self.fs, self.path = fs, fs.init_path(path)
+
+    class Reader(dcp.FileSystemReader):
+        """The same."""
+
+        def __init__(self, path: Any) -> None:
+            super().__init__("anywhere")
+            self.fs, self.path = fs, fs.init_path(path)
+
+    saved = state()
+    for number in (1, 2):
+        saved["step"] = number
+        dcp.save(saved, storage_writer=Writer("place"), planner=planner and planner())
+        assert len([name for name in fs.files if name.endswith(".distcp")]) == 1
+        for own in (None, OwnLoadPlanner()):
+            loaded = blank(saved)
+            dcp.load(loaded, storage_reader=Reader("place"), planner=own)
+            assert equal(loaded, saved)
+    assert {name.split("/")[0] for name in fs.files} == {"place"}
+    assert not any(".tmp" in name or ".old" in name for name in fs.files)
+
+
+def test_a_failing_file_system_leaves_the_old_checkpoint():
+    class Failing(Listing):
+        """Can't rename any more."""
+
+        fails = False
+
+        def rename(self, path: Any, new_path: Any) -> None:
+            if self.fails:
+                raise OSError("can't rename")
+            super().rename(path, new_path)
+
+    fs = Failing()
+    store = StreamStore(fs, "place")
+    sk.save({"n": 1}, store)
+    fs.fails = True
+    with pytest.raises(OSError, match="can't rename"):
+        sk.save({"n": 2}, store, overwrite=True)
+    assert sk.open(StreamStore(fs, "place")).read("n") == 1
+
+
+def test_local_paths_are_the_engines_own(tmp_path):
+    writer = dcp.FileSystemWriter(tmp_path)
+    assert type(store_of(writer)) is LocalStore
+    writer.fs.create_stream = lambda path, mode: None
+    assert type(store_of(writer)) is StreamStore
