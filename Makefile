@@ -7,13 +7,14 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export GLOO_SOCKET_IFNAME ?= lo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-core test-torch check compat clean
+.PHONY: help demo test test-core test-torch check compat drop-in clean
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
 	@echo "make test                all tests, with torch and without (12 minutes)"
 	@echo "make check               ruff, mypy, import-linter"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
+	@echo "make drop-in             docs/drop-in.md: shardkeep.dcp beside torch's package, name by name"
 
 # One environment for development; the constraints file says which torch.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -47,6 +48,9 @@ check: $(VENV)/ready
 
 compat: $(VENV)/ready
 	$(VENV)/bin/python -m compat $(or $(TORCH),--all)
+
+drop-in: $(VENV)/ready
+	$(VENV)/bin/python -m compat.names
 
 clean:
 	rm -rf $(VENV) $(CORE) build demo/out

@@ -104,16 +104,11 @@ _NO_NAMES = (ModuleType, logging.Logger, typing.TypeVar)
 
 def _public(module: ModuleType) -> Iterator[str]:
     """`__all__`, and what else is defined there without an underscore. Of the package: all."""
-    declared = set(getattr(module, "__all__", ()))
-    assigned = _assigned(module)
+    declared, assigned = getattr(module, "__all__", ()), _assigned(module)
     for name, value in vars(module).items():
-        if name in declared:
-            yield name
-        elif name.startswith("_") or value is None or isinstance(value, _NO_NAMES):
-            continue
-        elif module.__name__ == STOCK:
-            yield name
-        elif getattr(value, "__module__", None) == module.__name__ or name in assigned:
+        here = getattr(value, "__module__", None) == module.__name__ or module.__name__ == STOCK
+        hidden = name.startswith("_") or value is None or isinstance(value, _NO_NAMES)
+        if name in declared or ((here or name in assigned) and not hidden):
             yield name
 
 
@@ -140,7 +135,9 @@ def describe(value: Any) -> Name:
 
 def _members(kind: type) -> set[str]:
     """Public methods and properties that torch's classes define, inherited ones included."""
-    of_torch = [one for one in kind.__mro__ if one.__module__.split(".")[0] in ("torch", "shardkeep")]
+    of_torch = [
+        one for one in kind.__mro__ if one.__module__.split(".")[0] in ("torch", "shardkeep")
+    ]
     return {
         name
         for one in of_torch

@@ -17,6 +17,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "drop-in.md"
 
 OWN, SAME, IMPROVED, ABSENT = "torch's own", "same", "better", "missing"
 
+EARLY = "also where torch is older and has none"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,7 +76,9 @@ def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], l
         ours = getattr(module(OURS, where), name)
     except (ImportError, AttributeError):
         why = MISSING.get(place, "")
-        return [row(ABSENT, why, place)], [] if why else [f"{place} is missing, and no reason given"]
+        return [row(ABSENT, why, place)], [] if why else [
+            f"{place} is missing, and no reason given"
+        ]
     theirs = _attribute(where, name)
     if ours is theirs:
         members = _members(where, name, offers, lambda _: (OWN, "", ""))
@@ -89,7 +93,8 @@ def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], l
               for how in offers.values() if found.kind != how.kind]  # fmt: skip
     members = _members(where, name, offers, functools.partial(_judge_member, ours, theirs))
     wrong += _wrong_members(place, ours, offers)
-    return [row(IMPROVED if key in BETTER else SAME, BETTER.get(key, ""), key), *members], wrong
+    how = BETTER.get(key, "" if theirs else EARLY)
+    return [row(IMPROVED if how else SAME, how, key), *members], wrong
 
 
 def _attribute(where: str, name: str) -> Any:
@@ -196,11 +201,11 @@ Each stands at its place: `shardkeep.dcp.filesystem.FileSystemReader` where torc
 
 - **torch's own**: the very object of the installed release. What planners, storage and metadata are
   made of has to be.
-- **same**: Shardkeep's, called in the same way: names, kinds and defaults of all parameters are equal.
+- **same**: Shardkeep's, called in the same way: names, kinds and defaults of parameters are equal.
 - **better**: the same, and what it does beyond torch's.
 
 A number in brackets names the releases of torch that have it, if not all of them do. Private names
-are handed on as they are. How to change over: [migrating.md](migrating.md)."""
+are there as well. How to change over: [migrating.md](migrating.md)."""
 
 NOTHING = "No public names."
 
@@ -228,7 +233,9 @@ def _table(rows: Sequence[Row], releases: Sequence[str]) -> str:
         members = [one for one in rows if one.name.startswith(f"{row.name}.")]
         inherit = [one for one in members if one.verdict == row.verdict == OWN]
         names = [_code(row, releases), *(_member(one, releases) for one in inherit)]
-        lines.append(f"| {names[0]}{': ' if inherit else ''}{', '.join(names[1:])} | {_said(row)} |")
+        lines.append(
+            f"| {names[0]}{': ' if inherit else ''}{', '.join(names[1:])} | {_said(row)} |"
+        )
         left = [one for one in members if one not in inherit]
         told = [one for one in left if one.verdict in (IMPROVED, ABSENT)]
         lines += [f"| {_code(one, releases)} | {_said(one)} |" for one in told]
@@ -259,7 +266,9 @@ def _said(row: Row) -> str:
 
 def _private(records: Sequence[Record]) -> str:
     names = sorted({name for record in records for name in record.private})
-    return f"Handed on, too, for those who reach so far: {', '.join(f'`{name}`' for name in names)}."
+    return (
+        f"Handed on, too, for those who reach so far: {', '.join(f'`{name}`' for name in names)}."
+    )
 
 
 def main() -> int:

@@ -21,7 +21,8 @@ class ShardkeepError(Exception):
     """Base of everything that Shardkeep raises on purpose. All of them can be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_again, (type(self), self.args, self.__dict__)
+        kind, args, *_ = super().__reduce__()
+        return _made_again, (kind, args, self.__dict__)
 
 
 class NotACheckpoint(ShardkeepError):

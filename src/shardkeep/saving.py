@@ -165,7 +165,11 @@ def _write(
     for name in order.objects:
         data = to_bytes(local.objects[name], name=name)
         items.append(Item(Bare(len(data)), memoryview(data)))
-    count = len(items) if files == "each" else files or min(1, len(items))
+    if files == "each":
+        # Twins only repeat what other items hold: none is worth a file.
+        twins = sum(name in local.claim.twins for name in order.objects)
+        files = max(len(items) - twins, min(1, twins))
+    count = min(1, len(items)) if files is None else files
     names = [commit.data_file(rank, number, order.save_id) for number in range(count)]
     return write_packed(store, names, items, threads=knobs.threads(), progress=progress)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 import tarfile
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +16,6 @@ torch = pytest.importorskip("torch")
 import torch.distributed.checkpoint as stock
 from torch.distributed.checkpoint import default_planner as stock_planner
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
@@ -42,9 +39,13 @@ from support.scenarios import equal, values
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:.*torch.distributed is"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
 ]
 GOLDEN = Path(__file__).parents[1] / "golden"
+NEVER_STORED = ("per_rank_objects",)  # Up to 2.3, objects were the coordinator's only.
 
 
 class Own:
@@ -360,9 +361,8 @@ def test_an_empty_state_is_filled_with_all_there_is(tmp_path, writer, flatten):
     writer.save(saved, checkpoint_id=tmp_path, planner=writer.DefaultSavePlanner(flatten))
     loaded: dict = {}
     dcp.load(loaded, checkpoint_id=tmp_path, planner=_EmptyStateDictLoadPlanner())
-    wanted = strings(saved) if flatten else saved
-    # Integer keys are strings where torch's metadata tells of them, not inside of objects.
-    assert equal(loaded, wanted)
+    # Integer keys are strings where torch's metadata tells of them, and in its own objects.
+    assert equal(loaded, strings(saved) if flatten or writer is stock else saved)
 
 
 @pytest.mark.parametrize(
@@ -409,27 +409,33 @@ def test_an_empty_state_is_asked_for(tmp_path):
 
 @pytest.mark.parametrize("release", ["2.0.1", "2.3.1", "2.15.0"])
 def test_an_empty_state_from_other_releases(tmp_path, release):
-    from compat.expected import compare, known_here
+    from compat.expected import compare
 
     with tarfile.open(GOLDEN / f"{release}.tar.xz") as archive:
         archive.extractall(tmp_path)
-    checked = 0
+    refused, wrong, right = [], [], 0
     for file in sorted(tmp_path.glob("**/expected.json")):
+        if not (file.parent / "ckpt" / ".metadata").exists():
+            continue
         loaded: dict = {}
-        checkpoint = file.parent / "ckpt"
-        if sk.open(checkpoint).kind != "dcp":
-            continue
         try:
-            dcp.load(loaded, checkpoint_id=checkpoint, planner=_EmptyStateDictLoadPlanner())
-        except (sk.Untrusted, NotImplementedError, RuntimeError):
-            continue  # Classes of the script that wrote it; dtypes that torch can't allocate.
-        expected = json.loads(file.read_text())
-        if known_here(expected) != expected:
+            dcp.load(loaded, checkpoint_id=file.parent / "ckpt",
+                     planner=_EmptyStateDictLoadPlanner())  # fmt: skip
+        except (sk.Untrusted, sk.Mismatch, RuntimeError):
+            refused.append(file.parent.name)
             continue
-        done = compare(expected, loaded)
-        assert [line for line in done.differences if "missing" not in line] == [], file.parent.name
-        checked += 1
-    assert checked >= 8
+        lines = compare(json.loads(file.read_text()), loaded).differences
+        allowed = NEVER_STORED if release[:3] in ("2.0", "2.3") else ()
+        wrong += [line for line in lines if not (file.parent.name in allowed and "missing" in line)]
+        right += 1
+    assert wrong == []
+    # Classes of the script that wrote them; dtypes that this torch does not have, or allocate.
+    assert {name.split(".")[0] for name in refused} <= {
+        "objects",
+        "dtypes_in_objects",
+        "more_dtypes",
+    }
+    assert right >= 20
 
 
 @pytest.mark.gloo
@@ -464,5 +470,3 @@ def test_what_is_handed_on_is_torchs():
     assert default_planner.create_default_local_save_plan is (
         stock_planner.create_default_local_save_plan
     )
-    assert pickle.loads(pickle.dumps(BytesStorageMetadata())) == BytesStorageMetadata()
-    assert np.prod(torch.Size([2, 3])) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
+from shardkeep.dcp import format_utils
 from shardkeep.dcp.default_planner import _EmptyStateDictLoadPlanner
 from shardkeep.dcp.format_utils import BroadcastingTorchSaveReader, DynamicMetaLoadPlanner
 from shardkeep.dcp.optimizer import load_sharded_optimizer_state_dict
@@ -162,11 +164,10 @@ def broadcast(rank: int, size: int, path: str) -> str:
         }
 
     def load(state: dict[str, Any]) -> None:
-        where = f"{path}/file.pt" if rank == 0 else f"{path}/not here"
-        reader = BroadcastingTorchSaveReader()
-        dcp.load(
-            state, checkpoint_id=where, storage_reader=reader, planner=DynamicMetaLoadPlanner()
-        )
+        options = {"storage_reader": BroadcastingTorchSaveReader(),
+                   "planner": DynamicMetaLoadPlanner()}  # fmt: skip
+        with mock.patch.object(format_utils, "_read", format_utils._read if rank == 0 else _unseen):
+            dcp.load(state, checkpoint_id=f"{path}/file.pt", **options)
 
     loaded = blank(saved["model"])
     load(loaded)
@@ -181,6 +182,10 @@ def broadcast(rank: int, size: int, path: str) -> str:
             (failure,) = error.failures.items()
             told.append(f"{failure[0]}: {failure[1][0]}")
     return "\n".join(told)
+
+
+def _unseen(path: str) -> Any:
+    raise FileNotFoundError(path)
 
 
 def fsdp(rank: int, size: int, path: str) -> str:

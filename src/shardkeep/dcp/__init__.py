@@ -26,20 +26,26 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from shardkeep.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
+from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
 from shardkeep.dcp.handed import hand_on
 from shardkeep.dcp.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from shardkeep.dcp.optimizer import load_sharded_optimizer_state_dict
+from shardkeep.dcp.protocol import CheckpointableTensor
 from shardkeep.dcp.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 from shardkeep.dcp.state_dict_loader import load, load_state_dict
-from shardkeep.dcp.state_dict_saver import save, save_state_dict
+from shardkeep.dcp.state_dict_saver import async_save, save, save_state_dict
 
 __all__ = [
     "BytesStorageMetadata",
     "CheckpointException",
+    "CheckpointableTensor",
     "ChunkStorageMetadata",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
     "FileSystemReader",
     "FileSystemWriter",
+    "FsspecReader",
+    "FsspecWriter",
     "HuggingFaceStorageReader",
     "HuggingFaceStorageWriter",
     "LoadPlan",
@@ -53,7 +59,9 @@ __all__ = [
     "StorageWriter",
     "TensorStorageMetadata",
     "WriteItem",
+    "async_save",
     "load",
+    "load_sharded_optimizer_state_dict",
     "load_state_dict",
     "save",
     "save_state_dict",

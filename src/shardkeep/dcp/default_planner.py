@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import io
 from collections.abc import Collection, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from math import prod
@@ -33,6 +34,7 @@ from shardkeep import tree
 from shardkeep.dcp.bridge.meta import take_memory
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.dcp.handed import rest_of
+from shardkeep.errors import Mismatch
 from shardkeep.plan.ownership import lowest, owners
 from shardkeep.tensors.objects import from_bytes, to_bytes
 from shardkeep.types import Path
@@ -180,7 +182,7 @@ def _nbytes(item: WriteItem) -> int:
     """Bytes of an item's own shard; of an object, what the plan says of it, or 0."""
     data = item.tensor_data
     if data is None:
-        return int(getattr(item.bytes_io_data, "nbytes", 0))
+        return int(getattr(getattr(item, "bytes_io_data", None), "nbytes", 0))
     return prod(data.chunk.sizes) * int(data.properties.dtype.itemsize)
 
 
@@ -256,7 +258,11 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
         self.original_state_dict[key] = _poured(loaded, held)
 
     def _put(self, path: Path, value: Any) -> None:
-        tree.put(self.original_state_dict, self._path(path), value)
+        typed = self._path(path)
+        if isinstance(value, Mapping):  # Whole, as torch 2.3 has those without tensors.
+            with suppress(Mismatch):
+                value = _poured(value, tree.get(self.original_state_dict, typed))
+        tree.put(self.original_state_dict, typed, value)
 
     def _path(self, path: Path) -> Path:
         """A path of torch's, where keys are strings, with the keys that the state has."""

@@ -25,7 +25,7 @@ from shardkeep import commit
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.items import write_containers
-from shardkeep.dcp.bridge.metadata import index_of, metadata_of
+from shardkeep.dcp.bridge.metadata import VERSION, index_of, metadata_of
 from shardkeep.dcp.bridge.publishing import publish, publish_own
 from shardkeep.dcp.bridge.reading import Reading
 from shardkeep.dcp.bridge.streams import store_of
@@ -40,12 +40,11 @@ __all__ = ["FileSystemReader", "FileSystemWriter"]
 
 __getattr__ = rest_of("filesystem")
 
-_VERSION = getattr(stock, "CURRENT_DCP_VERSION", None)
 _SUFFIX = getattr(stock, "DEFAULT_SUFFIX", ".distcp")
 _PER_RANK = re.compile(r"__\d+\.metadata")
 
 
-class _Exists(AlreadyExists, RuntimeError):
+class CheckpointExists(AlreadyExists, RuntimeError):
     """What torch raises is a RuntimeError."""
 
 
@@ -60,7 +59,18 @@ class _Prefix(stock._StoragePrefix):
     save_id: str
 
 
-class FileSystemWriter(stock.FileSystemWriter):
+class _Paths:
+    """What early releases do not have; later ones' own comes first."""
+
+    fs: Any
+    path: Any
+
+    def _get_metadata_path(self, rank: int | None = None) -> Any:
+        name = commit.METADATA if rank is None else f"__{rank}{commit.METADATA}"
+        return self.fs.concat_path(self.path, name)
+
+
+class FileSystemWriter(stock.FileSystemWriter, _Paths):
     """Torch's writer; see there for the options.
 
     An overwritten checkpoint stays whole until the new one is, files have names that were never
@@ -89,8 +99,10 @@ class FileSystemWriter(stock.FileSystemWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Make the folder. Raises AlreadyExists if a checkpoint is there that is to stay."""
         self.fs.mkdir(self.path)
-        if not self.overwrite and self.fs.exists(self._get_metadata_path(self._own_rank)):
-            raise _Exists(
+        if not getattr(self, "overwrite", True) and self.fs.exists(
+            self._get_metadata_path(self._own_rank)
+        ):
+            raise CheckpointExists(
                 f"Checkpoint already exists and self.overwrite=False: {os.fspath(self.path)} "
                 "already holds a checkpoint; pass overwrite=True to replace it"
             )
@@ -114,7 +126,8 @@ class FileSystemWriter(stock.FileSystemWriter):
             OSError: from the file system. Nothing stays of what was written.
             Conflict: something can't be saved; it is named.
         """
-        if type(self)._write_data is not stock.FileSystemWriter._write_data:
+        own = getattr(type(self), "_write_data", None)
+        if own is not getattr(stock.FileSystemWriter, "_write_data", None):
             theirs: Future[list[WriteResult]] = super().write_data(plan, planner)
             return theirs
         store = store_of(self)
@@ -134,8 +147,8 @@ class FileSystemWriter(stock.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit, then remove the checkpoint that was there before."""
-        if _VERSION is not None:
-            metadata.version = _VERSION
+        if VERSION is not None:
+            metadata.version = VERSION
         written = {one.index: one for listed in results for one in listed}
         metadata.storage_data = {index: one.storage_data for index, one in written.items()}
         metadata.storage_meta = self.storage_meta()
@@ -149,7 +162,7 @@ class FileSystemWriter(stock.FileSystemWriter):
     @property
     def _own_rank(self) -> int | None:
         """This rank, if it has metadata of its own."""
-        return None if self.use_collectives else self.rank
+        return None if getattr(self, "use_collectives", True) else self.rank
 
     @property
     def _new_id(self) -> str:
@@ -176,7 +189,7 @@ class FileSystemWriter(stock.FileSystemWriter):
         return write_tensor_files(store, files, plan.items, planner, threads=threads)
 
 
-class FileSystemReader(stock.FileSystemReader):
+class FileSystemReader(stock.FileSystemReader, _Paths):
     """Torch's reader; see there for the options.
 
     Metadata is never unpickled, only the bytes that are needed are read, and all of them are
@@ -217,12 +230,7 @@ class FileSystemReader(stock.FileSystemReader):
         if self._source is None:
             metadata = self._stored_metadata(store, rank)
         else:
-            metadata = metadata_of(self._source)
-            trailer = self._source.found.trailer
-            assert trailer is not None
-            metadata.storage_meta = StorageMeta(self.path, trailer.save_id)
-            if _VERSION is not None:
-                metadata.version = _VERSION
+            metadata = metadata_of(self._source, self.path)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -264,7 +272,7 @@ class FileSystemReader(stock.FileSystemReader):
 
     @property
     def _has_usual_paths(self) -> bool:
-        return type(self)._get_metadata_path is stock.FileSystemReader._get_metadata_path
+        return type(self)._get_metadata_path is FileSystemReader._get_metadata_path
 
     @property
     def _unpack(self) -> Any:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.futures import Future
 
@@ -143,7 +143,7 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
             leaves = flatten(_read(self.checkpoint_id), is_any_tensor).leaves
             self._held = {leaf.name: leaf.value for leaf in leaves if is_any_tensor(leaf.value)}
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+    def prepare_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Have each rank know what will be sent, in which order.
 
         Raises:
@@ -151,8 +151,8 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
             ValueError: one has another size there.
         """
         ends: dict[str, list[int]] = {}
-        for item in (item for plan in plans for item in plan.items):
-            reached = [o + n for o, n in zip(item.storage_offsets, item.lengths, strict=True)]
+        for item in (item for plan in global_plan for item in plan.items):
+            reached = [start + length for start, length in _box(item)]
             known = ends.setdefault(item.storage_index.fqn, reached)
             known[:] = map(max, known, reached)
         for name, reached in ends.items():
@@ -164,7 +164,7 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
                     f"Size mismatch between saved {saved} and current: {current} for {name}"
                 )
         sent = {name: (self._held[name].shape, self._held[name].dtype) for name in ends}
-        return [LoadPlan(plan.items, sent, plan.planner_data) for plan in plans]
+        return [LoadPlan(plan.items, sent, plan.planner_data) for plan in global_plan]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Take part in sending all tensors; keep what this rank's plan needs."""
@@ -175,10 +175,8 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
             tensor = self._sent(name, shape, dtype)
             for item in wanted.get(name, ()):
                 part = tensor
-                for dim, (offset, length) in enumerate(
-                    zip(item.storage_offsets, item.lengths, strict=True)
-                ):
-                    part = part.narrow(dim, offset, length)
+                for dim, (start, length) in enumerate(_box(item)):
+                    part = part.narrow(dim, start, length)
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(part)
                 planner.commit_tensor(item, target)
@@ -198,6 +196,18 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
         # As bytes: backends don't know every dtype.
         dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=self.coordinator_rank)
         return tensor
+
+
+def _box(item: ReadItem) -> list[tuple[int, int]]:
+    """Where a tensor's part starts in it, and how long it is, by dimension.
+
+    An item counts from its chunk's own start, which torch's reader leaves out.
+    """
+    starts = item.storage_index.offset or [0] * len(item.lengths)
+    return [
+        (start + offset, length)
+        for start, offset, length in zip(starts, item.storage_offsets, item.lengths, strict=True)
+    ]
 
 
 class DynamicMetaLoadPlanner(DefaultLoadPlanner):

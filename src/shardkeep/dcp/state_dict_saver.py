@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
 from shardkeep import checkpoint, commit, saving
+from shardkeep.contracts import Ranks
+from shardkeep.dcp.bridge import processes
+from shardkeep.dcp.bridge.background import finish_saves, put_off, stage
+from shardkeep.dcp.bridge.blocks import Blocks
 from shardkeep.dcp.bridge.choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.bridge.hooks import hooked
@@ -22,12 +31,31 @@ from shardkeep.dcp.bridge.steps import save_by_steps
 from shardkeep.dcp.bridge.storage import writer_for
 from shardkeep.dcp.bridge.streams import store_of
 from shardkeep.dcp.default_planner import DefaultSavePlanner
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.filesystem import CheckpointExists
+from shardkeep.dcp.handed import rest_of, theirs
+from shardkeep.errors import AlreadyExists
 from shardkeep.ranks import take_part
 
-__all__ = ["save", "save_state_dict"]
+__all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save", "save", "save_state_dict"]
 
 __getattr__ = rest_of("state_dict_saver")
+
+
+class _Type(Enum):
+    THREAD = "thread"
+    PROCESS = "process"
+
+
+@dataclass
+class _Response:
+    staging_completion: Future[None]
+    upload_completion: Future[Metadata]
+
+
+_stock = theirs("state_dict_saver")
+# Torch's own where it has them: later releases do.
+AsyncCheckpointerType: Any = getattr(_stock, "AsyncCheckpointerType", _Type)
+AsyncSaveResponse: Any = getattr(_stock, "AsyncSaveResponse", _Response)
 
 
 @hooked
@@ -57,9 +85,67 @@ def save(
         CheckpointException: the save failed, and nothing was committed. It is also of the class
             that `shardkeep.save` raises, and an `Exception`.
     """
+    finish_saves()  # One of them may be on its way to the same place.
     writer = writer_for(storage_writer, checkpoint_id)
     return _save_state_dict(
         state_dict, writer, process_group, 0, no_dist, planner, use_collectives, stateful=True
+    )
+
+
+@hooked
+def async_save(
+    state_dict: dict[str, Any],
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: Any = AsyncCheckpointerType.THREAD,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+) -> Any:
+    """Save a state as it is now, while the caller goes on; otherwise as `save`.
+
+    Saves of one process are done one after another, in the order of the calls. What changes in the
+    state after the return, tensors and plain objects alike, does not change what is saved. No
+    collective is called, so a group needs no backend for the CPU.
+
+    Args:
+        state_dict, checkpoint_id, storage_writer, planner, process_group, no_dist,
+            use_collectives: as for `save`.
+        async_checkpointer_type: in a thread, or in a process that lives on between saves; it gets
+            the writer and the planner by pickle.
+        async_stager: copies the state. By default the writer if it is an `AsyncStager`, else
+            Shardkeep, to the CPU.
+
+    Returns:
+        A future of the `Metadata`, which raises what `save` does. An `AsyncSaveResponse` of that
+        and another one where the stager returns a future: the state may change when that is done.
+
+    Raises: what staging raises; the other ranks' futures then raise `CheckpointException`.
+    """
+    _, ranks = members(process_group, 0, no_dist)
+    job = take_part(ranks)
+    what = processes.Save(checkpoint_id, storage_writer, planner, use_collectives)
+    save, allocate = partial(_save_put_off, what=what, job=job), None
+    if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
+        blocks = Blocks()
+        where = processes.meeting(job, ranks)
+        save = partial(processes.save, what=what, job=job, where=where, blocks=blocks)
+        allocate = blocks.take
+    staging, upload = put_off(
+        lambda: stage(_stateful_to_state_dict(state_dict), async_stager, storage_writer, allocate),
+        save,
+    )
+    return upload if staging is None else AsyncSaveResponse(staging, upload)
+
+
+def _save_put_off(state: Any, what: processes.Save, job: Ranks) -> Metadata:
+    """The save that `async_save` has put off, by then on another thread or in another process."""
+    writer = writer_for(what.storage_writer, what.checkpoint_id)
+    return _save_state_dict(
+        state, writer, job, planner=what.planner, use_collectives=what.use_collectives
     )
 
 
@@ -82,7 +168,7 @@ def save_state_dict(
 def _save_state_dict(
     state_dict: dict[str, Any],
     storage_writer: StorageWriter,
-    process_group: dist.ProcessGroup | None = None,
+    process_group: dist.ProcessGroup | Ranks | None = None,
     coordinator_rank: int = 0,
     no_dist: bool = False,
     planner: SavePlanner | None = None,
@@ -109,17 +195,21 @@ def _save_plainly(state: Any, writer: Any, planner: Any, ranks: Any) -> Metadata
     """What the options of a writer and a planner mean to the engine."""
     store = store_of(writer)
     writer.save_id = commit.new_id()
-    saving.save(
-        state,
-        store,
-        overwrite=writer.overwrite,
-        flatten=planner.flatten_state_dict,
-        files=writer.thread_count if writer.single_file_per_rank else "each",
-        spread=not planner.dedup_save_to_lowest_rank,
-        save_id=writer.save_id,
-        ranks=ranks,
-    )
-    return metadata_of(checkpoint.open(store))
+    try:
+        saving.save(
+            state,
+            store,
+            overwrite=writer.overwrite,
+            flatten=planner.flatten_state_dict,
+            files=writer.thread_count if writer.single_file_per_rank else "each",
+            spread=not planner.dedup_save_to_lowest_rank,
+            save_id=writer.save_id,
+            ranks=ranks,
+        )
+    except AlreadyExists as error:
+        what = f"Checkpoint already exists and self.overwrite=False: {error}"
+        raise CheckpointExists(what) from error
+    return metadata_of(checkpoint.open(store), writer.path)
 
 
 def _stateful_to_state_dict(state: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,7 @@ _ATOMS = frozenset(
 _PLACE = tuple(CheckpointableTensor.__annotations__)
 
 
-def copy_state(
-    state: Any, *, allocate: Allocate | None = None, keep_tensors: bool = False
-) -> Any:
+def copy_state(state: Any, *, allocate: Allocate | None = None, keep_tensors: bool = False) -> Any:
     """Copy containers, objects and tensors. What is one in the state is one in the copy.
 
     Tensors become plain ones on the CPU, with the strides that they had if these are dense.

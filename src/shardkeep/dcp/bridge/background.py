@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,7 @@ from shardkeep.dcp.handed import theirs
 from shardkeep.ranks.heart import Timing
 from shardkeep.tensors.copies import Allocate, copy_state
 
-__all__ = ["Unstaged", "finish_saves", "later", "stage"]
+__all__ = ["finish_saves", "put_off", "stage"]
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ _TORCHS = [BlockingAsyncStager.stage, stock.FileSystemWriter.stage]
 """What torch does by default in some release: Shardkeep's own copy promises more."""
 
 
-class Unstaged(dict[str, Any]):
+class _Unstaged(dict[str, Any]):
     """In place of a state that could not be staged: who looks at it is told why.
 
     So a save of it fails as any other: where all other ranks hear of it.
@@ -46,8 +46,8 @@ class Unstaged(dict[str, Any]):
     def _tell(self, *_: Any) -> NoReturn:
         raise self._why
 
-    keys = values = items = get = copy = _tell  # type: ignore[assignment]
-    __iter__ = __len__ = __getitem__ = __contains__ = _tell  # type: ignore[assignment]
+    keys = values = items = get = copy = _tell
+    __iter__ = __len__ = __getitem__ = __contains__ = _tell
 
 
 def stage(
@@ -67,18 +67,19 @@ def stage(
     Raises: whatever the stager raises.
     """
     stager: Any = writer if given is None and isinstance(writer, AsyncStager) else given
-    if _keeps_memory(stager):
+    keeps = _keeps_memory(stager)
+    if keeps:
         finish_saves()  # It would write over what they save.
     if stager is None or _is_torchs(stager):
-        kept = getattr(stager, "cache_staged_state_dict", False)
-        memory = _kept.setdefault(stager, _Kept()) if kept else None
-        staged = copy_state(state, allocate=allocate or (memory and memory.again()))
+        if keeps and allocate is None:
+            allocate = _kept.setdefault(stager, _Kept()).again()
+        staged = copy_state(state, allocate=allocate)
     else:
         # Torch's stagers share some objects with the state.
         staged = stager.stage(copy_state(state, keep_tensors=True))
-    if stager is not None and not isinstance(staged, Future):
-        if stager.should_synchronize_after_execute:
-            stager.synchronize_staging()
+    done = stager is None or isinstance(staged, Future)
+    if not done and stager.should_synchronize_after_execute:
+        stager.synchronize_staging()
     return staged
 
 
@@ -117,11 +118,18 @@ _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
 
 
 class _Job:
+    """Work for later.
+
+    Args:
+        work: raises what the future will raise.
+        owed: False for what only tells other ranks of a failure that is known here: a program that
+            ends does not wait long for it.
+    """
+
     def __init__(self, work: Callable[[], Any], owed: bool) -> None:
         self.work: Callable[[], Any] | None = work
         self.owed = owed
         self.future: Future[Any] = Future()
-        # Nobody can cancel it: the other ranks would wait for this one.
         self.future.set_running_or_notify_cancel()
 
     def run(self) -> None:
@@ -130,8 +138,9 @@ class _Job:
         try:
             result = work()
         except BaseException as error:
-            if self.owed:
-                _log.warning("An asynchronous save failed: %s: %s", type(error).__name__, error)
+            if self.owed:  # Nobody may ever ask the future.
+                last = (str(error).strip() or repr(error)).splitlines()[-1]
+                _log.warning("An asynchronous save failed: %s", last)
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
@@ -177,17 +186,47 @@ class _Line:
 _line = _Line()
 
 
-def later(work: Callable[[], T], *, owed: bool = True) -> Future[T]:
-    """Do it when all that was put off before is done.
+def put_off(
+    staging: Callable[[], Any], save: Callable[[Any], T]
+) -> tuple[Future[None] | None, Future[T]]:
+    """Stage now, and save what was staged when all saves are done that were put off before.
 
-    Args:
-        work: raises what the future will raise.
-        owed: False for what only tells other ranks of a failure that is known here: a program that
-            ends does not wait long for them.
+    Returns:
+        When the staging is done, unless it is; and what the save gives or raises. Neither future
+        can be cancelled: the other ranks would wait for this one.
+
+    Raises: what `staging` raises; then the save only tells the other ranks so.
     """
-    job = _Job(work, owed)
+    try:
+        staged = staging()
+    except BaseException as error:
+        why = RuntimeError(f"the state was not staged: {type(error).__name__}: {error}")
+        why.__cause__ = error
+        _line.put(_Job(lambda: save(_Unstaged(why)), owed=False))
+        raise
+    job = _Job(lambda: save(_had(staged)), owed=True)
     _line.put(job)
-    return job.future
+    return _told(staged) if isinstance(staged, Future) else None, job.future
+
+
+def _had(staged: Any) -> Any:
+    try:
+        return staged.result() if isinstance(staged, Future) else staged
+    except BaseException as error:
+        return _Unstaged(error)
+
+
+def _told(staged: Future[Any]) -> Future[None]:
+    """Done when that is, without the state."""
+    told: Future[None] = Future()
+    told.set_running_or_notify_cancel()
+
+    def tell(done: Future[Any]) -> None:
+        error = CancelledError() if done.cancelled() else done.exception()
+        told.set_result(None) if error is None else told.set_exception(error)
+
+    staged.add_done_callback(tell)
+    return told
 
 
 def finish_saves() -> None:

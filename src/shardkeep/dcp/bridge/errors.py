@@ -5,10 +5,10 @@ from __future__ import annotations
 import pickle
 import re
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from traceback import StackSummary
+from types import TracebackType
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -25,20 +25,28 @@ _SHOWN = 40
 _SHAPES = re.compile(r"shape: (\[.*\]) in the checkpoint, (\[.*\]) in the template")
 
 
-@contextmanager
-def as_torch(rank: int) -> Iterator[None]:
-    """Raise every error as a `CheckpointException` that is of the error's own class, too.
+class as_torch:
+    """Raise every error in a block as a `CheckpointException` of the error's own class, too.
 
     Args:
         rank: this rank, under which its own errors stand in `failures`.
     """
-    try:
-        yield
-    except CheckpointException:
-        raise
-    except Exception as error:
-        where = error.rank if isinstance(error, RankFailed) else rank
-        raise failed(error, {where: wrapped(error)}) from error
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CheckpointException):
+            rank = error.rank if isinstance(error, RankFailed) else self._rank
+            raise failed(error, {rank: wrapped(error)}) from error
 
 
 def wrapped(error: BaseException) -> tuple[BaseException, StackSummary]:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as LegacyProperties
-from torch.distributed.checkpoint import metadata as stock
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -40,14 +41,28 @@ from shardkeep.format.metadata_write import dcp_path
 from shardkeep.format.structure import structure_of
 from shardkeep.types import DTYPES, Chunks, DType, Index, Objects
 
-__all__ = ["index_of", "is_whole", "metadata_of", "pickled", "says_no_more"]
+__all__ = ["VERSION", "index_of", "is_whole", "metadata_of", "pickled", "says_no_more"]
+
+VERSION = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+"""What metadata says of itself in the releases that ask; None in others."""
 
 Results = Mapping[MetadataIndex, WriteResult]
 
 
-def metadata_of(source: Checkpoint | Index) -> Metadata:
-    """What a checkpoint holds, in torch's own classes, as torch's reader would give it."""
-    return _to_torch(source if isinstance(source, Index) else source.index)
+def metadata_of(source: Checkpoint | Index, checkpoint_id: Any = None) -> Metadata:
+    """What a checkpoint holds, in torch's own classes, as torch's reader would give it.
+
+    Twins are left out: they are for releases up to 2.3, and torch's planners of later ones take a
+    checkpoint that has them for one of those.
+    """
+    if isinstance(source, Index):
+        return _to_torch(source)
+    metadata = _to_torch(source.index)
+    if source.found.trailer is not None:
+        metadata.storage_meta = StorageMeta(checkpoint_id, source.found.trailer.save_id)
+        if VERSION is not None:
+            metadata.version = VERSION
+    return metadata
 
 
 def index_of(metadata: Metadata, results: Results | None = None) -> Index:
@@ -148,7 +163,7 @@ class _Pickler(pickle.Pickler):
 def _to_torch(index: Index) -> Metadata:
     """The metadata that stock torch's reader would give for this checkpoint.
 
-    What the index does not know stays at its default: `requires_grad`, `version`, `storage_meta`.
+    What the index does not know stays at its default, as `requires_grad`.
     """
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -167,9 +182,14 @@ def _to_torch(index: Index) -> Metadata:
         places[MetadataIndex(name, offsets, len(held))] = _info(index, chunks, row)
         held.append(ChunkStorageMetadata(offsets, sizes))
     for row, name in enumerate(index.objects.names):
+        if name in index.twins:
+            continue
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = _info(index, index.objects, row)
-    return Metadata(entries, planner_data=_planner_data(index), storage_data=places)
+    paths = _planner_data(index)
+    if paths is not None:
+        paths = {name: path for name, path in paths.items() if name not in index.twins}
+    return Metadata(entries, planner_data=paths, storage_data=places)
 
 
 def _info(index: Index, table: Chunks | Objects, row: int) -> _StorageInfo:
@@ -237,7 +257,8 @@ def _with_crcs(objects: Objects, results: Results) -> Objects:
 
 def _is_plain(value: Any, kind: Any) -> bool:
     """Exactly of that class, with no attributes besides its own."""
-    return type(value) is kind and vars(value).keys() <= _fields(kind)
+    known = _fields(kind)
+    return type(value) is kind and vars(value).keys() <= known
 
 
 @cache
@@ -263,6 +284,4 @@ def _is_plain_meta(meta: Any) -> bool:
     if meta is None:
         return True
     rest = vars(meta).keys() - {"checkpoint_id", "save_id", "load_id"}
-    return _is_plain(meta, getattr(stock, "StorageMeta", None)) and not any(
-        getattr(meta, name) for name in rest
-    )
+    return _is_plain(meta, StorageMeta) and not any(getattr(meta, name) for name in rest)

@@ -16,27 +16,27 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import connection, reduction
 from secrets import token_hex
 from socket import AF_UNIX, SOCK_STREAM, socket
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, TCPStore
 from torch.distributed.checkpoint.metadata import Metadata
 
 from shardkeep import knobs
 from shardkeep.contracts import Ranks, Session
 from shardkeep.dcp.bridge.blocks import Blocks, pack, unpack
+from shardkeep.dcp.bridge.choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.storage import writer_for
 from shardkeep.ranks.keyed import KeyRanks
 from shardkeep.ranks.solo import Solo
 from shardkeep.ranks.store import StoreKeys
 
-__all__ = ["Address", "Save", "address", "save"]
-
-Address = tuple[str, ...]
-"""A store: ("tcp", host, port) or ("file", path)."""
+__all__ = ["Meeting", "Save", "meeting", "save"]
 
 _AT_ONCE = 64
 """Descriptors that are sent in one message."""
@@ -44,23 +44,36 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Save:
-    """What to save with, as the caller of `async_save` says it; it can be pickled if that can.
-
-    Attributes:
-        plain: nothing of it is the user's own.
-    """
+    """What to save with, as the caller of `async_save` says it; it can be pickled if that can."""
 
     checkpoint_id: Any
     storage_writer: Any
     planner: Any
     use_collectives: bool
-    plain: bool
 
     @property
-    def where(self) -> str:
+    def name(self) -> str:
         """What the ranks call it."""
         named = self.checkpoint_id or getattr(self.storage_writer, "checkpoint_id", None)
         return str(named or type(self.storage_writer).__qualname__)
+
+    def is_plain(self) -> bool:
+        """Whether nothing of it is the user's own."""
+        writer = self.storage_writer or writer_for(None, self.checkpoint_id)
+        return self.use_collectives and plain_save(self.planner, writer)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of the ranks meet.
+
+    Attributes:
+        members: global ranks of those that save.
+        store: the job's: ("tcp", host, port) or ("file", path); None for one alone.
+    """
+
+    members: tuple[int, ...]
+    store: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -70,26 +83,35 @@ class _Orders:
     Attributes:
         files: how many descriptors of memory follow.
         rank: this rank, counted among the members.
-        members: global ranks of those that save.
-        store: where they meet; None for one alone.
+        where: it meets the other ranks' processes.
         name: sets this save apart from all others there.
         group: the process group to be in; "" if it does not matter.
     """
 
     files: int
     rank: int
-    members: tuple[int, ...]
-    store: Address | None
+    where: Meeting
     name: str
     group: str
 
 
-def address() -> Address:
-    """The job's store, for a process that takes no part in the job yet.
+def meeting(job: Ranks, ranks: Sequence[int] | Ranks | None) -> Meeting:
+    """Where the processes of the ranks that save will meet: in the job's store.
+
+    Args:
+        job: who saves.
+        ranks: the same, as it was said to `take_part`.
 
     Raises:
-        NotImplementedError: other processes can't reach it, or there is none.
+        NotImplementedError: other processes can't reach the store, or there is none.
     """
+    if job.size == 1:
+        return Meeting((job.rank,), None)
+    assert not isinstance(ranks, Ranks)
+    return Meeting(tuple(range(job.size) if ranks is None else ranks), _address())
+
+
+def _address() -> tuple[str, ...]:
     group: Any = dist.group.WORLD
     known = hasattr(group, "get_group_store")
     store = group.get_group_store() if known else dist.distributed_c10d._get_default_store()
@@ -104,34 +126,33 @@ def address() -> Address:
     )
 
 
-def save(
-    state: Any, blocks: Blocks, what: Save, job: Ranks, members: Sequence[int], store: Address | None
-) -> Metadata:
+def save(state: Any, *, what: Save, job: Ranks, where: Meeting, blocks: Blocks) -> Metadata:
     """Save a state in the other process; called by one thread at a time.
 
     Args:
         state: staged, best of all into the blocks, which are closed.
-        job: the ranks that save; only to find out whether all of them can.
-        members: their global ranks.
-        store: where the processes meet; None for one alone.
+        job: the ranks that save; here they only find out whether all of them can.
 
     Raises:
-        CheckpointException: as `shardkeep.dcp.save`; of class RuntimeError with the exit code if
-            the process has died: the next save starts another one.
+        CheckpointException: as `shardkeep.dcp.save`; it is a RuntimeError with the exit code if the
+            process has died: the next save starts another one.
     """
     with as_torch(job.rank):
         try:
-            with job.session("start", what.where) as session:
+            with job.session("start", what.name) as session:
                 session.phase("stage")
-                body = pack((state, what), blocks, as_shards=what.plain)
+                plain = what.is_plain()
+                body = pack((state, what), blocks, as_shards=plain)
                 session.phase("start")
                 process = _running()
-                name, group = _agree(session, process.group, not what.plain)
-            orders = _Orders(len(blocks.files), job.rank, tuple(members), store, name, group)
-            process.group = group or process.group
-            return process.save(orders, body, blocks.files)
+                name, group = _agree(session, process.group, not plain)
+                session.phase("hand over")
+                orders = _Orders(len(blocks.files), job.rank, where, name, group)
+                process.prepare(orders, body, blocks.files)
         finally:
             blocks.close()
+        # Now all of them are ready: they will meet.
+        return process.save()
 
 
 def _agree(session: Session, group: str, wanted: bool) -> tuple[str, str]:
@@ -142,19 +163,19 @@ def _agree(session: Session, group: str, wanted: bool) -> tuple[str, str]:
         groups, wants = zip(*map(json.loads, said), strict=True)
         fresh = len(set(groups)) > 1 or not group
         answer = json.dumps([token_hex(16), (token_hex(16) if fresh else group) * any(wants)])
-    name, group = json.loads(session.broadcast(answer and answer.encode()))
+    name, group = json.loads(session.broadcast(None if answer is None else answer.encode()))
     return name, group
 
 
-_process: _Process | None = None
+_alive: list[_Process] = []
+"""The process, once it was needed."""
 
 
 def _running() -> _Process:
-    global _process
-    if _process is None or not _process.is_alive():
-        _process = None
-        _process = _Process()
-    return _process
+    if not _alive or not _alive[0].is_alive():
+        _alive[:] = []
+        _alive.append(_Process())
+    return _alive[0]
 
 
 class _Process:
@@ -178,7 +199,8 @@ class _Process:
     def is_alive(self) -> bool:
         return self._process.is_alive()
 
-    def save(self, orders: _Orders, body: bytes, files: Sequence[int]) -> Metadata:
+    def prepare(self, orders: _Orders, body: bytes, files: list[int]) -> None:
+        """Hand it a save, in place of one that it has not begun; returns when it is ready."""
         try:
             self._pipe.send(orders)
             with _socket_of(self._pipe) as end:
@@ -187,16 +209,25 @@ class _Process:
             self._pipe.send_bytes(body)
         except OSError:
             raise self._death() from None
-        failed, result = self._answer()
-        if failed:
-            raise result
-        return result  # type: ignore[no-any-return]
+        self._answer()
+        self.group = orders.group or self.group
+
+    def save(self) -> Metadata:
+        """Let it do what it was handed."""
+        try:
+            self._pipe.send(None)
+        except OSError:
+            raise self._death() from None
+        return self._answer()  # type: ignore[no-any-return]
 
     def _answer(self) -> Any:
         try:
-            return self._pipe.recv()
+            failed, result = self._pipe.recv()
         except (EOFError, OSError):
             raise self._death() from None
+        if failed:
+            raise result
+        return result
 
     def _death(self) -> RuntimeError:
         """It does not answer any more."""
@@ -216,29 +247,26 @@ def _socket_of(pipe: connection.Connection) -> socket:
 
 
 def _serve(pipe: connection.Connection) -> None:
-    """Its life. It answers (False, metadata) or (True, error)."""
+    """Its life. It answers (False, result) or (True, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     threading.Thread(target=_end_with_parent, name="shardkeep-parent", daemon=True).start()
-    pipe.send("ready")
-    group = ""
+    server = _Server(pipe)
+    _send(pipe, (False, None))
     while True:
         try:
-            orders: _Orders = pipe.recv()
-            files = _receive_files(pipe, orders.files)
-            body = pipe.recv_bytes()
-        except (EOFError, OSError):
+            orders = pipe.recv()
+            work = partial(server.prepare, orders) if orders is not None else server.save
+            answer: tuple[bool, Any]
+            try:
+                answer = False, work()
+            except EOFError:
+                raise
+            except BaseException as error:
+                answer = True, error
+            _send(pipe, answer)
+            del answer
+        except EOFError:
             os._exit(0)  # Not through what threads and groups would do on the way out.
-        answer: tuple[bool, Any]
-        try:
-            if orders.group and orders.group != group:
-                _join(orders)
-                group = orders.group
-            answer = False, _save(orders, body, files)
-        except BaseException as error:
-            answer = True, error
-        del body
-        _send(pipe, answer)
-        del answer
 
 
 def _end_with_parent() -> None:
@@ -248,12 +276,39 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _receive_files(pipe: connection.Connection, count: int) -> list[int]:
-    files: list[int] = []
-    with _socket_of(pipe) as end:
-        while len(files) < count:
-            files += reduction.recvfds(end, min(_AT_ONCE, count - len(files)))
-    return files
+class _Server:
+    """What was prepared, and the process group that this process is in."""
+
+    def __init__(self, pipe: connection.Connection) -> None:
+        self._pipe = pipe
+        self._group = ""
+        self._prepared: Any = None
+
+    def prepare(self, orders: _Orders) -> None:
+        self._prepared = None
+        files = self._receive(orders.files)
+        try:
+            body = self._pipe.recv_bytes()
+            if orders.group and orders.group != self._group:
+                _join(orders)
+                self._group = orders.group
+            self._prepared = (*unpack(body, files), _ranks(orders))
+        finally:
+            for file in files:
+                os.close(file)
+
+    def save(self) -> Metadata:
+        from shardkeep.dcp.state_dict_saver import _save_put_off
+
+        prepared, self._prepared = self._prepared, None
+        return _save_put_off(*prepared)
+
+    def _receive(self, count: int) -> list[int]:
+        files: list[int] = []
+        with _socket_of(self._pipe) as end:
+            while len(files) < count:
+                files += reduction.recvfds(end, min(_AT_ONCE, count - len(files)))
+        return files
 
 
 def _send(pipe: connection.Connection, answer: tuple[bool, Any]) -> None:
@@ -265,29 +320,19 @@ def _send(pipe: connection.Connection, answer: tuple[bool, Any]) -> None:
         pipe.send((True, RuntimeError(told)))
 
 
-def _save(orders: _Orders, body: bytes, files: Sequence[int]) -> Metadata:
-    from shardkeep.dcp.state_dict_saver import _save_put_off
-
-    ranks: Ranks = Solo()
-    if orders.store is not None:
-        size = len(orders.members)
-        keys = StoreKeys(_store(orders.store), size)
-        ranks = KeyRanks(keys, orders.rank, orders.members, scope=orders.name)
-    with as_torch(orders.rank):
-        try:
-            state, what = unpack(body, files)
-        finally:
-            for file in files:
-                os.close(file)
-    return _save_put_off(state, what, ranks)
+def _ranks(orders: _Orders) -> Ranks:
+    members, store = orders.where.members, orders.where.store
+    if store is None:
+        return Solo()
+    return KeyRanks(StoreKeys(_store(store), len(members)), orders.rank, members, scope=orders.name)
 
 
 @lru_cache(maxsize=1)
-def _store(at: Address) -> Any:
+def _store(at: tuple[str, ...]) -> Any:
     if at[0] == "file":
-        return dist.FileStore(at[1], -1)
+        return FileStore(at[1], -1)
     wait = timedelta(seconds=knobs.deadline())
-    return dist.TCPStore(
+    return TCPStore(
         at[1], int(at[2]), is_master=False, wait_for_workers=False, timeout=wait
     )  # fmt: skip
 
@@ -296,11 +341,12 @@ def _join(orders: _Orders) -> None:
     """Form a group with the processes of the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    store: Any = dist.HashStore() if orders.store is None else _store(orders.store)
+    at = orders.where.store
+    store: Any = HashStore() if at is None else _store(at)
     dist.init_process_group(
         "gloo",
-        store=dist.PrefixStore(f"shardkeep/background/{orders.group}", store),
+        store=PrefixStore(f"shardkeep/background/{orders.group}", store),
         rank=orders.rank,
-        world_size=len(orders.members),
+        world_size=len(orders.where.members),
         timeout=timedelta(seconds=knobs.deadline()),
     )

@@ -13,15 +13,17 @@ __all__ = ["members"]
 
 
 def members(
-    group: dist.ProcessGroup | None, coordinator: int, no_dist: bool
+    group: dist.ProcessGroup | Ranks | None, coordinator: int, no_dist: bool
 ) -> tuple[int, Sequence[int] | Ranks | None]:
     """This rank in the group, and what `take_part` is asked for.
 
     Args:
-        group: by default the job's.
+        group: by default the job's; `Ranks` are who takes part.
         coordinator: a rank of the group.
         no_dist: this process takes part alone.
     """
+    if isinstance(group, Ranks):
+        return group.rank, group
     if no_dist or not (dist.is_available() and dist.is_initialized()):
         return 0, Solo()
     if group is None and not coordinator:

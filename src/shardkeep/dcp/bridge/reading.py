@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint.default_planner as stock
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from shardkeep import knobs
 from shardkeep.contracts import Store
+from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.errors import Damaged, FormatError, Mismatch
 from shardkeep.format import transforms
@@ -28,9 +28,6 @@ from shardkeep.tensors.objects import from_bytes
 from shardkeep.types import DTYPES, Box, ByteRange, DType
 
 __all__ = ["Reading"]
-
-_BATCH = 256 << 20
-"""Bytes of tensors that are read at a time: what is cast or moved waits in buffers for that."""
 
 Unpack = Callable[[ReadItem, Sequence[str], Any], Any]
 
@@ -80,7 +77,7 @@ class Reading:
                 self._planner.load_bytes(item, io.BytesIO(self._bytes(item, place)))
             else:
                 tensors.append((item, place))
-        for batch in self._batches(tensors):
+        for batch in batches(tensors, lambda one: one[1].length, self._planner):
             self._read_batch(batch)
 
     def _place(self, item: ReadItem) -> ByteRange:
@@ -103,22 +100,6 @@ class Reading:
             columns = (table.file[rows], table.item[rows], table.length[rows], rows)
             for file, start, length, row in zip(*(c.tolist() for c in columns), strict=True):
                 known.setdefault((files[file], start, length), []).append(row)
-
-    def _batches(self, tensors: list[Any]) -> Iterator[list[Any]]:
-        """Many at a time, so that reads are few; but a planner of the user's own may use one piece
-        of memory for all, and gets one after the other as it does in torch."""
-        if not _is_plain(self._planner):
-            yield from ([one] for one in tensors)
-            return
-        batch, nbytes = [], 0
-        for one in tensors:
-            batch.append(one)
-            nbytes += one[1].length
-            if nbytes >= _BATCH:
-                yield batch
-                batch, nbytes = [], 0
-        if batch:
-            yield batch
 
     def _read_batch(self, batch: list[tuple[ReadItem, ByteRange]]) -> None:
         copies: list[Copy] = []
@@ -212,13 +193,3 @@ def _is_memory(tensor: torch.Tensor) -> bool:
     """Whether bytes can be read into it, or copied from a buffer."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     return plain and tensor.layout is torch.strided and not tensor.is_quantized
-
-
-def _is_plain(planner: LoadPlanner) -> bool:
-    """Whether a planner gives and takes memory as torch's own does."""
-    own = vars(planner).keys()
-    return all(
-        name not in own
-        and getattr(type(planner), name, None) is getattr(stock.DefaultLoadPlanner, name)
-        for name in ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
-    )

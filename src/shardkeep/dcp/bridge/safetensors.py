@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +12,13 @@ from typing import Any
 from warnings import warn
 
 import torch
-import torch.distributed.checkpoint.default_planner as stock_planner
 import torch.distributed.checkpoint.filesystem as stock_files
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from shardkeep import commit
 from shardkeep.checkpoint import Checkpoint, Request
 from shardkeep.contracts import Store
-from shardkeep.dcp import default_planner
+from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.streams import store_of
 from shardkeep.dcp.handed import theirs
 from shardkeep.errors import Mismatch, NotACheckpoint
@@ -41,9 +40,6 @@ __all__ = [
     "target_of",
     "torch_dtype",
 ]
-
-_BATCH = 256 << 20
-"""Bytes that are read at a time: what lands in buffers first takes as much memory at most."""
 
 _SHOWN = 5
 
@@ -247,7 +243,11 @@ def read_items(
         Damaged: bytes are missing.
     """
     cast: dict[str, str] = {}
-    for batch in _batches(source, items, planner):
+
+    def nbytes(item: ReadItem) -> int:
+        return prod(item.lengths) * source.shape_of(item.storage_index.fqn)[0].itemsize
+
+    for batch in batches(items, nbytes, planner):
         requests, landed = [], []
         for item in batch:
             name = item.storage_index.fqn
@@ -278,33 +278,3 @@ def target_of(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
             f"the planner has a tensor of shape {list(target.shape)} for it"
         )
     return target
-
-
-def _batches(
-    source: Checkpoint, items: Sequence[ReadItem], planner: LoadPlanner
-) -> Iterator[list[ReadItem]]:
-    """Items to be read together: one by one where a planner may use one buffer for all of them."""
-    together = _BATCH if _has_its_own_memory(planner) else 0
-    batch: list[ReadItem] = []
-    size = 0
-    for item in items:
-        dtype, _ = source.shape_of(item.storage_index.fqn)
-        nbytes = prod(item.lengths) * dtype.itemsize
-        if batch and size + nbytes > together:
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += nbytes
-    if batch:
-        yield batch
-
-
-def _has_its_own_memory(planner: LoadPlanner) -> bool:
-    """Whether a planner's tensors are those of the state, as the default planners' are."""
-    kinds = (default_planner.DefaultLoadPlanner, stock_planner.DefaultLoadPlanner)
-    methods = ("resolve_tensor", "commit_tensor", "lookup_tensor", "transform_tensor")
-    return all(
-        method not in vars(planner)
-        and any(getattr(type(planner), method, None) is getattr(kind, method) for kind in kinds)
-        for method in methods
-    )
