@@ -30,7 +30,7 @@ BETTER: dict[str, str] = {
     "filesystem.FileSystemWriter.finish": "commits by one replace, then removes what it replaced",
     "filesystem.FileSystemReader": "reads only the bytes that are needed, and checks them",
     "filesystem.FileSystemReader.read_metadata": "unpickles nothing",
-    "filesystem.FileSystemReader.read_data": "a chunk that several items want is read once",
+    "filesystem.FileSystemReader.read_data": "reads what an item needs of its chunk, not all of it",
     "fsspec_filesystem.FsspecWriter": "as `FileSystemWriter`",
     "fsspec_filesystem.FsspecReader": "as `FileSystemReader`",
     "hf_storage.HuggingFaceStorageWriter": "files appear when they are complete, the index last; "

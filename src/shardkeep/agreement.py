@@ -54,6 +54,7 @@ def own(
     *,
     save_id: str | None = None,
     spread: bool = True,
+    same_objects: bool = True,
 ) -> Order:
     """Settle with all ranks who writes what.
 
@@ -61,7 +62,7 @@ def own(
         claim: what this rank has to save.
         admit: called on the coordinator before anything is settled; raises what forbids the save.
         save_id: the save's id, if the coordinator's caller has one; never used before.
-        spread: as of `plan.settle`.
+        spread, same_objects: as of `plan.settle`.
 
     Raises:
         Conflict, AlreadyExists: on every rank, with the same message.
@@ -80,7 +81,9 @@ def own(
         admit()
         first = unpack_claim(answers[0], None)
         settlement = settle(
-            [first, *(unpack_claim(block, first) for block in answers[1:])], spread=spread
+            [first, *(unpack_claim(block, first) for block in answers[1:])],
+            spread=spread,
+            same_objects=same_objects,
         )
     except tuple(_REFUSALS.values()) as error:
         refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})

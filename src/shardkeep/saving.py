@@ -63,6 +63,7 @@ def save(
     flatten: bool = True,
     files: int | Literal["each"] | None = None,
     spread: bool = True,
+    same_objects: bool = True,
     save_id: str | None = None,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | None = None,
@@ -81,6 +82,8 @@ def save(
         files: data files of each rank, even in bytes; "each" makes one for each item (a shard of a
             tensor, or an object). By default one, and none for a rank that writes nothing.
         spread: share replicas out over the ranks that hold them; else the lowest one writes them.
+        same_objects: refuse objects that differ between ranks under one name; else the lowest
+            rank's is saved, with a warning. Values that stand in the manifest are compared.
         save_id: an id for the save that was never used before, of 32 hexadecimal digits, taken
             from the coordinator; by default a new one.
         ranks: global ranks that take part (default: all of the default group, or this process).
@@ -106,7 +109,10 @@ def save(
             lambda: old.append(_admit(store, overwrite)),
             save_id=save_id,
             spread=spread,
+            same_objects=same_objects,
         )
+        if order.settlement is not None and order.settlement.differing:
+            _warn_of(order.settlement.differing)
 
         clock.phase("write")
         with _removed_on_failure(store, order.save_id, session.rank):
@@ -187,6 +193,15 @@ def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]
         with contextlib.suppress(OSError):
             commit.remove_files(store, save_id, rank or None)
         raise
+
+
+def _warn_of(differing: Sequence[str]) -> None:
+    more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+    warnings.warn(
+        f"ranks have different values of {', '.join(map(repr, differing[:8]))}{more}: the lowest "
+        "rank's is saved; give each rank's its own name",
+        stacklevel=4,
+    )
 
 
 def sweep(store: Store, old: frozenset[str]) -> None:

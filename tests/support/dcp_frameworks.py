@@ -119,7 +119,7 @@ def titan(rank: int, size: int, path: str) -> None:
     under_way.result()
     dist.barrier()
 
-    steps = [int(name.name.split("-")[1]) for name in Path(path).glob("step-*/.metadata")]
+    steps = [int(name.parent.name.split("-")[1]) for name in Path(path).glob("step-*/.metadata")]
     fresh, other, other_optim = job(2)
     dcp.load(fresh, checkpoint_id=f"{path}/step-{max(steps)}")
     same(plain({**fresh["model"].state_dict(), **fresh["optimizer"].state_dict()}), expected)

@@ -201,7 +201,7 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
 def _box(item: ReadItem) -> list[tuple[int, int]]:
     """Where a tensor's part starts in it, and how long it is, by dimension.
 
-    An item counts from its chunk's own start, which torch's reader leaves out.
+    An item counts from the start of its chunk.
     """
     starts = item.storage_index.offset or [0] * len(item.lengths)
     return [

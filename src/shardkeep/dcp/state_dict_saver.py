@@ -20,7 +20,7 @@ from typing_extensions import deprecated
 from shardkeep import checkpoint, commit, saving
 from shardkeep.contracts import Ranks
 from shardkeep.dcp.bridge import processes
-from shardkeep.dcp.bridge.background import finish_saves, put_off, stage
+from shardkeep.dcp.bridge.background import finish_saves, put_off, stage, stager_of
 from shardkeep.dcp.bridge.blocks import Blocks
 from shardkeep.dcp.bridge.choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
@@ -134,9 +134,9 @@ def async_save(
         where = processes.meeting(job, ranks)
         save = partial(processes.save, what=what, job=job, where=where, blocks=blocks)
         allocate = blocks.take
+    stager = stager_of(async_stager, storage_writer)
     staging, upload = put_off(
-        lambda: stage(_stateful_to_state_dict(state_dict), async_stager, storage_writer, allocate),
-        save,
+        lambda: stage(_stateful_to_state_dict(state_dict), stager, allocate), save, stager
     )
     return upload if staging is None else AsyncSaveResponse(staging, upload)
 
@@ -203,6 +203,7 @@ def _save_plainly(state: Any, writer: Any, planner: Any, ranks: Any) -> Metadata
             flatten=planner.flatten_state_dict,
             files=writer.thread_count if writer.single_file_per_rank else "each",
             spread=not planner.dedup_save_to_lowest_rank,
+            same_objects=False,
             save_id=writer.save_id,
             ranks=ranks,
         )

@@ -44,6 +44,8 @@ class Settlement:
     object_writer: I64
     """[K] the rank that writes the object."""
     values: Mapping[str, Any]
+    differing: tuple[str, ...]
+    """Objects of which ranks have different values, as far as values are known."""
     structure: Structure
     twins: Mapping[str, Path]
 
@@ -67,12 +69,15 @@ class _Pieces:
     """Position in these columns."""
 
 
-def settle(claims: Sequence[Claim], *, spread: bool = True) -> Settlement:
+def settle(
+    claims: Sequence[Claim], *, spread: bool = True, same_objects: bool = True
+) -> Settlement:
     """Merge what the ranks claim, in rank order; one rank writes each thing.
 
     Args:
         claims: of each rank.
         spread: share replicas out over the ranks that hold them; else the lowest one writes them.
+        same_objects: refuse objects that differ between ranks; else the lowest rank's counts.
 
     Raises:
         Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes. It names the
@@ -80,7 +85,13 @@ def settle(claims: Sequence[Claim], *, spread: bool = True) -> Settlement:
     """
     structure = merge([claim.structure for claim in claims])
     tensors, rows = _merge_tensors(claims)
-    objects, object_rank, values = _merge_objects(claims)
+    objects, object_rank, values, differing = _merge_objects(claims)
+    if differing and same_objects:
+        name, rank = next(iter(differing.items()))
+        raise Conflict(
+            f"object {name!r} has different values on ranks {object_rank[name]} and {rank}; "
+            f"give each rank's its own name, or make them equal; nothing was written"
+        )
     _refuse_two_kinds(tensors.names, objects, claims)
     twins, twin_rank = _merge_twins(structure, frozenset(tensors.names), claims)
     pieces = _stack(claims, rows, tensors.shape.shape[1])
@@ -105,6 +116,7 @@ def settle(claims: Sequence[Claim], *, spread: bool = True) -> Settlement:
             [*(object_rank[name] for name in objects), *twin_rank], dtype=np.int64
         ),
         values=values,
+        differing=tuple(differing),
         structure=structure,
         twins=twins,
     )
@@ -208,10 +220,14 @@ def _kind(tensors: Tensors, row: int) -> str:
 
 def _merge_objects(
     claims: Sequence[Claim],
-) -> tuple[tuple[str, ...], dict[str, int], dict[str, Any]]:
-    """All objects, the lowest rank that has each one, and the values that are known."""
+) -> tuple[tuple[str, ...], dict[str, int], dict[str, Any], dict[str, int]]:
+    """All objects, the lowest rank that has each one, and the values of it that are known.
+
+    Last, for each object that differs between ranks, the lowest rank with another value.
+    """
     first: dict[str, int] = {}
     values: dict[str, Any] = {}
+    differing: dict[str, int] = {}
     for rank, claim in enumerate(claims):
         for name in claim.objects:
             if name not in first:
@@ -219,11 +235,8 @@ def _merge_objects(
                 if name in claim.values:
                     values[name] = claim.values[name]
             elif name in values and name in claim.values and values[name] != claim.values[name]:
-                raise Conflict(
-                    f"object {name!r} has different values on ranks {first[name]} and {rank}; "
-                    f"give each rank's its own name, or make them equal; nothing was written"
-                )
-    return tuple(first), first, values
+                differing.setdefault(name, rank)
+    return tuple(first), first, values, differing
 
 
 def _refuse_two_kinds(

@@ -41,7 +41,8 @@ def copy_state(state: Any, *, allocate: Allocate | None = None, keep_tensors: bo
 
     Args:
         allocate: gives the memory for plain tensors; by default their own.
-        keep_tensors: the copy holds the very tensors of the state; all else is copied.
+        keep_tensors: the copy holds the very tensors of the state (but none that is conjugated or
+            negated lazily); all else is copied.
     """
     with torch.no_grad():
         return _Copier(allocate or _own_memory, keep_tensors)(state)
@@ -81,7 +82,7 @@ class _Copier:
         if kind is tuple:
             return tuple(map(self, value))
         if isinstance(value, torch.Tensor):
-            return value if self._keep_tensors else self._tensor(value)
+            return _kept(value) if self._keep_tensors else self._tensor(value)
         if kind is Shards:
             parts = [(box, self(tensor)) for box, tensor in value.parts]
             return Shards(value.shape, parts, value.dtype)
@@ -132,6 +133,11 @@ class _Copier:
         elif is_checkpointable(value):
             vars(made).update({name: getattr(value, name) for name in _PLACE})
         return made
+
+
+def _kept(value: torch.Tensor) -> torch.Tensor:
+    """Without what is still to be done to its memory: torch's stagers copy the memory alone."""
+    return value.resolve_conj().resolve_neg() if is_plain(value) else value
 
 
 def is_plain(value: torch.Tensor) -> bool:

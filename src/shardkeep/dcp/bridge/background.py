@@ -25,7 +25,7 @@ from shardkeep.dcp.handed import theirs
 from shardkeep.ranks.heart import Timing
 from shardkeep.tensors.copies import Allocate, copy_state
 
-__all__ = ["finish_saves", "put_off", "stage"]
+__all__ = ["finish_saves", "put_off", "stage", "stager_of"]
 
 T = TypeVar("T")
 
@@ -50,28 +50,24 @@ class _Unstaged(dict[str, Any]):
     __iter__ = __len__ = __getitem__ = __contains__ = _tell
 
 
-def stage(
-    state: dict[str, Any],
-    given: AsyncStager | None,
-    writer: StorageWriter | None,
-    allocate: Allocate | None = None,
-) -> Any:
+def stager_of(given: AsyncStager | None, writer: StorageWriter | None) -> AsyncStager | None:
+    """What stages a state: what is given, or a writer that can; None is Shardkeep itself."""
+    return writer if given is None and isinstance(writer, AsyncStager) else given
+
+
+def stage(state: dict[str, Any], stager: Any, allocate: Allocate | None = None) -> Any:
     """A copy of the state that nothing changes any more, or a future of one.
 
     Args:
         state: with no `Stateful` in it.
-        given: stages it; by default the writer, if it is a stager, else Shardkeep itself.
-        writer: where the state will go.
         allocate: memory for what Shardkeep copies.
 
     Raises: whatever the stager raises.
     """
-    stager: Any = writer if given is None and isinstance(writer, AsyncStager) else given
-    keeps = _keeps_memory(stager)
-    if keeps:
-        finish_saves()  # It would write over what they save.
+    if _keeps_memory(stager) and stager in _uses:
+        wait([_uses[stager]])  # Its memory would be written over.
     if stager is None or _is_torchs(stager):
-        if keeps and allocate is None:
+        if _keeps_memory(stager) and allocate is None:
             allocate = _kept.setdefault(stager, _Kept()).again()
         staged = copy_state(state, allocate=allocate)
     else:
@@ -115,6 +111,9 @@ class _Kept:
 
 _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
 """By the stager that asks for it."""
+
+_uses: WeakKeyDictionary[Any, Future[Any]] = WeakKeyDictionary()
+"""By a stager that keeps memory, the last save of what it staged."""
 
 
 class _Job:
@@ -187,9 +186,14 @@ _line = _Line()
 
 
 def put_off(
-    staging: Callable[[], Any], save: Callable[[Any], T]
+    staging: Callable[[], Any], save: Callable[[Any], T], stager: Any
 ) -> tuple[Future[None] | None, Future[T]]:
     """Stage now, and save what was staged when all saves are done that were put off before.
+
+    Args:
+        staging: gives the state, or a future of it.
+        save: saves it.
+        stager: what stages, for `stage` to know.
 
     Returns:
         When the staging is done, unless it is; and what the save gives or raises. Neither future
@@ -205,6 +209,8 @@ def put_off(
         _line.put(_Job(lambda: save(_Unstaged(why)), owed=False))
         raise
     job = _Job(lambda: save(_had(staged)), owed=True)
+    if _keeps_memory(stager):
+        _uses[stager] = job.future
     _line.put(job)
     return _told(staged) if isinstance(staged, Future) else None, job.future
 
