@@ -268,3 +268,49 @@ def test_only_the_needed_bytes_are_read(tmp_path):
     assert report.nbytes == 512 * 1024 * 4
     assert report.read <= report.nbytes + 2 * 256 * 1024
     assert report.resharded == ("w",)
+
+
+def keep_the_lowest(ranks, path):
+    state = {"lr": ranks.rank, "same": [1], "w": torch.ones(2)}
+    sk.save(state, path, ranks=ranks, same_objects=False)
+
+
+def test_objects_that_differ_are_named_where_that_is_let_pass(tmp_path):
+    with pytest.warns(UserWarning) as said:
+        threads.run(3, keep_the_lowest, tmp_path)
+    assert [str(one.message) for one in said] == [
+        "ranks have different values of 'lr': the lowest rank's is saved; "
+        "give each rank's its own name"
+    ]
+    assert sk.open(tmp_path).read("lr") == 0
+
+
+def save_in_files(ranks, path, files):
+    state = {f"w{i}": torch.full((i + 1,), float(i)) for i in range(5)}
+    state |= {"opt": {"lr": 0.5, "groups": [1]}, f"own{ranks.rank}": ranks.rank}
+    sk.save(state, path, ranks=ranks, files=files)
+
+
+@pytest.mark.parametrize(("files", "each"), [(None, 1), (1, 1), (3, 3), ("each", None)])
+def test_files_of_each_rank(tmp_path, files, each):
+    threads.run(2, save_in_files, tmp_path, files)
+    found = [path.name for path in tmp_path.glob("*.distcp")]
+    if each is None:  # 5 tensors, and 4 objects: the twin of `opt` shares a file
+        assert len(found) == 9
+    else:
+        assert all(sum(name.startswith(f"__{rank}_") for name in found) == each for rank in (0, 1))
+    report = sk.open(tmp_path).verify()
+    assert report.ok
+    loaded = {f"w{i}": torch.zeros(i + 1) for i in range(5)}
+    sk.load(loaded, tmp_path)
+    assert all((loaded[f"w{i}"] == i).all() for i in range(5))
+
+
+def save_replicas(ranks, path, spread):
+    sk.save({f"w{i}": torch.ones(64) for i in range(8)}, path, ranks=ranks, spread=spread)
+
+
+@pytest.mark.parametrize(("spread", "ranks"), [(True, {0, 1, 2}), (False, {0})])
+def test_who_writes_replicas(tmp_path, spread, ranks):
+    threads.run(3, save_replicas, tmp_path, spread)
+    assert {int(path.name.split("_")[2]) for path in tmp_path.glob("*.distcp")} == ranks

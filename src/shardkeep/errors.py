@@ -21,7 +21,8 @@ class ShardkeepError(Exception):
     """Base of everything that Shardkeep raises on purpose. All of them can be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kind, args, *_ = super().__reduce__()
+        reduced: Any = super().__reduce__()
+        kind, args, *_ = reduced
         return _made_again, (kind, args, self.__dict__)
 
 

@@ -33,6 +33,7 @@ from support.scenarios import bits, equal, values
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore:.*torch.distributed is"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor"),
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),

@@ -32,6 +32,7 @@ class StoreKeys(KeyValue):
     """
 
     def __init__(self, store: Any, size: int) -> None:
+        self._given = store  # Its server may live as long as this: a job can end before its saves.
         self._store = _own_client(store)
         self._longest = _LONGEST * max(1.0, size / _CROWD)
 
