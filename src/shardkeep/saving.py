@@ -121,6 +121,8 @@ def save(
 
             clock.phase("report")
             index = report(session, order, written)
+            if index is not None and session.size > 1:
+                _check_there(store, index)
 
         clock.phase("commit")
         if index is not None:
@@ -193,6 +195,18 @@ def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]
         with contextlib.suppress(OSError):
             commit.remove_files(store, save_id, rank or None)
         raise
+
+
+def _check_there(store: Store, index: Index) -> None:
+    """Refuse what could never be read: ranks may have disks of their own under one path."""
+    for file in index.files:
+        try:
+            store.size(file)
+        except FileNotFoundError:
+            raise NotACheckpoint(
+                f"{store.url}: {file} was written by another rank, but is not there: do all ranks "
+                "save to the same place? nothing was committed"
+            ) from None
 
 
 def _warn_of(differing: Sequence[str]) -> None:

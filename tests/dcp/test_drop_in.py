@@ -265,3 +265,15 @@ def test_on_ranks_and_on_a_group_of_them(gloo, tmp_path):
     assert gloo.run(drop_in.both_ways, str(tmp_path)) == ["fine"] * 4
     assert sk.open(tmp_path / "all").verify().ok
     assert sk.open(tmp_path / "group").verify().ok
+
+
+@pytest.mark.gloo
+def test_ranks_may_call_one_place_differently(gloo, tmp_path):
+    assert gloo.run(drop_in.own_names_for_one_place, str(tmp_path), size=2) == ["fine"] * 2
+
+
+@pytest.mark.gloo
+def test_ranks_on_disks_of_their_own_commit_nothing(gloo, tmp_path):
+    said = gloo.run(drop_in.disks_of_their_own, str(tmp_path), size=2)
+    assert all("was written by another rank, but is not there" in each for each in said)
+    assert not list(tmp_path.rglob(".metadata"))

@@ -207,14 +207,11 @@ def _parts(rank: int, path: str, kind: Any) -> None:
         **options,
     )  # fmt: skip
     if rank in (1, 3):
-        mesh = init_device_mesh("cpu", (4,))
+        half = sk.Shards((4,), [((rank - 1,), torch.full((2,), rank))])
+        state = {"mine": {rank: torch.tensor([rank])}, "w": half}
         dcp.async_save(
-            {"mine": {rank: torch.tensor([rank])}, "w": sk.Shards((4,), [((rank - 1,), torch.full((2,), rank))])},
-            checkpoint_id=f"{path}/group", process_group=group, **options,
-        ).result()  # fmt: skip
-        assert mesh is not None
-    else:
-        init_device_mesh("cpu", (4,))
+            state, checkpoint_id=f"{path}/group", process_group=group, **options
+        ).result()
     dist.barrier()
     assert isinstance(alone.result(), dcp.Metadata)
     found = sk.open(f"{path}/group")

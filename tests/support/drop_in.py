@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,3 +50,27 @@ def _group(rank: int, path: str) -> None:
     loaded = {"mine": {3: torch.zeros(1, dtype=torch.int64)}}
     dcp.load(loaded, checkpoint_id=f"{path}/group", no_dist=True)
     assert loaded["mine"][3].item() == 3
+
+
+def own_names_for_one_place(rank: int, size: int, path: str) -> str:
+    """Saved under one name for the folder by each rank; loaded by each from a copy of its own."""
+    Path(path, "real").mkdir(exist_ok=True)
+    mine = Path(path, f"link{rank}")
+    mine.symlink_to(Path(path, "real"), target_is_directory=True)
+    dcp.save({"w": torch.full((3,), 2.0), str(rank): rank}, checkpoint_id=mine)
+    dist.barrier()
+    shutil.copytree(Path(path, "real"), Path(path, f"copy{rank}"))
+    loaded = {"w": torch.zeros(3), str(1 - rank): None}
+    dcp.load(loaded, checkpoint_id=Path(path, f"copy{rank}"))
+    assert loaded["w"].tolist() == [2.0] * 3
+    assert loaded[str(1 - rank)] == 1 - rank
+    return "fine"
+
+
+def disks_of_their_own(rank: int, size: int, path: str) -> str:
+    """Each rank saves to a folder that no other rank sees."""
+    try:
+        dcp.save({str(rank): torch.ones(3)}, checkpoint_id=f"{path}/disk{rank}")
+    except dcp.CheckpointException as error:
+        return str(error)
+    return "nothing"

@@ -101,7 +101,7 @@ def _load_state_dict(
                 state[key] = _state_of(state_dict[key])
             return state
 
-        load_by_steps(template, storage_reader, planner, take_part(ranks), rank=rank)
+        load_by_steps(template, storage_reader, planner, take_part(ranks, by_path=False), rank=rank)
         for key, loaded in state.items():
             held = state_dict.get(key)  # Some planners fill a state that is empty.
             if isinstance(held, Stateful):
@@ -119,7 +119,7 @@ def _load_plainly(state: Any, reader: Any, planner: Any, ranks: Any) -> None:
         strict=not planner.allow_partial_load,
         dtype="cast",
         trust=trusted(),
-        ranks=ranks,
+        ranks=take_part(ranks, by_path=False),
     )
     if isinstance(planner, DefaultLoadPlanner):
         planner.read_from(reader)
@@ -153,11 +153,12 @@ def _load_state_dict_from_keys(
     planner = _EmptyStateDictLoadPlanner(wanted)
     state: dict[str, Any] = {}
     with as_torch(rank):
+        job = take_part(ranks, by_path=False)
         if not plain_load(None, reader):
-            load_by_steps(lambda: state, reader, planner, take_part(ranks), rank=rank)
+            load_by_steps(lambda: state, reader, planner, job, rank=rank)
             return state
         store = store_of(reader)
-        with take_part(ranks).session("load", store.url) as session:
+        with job.session("load", store.url) as session:
             source = checkpoint.open(store, rank=(session.rank, session.size))
             return dict(read_whole(source, keys=wanted, trust=trusted()))
 

@@ -126,7 +126,7 @@ def async_save(
     Raises: what staging raises; the other ranks' futures then raise `CheckpointException`.
     """
     _, ranks = members(process_group, 0, no_dist)
-    job = take_part(ranks)
+    job = take_part(ranks, by_path=False)
     what = processes.Save(checkpoint_id, storage_writer, planner, use_collectives)
     save, allocate = partial(_save_put_off, what=what, job=job), None
     if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
@@ -159,6 +159,7 @@ def save_state_dict(
     planner: SavePlanner | None = None,
 ) -> Metadata:
     """Save a state. Deprecated in torch; `save` does more."""
+    finish_saves()
     storage_writer.reset()
     return _save_state_dict(
         state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
@@ -185,7 +186,7 @@ def _save_state_dict(
             lambda: _stateful_to_state_dict(state_dict) if stateful else state_dict,
             storage_writer,
             planner or DefaultSavePlanner(),
-            take_part(ranks),
+            take_part(ranks, by_path=False),
             rank=rank,
             use_collectives=use_collectives,
         )
@@ -205,7 +206,7 @@ def _save_plainly(state: Any, writer: Any, planner: Any, ranks: Any) -> Metadata
             spread=not planner.dedup_save_to_lowest_rank,
             same_objects=False,
             save_id=writer.save_id,
-            ranks=ranks,
+            ranks=take_part(ranks, by_path=False),
         )
     except AlreadyExists as error:
         what = f"Checkpoint already exists and self.overwrite=False: {error}"

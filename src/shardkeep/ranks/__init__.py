@@ -16,12 +16,15 @@ from shardkeep.ranks.store import StoreKeys
 __all__ = ["take_part"]
 
 
-def take_part(ranks: Sequence[int] | Ranks | None = None) -> Ranks:
+def take_part(ranks: Sequence[int] | Ranks | None = None, *, by_path: bool = True) -> Ranks:
     """All ranks of the job: those of the initialised default process group, else this one alone.
 
     Args:
         ranks: global ranks of those that take part, the coordinator first; all of them pass the
             same. Those that do not take part make no call. A `Ranks` is returned as it is.
+
+        by_path: False lets ranks work together that call the path differently, as on disks of
+            their own; then only one save and one load at a time.
 
     Raises:
         ValueError: this process is not among `ranks`, or `ranks` repeats one or names one that
@@ -43,7 +46,8 @@ def take_part(ranks: Sequence[int] | Ranks | None = None) -> Ranks:
         if len(members) != size:
             raise ValueError("this job has no store: only all of its ranks can take part")
         return GroupRanks(dist)
-    return KeyRanks(StoreKeys(store, size), members.index(rank), members, scope=_scope())
+    keys = StoreKeys(store, size)
+    return KeyRanks(keys, members.index(rank), members, scope=_scope(), by_path=by_path)
 
 
 def _initialised() -> Any:

@@ -17,7 +17,7 @@ class KeyRanks(Ranks):
         keys: this rank's client of it.
         rank: counted among the members.
         members: their global ranks, the coordinator first.
-        scope, timing: see `KeySession`.
+        scope, by_path, timing: see `KeySession`.
     """
 
     def __init__(
@@ -27,10 +27,11 @@ class KeyRanks(Ranks):
         members: tuple[int, ...] | range,
         *,
         scope: str = "",
+        by_path: bool = True,
         timing: Timing | None = None,
     ) -> None:
         self._keys, self._rank, self._members = keys, rank, members
-        self._scope, self._timing = scope, timing
+        self._scope, self._by_path, self._timing = scope, by_path, timing
 
     @property
     def rank(self) -> int:
@@ -48,5 +49,6 @@ class KeyRanks(Ranks):
             work,
             path,
             scope=self._scope,
+            by_path=self._by_path,
             timing=self._timing,
         )

@@ -68,6 +68,8 @@ class KeySession(Session):
         members: global ranks, for messages; the same on all, in the same order.
         work, path: what is done on what; the same text on all members.
         scope: sets jobs or restarts apart that share a store.
+        by_path: False lets ranks meet that call the path differently; then a process has one
+            session for one work at a time.
         timing: None takes it from the knobs.
     """
 
@@ -80,13 +82,14 @@ class KeySession(Session):
         path: str,
         *,
         scope: str = "",
+        by_path: bool = True,
         timing: Timing | None = None,
     ) -> None:
         self._keys, self._rank, self._members = keys, rank, members
         self._work, self._path = work, path
         self._timing = timing or Timing.from_knobs()
         self._group = _group(scope, members)
-        self._base = f"{self._group}/{_digest(work, path)}"
+        self._base = f"{self._group}/{_digest(work, *([path] if by_path else []))}"
         self._id = ""
         self._heart: Heart | None = None
         self._phase = "enter"

@@ -23,7 +23,6 @@ from socket import AF_UNIX, SOCK_STREAM, socket
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, TCPStore
 from torch.distributed.checkpoint.metadata import Metadata
 
 from shardkeep import knobs
@@ -35,9 +34,12 @@ from shardkeep.dcp.bridge.storage import writer_for
 from shardkeep.ranks.keyed import KeyRanks
 from shardkeep.ranks.solo import Solo
 from shardkeep.ranks.store import StoreKeys
+from shardkeep.tensors.objects import to_bytes
+from shardkeep.tensors.state import describe_state
 
 __all__ = ["Meeting", "Save", "meeting", "save"]
 
+_stores: Any = dist
 _AT_ONCE = 64
 """Descriptors that are sent in one message."""
 
@@ -142,7 +144,7 @@ def save(state: Any, *, what: Save, job: Ranks, where: Meeting, blocks: Blocks) 
             with job.session("start", what.name) as session:
                 session.phase("stage")
                 plain = what.is_plain()
-                body = pack((state, what), blocks, as_shards=plain)
+                body = _packed(state, what, blocks, plain)
                 session.phase("start")
                 process = _running()
                 name, group = _agree(session, process.group, not plain)
@@ -153,6 +155,16 @@ def save(state: Any, *, what: Save, job: Ranks, where: Meeting, blocks: Blocks) 
             blocks.close()
         # Now all of them are ready: they will meet.
         return process.save()
+
+
+def _packed(state: Any, what: Save, blocks: Blocks, plain: bool) -> bytes:
+    try:
+        return pack((state, what), blocks, as_shards=plain)
+    except Exception:
+        if plain:  # Which one can't be pickled is known to who saves them one by one.
+            for name, value in describe_state(state).objects.items():
+                to_bytes(value, name=name)
+        raise
 
 
 def _agree(session: Session, group: str, wanted: bool) -> tuple[str, str]:
@@ -330,9 +342,9 @@ def _ranks(orders: _Orders) -> Ranks:
 @lru_cache(maxsize=1)
 def _store(at: tuple[str, ...]) -> Any:
     if at[0] == "file":
-        return FileStore(at[1], -1)
+        return _stores.FileStore(at[1], -1)
     wait = timedelta(seconds=knobs.deadline())
-    return TCPStore(
+    return _stores.TCPStore(
         at[1], int(at[2]), is_master=False, wait_for_workers=False, timeout=wait
     )  # fmt: skip
 
@@ -342,10 +354,10 @@ def _join(orders: _Orders) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     at = orders.where.store
-    store: Any = HashStore() if at is None else _store(at)
+    store: Any = _stores.HashStore() if at is None else _store(at)
     dist.init_process_group(
         "gloo",
-        store=PrefixStore(f"shardkeep/background/{orders.group}", store),
+        store=_stores.PrefixStore(f"shardkeep/background/{orders.group}", store),
         rank=orders.rank,
         world_size=len(orders.where.members),
         timeout=timedelta(seconds=knobs.deadline()),
