@@ -277,3 +277,24 @@ def test_ranks_on_disks_of_their_own_commit_nothing(gloo, tmp_path):
     said = gloo.run(drop_in.disks_of_their_own, str(tmp_path), size=2)
     assert all("was written by another rank, but is not there" in each for each in said)
     assert not list(tmp_path.rglob(".metadata"))
+
+
+class Listening(dict):
+    """A mapping that hears of what is put into it."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.__dict__.setdefault("heard", set()).add(key)
+
+
+@pytest.mark.parametrize("module", [stock, dcp], ids=["stock", "ours"])
+def test_what_is_loaded_is_put_under_its_key_and_statefuls_stay(tmp_path, module):
+    module.save({"n": {"w": torch.ones(2)}, "counter": Counter(3)}, checkpoint_id=tmp_path)
+    inner, counter = {"w": torch.zeros(2)}, Counter(0)
+    state = Listening(n=inner, counter=counter)
+    module.load(state, checkpoint_id=tmp_path)
+    assert state.heard == {"n"}
+    assert state["n"] is inner
+    assert inner["w"].tolist() == [1.0, 1.0]
+    assert state["counter"] is counter
+    assert counter.count == 3

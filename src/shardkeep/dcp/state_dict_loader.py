@@ -91,6 +91,10 @@ def _load_state_dict(
     with as_torch(rank):
         if plain_load(planner, storage_reader):
             _load_plainly(state_dict, storage_reader, planner, ranks)
+            for key in list(state_dict) if stateful else ():
+                # As in torch, where a mapping of the user's own may want to hear of it.
+                if not isinstance(state_dict[key], Stateful):
+                    state_dict[key] = state_dict[key]
             return
         state: dict[str, Any] = {}
 
