@@ -13,8 +13,8 @@ BETTER: dict[str, str] = {
     "state_dict_saver.save_state_dict": "as `save`",
     "state_dict_saver.async_save": "objects are copied as well as tensors; no process group for "
     "the CPU is needed; saves to one path follow each other",
-    "state_dict_loader.load": "bytes are checked where Shardkeep wrote them; only the bytes that are needed are read; "
-    "nothing is executed; all that does not match is in one message; casts are told",
+    "state_dict_loader.load": "what Shardkeep wrote is checked; only the bytes that are needed are "
+    "read; nothing is executed; all that does not match is in one message; casts are told",
     "state_dict_loader.load_state_dict": "as `load`",
     # Planners.
     "default_planner.DefaultSavePlanner": "replicas are balanced by the bytes of their shards",
@@ -43,7 +43,7 @@ BETTER: dict[str, str] = {
     "_consolidate_hf_safetensors.consolidate_safetensors_files_on_every_rank": "the files are "
     "shared out evenly; no collective is called",
     # Between formats.
-    "format_utils.dcp_to_torch_save": "bytes are checked where Shardkeep wrote them; the file appears when it is "
+    "format_utils.dcp_to_torch_save": "what Shardkeep wrote is checked; the file appears when it is "
     "complete; integer keys come back",
     "format_utils.torch_save_to_dcp": "nothing in the file is executed",
     "format_utils.BroadcastingTorchSaveReader": "what is wrong is raised on all ranks before "

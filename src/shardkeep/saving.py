@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def save(
     *,
     overwrite: bool = False,
     flatten: bool = True,
-    files: int | Literal["each"] | None = None,
+    files: int | None = None,
     spread: bool = True,
     same_objects: bool = True,
     save_id: str | None = None,
@@ -79,8 +79,8 @@ def save(
         overwrite: replace the checkpoint at `path`; it loads until the new one is durable.
         flatten: False keeps each top-level value as one leaf: containers become objects, with
             their tensors inside (what DCP calls `flatten_state_dict=False`).
-        files: data files of each rank, even in bytes; "each" makes one for each item (a shard of a
-            tensor, or an object). By default one, and none for a rank that writes nothing.
+        files: data files of each rank, even in bytes. By default one, and none for a rank that
+            writes nothing.
         spread: share replicas out over the ranks that hold them; else the lowest one writes them.
         same_objects: refuse objects that differ between ranks under one name; else the lowest
             rank's is saved, with a warning. Values that stand in the manifest are compared.
@@ -160,7 +160,7 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
 def _write(
     store: Store,
     rank: int,
-    files: int | Literal["each"] | None,
+    files: int | None,
     local: Local,
     order: Order,
     progress: Progress | None,
@@ -173,10 +173,6 @@ def _write(
     for name in order.objects:
         data = to_bytes(local.objects[name], name=name)
         items.append(Item(Bare(len(data)), memoryview(data)))
-    if files == "each":
-        # Twins only repeat what other items hold: none is worth a file.
-        twins = sum(name in local.claim.twins for name in order.objects)
-        files = max(len(items) - twins, min(1, twins))
     count = min(1, len(items)) if files is None else files
     names = [commit.data_file(rank, number, order.save_id) for number in range(count)]
     return write_packed(store, names, items, threads=knobs.threads(), progress=progress)

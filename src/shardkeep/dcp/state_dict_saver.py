@@ -202,7 +202,7 @@ def _save_plainly(state: Any, writer: Any, planner: Any, ranks: Any) -> Metadata
             store,
             overwrite=writer.overwrite,
             flatten=planner.flatten_state_dict,
-            files=writer.thread_count if writer.single_file_per_rank else "each",
+            files=max(1, writer.thread_count),
             spread=not planner.dedup_save_to_lowest_rank,
             same_objects=False,
             save_id=writer.save_id,

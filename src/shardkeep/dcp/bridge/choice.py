@@ -35,6 +35,7 @@ def plain_save(planner: Any, writer: Any) -> bool:
     return (
         _same(writer, (filesystem.FileSystemWriter, stock_files.FileSystemWriter), _WRITER)
         and _plain_bytes(writer)
+        and writer.single_file_per_rank
         and _same(
             planner,
             (default_planner.DefaultSavePlanner, stock_planner.DefaultSavePlanner),
