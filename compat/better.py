@@ -43,8 +43,8 @@ BETTER: dict[str, str] = {
     "_consolidate_hf_safetensors.consolidate_safetensors_files_on_every_rank": "the files are "
     "shared out evenly; no collective is called",
     # Between formats.
-    "format_utils.dcp_to_torch_save": "what Shardkeep wrote is checked; the file appears when it is "
-    "complete; integer keys come back",
+    "format_utils.dcp_to_torch_save": "what Shardkeep wrote is checked; the file appears when it "
+    "is complete; integer keys come back",
     "format_utils.torch_save_to_dcp": "nothing in the file is executed",
     "format_utils.BroadcastingTorchSaveReader": "what is wrong is raised on all ranks before "
     "anything is sent",
