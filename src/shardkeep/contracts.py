@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Codec", "Progress", "Ranks", "Session", "Sink", "Store"]
+__all__ = ["Codec", "Progress", "Ranks", "Session", "Sink", "Store", "StoreInSteps"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -53,6 +53,21 @@ class Store(Protocol):
 
     def sync(self) -> None:
         """Make the names of all files created so far durable (on POSIX: fsync the folders)."""
+        ...
+
+
+@runtime_checkable
+class StoreInSteps(Store, Protocol):
+    """A store that tells how far a long read has come. Nobody needs to be one: it saves time."""
+
+    def read_steps(
+        self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
+    ) -> Iterator[int]:
+        """As `read_into`, but yields how many bytes are there, about every `step` bytes.
+
+        What has just come is still in a core's own cache, and is checked or copied best right
+        then. `keep`: others want these bytes, too, so they should stay where those find them.
+        """
         ...
 
 

@@ -8,7 +8,16 @@ from typing import NamedTuple
 from shardkeep.contracts import Store
 from shardkeep.errors import Damaged
 
-__all__ = ["MISSING", "Read", "Want", "fetch", "gather", "mismatch", "too_short"]
+__all__ = [
+    "MISSING",
+    "Read",
+    "Want",
+    "fetch",
+    "fetch_steps",
+    "gather",
+    "mismatch",
+    "too_short",
+]
 
 MISSING = "the file is missing"
 
@@ -51,14 +60,40 @@ def gather(wants: Iterable[Want], gap: int, limit: int) -> Iterator[Read]:
         yield Read(current[0].file, low, high, current)
 
 
-def fetch(store: Store, file: str, offset: int, into: memoryview, name: str | None) -> int:
+def fetch(
+    store: Store, file: str, offset: int, into: memoryview, name: str | None, *, keep: bool = False
+) -> int:
     """Fill `into` from `offset` on; the bytes read are fewer where the file ends.
 
     Raises:
         Damaged: the file is missing; `name` is the tensor that needs it.
     """
+    done = 0
+    for done in fetch_steps(store, file, offset, into, name, step=max(1, len(into)), keep=keep):
+        pass
+    return done
+
+
+def fetch_steps(
+    store: Store,
+    file: str,
+    offset: int,
+    into: memoryview,
+    name: str | None,
+    *,
+    step: int,
+    keep: bool = False,
+) -> Iterator[int]:
+    """The same, yielding how many bytes are there: every `step` or so, if the store can.
+
+    `keep` says that others want the same bytes (`contracts.StoreInSteps`).
+    """
+    in_steps = getattr(store, "read_steps", None)
     try:
-        return store.read_into(file, offset, into)
+        if in_steps is None:
+            yield store.read_into(file, offset, into)
+        else:
+            yield from in_steps(file, offset, into, step, keep=keep)
     except FileNotFoundError:
         raise Damaged(MISSING, file=file, name=name) from None
 

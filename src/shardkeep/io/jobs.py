@@ -33,12 +33,15 @@ class Copy:
         box: what of it, relative to the chunk.
         into: an array of the box's sizes, writable, with any strides, and with any dtype of the
             stored item size: its bytes are replaced as they are.
+        shared: other processes of this machine want the same bytes at about the same time: they
+            should come from the disk once (through the page cache, in a `LocalStore`).
     """
 
     name: str
     source: Source
     box: Box
     into: NDArray[Any]
+    shared: bool = False
 
 
 class Use(NamedTuple):

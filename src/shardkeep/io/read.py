@@ -13,7 +13,7 @@ from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.check import Payload, verify_payloads
 from shardkeep.io.digest import crc32
-from shardkeep.io.fetch import Read, fetch, mismatch, too_short
+from shardkeep.io.fetch import Read, fetch, fetch_steps, mismatch, too_short
 from shardkeep.io.jobs import Copy, Planner, Straight, Use, uses_in
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import BLOCK
@@ -117,11 +117,20 @@ def _check(copy: Copy) -> int:
 
 
 def _read_straight(store: Store, job: Straight, verify: bool) -> None:
-    end = job.low + fetch(store, job.file, job.low, job.into.data, job.copy.name)
+    """Read, and check each block as soon as it is there: it is in the core's own cache then."""
+    copy, checked, end = job.copy, job.low, job.low
+    checks = verify and copy.source.digests is not None
+    step = BLOCK if checks else job.high - job.low
+    for done in fetch_steps(
+        store, job.file, job.low, job.into.data, copy.name, step=step, keep=copy.shared
+    ):
+        end = job.low + done
+        whole = end if end == job.high else end - done % BLOCK
+        if checks and whole > checked:
+            _check_blocks(copy, job.into, job.low, checked, whole)
+            checked = whole
     if end < job.high:
-        raise Damaged(too_short(end, job.high), file=job.file, name=job.copy.name)
-    if verify:
-        _check_blocks(job.copy, job.into, job.low, job.low, job.high)
+        raise Damaged(too_short(end, job.high), file=job.file, name=copy.name)
 
 
 def _read(

@@ -14,6 +14,7 @@ from threading import Lock
 from types import TracebackType
 
 from shardkeep.contracts import Buffer, Store
+from shardkeep.stores import direct
 from shardkeep.stores.names import checked, checked_range
 
 __all__ = ["LocalStore"]
@@ -33,10 +34,10 @@ def _naming(path: str) -> Iterator[None]:
 class _Open:
     """A file open for reading. Closed with its last reference, so never under a reader's feet."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, flags: int) -> None:
         self.fd = -1
         # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
         if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
 
@@ -52,14 +53,19 @@ class _Open:
 class LocalStore(Store):
     """Files below `path`, which need not exist yet. Reading uses at most `open_files` descriptors.
 
-    Closing it (or leaving its `with` block) closes those; it can be used again afterwards.
+    Bytes that are in the page cache are copied out of it; others come past it, by direct reads,
+    where the kernel tells which is which and the file system lets.
+
+    Closing it (or leaving its `with` block) closes the files and frees the buffers; it can be used
+    again afterwards.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, open_files: int = 64) -> None:
         self._root = os.fspath(path) or "."
         self._limit = max(1, open_files)
         self._lock = Lock()
-        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
+        self._direct = direct.Direct()
         self._unsynced: set[str] = set()
 
     @property
@@ -107,15 +113,32 @@ class LocalStore(Store):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        done = 0
+        for done in self.read_steps(name, offset, buffer, direct.PIECE):
+            pass
+        return done
+
+    def read_steps(
+        self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
+    ) -> Iterator[int]:
         path = self.path_of(name)
         view = buffer.cast("B")
         checked_range(offset, len(view))
-        done = 0
         with _naming(path):
             file = self._file(path)
-            while done < len(view) and (n := os.preadv(file.fd, [view[done:]], offset + done)):
-                done += n
-        return done
+            for low in range(0, len(view), direct.PIECE):
+                piece = view[low : low + direct.PIECE]
+                done = 0
+                if not keep and self._direct.pays(file.fd, offset + low, len(piece)):
+                    for done in self._past_the_cache(path, offset + low, piece, step):
+                        yield low + done
+                while done < len(piece):
+                    rest = piece[done : done + step]
+                    read = os.preadv(file.fd, [rest], offset + low + done)
+                    if not read:
+                        return
+                    done += read
+                    yield low + done
 
     def create(self, name: str) -> LocalSink:
         path = self.path_of(name)
@@ -140,8 +163,7 @@ class LocalStore(Store):
 
     def remove(self, name: str) -> None:
         path = self.path_of(name)
-        with self._lock:
-            self._open.pop(path, None)
+        self._forget(path)
         Path(path).unlink(missing_ok=True)
 
     def sync(self) -> None:
@@ -156,9 +178,10 @@ class LocalStore(Store):
             raise
 
     def close(self) -> None:
-        """Close the files that are open for reading."""
+        """Close the files that are open for reading, and free the buffers."""
         with self._lock:
             self._open.clear()
+        self._direct.close()
 
     def __enter__(self) -> LocalStore:
         return self
@@ -169,19 +192,33 @@ class LocalStore(Store):
     def __repr__(self) -> str:
         return f"LocalStore({self._root!r})"
 
-    def _file(self, path: str) -> _Open:
+    def _file(self, path: str, flags: int = 0) -> _Open:
+        key = path, flags
         with self._lock:
-            file = self._open.get(path)
+            file = self._open.get(key)
             if file is not None and not file.replaced():
-                self._open.move_to_end(path)
+                self._open.move_to_end(key)
                 return file
-        file = _Open(path)
+        file = _Open(path, flags)
         with self._lock:
-            self._open[path] = file
-            self._open.move_to_end(path)
+            self._open[key] = file
+            self._open.move_to_end(key)
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)
         return file
+
+    def _forget(self, path: str) -> None:
+        with self._lock:
+            for flags in (0, direct.FLAG):
+                self._open.pop((path, flags), None)
+
+    def _past_the_cache(self, path: str, offset: int, view: memoryview, step: int) -> Iterator[int]:
+        """As `Direct.read`, of a file that is opened for it."""
+        file = None
+        with self._direct.refusals():
+            file = self._file(path, direct.FLAG)
+        if file is not None:
+            yield from self._direct.read(file.fd, offset, view, step)
 
     def _make(self, folder: str) -> None:
         """Make a folder and those above it; what gained a name by that is synced later."""

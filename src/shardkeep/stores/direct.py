@@ -1,0 +1,131 @@
+"""Reads past the page cache: what is not in it comes from the disk at the disk's own speed."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+import numpy as np
+
+from shardkeep import knobs
+from shardkeep.stores import kernel
+
+__all__ = ["FLAG", "PIECE", "Direct"]
+
+FLAG: int = getattr(os, "O_DIRECT", 0)
+"""How to open a file for such reads; 0 where there are none."""
+
+PIECE = 2 << 20
+"""Bytes of one read at most."""
+
+_LEAST = 64 * 1024
+"""Fewer bytes are not worth a look: the kernel's own reading ahead may well serve the next ones."""
+
+_ALIGN = 4096
+"""Memory, offset and length are multiples of this: no disk in use has larger sectors."""
+
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+class Direct:
+    """The buffers of one store, and whether its file system takes such reads at all.
+
+    That is found out by trying: after the first refusal there are no more of them. All buffers of
+    a store together take half of `knobs.buffer()` at most (the other half is its callers').
+    """
+
+    def __init__(self) -> None:
+        self.works = bool(FLAG)
+        self._lock = Lock()
+        self._free: list[mmap.mmap] = []
+        self._taken = 0
+
+    def pays(self, fd: int, offset: int, length: int) -> bool:
+        """Whether most of a range has to come from the disk."""
+        if not self.works or length < _LEAST:
+            return False
+        found = kernel.cached(fd, offset, length)
+        if found is None:
+            self.works = False
+            return False
+        return found < length // 2
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """A refusal inside ends direct reads, but is no error."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            self.works = False
+
+    def read(self, fd: int, offset: int, view: memoryview, step: int) -> Iterator[int]:
+        """Fill `view`, of `PIECE` bytes at most, from `offset` of a file opened with `FLAG`.
+
+        Yields how many of its bytes are there, every `step` or less. Ends early where the file
+        does, where such reads are refused, or if all buffers are taken: an ordinary read then
+        goes on from there.
+        """
+        with self._buffer() as buffer:
+            if buffer is None:
+                return
+            room = len(buffer) - _ALIGN
+            target = np.frombuffer(view, dtype=np.uint8)
+            for at in range(0, len(view), room):
+                stop = min(at + room, len(view))
+                first = (offset + at) % _ALIGN
+                end = self._fill(fd, offset + at - first, buffer, first + stop - at) - first
+                source = np.frombuffer(buffer, dtype=np.uint8)[first:]
+                for begin in range(0, min(end, stop - at), step):
+                    # numpy's copies let other threads run; those between memoryviews do not.
+                    done = min(begin + step, end, stop - at)
+                    target[at + begin : at + done] = source[begin:done]
+                    yield at + done
+                if end < stop - at:
+                    return
+
+    def close(self) -> None:
+        """Give the buffers back to the system."""
+        with self._lock:
+            self._taken -= len(self._free)
+            self._free.clear()
+
+    def _fill(self, fd: int, offset: int, buffer: mmap.mmap, length: int) -> int:
+        """Bytes read: `length`, rounded up, unless the file ends."""
+        done, length = 0, length + -length % _ALIGN
+        with self.refusals(), memoryview(buffer) as space:
+            while done < length and done % _ALIGN == 0:
+                read = os.preadv(fd, [space[done:length]], offset + done)
+                if not read:
+                    break
+                done += read
+        return done
+
+    @contextmanager
+    def _buffer(self) -> Iterator[mmap.mmap | None]:
+        buffer = self._take()
+        try:
+            yield buffer
+        finally:
+            if buffer is not None:
+                with self._lock:
+                    self._free.append(buffer)
+
+    def _take(self) -> mmap.mmap | None:
+        """A buffer out of the pool, or a new one; None if there are as many as may be."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            budget = knobs.buffer() // 2
+            size = min(PIECE, budget // knobs.threads()) // _ALIGN * _ALIGN
+            if size < _LEAST or (self._taken + 1) * size > budget:
+                return None
+            self._taken += 1
+        # Private: a forked process must not write into its parent's buffers.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return mmap.mmap(-1, size + _ALIGN, flags=flags)
