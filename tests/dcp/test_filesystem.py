@@ -513,12 +513,13 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
     saved = {"w": values("w", (4096, 1024), torch.float32)}
     dcp.save(saved, checkpoint_id=tmp_path)
     read = []
-    real = LocalStore.read_into
-    monkeypatch.setattr(
-        LocalStore,
-        "read_into",
-        lambda store, name, at, buffer: read.append(len(buffer)) or real(store, name, at, buffer),
-    )
+    real = LocalStore.read_steps
+
+    def counted(store, name, at, buffer, step, **more):
+        read.append(len(buffer))
+        return real(store, name, at, buffer, step, **more)
+
+    monkeypatch.setattr(LocalStore, "read_steps", counted)
     reader = dcp.FileSystemReader(tmp_path)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, True)

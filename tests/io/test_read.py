@@ -35,6 +35,27 @@ class Logging(MemoryStore):
         return super().read_into(name, offset, buffer)
 
 
+class InSteps(Logging):
+    """Tells how far a read has come, in steps of any size."""
+
+    def __init__(self, seed, **files):
+        super().__init__(**files)
+        self.random, self.kept = np.random.default_rng(seed), []
+
+    def read_steps(self, name, offset, buffer, step, *, keep=False):
+        self.reads.append((name, offset, offset + buffer.nbytes))
+        self.kept.append(keep)
+        data = super().read(name, offset, buffer.nbytes)
+        # What is not there yet must not be looked at.
+        buffer[:] = b"\xee" * buffer.nbytes
+        done = 0
+        while done < len(data):
+            end = min(len(data), done + 1 + int(self.random.integers(2 * step)))
+            buffer[done:end] = data[done:end]
+            done = end
+            yield done
+
+
 FILE = np.random.default_rng(0).bytes(16 * BLOCK)
 
 
@@ -105,9 +126,10 @@ def expected(copy, first):
     st.booleans(),
     st.integers(1, 4),
     st.sampled_from([0, 64, 1 << 16, 1 << 20]),
+    st.one_of(st.none(), st.integers(0, 99)),
 )
-def test_every_box_arrives(wanted, verify, threads, gap):
-    store = Logging(f=FILE)
+def test_every_box_arrives(wanted, verify, threads, gap, steps):
+    store = Logging(f=FILE) if steps is None else InSteps(steps, f=FILE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDKEEP_GAP", str(gap))
         patch.setenv("SHARDKEEP_BUFFER", str(1 << 20))
@@ -119,8 +141,8 @@ def test_every_box_arrives(wanted, verify, threads, gap):
 
 
 @settings(max_examples=120, deadline=None)
-@given(copies(), st.integers(1, 3), st.data())
-def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, data):
+@given(copies(), st.integers(1, 3), st.booleans(), st.data())
+def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, steps, data):
     copy, first = wanted
     source, nbytes = copy.source, copy.source.payload[1]
     good = digests(first, nbytes)
@@ -144,7 +166,9 @@ def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, d
     )  # fmt: skip
     with pytest.raises(Damaged) as caught:
         read_copies(
-            Logging(f=broken), [Copy("the.name", damaged, copy.box, copy.into)], threads=threads
+            InSteps(0, f=broken) if steps else Logging(f=broken),
+            [Copy("the.name", damaged, copy.box, copy.into)],
+            threads=threads,
         )
     block = (at - source.payload[0]) // BLOCK
     assert (caught.value.file, caught.value.name, caught.value.block) == ("f", "the.name", block)
@@ -166,8 +190,10 @@ def flat(first, count, *, name="t", dtype=np.uint8, checked=True, into=None):
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("count", [1, 1000, BLOCK, 9 * BLOCK + 5])
-def test_files_that_end_early(count, threads, checked):
-    store = Logging(f=FILE[: 100 + count - 1])
+@pytest.mark.parametrize("steps", [True, False])
+def test_files_that_end_early(count, threads, checked, steps):
+    cut = FILE[: 100 + count - 1]
+    store = InSteps(1, f=cut) if steps else Logging(f=cut)
     with pytest.raises(Damaged) as caught:
         read_copies(store, [flat(100, count, checked=checked)], threads=threads)
     assert (caught.value.file, caught.value.name) == ("f", "t")
@@ -281,6 +307,104 @@ def test_rows_apart_go_straight_to_memory():
     assert into.tobytes() == stored(source)[:, BLOCK : 3 * BLOCK].tobytes()
     assert found.bytes_read == found.bytes_needed == 6 * BLOCK
     assert len(store.reads) == 3
+
+
+def columns(rows, width, low, high, *, first=64, checked=True, shared=False):
+    """A copy of some columns of a matrix of bytes."""
+    crcs = digests(first, rows * width) if checked else None
+    source = Source("f", first, (width, 1), (rows, width), 1, (first, rows * width), crcs)
+    into = np.zeros((rows, high - low), np.uint8)
+    return Copy("t", source, Box((0, low), into.shape), into, shared)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_columns_take_few_reads_and_no_block_twice(checked):
+    """Rows to columns: a quarter of each row, every block read and checked once."""
+    store = Logging(f=FILE)
+    copy = columns(14 * BLOCK // 4096, 4096, 1024, 2048, checked=checked)
+    found = read_copies(store, [copy], threads=4)
+    assert copy.into.tobytes() == stored(copy.source)[:, 1024:2048].tobytes()
+    assert found.bytes_needed == copy.into.nbytes
+    assert found.bytes_read <= 14 * BLOCK
+    assert len(store.reads) == 1
+
+
+def test_columns_within_a_small_budget_read_no_block_twice(monkeypatch):
+    import shardkeep.io.read as module
+
+    checked = []
+    real = module.crc32
+    monkeypatch.setattr(module, "crc32", lambda view: checked.append(len(view)) or real(view))
+    monkeypatch.setenv("SHARDKEEP_BUFFER", str(1 << 20))
+    store = Logging(f=FILE)
+    wanted = [columns(14 * BLOCK // 4096, 4096, low, low + 1024) for low in (0, 1024)]
+    read_copies(store, wanted[:1], threads=4)
+    assert sum(high - low for _, low, high in store.reads) == 14 * BLOCK
+    assert len(store.reads) == 4, "of a MiB each"
+    assert checked == [BLOCK] * 14
+
+
+def test_a_column_slice_reads_little_more_than_it_needs():
+    """Wide rows, unverified: only the bytes that are wanted; verified: only their blocks."""
+    wide, low = BLOCK, BLOCK // 2
+    for checked, most in ((False, 1000), (True, BLOCK)):
+        store = Logging(f=FILE)
+        copy = columns(8, wide, low, low + 1000, checked=checked)
+        found = read_copies(store, [copy], threads=2)
+        assert copy.into.tobytes() == stored(copy.source)[:, low : low + 1000].tobytes()
+        assert found.bytes_read == sum(high - low for _, low, high in store.reads) <= 8 * most
+
+
+def test_only_bytes_that_others_want_are_to_stay_in_the_cache():
+    whole, half = flat(0, 9 * BLOCK), columns(3 * BLOCK // 4096, 4096, 0, 2048, first=9 * BLOCK)
+    quarter = columns(BLOCK // 4096, 4096, 0, 1000, first=13 * BLOCK)
+    for wanted, kept in (
+        ([whole], {False}),
+        ([half], {False}),
+        ([quarter], {True}),
+        ([Copy("t", whole.source, whole.box, whole.into, shared=True)], {True}),
+        ([Copy("t", half.source, half.box, half.into, shared=True)], {True}),
+    ):
+        store = InSteps(0, f=FILE)
+        read_copies(store, wanted, threads=1)
+        assert set(store.kept) == kept
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_large_payloads_take_one_call_for_4_mib(checked):
+    """What a call costs in Python must not show beside the bytes."""
+    store = Logging(f=FILE)
+    read_copies(store, [flat(0, 16 * BLOCK, checked=checked)], threads=4)
+    assert len(store.reads) == 1
+    assert store.reads[0] == ("f", 0, 16 * BLOCK)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_cold_files_are_read_past_the_cache(tmp_path, monkeypatch, verify):
+    from shardkeep.stores import direct, kernel
+
+    monkeypatch.setattr(kernel, "cached", lambda fd, offset, length: 0)
+    opened = []
+    monkeypatch.setattr(direct.Direct, "read", _noting(direct.Direct.read, opened))
+    (tmp_path / "f").write_bytes(FILE)
+    wanted = [flat(77, 9 * BLOCK + 5), columns(5 * BLOCK // 512, 512, 3, 500, first=10 * BLOCK)]
+    read_copies(LocalStore(tmp_path), wanted, threads=2, verify=verify)
+    assert wanted[0].into.tobytes() == FILE[77 : 77 + 9 * BLOCK + 5]
+    assert wanted[1].into.tobytes() == stored(wanted[1].source)[:, 3:500].tobytes()
+    assert len(opened) == (2 if direct.FLAG else 0)
+    (tmp_path / "f").write_bytes(FILE[: 77 + 9 * BLOCK])
+    with pytest.raises(Damaged, match="the file ends at byte"):
+        read_copies(LocalStore(tmp_path), wanted[:1], threads=2, verify=verify)
+    broken = bytearray(FILE)
+    broken[77 + 3 * BLOCK] ^= 8
+    (tmp_path / "f").write_bytes(broken)
+    if verify:
+        with pytest.raises(Damaged, match="f, 't', block 3: its bytes have CRC-32"):
+            read_copies(LocalStore(tmp_path), wanted[:1], threads=2)
+
+
+def _noting(real, made):
+    return lambda *what: made.append(what) or real(*what)
 
 
 def test_items_are_moved_as_they_are():

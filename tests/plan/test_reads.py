@@ -78,6 +78,39 @@ def test_runs_bring_the_box(chunk, gap, limit):
     assert into.tobytes() == expected
 
 
+@settings(max_examples=300, deadline=None)
+@given(stored(), st.integers(0, 30), st.integers(2, 40), st.integers(4, 8))
+def test_parts_fit_with_their_blocks(chunk, gap, block, blocks):
+    source, box = chunk
+    file = np.random.default_rng(0).integers(0, 256, sum(source.payload), dtype=np.uint8)
+    into = np.zeros(box.sizes, f"V{source.itemsize}")
+    for part, found in split(source, box, gap, block * blocks, block):
+        assert found.gapless == runs(source, part, 1 << 30).gapless or found.outer
+        for start in found.starts.tolist():
+            low, high = block_range(start, start + found.span, source.payload, block)
+            assert high - low <= block * blocks or found.span == source.itemsize
+        put(found, file, into[(*part.relative_to(box).slices, ...)])
+    assert into.tobytes() == view(source, file)[box.slices].tobytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([8, 16, 32, 64]), st.integers(1, 40), st.data())
+def test_no_block_is_read_twice_where_rows_and_blocks_fall_together(first, width, rows, data):
+    low = data.draw(st.integers(0, width - 1))
+    box = Box(
+        (data.draw(st.integers(0, rows - 1)), low), (1, data.draw(st.integers(1, width - low)))
+    )
+    box = Box(box.offsets, (rows - box.offsets[0], box.sizes[1]))
+    matrix = Source("f", first, (width, 1), (rows, width), 1, (first, rows * width))
+    touched = []
+    for _, found in split(matrix, box, 64, 256, 64):
+        start, stop = block_range(
+            int(found.starts[0]), int(found.starts[0]) + found.span, matrix.payload, 64
+        )
+        touched += range(start, stop, 64)
+    assert len(touched) == len(set(touched))
+
+
 def source(sizes, strides, start=0, nbytes=10_000, itemsize=4):
     return Source("f", start, strides, sizes, itemsize, (0, nbytes))
 

@@ -16,8 +16,8 @@ from shardkeep.types import Box
 
 __all__ = ["Copy", "Planner", "Straight", "Use", "uses_in"]
 
-_PIECE = 2 << 20
-"""Bytes of one read straight into memory: about what a core's own cache holds until the check."""
+_PIECE = 4 << 20
+"""Bytes of one read straight into memory: enough that its cost in Python does not show."""
 
 _STRAIGHT = 2 * BLOCK
 """A run of so many bytes goes straight into memory; smaller ones share reads with others."""
@@ -101,9 +101,7 @@ class Planner:
                 else:
                     self._want(use, found.span, checked)
             return
-        room = self._limit - (2 * BLOCK if checked else 0)
-        parts = [(box, found)] if found.span <= room else split(source, box, gap, room)
-        for part, its_runs in parts:
+        for part, its_runs in split(source, box, gap, self._limit, BLOCK if checked else 1):
             for use in uses_in(copy, its_runs, into[part.relative_to(box).slices]):
                 self._want(use, its_runs.span, checked)
 

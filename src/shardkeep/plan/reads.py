@@ -96,26 +96,64 @@ def runs(source: Source, box: Box, gap: int) -> Runs:
     return Runs(starts, span, outer, sizes, strides, _gapless(sizes, strides, source.itemsize))
 
 
-def split(source: Source, box: Box, gap: int, limit: int) -> Iterator[tuple[Box, Runs]]:
+def split(
+    source: Source, box: Box, gap: int, limit: int, block: int = 1
+) -> Iterator[tuple[Box, Runs]]:
     """Parts of a box whose runs span at most `limit` bytes each (or are one element).
+
+    The bytes of a run are rounded out to whole blocks of the payload before they are counted, and
+    parts are cut between blocks where that is possible, so that few blocks are read twice. `limit`
+    is a multiple of `block`, and at least four times as much.
 
     What goes straight into memory can be cut at any byte, and needs no such parts.
     """
     found = runs(source, box, gap)
+    if found.outer and block > 1:
+        # Each run lies in another way to the blocks: there is room for the worst one.
+        limit, block = limit - 2 * block, 1
+    start = int(found.starts[0]) - source.payload[0]
+    low = start - start % block
     spread = [d for d in range(box.ndim) if box.sizes[d] > 1 and source.strides[d] > 0]
     inner = [d for d in spread if d not in found.outer]
-    if found.span <= limit or not inner:
+    if start + found.span <= low + limit or not inner:
         yield box, found
         return
     widest = max(inner, key=lambda d: source.strides[d])
     stride = source.strides[widest]
     below = found.span - (box.sizes[widest] - 1) * stride
-    step = 1 + max(0, limit - below) // stride
-    for at in range(0, box.sizes[widest], step):
-        offsets, sizes = list(box.offsets), list(box.sizes)
-        offsets[widest] += at
-        sizes[widest] = min(step, box.sizes[widest] - at)
-        yield from split(source, Box(tuple(offsets), tuple(sizes)), gap, limit)
+    place = widest - sum(d < widest for d in found.outer)
+    at = 0
+    while at < box.sizes[widest]:
+        count = min(_step(start + at * stride, stride, below, limit, block), box.sizes[widest] - at)
+        part = Box(
+            _with(box.offsets, widest, box.offsets[widest] + at), _with(box.sizes, widest, count)
+        )
+        if count > 1 or below <= limit - 2 * (block - 1):
+            sizes = _with(found.sizes, place, count)
+            gapless = _gapless(sizes, found.strides, source.itemsize)
+            starts, span = found.starts + at * stride, below + (count - 1) * stride
+            yield part, Runs(starts, span, found.outer, sizes, found.strides, gapless)
+        else:
+            yield from split(source, part, gap, limit, block)
+        at += count
+
+
+def _with(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
+    return (*values[:at], value, *values[at + 1 :])
+
+
+def _step(start: int, stride: int, below: int, limit: int, block: int) -> int:
+    """How many ranges of `below` bytes, `stride` apart, are read at once: at least one.
+
+    As many as fit, or a few less if that ends at the end of a block.
+    """
+    low = start - start % block
+    if block > 1:
+        for end in range(low + limit, low, -block):
+            step = 1 + (end - start - below) // stride
+            if step > 0 and start + step * stride >= end:
+                return step
+    return max(1, 1 + (low + limit - start - below) // stride)
 
 
 def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> tuple[int, int]:
