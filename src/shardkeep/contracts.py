@@ -6,7 +6,12 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Codec", "Progress", "Ranks", "Session", "Sink", "Store", "StoreInSteps"]
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.types import I64
+
+__all__ = ["Codec", "Progress", "Ranks", "Session", "Sink", "Store", "StoreInRows", "StoreInSteps"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -67,6 +72,19 @@ class StoreInSteps(Store, Protocol):
 
         What has just come is still in a core's own cache, and is checked or copied best right
         then. `keep`: others want these bytes, too, so they should stay where those find them.
+        """
+        ...
+
+
+@runtime_checkable
+class StoreInRows(Store, Protocol):
+    """A store that reads many short ranges at little more than the cost of their bytes."""
+
+    def read_rows(self, name: str, starts: I64, into: NDArray[np.uint8]) -> bool:
+        """Fill `into` [R, L], whose rows are contiguous: row i from byte `starts[i]` [R] on.
+
+        False if that can't be done, or costs more than one read of all between the rows: the caller
+        does that, and `into` may hold anything.
         """
         ...
 

@@ -36,7 +36,7 @@ class Logging(MemoryStore):
 
 
 class InSteps(Logging):
-    """Tells how far a read has come, in steps of any size."""
+    """Tells how far a read has come, in steps of any size; reads in rows, or doesn't like to."""
 
     def __init__(self, seed, **files):
         super().__init__(**files)
@@ -54,6 +54,15 @@ class InSteps(Logging):
             buffer[done:end] = data[done:end]
             done = end
             yield done
+
+    def read_rows(self, name, starts, into):
+        into[...] = 0xEE
+        if self.random.integers(2):
+            return False
+        for start, row in zip(starts.tolist(), into, strict=True):
+            if Logging.read_into(self, name, start, row.data) < len(row):
+                return False
+        return True
 
 
 FILE = np.random.default_rng(0).bytes(16 * BLOCK)
@@ -405,6 +414,50 @@ def test_cold_files_are_read_past_the_cache(tmp_path, monkeypatch, verify):
 
 def _noting(real, made):
     return lambda *what: made.append(what) or real(*what)
+
+
+@pytest.mark.parametrize("end", ["whole", "cut", "gone"])
+def test_rows_far_apart_take_one_call_each_and_no_buffer(tmp_path, monkeypatch, end):
+    """A slice of wide rows, unchecked: only its own bytes, right to their places."""
+    import os
+
+    from shardkeep.io.read import _Worker
+    from shardkeep.stores import kernel
+
+    monkeypatch.setattr(kernel, "cached", lambda fd, offset, length: length)
+    made = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: made.append(at) or real(fd, to, at))
+    buffers = []
+    monkeypatch.setattr(_Worker, "_buffer", _noting(_Worker._buffer, buffers))
+    (tmp_path / "f").write_bytes(FILE)
+    copy = columns(100, 40_000, 5000, 12_000, checked=False)
+    last = copy.source.start + 99 * 40_000 + 5000
+    if end == "cut":
+        os.truncate(tmp_path / "f", last + 6999)
+    elif end == "gone":
+        (tmp_path / "f").unlink()
+    if end != "whole":
+        told = "the file ends at byte" if end == "cut" else "f, 't': the file is missing"
+        with pytest.raises(Damaged, match=told):
+            read_copies(LocalStore(tmp_path), [copy], threads=2)
+        return
+    found = read_copies(LocalStore(tmp_path), [copy], threads=2)
+    assert copy.into.tobytes() == stored(copy.source)[:, 5000:12_000].tobytes()
+    assert found.bytes_read == found.bytes_needed == 700_000
+    assert sorted(made) == list(range(copy.source.start + 5000, last + 1, 40_000))
+    assert not buffers
+
+
+def test_rows_that_are_cold_are_read_with_what_lies_between(tmp_path, monkeypatch):
+    from shardkeep.stores import kernel
+
+    monkeypatch.setattr(kernel, "cached", lambda fd, offset, length: 0)
+    (tmp_path / "f").write_bytes(FILE)
+    copy = columns(100, 40_000, 5000, 12_000, checked=False)
+    found = read_copies(LocalStore(tmp_path), [copy], threads=2)
+    assert copy.into.tobytes() == stored(copy.source)[:, 5000:12_000].tobytes()
+    assert found.bytes_read == 99 * 40_000 + 7000
 
 
 def test_items_are_moved_as_they_are():

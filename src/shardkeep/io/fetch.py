@@ -68,10 +68,8 @@ def fetch(
     Raises:
         Damaged: the file is missing; `name` is the tensor that needs it.
     """
-    done = 0
-    for done in fetch_steps(store, file, offset, into, name, step=max(1, len(into)), keep=keep):
-        pass
-    return done
+    step = max(1, len(into))
+    return max(fetch_steps(store, file, offset, into, name, step=step, keep=keep), default=0)
 
 
 def fetch_steps(

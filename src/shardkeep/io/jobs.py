@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from shardkeep.io.fetch import Read, Want, gather
 from shardkeep.knobs import BLOCK
 from shardkeep.plan.reads import Runs, Source, block_range, runs, split
-from shardkeep.types import Box
+from shardkeep.types import I64, Box
 
-__all__ = ["Copy", "Planner", "Straight", "Use", "uses_in"]
+__all__ = ["Copy", "Planner", "Rows", "Straight", "Use", "uses_in"]
 
 _PIECE = 4 << 20
 """Bytes of one read straight into memory: enough that its cost in Python does not show."""
 
 _STRAIGHT = 2 * BLOCK
 """A run of so many bytes goes straight into memory; smaller ones share reads with others."""
+
+
+_ROW = 24 * 1024
+"""Reading one more row costs as much as reading so many bytes: nearer ones are read with what lies
+between them. (2 to 3 us a row, 0.1 ns a byte, measured.)"""
+
+_ROWS = 512
+"""Rows of one job at most: enough that its cost in Python does not show."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +76,24 @@ class Straight(NamedTuple):
     into: NDArray[np.uint8]
 
 
+class Rows(NamedTuple):
+    """Many short runs that go right to where they belong, without what lies between them.
+
+    Attributes:
+        file, low, high: what they lie in.
+        copy: the same as a box, for stores that can't read it in this way.
+        starts: [R] first byte of each run.
+        into: [R, L] where they go.
+    """
+
+    file: str
+    low: int
+    high: int
+    copy: Copy
+    starts: I64
+    into: NDArray[np.uint8]
+
+
 class Planner:
     """Collects copies out of files.
 
@@ -74,15 +101,16 @@ class Planner:
         gap: bytes between useful ones that are rather read than skipped.
         limit: bytes of one read into a buffer at most, at least four blocks.
         verify: digested payloads are read by whole blocks.
+        rows: the store can read in rows (`contracts.StoreInRows`).
     """
 
-    def __init__(self, gap: int, limit: int, verify: bool) -> None:
-        self._gap, self._limit, self._verify = gap, limit, verify
+    def __init__(self, gap: int, limit: int, verify: bool, rows: bool = False) -> None:
+        self._gap, self._limit, self._verify, self._rows = gap, limit, verify, rows
         self._wants: list[Want] = []
-        self._straight: list[Straight] = []
+        self._straight: list[Straight | Rows] = []
         self.uses: list[Use] = []
 
-    def jobs(self) -> list[Straight | Read]:
+    def jobs(self) -> list[Straight | Rows | Read]:
         """All reads, sorted by file and position; rows of their wants count in `uses`."""
         reads = gather(self._wants, self._gap, self._limit)
         return sorted([*self._straight, *reads], key=lambda job: job[:2])
@@ -91,6 +119,8 @@ class Planner:
         """Plan one copy. Raises FormatError if its source contradicts itself."""
         source, box, into = copy.source, copy.box, copy.into
         checked = self._verify and source.digests is not None
+        if self._rows and not checked and self._add_rows(copy):
+            return
         # Runs nearer than a block would have to share blocks: they are read as one then.
         gap = max(self._gap, BLOCK) if checked else self._gap
         found = runs(source, box, gap)
@@ -104,6 +134,36 @@ class Planner:
         for part, its_runs in split(source, box, gap, self._limit, BLOCK if checked else 1):
             for use in uses_in(copy, its_runs, into[part.relative_to(box).slices]):
                 self._want(use, its_runs.span, checked)
+
+    def _add_rows(self, copy: Copy) -> bool:
+        """Plan a copy as rows, if it consists of runs that are long and far enough apart."""
+        source, box = copy.source, copy.box
+        found = runs(source, box, min(self._gap, _ROW))
+        if not found.outer or not found.gapless:
+            return False
+        first = _first_part(found, copy.into)
+        if found.span >= _STRAIGHT or not first.flags.c_contiguous:
+            return False
+        counts = [box.sizes[d] for d in found.outer]
+        strides = [copy.into.strides[d] for d in found.outer]
+        row = first.reshape(-1).view(np.uint8)
+        targets = as_strided(row, (*counts, found.span), (*strides, 1))
+        starts = found.starts.reshape(counts)
+        step = max(1, min(_ROWS, _PIECE // found.span))
+        last = found.outer[-1]
+        for index in np.ndindex(*counts[:-1]):
+            for at in range(0, counts[-1], step):
+                offsets, sizes = list(box.offsets), list(box.sizes)
+                for d, i in zip(found.outer, index, strict=False):
+                    offsets[d], sizes[d] = box.offsets[d] + i, 1
+                offsets[last], sizes[last] = box.offsets[last] + at, min(step, counts[-1] - at)
+                part = Box(tuple(offsets), tuple(sizes))
+                its_starts, into = starts[index][at : at + step], targets[index][at : at + step]
+                low, high = int(its_starts[0]), int(its_starts[-1]) + found.span
+                there = copy.into[part.relative_to(box).slices]
+                same = replace(copy, box=part, into=there)
+                self._straight.append(Rows(source.file, low, high, same, its_starts, into))
+        return True
 
     def _want(self, use: Use, length: int, checked: bool) -> None:
         source = use.copy.source

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import knobs
-from shardkeep.contracts import Progress, Store
+from shardkeep.contracts import Progress, Store, StoreInRows
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.check import Payload, verify_payloads
 from shardkeep.io.digest import crc32
-from shardkeep.io.fetch import Read, Want, fetch_steps, mismatch, too_short
-from shardkeep.io.jobs import Copy, Planner, Straight, Use, uses_in
+from shardkeep.io.fetch import MISSING, Read, Want, fetch_steps, mismatch, too_short
+from shardkeep.io.jobs import Copy, Planner, Rows, Straight, Use, uses_in
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import BLOCK
 from shardkeep.plan.reads import block_range, runs
@@ -33,7 +34,7 @@ calls as it saves in the cache."""
 
 _PAGE = 4096
 
-_Job = Straight | Read | Copy
+_Job = Straight | Rows | Read | Copy
 """A copy is a job of its own if its source's bytes are in memory already."""
 
 
@@ -67,7 +68,8 @@ def read_copies(
     """
     limit = knobs.buffer() // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
-    planner = Planner(knobs.gap(), limit, verify)
+    in_rows = isinstance(store, StoreInRows)
+    planner = Planner(knobs.gap(), limit, verify, in_rows)
     jobs: list[_Job] = []
     needed = 0
     for copy in copies:
@@ -82,26 +84,50 @@ def read_copies(
                 raise error.within(place=f"tensor {copy.name!r}") from None
     jobs += planner.jobs()
     meter = Meter(progress, "read", sum(map(_nbytes, jobs)))
+    read: list[int] = []
 
     def worker(mine: Iterator[_Job]) -> None:
-        space: NDArray[np.uint8] | None = None
+        worker = _Worker(store, verify, limit)
         for job in mine:
-            if isinstance(job, Straight):
-                _read_straight(store, job, verify)
-            elif isinstance(job, Read):
-                if space is None:
-                    space = _page_aligned(limit + _PAGE)
-                # Copies are several times as fast on some processors (Zen 3) where source and
-                # destination lie in the same way in their pages.
-                first = job.low % _PAGE
-                room = space[first : first + job.high - job.low]
-                _read(store, job, planner.uses, room, verify)
-            else:
-                _take_from_memory(job, verify)
+            read.append(worker.do(job, planner.uses))
             meter.add(_nbytes(job))
 
     parallel(jobs, worker, threads)
-    return ReadStats(sum(_nbytes(job) for job in jobs if not isinstance(job, Copy)), needed)
+    return ReadStats(sum(read), needed)
+
+
+class _Worker:
+    """One thread's work, and its buffer."""
+
+    def __init__(self, store: Store, verify: bool, limit: int) -> None:
+        self._store, self._verify, self._limit = store, verify, limit
+        self._space: NDArray[np.uint8] | None = None
+
+    def do(self, job: _Job, uses: Sequence[Use]) -> int:
+        """Do one job; bytes read from the store."""
+        if isinstance(job, Copy):
+            _take_from_memory(job, self._verify)
+            return 0
+        if isinstance(job, Straight):
+            _read_straight(self._store, job, self._verify)
+        elif isinstance(job, Read):
+            _read(self._store, job, uses, self._buffer(job.low, job.high), self._verify)
+        elif not _read_rows(self._store, job):
+            planner = Planner(knobs.gap(), self._limit, self._verify)
+            planner.add(job.copy)
+            return sum(self.do(part, planner.uses) for part in planner.jobs())
+        return job.into.nbytes if isinstance(job, Rows) else job.high - job.low
+
+    def _buffer(self, low: int, high: int) -> NDArray[np.uint8]:
+        """Room for these bytes of a file, in the way in which they lie in its pages.
+
+        On some processors (Zen 3) copies are several times as slow where the destination lies a few
+        bytes later in its page than the source does in its own.
+        """
+        if self._space is None:
+            self._space = _page_aligned(self._limit + _PAGE)
+        first = low % _PAGE
+        return self._space[first : first + high - low]
 
 
 def _page_aligned(nbytes: int) -> NDArray[np.uint8]:
@@ -110,7 +136,7 @@ def _page_aligned(nbytes: int) -> NDArray[np.uint8]:
 
 
 def _nbytes(job: _Job) -> int:
-    return job.into.nbytes if isinstance(job, Copy) else job.high - job.low
+    return job.into.nbytes if isinstance(job, Copy | Rows) else job.high - job.low
 
 
 def _check(copy: Copy) -> int:
@@ -148,6 +174,14 @@ def _read_straight(store: Store, job: Straight, verify: bool) -> None:
             checked = whole
     if end < job.high:
         raise Damaged(too_short(end, job.high), file=job.file, name=copy.name)
+
+
+def _read_rows(store: Store, job: Rows) -> bool:
+    """Whether the store could do it in this way."""
+    try:
+        return cast(StoreInRows, store).read_rows(job.file, job.starts, job.into)
+    except FileNotFoundError:
+        raise Damaged(MISSING, file=job.file, name=job.copy.name) from None
 
 
 def _read(

@@ -13,9 +13,13 @@ from secrets import token_hex
 from threading import Lock
 from types import TracebackType
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shardkeep.contracts import Buffer, Store
 from shardkeep.stores import direct
 from shardkeep.stores.names import checked, checked_range
+from shardkeep.types import I64
 
 __all__ = ["LocalStore"]
 
@@ -113,10 +117,7 @@ class LocalStore(Store):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        done = 0
-        for done in self.read_steps(name, offset, buffer, direct.PIECE):
-            pass
-        return done
+        return max(self.read_steps(name, offset, buffer, direct.PIECE), default=0)
 
     def read_steps(
         self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
@@ -139,6 +140,19 @@ class LocalStore(Store):
                         return
                     done += read
                     yield low + done
+
+    def read_rows(self, name: str, starts: I64, into: NDArray[np.uint8]) -> bool:
+        path = self.path_of(name)
+        low, high = int(starts.min()), int(starts.max()) + into.shape[1]
+        checked_range(low, high - low)
+        with _naming(path):
+            file = self._file(path)
+            if self._direct.pays(file.fd, low, high - low):
+                return False
+            for start, row in zip(starts.tolist(), into, strict=True):
+                if os.preadv(file.fd, [row], start) != len(row):
+                    return False
+        return True
 
     def create(self, name: str) -> LocalSink:
         path = self.path_of(name)
