@@ -34,7 +34,10 @@ def gap() -> int:
 
 
 def buffer() -> int:
-    """Bytes of the buffers that all reading threads of one call share (SHARDKEEP_BUFFER)."""
+    """Bytes of the buffers that all reading threads of one call share (SHARDKEEP_BUFFER).
+
+    Half of them are for reads past the page cache.
+    """
     return max(1 << 20, int(_number("SHARDKEEP_BUFFER", 64 << 20)))
 
 

@@ -23,7 +23,6 @@ _PIECE = 4 << 20
 _STRAIGHT = 2 * BLOCK
 """A run of so many bytes goes straight into memory; smaller ones share reads with others."""
 
-
 _ROW = 24 * 1024
 """Reading one more row costs as much as reading so many bytes: nearer ones are read with what lies
 between them. (2 to 3 us a row, 0.1 ns a byte, measured.)"""

@@ -87,9 +87,9 @@ def read_copies(
     read: list[int] = []
 
     def worker(mine: Iterator[_Job]) -> None:
-        worker = _Worker(store, verify, limit)
+        hand = _Worker(store, verify, limit)
         for job in mine:
-            read.append(worker.do(job, planner.uses))
+            read.append(hand.do(job, planner.uses))
             meter.add(_nbytes(job))
 
     parallel(jobs, worker, threads)
