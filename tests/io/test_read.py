@@ -390,17 +390,17 @@ def test_large_payloads_take_one_call_for_4_mib(checked):
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_cold_files_are_read_past_the_cache(tmp_path, monkeypatch, verify):
-    from shardkeep.stores import direct, kernel
+    from shardkeep.stores import cold, kernel
 
     monkeypatch.setattr(kernel, "cached", lambda fd, offset, length: 0)
     opened = []
-    monkeypatch.setattr(direct.Direct, "read", _noting(direct.Direct.read, opened))
+    monkeypatch.setattr(cold.ColdReads, "read", _noting(cold.ColdReads.read, opened))
     (tmp_path / "f").write_bytes(FILE)
     wanted = [flat(77, 9 * BLOCK + 5), columns(5 * BLOCK // 512, 512, 3, 500, first=10 * BLOCK)]
     read_copies(LocalStore(tmp_path), wanted, threads=2, verify=verify)
     assert wanted[0].into.tobytes() == FILE[77 : 77 + 9 * BLOCK + 5]
     assert wanted[1].into.tobytes() == stored(wanted[1].source)[:, 3:500].tobytes()
-    assert len(opened) == (2 if direct.FLAG else 0)
+    assert len(opened) == (2 if cold.FLAG else 0)
     (tmp_path / "f").write_bytes(FILE[: 77 + 9 * BLOCK])
     with pytest.raises(Damaged, match="the file ends at byte"):
         read_copies(LocalStore(tmp_path), wanted[:1], threads=2, verify=verify)

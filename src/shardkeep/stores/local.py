@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Buffer, Store
-from shardkeep.stores import direct
+from shardkeep.stores import cold
 from shardkeep.stores.names import checked, checked_range
 from shardkeep.types import I64
 
@@ -69,7 +69,7 @@ class LocalStore(Store):
         self._limit = max(1, open_files)
         self._lock = Lock()
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
-        self._direct = direct.Direct()
+        self._cold = cold.ColdReads()
         self._unsynced: set[str] = set()
 
     @property
@@ -117,7 +117,7 @@ class LocalStore(Store):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        return max(self.read_steps(name, offset, buffer, direct.PIECE), default=0)
+        return max(self.read_steps(name, offset, buffer, cold.PIECE), default=0)
 
     def read_steps(
         self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
@@ -127,10 +127,10 @@ class LocalStore(Store):
         checked_range(offset, len(view))
         with _naming(path):
             file = self._file(path)
-            for low in range(0, len(view), direct.PIECE):
-                piece = view[low : low + direct.PIECE]
+            for low in range(0, len(view), cold.PIECE):
+                piece = view[low : low + cold.PIECE]
                 done = 0
-                if not keep and self._direct.pays(file.fd, offset + low, len(piece)):
+                if not keep and self._cold.pays(file.fd, offset + low, len(piece)):
                     for done in self._past_the_cache(path, offset + low, piece, step):
                         yield low + done
                 while done < len(piece):
@@ -147,7 +147,7 @@ class LocalStore(Store):
         checked_range(low, high - low)
         with _naming(path):
             file = self._file(path)
-            if self._direct.pays(file.fd, low, high - low):
+            if self._cold.pays(file.fd, low, high - low):
                 return False
             for start, row in zip(starts.tolist(), into, strict=True):
                 if os.preadv(file.fd, [row], start) != len(row):
@@ -195,7 +195,7 @@ class LocalStore(Store):
         """Close the files that are open for reading, and free the buffers."""
         with self._lock:
             self._open.clear()
-        self._direct.close()
+        self._cold.close()
 
     def __enter__(self) -> LocalStore:
         return self
@@ -223,16 +223,16 @@ class LocalStore(Store):
 
     def _forget(self, path: str) -> None:
         with self._lock:
-            for flags in (0, direct.FLAG):
+            for flags in (0, cold.FLAG):
                 self._open.pop((path, flags), None)
 
     def _past_the_cache(self, path: str, offset: int, view: memoryview, step: int) -> Iterator[int]:
-        """As `Direct.read`, of a file that is opened for it."""
+        """As `ColdReads.read`, of a file that is opened for it."""
         file = None
-        with self._direct.refusals():
-            file = self._file(path, direct.FLAG)
+        with self._cold.refusals():
+            file = self._file(path, cold.FLAG)
         if file is not None:
-            yield from self._direct.read(file.fd, offset, view, step)
+            yield from self._cold.read(file.fd, offset, view, step)
 
     def _make(self, folder: str) -> None:
         """Make a folder and those above it; what gained a name by that is synced later."""

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.contracts import StoreInSteps
-from shardkeep.stores import LocalStore, direct, kernel
+from shardkeep.stores import LocalStore, kernel
+from shardkeep.stores import cold as past_cache
 
-pytestmark = pytest.mark.skipif(not direct.FLAG, reason="there are no direct reads here")
+pytestmark = pytest.mark.skipif(not past_cache.FLAG, reason="there are no direct reads here")
 
-DATA = os.urandom(3 * direct.PIECE + 12_345)
+DATA = os.urandom(3 * past_cache.PIECE + 12_345)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def calls(monkeypatch):
     real = os.preadv
 
     def preadv(fd, buffers, offset):
-        made.append((bool(flags_of(fd) & direct.FLAG), offset, sum(map(len, buffers))))
+        made.append((bool(flags_of(fd) & past_cache.FLAG), offset, sum(map(len, buffers))))
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
@@ -79,7 +80,7 @@ Path(FOLDER.name, "f").write_bytes(DATA)
 @given(
     st.integers(0, len(DATA) + 5000),
     st.integers(0, len(DATA)),
-    st.integers(1, direct.PIECE),
+    st.integers(1, past_cache.PIECE),
     st.sampled_from([1 << 20, 3 << 20, 64 << 20]),
 )
 def test_any_range_arrives(offset, length, step, budget):
@@ -97,10 +98,10 @@ def test_any_range_arrives(offset, length, step, budget):
 
 
 def test_cold_bytes_come_past_the_cache_in_few_reads(store, cold, calls):
-    assert read(store, 77, 2 * direct.PIECE) == DATA[77 : 77 + 2 * direct.PIECE]
+    assert read(store, 77, 2 * past_cache.PIECE) == DATA[77 : 77 + 2 * past_cache.PIECE]
     assert [past for past, _, _ in calls] == [True, True]
     assert all(offset % 4096 == length % 4096 == 0 for _, offset, length in calls)
-    assert sum(length for _, _, length in calls) <= 2 * direct.PIECE + 4 * 4096
+    assert sum(length for _, _, length in calls) <= 2 * past_cache.PIECE + 4 * 4096
 
 
 def test_cached_bytes_come_out_of_the_cache(store, calls, monkeypatch):
@@ -147,7 +148,7 @@ def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, c
     real = getattr(os, call)
 
     def refuse(first, second, *rest, **more):
-        if (second if call == "open" else flags_of(first)) & direct.FLAG:
+        if (second if call == "open" else flags_of(first)) & past_cache.FLAG:
             refused.append(call)
             raise OSError(code, os.strerror(code))
         return real(first, second, *rest, **more)
@@ -170,7 +171,7 @@ def test_other_errors_of_direct_reads_come_as_they_are(store, cold, monkeypatch)
     real = os.preadv
 
     def fail(fd, *rest):
-        if flags_of(fd) & direct.FLAG:
+        if flags_of(fd) & past_cache.FLAG:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(fd, *rest)
 
@@ -190,8 +191,8 @@ def test_short_direct_reads_are_continued(store, cold, monkeypatch):
 
 def test_a_file_that_shrinks_ends_early(store, cold):
     assert read(store, 0, 1 << 20) == DATA[: 1 << 20]
-    os.truncate(store.path / "f", direct.PIECE + 1000)
-    assert read(store) == DATA[: direct.PIECE + 1000]
+    os.truncate(store.path / "f", past_cache.PIECE + 1000)
+    assert read(store) == DATA[: past_cache.PIECE + 1000]
     os.truncate(store.path / "f", 0)
     assert read(store) == b""
 
@@ -217,7 +218,7 @@ def test_buffers_are_few_and_used_again(store, cold, monkeypatch):
     made = []
     real = mmap.mmap
     monkeypatch.setattr(
-        direct.mmap,
+        past_cache.mmap,
         "mmap",
         lambda fd, length, **more: made.append((length, more)) or real(fd, length, **more),
     )

@@ -14,7 +14,7 @@ import numpy as np
 from shardkeep import knobs
 from shardkeep.stores import kernel
 
-__all__ = ["FLAG", "PIECE", "Direct"]
+__all__ = ["FLAG", "PIECE", "ColdReads"]
 
 FLAG: int = getattr(os, "O_DIRECT", 0)
 """How to open a file for such reads; 0 where there are none."""
@@ -33,7 +33,7 @@ _ALIGN = 4096
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
-class Direct:
+class ColdReads:
     """The buffers of one store, and whether its file system takes such reads at all.
 
     That is found out by trying: after the first refusal there are no more of them. All buffers of
