@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Untrusted,
     )
     from shardkeep.loading import LoadReport, load
-    from shardkeep.saving import SaveReport, save
+    from shardkeep.saving import SaveHandle, SaveReport, async_save, release_memory, save
     from shardkeep.tensors.shards import Shards
     from shardkeep.types import Box, DType, ObjectInfo, Opaque, TensorInfo
     from shardkeep.verify import VerifyReport
@@ -44,7 +44,7 @@ _ROOMS = {
         "Untrusted",
     ),
     "loading": ("LoadReport", "load"),
-    "saving": ("SaveReport", "save"),
+    "saving": ("SaveHandle", "SaveReport", "async_save", "release_memory", "save"),
     "tensors.shards": ("Shards",),
     "types": ("Box", "DType", "ObjectInfo", "Opaque", "TensorInfo"),
     "verify": ("VerifyReport",),
@@ -65,14 +65,17 @@ __all__ = [
     "ObjectInfo",
     "Opaque",
     "RankFailed",
+    "SaveHandle",
     "SaveReport",
     "ShardkeepError",
     "Shards",
     "TensorInfo",
     "Untrusted",
     "VerifyReport",
+    "async_save",
     "load",
     "open",
+    "release_memory",
     "save",
 ]
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -17,20 +21,28 @@ import torch
 import shardkeep
 from shardkeep import commit, knobs
 from shardkeep.agreement import Order, own, report
+from shardkeep.background import Job, line_of
 from shardkeep.clock import Clock
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
-from shardkeep.format.container_write import TensorItem
-from shardkeep.io.write import Bare, Item, Written, write_packed
+from shardkeep.format.container_write import TensorFraming
+from shardkeep.io.arena import Arena, roomy
+from shardkeep.io.digest import crc32
+from shardkeep.io.image import Image, images_of, written_in
+from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
-from shardkeep.tensors.memory import payload
+from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
+from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
-from shardkeep.types import Index
+from shardkeep.types import DTYPES, Index
 
-__all__ = ["SaveReport", "save"]
+__all__ = ["SaveHandle", "SaveReport", "async_save", "release_memory", "save"]
+
+_PARTS = {"describe": "plan", "own": "plan", "report": "commit"}
+"""What a report calls the phases that errors name in more detail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,9 @@ class SaveReport:
         tensors, objects: how many names it holds.
         nbytes: bytes of all data files, written by all ranks.
         written: bytes that this rank wrote.
-        seconds: phase -> seconds that this rank spent in it.
+        seconds: phase -> seconds that this rank spent in it: "plan" (who writes what), "stage"
+            (copy it, async only), "write", "sync" (until it is durable), "commit".
+        slowest: the rank that took longest until its files were durable, and its seconds.
     """
 
     path: str
@@ -53,6 +67,36 @@ class SaveReport:
     nbytes: int
     written: int
     seconds: Mapping[str, float]
+    slowest: tuple[int, float]
+
+    @property
+    def rate(self) -> float:
+        """GB/s (10^9 bytes) of this rank's writing, until it was durable."""
+        spent = self.seconds.get("write", 0.0) + self.seconds.get("sync", 0.0)
+        return self.written / spent / 1e9 if spent else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"saved {self.nbytes / 1e9:.3f} GB in {sum(self.seconds.values()):.3f} s, this rank "
+            f"{self.written / 1e9:.3f} GB at {self.rate:.2f} GB/s: "
+            + ", ".join(f"{phase} {spent:.3f}" for phase, spent in self.seconds.items())
+            + f"; slowest rank {self.slowest[0]}, {self.slowest[1]:.3f} s"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Options:
+    """How to save; see `save`."""
+
+    overwrite: bool = False
+    flatten: bool = True
+    files: int | None = None
+    spread: bool = True
+    same_objects: bool = True
+    save_id: str | None = None
+    host_budget: int | None = None
+    progress: Progress | None = None
+    gentle: bool = False
 
 
 def save(
@@ -65,6 +109,7 @@ def save(
     spread: bool = True,
     same_objects: bool = True,
     save_id: str | None = None,
+    host_budget: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | None = None,
 ) -> SaveReport:
@@ -86,6 +131,8 @@ def save(
             rank's is saved, with a warning. Values that stand in the manifest are compared.
         save_id: an id for the save that was never used before, of 32 hexadecimal digits, taken
             from the coordinator; by default a new one.
+        host_budget: bytes of memory that the writing may take, besides what objects take when they
+            are pickled; by default `SHARDKEEP_HOST_BUDGET`.
         ranks: global ranks that take part (default: all of the default group, or this process).
         progress: told how far the writing has come.
 
@@ -94,49 +141,239 @@ def save(
         Conflict: two things under one name, overlapping or missing boxes; nothing was written.
         RankFailed: another rank failed; nothing was committed.
     """
-    job = take_part(ranks)
-    store = store_at(path)
+    line_of(_simulated(ranks)).finish()  # One of them may be on its way to the same place.
+    options = _Options(
+        overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
+    )
+    return _save(state, store_at(path), take_part(ranks), options)
+
+
+def async_save(
+    state: Mapping[Any, Any],
+    path: str | PathLike[str] | Store,
+    *,
+    overwrite: bool = False,
+    flatten: bool = True,
+    files: int | None = None,
+    spread: bool = True,
+    same_objects: bool = True,
+    host_budget: int | None = None,
+    gentle: bool = False,
+    ranks: Sequence[int] | Ranks | None = None,
+    progress: Progress | None = None,
+) -> SaveHandle:
+    """Save a state as it is now, while the caller goes on; otherwise as `save`.
+
+    It returns when what this rank writes has been copied; what changes after that does not change
+    what is saved. The copy lies in memory that is kept for the next save; `release_memory` gives it
+    back. Saves of one process are made one after another: a call waits for the one before.
+
+    Args:
+        host_budget: bytes of memory that the copy may take. With less than a rank's part of the
+            state, the call returns later: when the last bytes have been taken. By default the
+            whole part is copied, whatever its size.
+        gentle: write at the lowest priority, so that training hardly notices.
+        state, path, overwrite, flatten, files, spread, same_objects, ranks, progress: as of `save`.
+
+    Raises: what `save` raises before anything is written. What fails later, `SaveHandle.result`
+        raises.
+    """
+    options = _Options(
+        overwrite, flatten, files, spread, same_objects, None, host_budget, progress, gentle
+    )
+    simulated = _simulated(ranks)
+    job, store, line = take_part(ranks), store_at(path), line_of(simulated)
+    line.finish()  # Its memory is used again.
+    arena = _arenas.setdefault(simulated, Arena())
+    staged: Future[None] = Future()
+    work = Job(
+        partial(_in_a_thread, partial(_save, state, store, job, options, arena, staged)), owed=True
+    )
+    line.put(work)
+    del state
+    wait([staged, work.future], return_when=FIRST_COMPLETED)
+    if not staged.done():
+        work.future.result()
+    return SaveHandle(work.future)
+
+
+class SaveHandle:
+    """A save that goes on in the background."""
+
+    def __init__(self, future: Future[SaveReport]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait until the checkpoint is durable.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            TimeoutError: it is not durable yet; the save goes on.
+            ShardkeepError, OSError: why it failed; nothing was committed.
+        """
+        try:
+            return self._future.result(timeout)
+        except TimeoutError:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"the save is not durable after {timeout} s; it goes on") from None
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
+
+
+_arenas: dict[int | None, Arena] = {}
+"""What async saves are staged in: one for this process, and for each rank simulated in it."""
+
+
+def release_memory() -> None:
+    """Give back the memory that async saves keep, when those under way are done."""
+    for simulated, arena in list(_arenas.items()):
+        line_of(simulated).finish()
+        arena.release()
+
+
+def _simulated(ranks: Sequence[int] | Ranks | None) -> int | None:
+    """Which of several ranks in one process makes a call; None where there is only one."""
+    return ranks.rank if isinstance(ranks, Ranks) else None
+
+
+def _in_a_thread(work: Callable[[], SaveReport]) -> SaveReport:
+    """Do it in a thread of its own, whose priority may be changed for good."""
+    done: Future[SaveReport] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="shardkeep-save", daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()
+
+
+def _save(
+    state: Mapping[Any, Any],
+    store: Store,
+    job: Ranks,
+    options: _Options,
+    arena: Arena | None = None,
+    staged: Future[None] | None = None,
+) -> SaveReport:
+    """The life itself. `staged` is set as soon as the state is not looked at any more."""
     with job.session("save", store.url) as session:
-        clock = Clock(session)
+        clock = Clock(session, _PARTS)
         clock.phase("describe")
-        local = describe_state(state, nested=flatten)
+        local = describe_state(state, nested=options.flatten)
 
         clock.phase("own")
         old: list[frozenset[str]] = []
         order = own(
             session,
             local.claim,
-            lambda: old.append(_admit(store, overwrite)),
-            save_id=save_id,
-            spread=spread,
-            same_objects=same_objects,
+            lambda: old.append(_admit(store, options.overwrite)),
+            save_id=options.save_id,
+            spread=options.spread,
+            same_objects=options.same_objects,
         )
         if order.settlement is not None and order.settlement.differing:
             _warn_of(order.settlement.differing)
 
+        clock.phase("write" if arena is None else "stage")
+        here = knobs.ranks_here(session.size)
+        threads, window = writers(here, options.host_budget or knobs.host_budget())
+        payloads = _Payloads(local, order)
+        images = payloads.images(session.rank, order.save_id, options.files, window)
+        in_memory = None
+        if arena is not None and room(images) <= (options.host_budget or sys.maxsize):
+            memory = arena.take(room(images), pinned if payloads.on_cuda else roomy)
+            in_memory = stage(images, memory, threads=copiers(here))
+            _set(staged)
+        del local, payloads
+
         clock.phase("write")
         with _removed_on_failure(store, order.save_id, session.rank):
-            written = _write(store, session.rank, files, local, order, progress)
+            if options.gentle:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            with placed(store, images) as targets:
+                if in_memory is None:
+                    taken = partial(_set, staged)
+                    write_images(
+                        targets, images, threads=threads, progress=options.progress, made=taken
+                    )
+                else:
+                    write_staged(targets, in_memory, threads=threads, progress=options.progress)
+                clock.phase("sync")
             store.sync()
 
             clock.phase("report")
-            index = report(session, order, written)
+            spent = session.gather(repr(sum(clock.seconds().values())).encode())
+            index = report(session, order, written_in(images))
             if index is not None and session.size > 1:
                 _check_there(store, index)
 
         clock.phase("commit")
         if index is not None:
             commit.publish(store, order.save_id, index, header(session.size))
-        totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
+        totals, _ = columns.unpack(session.broadcast(_totals(index, spent) if index else None))
         if session.rank == 0:
             sweep(store, old[0])
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
-            written=int(written.length.sum()),
+            written=sum(image.layout.nbytes for image in images),
             seconds=clock.seconds(),
+            slowest=(totals.pop("slowest"), totals.pop("longest")),
             **totals,
         )
+
+
+def _set(future: Future[None] | None) -> None:
+    if future is not None:
+        future.set_result(None)
+
+
+class _Payloads:
+    """What this rank has to write: its pieces, then its objects."""
+
+    def __init__(self, local: Local, order: Order) -> None:
+        claim, rows = local.claim, order.pieces
+        objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
+        of = claim.piece[rows]
+        codes, ndim = claim.tensors.dtype[of].tolist(), claim.tensors.ndim[of].tolist()
+        kinds: dict[tuple[int, ...], TensorFraming] = {}
+        self._framings: list[TensorFraming | None] = []
+        for code, dims, padded in zip(codes, ndim, claim.sizes[rows].tolist(), strict=True):
+            kind = (code, *padded[:dims])
+            if kind not in kinds:
+                kinds[kind] = TensorFraming(DTYPES[code], kind[1:])
+            self._framings.append(kinds[kind])
+        self._framings += [None] * len(objects)
+        itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
+        self._nbytes = np.concatenate(
+            [
+                claim.sizes[rows].prod(axis=1) * itemsize[claim.tensors.dtype[of]],
+                np.array([len(data) for data in objects], dtype=np.int64),
+            ]
+        )
+        self._crcs = {row: crc32(data) for row, data in enumerate(objects, len(rows))}
+        self._bytes = StatePayloads([local.memory[row] for row in rows.tolist()], objects)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether any of them is in the memory of a CUDA device."""
+        return any(device.type == "cuda" for device in self._bytes.devices)
+
+    def images(self, rank: int, save_id: str, files: int | None, window: int) -> list[Image]:
+        """Of this rank's files; by default of one, if there is anything to write."""
+        count = min(1, len(self._framings)) if files is None else files
+        names = [commit.data_file(rank, number, save_id) for number in range(count)]
+        return images_of(names, self._nbytes, self._framings, self._bytes, self._crcs, window)
 
 
 def _admit(store: Store, overwrite: bool) -> frozenset[str]:
@@ -155,27 +392,6 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
             f"{store.url} already holds a checkpoint; pass overwrite=True to replace it"
         )
     return commit.files_of(store)
-
-
-def _write(
-    store: Store,
-    rank: int,
-    files: int | None,
-    local: Local,
-    order: Order,
-    progress: Progress | None,
-) -> Written:
-    """Write this rank's pieces, then its objects, to its data files."""
-    items = [
-        Item(TensorItem(piece.dtype, piece.box.sizes), partial(payload, piece.local))
-        for piece in (local.pieces[row] for row in order.pieces.tolist())
-    ]
-    for name in order.objects:
-        data = to_bytes(local.objects[name], name=name)
-        items.append(Item(Bare(len(data)), memoryview(data)))
-    count = min(1, len(items)) if files is None else files
-    names = [commit.data_file(rank, number, order.save_id) for number in range(count)]
-    return write_packed(store, names, items, threads=knobs.threads(), progress=progress)
 
 
 @contextlib.contextmanager
@@ -232,16 +448,19 @@ def header(ranks: int) -> dict[str, Any]:
     }
 
 
-def _totals(index: Index) -> bytes:
+def _totals(index: Index, spent: Sequence[bytes] | None) -> bytes:
     twins = len(index.twins)
     chunks = index.chunks
     items = np.unique(np.column_stack([chunks.file, chunks.item, chunks.length]), axis=0)
     nbytes = int(items[:, 2].sum()) + int(index.objects.length.sum())
+    longest, slowest = max((float(text), -rank) for rank, text in enumerate(spent or ()))
     return columns.pack(
         {
             "tensors": len(index.tensors.names),
             "objects": len(index.objects.names) - twins,
             "nbytes": nbytes,
+            "slowest": -slowest,
+            "longest": longest,
         },
         {},
     )

@@ -15,10 +15,10 @@ from operator import mul
 from zlib import crc32
 
 from shardkeep.format.pickling import FALSE, integer, sequence, strings
-from shardkeep.knobs import ALIGNMENT
+from shardkeep.knobs import ALIGNMENT, PAGE
 from shardkeep.types import DType
 
-__all__ = ["MAX_ALIGNMENT", "TensorItem"]
+__all__ = ["MAX_ALIGNMENT", "TensorFrame", "TensorFraming", "TensorItem"]
 
 MAX_ALIGNMENT = 32768
 """Bytes: the padding has to fit into a zip's extra field."""
@@ -90,29 +90,29 @@ class TensorItem:
 
     def head(self, position: int) -> bytes:
         """What goes before the payload, for an item that starts at `position` of its file."""
-        return self._parts(position).head
+        return self.frame(position).head
 
     def tail(self, position: int, crc: int) -> bytes:
         """What goes after the payload, given its CRC-32."""
-        parts, packed = self._parts(position), crc.to_bytes(4, "little")
-        return b"%b%b%b%b%b" % (parts.before, packed, parts.between, packed, parts.after)
+        return self.frame(position).tail(crc)
 
     def payload_offset(self, position: int) -> int:
         """Where the payload starts, in bytes from the start of the item."""
-        return len(self._parts(position).head)
+        return len(self.frame(position).head)
 
     def length(self, position: int) -> int:
         """Bytes of the whole item."""
-        parts = self._parts(position)
-        return len(parts.head) + self.nbytes + parts.tail_length
+        frame = self.frame(position)
+        return len(frame.head) + self.nbytes + frame.tail_length
 
-    def _parts(self, position: int) -> _Parts:
+    def frame(self, position: int) -> TensorFrame:
+        """What lies around the payload of an item that starts at `position` of its file."""
         # Everything but the padding is the same at all positions, so that few heads are ever made.
-        return _parts(self.dtype.name, self.shape, self.alignment, position % self.alignment)
+        return _frame(self.dtype.name, self.shape, self.alignment, position % self.alignment)
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class TensorFrame:
     """An item without its payload and the two places of its CRC."""
 
     head: bytes
@@ -122,11 +122,39 @@ class _Parts:
 
     @property
     def tail_length(self) -> int:
+        """Bytes of the tail."""
         return len(self.before) + len(self.between) + len(self.after) + 8
+
+    def tail(self, crc: int) -> bytes:
+        """What goes after the payload, given its CRC-32."""
+        packed = crc.to_bytes(4, "little")
+        return b"%b%b%b%b%b" % (self.before, packed, self.between, packed, self.after)
+
+
+class TensorFraming:
+    """The frames of all tensors of one dtype and shape (`contracts.Framing`).
+
+    Raises:
+        ValueError: as `TensorItem`.
+    """
+
+    def __init__(self, dtype: DType, shape: tuple[int, ...]) -> None:
+        self._item, self._paged = TensorItem(dtype, shape), TensorItem(dtype, shape, PAGE)
+        self._known: list[TensorFrame | None] = [None] * ALIGNMENT
+
+    def frame(self, position: int, paged: bool) -> TensorFrame:
+        """The frame of an item that starts at `position` of its file."""
+        if paged:
+            return self._paged.frame(position)
+        residue = position % ALIGNMENT
+        known = self._known[residue]
+        if known is None:
+            known = self._known[residue] = self._item.frame(position)
+        return known
 
 
 @lru_cache(maxsize=4096)
-def _parts(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> _Parts:
+def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> TensorFrame:
     """An item of that tensor, for positions that leave this residue by the alignment."""
     records, entries, count = _small_records(dtype, shape)
     nbytes = prod(shape) * DType.named(dtype).itemsize
@@ -144,7 +172,7 @@ def _parts(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> 
     entry = _central(name, nbytes, 0, len(records), _DESCRIBED)
     directory = len(head) + nbytes + 8 + len(sizes)
     crc_at = 16  # of the entry
-    return _Parts(
+    return TensorFrame(
         head,
         b"PK\x07\x08",
         sizes + entries + entry[:crc_at],
