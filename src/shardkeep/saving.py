@@ -145,7 +145,7 @@ def save(
     options = _Options(
         overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
     )
-    return _save(state, store_at(path), take_part(ranks), options)
+    return _save([state], store_at(path), take_part(ranks), options)
 
 
 def async_save(
@@ -186,11 +186,9 @@ def async_save(
     line.finish()  # Its memory is used again.
     arena = _arenas.setdefault(simulated, Arena())
     staged: Future[None] = Future()
-    work = Job(
-        partial(_in_a_thread, partial(_save, state, store, job, options, arena, staged)), owed=True
-    )
+    life = partial(_save, [state], store, job, options, arena, staged)
+    work = Job(partial(_in_a_thread, life), owed=True)
     line.put(work)
-    del state
     wait([staged, work.future], return_when=FIRST_COMPLETED)
     if not staged.done():
         work.future.result()
@@ -258,18 +256,21 @@ def _in_a_thread(work: Callable[[], SaveReport]) -> SaveReport:
 
 
 def _save(
-    state: Mapping[Any, Any],
+    given: list[Mapping[Any, Any]],
     store: Store,
     job: Ranks,
     options: _Options,
     arena: Arena | None = None,
     staged: Future[None] | None = None,
 ) -> SaveReport:
-    """The life itself. `staged` is set as soon as the state is not looked at any more."""
+    """The life itself. `staged` is set as soon as the state is not looked at any more.
+
+    The state is taken out of `given`: nobody keeps its tensors alive while files are written.
+    """
     with job.session("save", store.url) as session:
         clock = Clock(session, _PARTS)
         clock.phase("describe")
-        local = describe_state(state, nested=options.flatten)
+        local = describe_state(given.pop(), nested=options.flatten)
 
         clock.phase("own")
         old: list[frozenset[str]] = []

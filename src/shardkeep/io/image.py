@@ -179,7 +179,7 @@ def images_of(
         crcs: row -> CRC-32 of those that have no frame.
         window: bytes of a window at most.
     """
-    place = pack(nbytes, len(names)) if names else np.zeros(0, dtype=np.int64)
+    place = _shared_out(nbytes, framings, len(names))
     images = []
     for file, name in enumerate(names):
         rows = np.flatnonzero(place == file)
@@ -188,6 +188,21 @@ def images_of(
         layout = lay_out(nbytes[rows], [framings[row] for row in here], window)
         images.append(Image(name, layout, payloads, rows, nbytes[rows], its_crcs))
     return images
+
+
+def _shared_out(nbytes: I64, framings: Sequence[Framing | None], files: int) -> I64:
+    """The file of each payload: even in bytes, with what lies around them, as small ones have more
+    of that than of their own.
+    """
+    if files < 2:
+        return np.zeros(len(nbytes), dtype=np.int64)
+    around = [0 if framing is None else _around(framing) for framing in framings]
+    return pack(nbytes + np.array(around, dtype=np.int64), files)
+
+
+def _around(framing: Framing) -> int:
+    frame = framing.frame(0, False)
+    return len(frame.head) + frame.tail_length
 
 
 def written_in(images: Sequence[Image]) -> Written:
