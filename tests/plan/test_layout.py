@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,26 +9,18 @@ from hypothesis import strategies as st
 
 from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
 from shardkeep.plan.layout import lay_out, smallest_window
-
-
-@dataclass(frozen=True)
-class Frame:
-    head: bytes
-    tail_length: int
-
-    def tail(self, crc):
-        return b"t" * self.tail_length
+from shardkeep.types import Frame
 
 
 class Framing:
     """Frames as a container's: the head ends where the payload may begin."""
 
     def __init__(self, least, tail):
-        self.least, self.tail = least, tail
+        self.least, self.tail = least, bytes(tail)
 
-    def frame(self, position, paged):
+    def __call__(self, position, paged):
         step = PAGE if paged else ALIGNMENT
-        return Frame(b"h" * (self.least + -(position + self.least) % step), self.tail)
+        return Frame(b"h" * (self.least + -(position + self.least) % step), b"", b"", self.tail)
 
 
 framings = st.one_of(st.none(), st.builds(Framing, st.integers(1, 3000), st.integers(1, 500)))

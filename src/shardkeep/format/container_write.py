@@ -16,9 +16,9 @@ from zlib import crc32
 
 from shardkeep.format.pickling import FALSE, integer, sequence, strings
 from shardkeep.knobs import ALIGNMENT, PAGE
-from shardkeep.types import DType
+from shardkeep.types import DType, Frame
 
-__all__ = ["MAX_ALIGNMENT", "TensorFrame", "TensorFraming", "TensorItem"]
+__all__ = ["MAX_ALIGNMENT", "TensorFraming", "TensorItem"]
 
 MAX_ALIGNMENT = 32768
 """Bytes: the padding has to fit into a zip's extra field."""
@@ -105,34 +105,14 @@ class TensorItem:
         frame = self.frame(position)
         return len(frame.head) + self.nbytes + frame.tail_length
 
-    def frame(self, position: int) -> TensorFrame:
+    def frame(self, position: int) -> Frame:
         """What lies around the payload of an item that starts at `position` of its file."""
         # Everything but the padding is the same at all positions, so that few heads are ever made.
         return _frame(self.dtype.name, self.shape, self.alignment, position % self.alignment)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorFrame:
-    """An item without its payload and the two places of its CRC."""
-
-    head: bytes
-    before: bytes
-    between: bytes
-    after: bytes
-
-    @property
-    def tail_length(self) -> int:
-        """Bytes of the tail."""
-        return len(self.before) + len(self.between) + len(self.after) + 8
-
-    def tail(self, crc: int) -> bytes:
-        """What goes after the payload, given its CRC-32."""
-        packed = crc.to_bytes(4, "little")
-        return b"%b%b%b%b%b" % (self.before, packed, self.between, packed, self.after)
-
-
 class TensorFraming:
-    """The frames of all tensors of one dtype and shape (`contracts.Framing`).
+    """The frames of all tensors of one dtype and shape (`types.Framing`).
 
     Raises:
         ValueError: as `TensorItem`.
@@ -140,9 +120,9 @@ class TensorFraming:
 
     def __init__(self, dtype: DType, shape: tuple[int, ...]) -> None:
         self._item, self._paged = TensorItem(dtype, shape), TensorItem(dtype, shape, PAGE)
-        self._known: list[TensorFrame | None] = [None] * ALIGNMENT
+        self._known: list[Frame | None] = [None] * ALIGNMENT
 
-    def frame(self, position: int, paged: bool) -> TensorFrame:
+    def __call__(self, position: int, paged: bool) -> Frame:
         """The frame of an item that starts at `position` of its file."""
         if paged:
             return self._paged.frame(position)
@@ -154,7 +134,7 @@ class TensorFraming:
 
 
 @lru_cache(maxsize=4096)
-def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> TensorFrame:
+def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> Frame:
     """An item of that tensor, for positions that leave this residue by the alignment."""
     records, entries, count = _small_records(dtype, shape)
     nbytes = prod(shape) * DType.named(dtype).itemsize
@@ -172,7 +152,7 @@ def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> 
     entry = _central(name, nbytes, 0, len(records), _DESCRIBED)
     directory = len(head) + nbytes + 8 + len(sizes)
     crc_at = 16  # of the entry
-    return TensorFrame(
+    return Frame(
         head,
         b"PK\x07\x08",
         sizes + entries + entry[:crc_at],

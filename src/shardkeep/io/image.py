@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Framing, Payloads
+from shardkeep.contracts import Payloads
 from shardkeep.io.digest import crc32, whole_crc
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.plan.layout import Layout, lay_out
 from shardkeep.plan.packing import pack
-from shardkeep.types import I64
+from shardkeep.types import I64, Framing
 
 __all__ = ["Image", "images_of", "written_in"]
 
@@ -201,7 +201,7 @@ def _shared_out(nbytes: I64, framings: Sequence[Framing | None], files: int) -> 
 
 
 def _around(framing: Framing) -> int:
-    frame = framing.frame(0, False)
+    frame = framing(0, False)
     return len(frame.head) + frame.tail_length
 
 

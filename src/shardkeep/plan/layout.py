@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardkeep.contracts import Frame, Framing
 from shardkeep.knobs import BLOCK, PAGE
-from shardkeep.types import I64
+from shardkeep.types import I64, Frame, Framing
 
 __all__ = ["Layout", "lay_out", "smallest_window"]
 
@@ -73,7 +72,7 @@ def lay_out(nbytes: I64, framings: Sequence[Framing | None], window: int) -> Lay
             cutter.add(first, position + size - first, PAGE)
         else:
             paged = size >= BLOCK or position - cutter.place >= window // 2
-            frames[row] = frame = framing.frame(position, paged)
+            frames[row] = frame = framing(position, paged)
             start += len(frame.head)
             if paged:
                 cutter.add(start, size, BLOCK)
