@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +40,18 @@ from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
 from shardkeep.types import DTYPES, Index
 
-__all__ = ["SaveHandle", "SaveReport", "async_save", "release_memory", "save"]
+__all__ = [
+    "Options",
+    "SaveHandle",
+    "SaveReport",
+    "async_save",
+    "in_background",
+    "life",
+    "release_memory",
+    "save",
+]
+
+T = TypeVar("T")
 
 _PARTS = {"describe": "plan", "own": "plan", "report": "commit"}
 """What a report calls the phases that errors name in more detail."""
@@ -86,8 +97,8 @@ class SaveReport:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Options:
-    """How to save; see `save`."""
+class Options:
+    """How to save; see `save` and `async_save`."""
 
     overwrite: bool = False
     flatten: bool = True
@@ -144,10 +155,10 @@ def save(
         RankFailed: another rank failed; nothing was committed.
     """
     line_of(_simulated(ranks)).finish()  # One of them may be on its way to the same place.
-    options = _Options(
+    options = Options(
         overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
     )
-    return _save([state], store_at(path), take_part(ranks), options)
+    return life([state], store_at(path), take_part(ranks), options)
 
 
 def async_save(
@@ -180,21 +191,39 @@ def async_save(
     Raises: what `save` raises before anything is written. What fails later, `SaveHandle.result`
         raises.
     """
-    options = _Options(
+    options = Options(
         overwrite, flatten, files, spread, same_objects, None, host_budget, progress, gentle
     )
-    simulated = _simulated(ranks)
-    job, store, line = take_part(ranks), store_at(path), line_of(simulated)
+    given, job, store = [state], take_part(ranks), store_at(path)
+    staged, future = in_background(
+        lambda arena, staged: life(given, store, job, options, arena, staged), _simulated(ranks)
+    )
+    if not staged.done():
+        future.result()
+    return SaveHandle(future)
+
+
+def in_background(
+    save: Callable[[Arena, Future[None]], T], simulated: int | None = None
+) -> tuple[Future[None], Future[T]]:
+    """Begin a save on a thread of its own, as soon as the one before is done.
+
+    Args:
+        save: given the memory to stage in, and what to set as soon as that is done.
+        simulated: which rank it is of those that are simulated in this process.
+
+    Returns:
+        When the state is staged: what was to be set (if it was), and what the save returns or
+        raises. Neither can be cancelled: other ranks would wait for this one.
+    """
+    line = line_of(simulated)
     line.finish()  # Its memory is used again.
     arena = _arenas.setdefault(simulated, Arena())
     staged: Future[None] = Future()
-    life = partial(_save, [state], store, job, options, arena, staged)
-    work = Job(partial(_in_a_thread, life), owed=True)
+    work = Job(lambda: _in_a_thread(lambda: save(arena, staged)), owed=True)
     line.put(work)
     wait([staged, work.future], return_when=FIRST_COMPLETED)
-    if not staged.done():
-        work.future.result()
-    return SaveHandle(work.future)
+    return staged, work.future
 
 
 class SaveHandle:
@@ -241,9 +270,9 @@ def _simulated(ranks: Sequence[int] | Ranks | None) -> int | None:
     return ranks.rank if isinstance(ranks, Ranks) else None
 
 
-def _in_a_thread(work: Callable[[], SaveReport]) -> SaveReport:
+def _in_a_thread(work: Callable[[], T]) -> T:
     """Do it in a thread of its own, whose priority may be changed for good."""
-    done: Future[SaveReport] = Future()
+    done: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -257,17 +286,23 @@ def _in_a_thread(work: Callable[[], SaveReport]) -> SaveReport:
     return done.result()
 
 
-def _save(
+def life(
     given: list[Mapping[Any, Any]],
     store: Store,
     job: Ranks,
-    options: _Options,
+    options: Options,
     arena: Arena | None = None,
     staged: Future[None] | None = None,
 ) -> SaveReport:
-    """The life itself. `staged` is set as soon as the state is not looked at any more.
+    """The life itself.
 
-    The state is taken out of `given`: nobody keeps its tensors alive while files are written.
+    Args:
+        given: the state. It is taken out, or its tensors would live until all files are written.
+        store, job, options: where to, who takes part, how.
+        arena: memory to stage in; None writes the state from where it is.
+        staged: set as soon as the state is not looked at any more.
+
+    Raises: as `save`.
     """
     with job.session("save", store.url) as session:
         clock = Clock(session, _PARTS)

@@ -21,7 +21,7 @@ from shardkeep.background import Job, line_of
 from shardkeep.dcp.handed import theirs
 from shardkeep.tensors.copies import Allocate, copy_state
 
-__all__ = ["finish_saves", "put_off", "stage", "stager_of"]
+__all__ = ["copied_here", "finish_saves", "nothing_put_off", "put_off", "stage", "stager_of"]
 
 T = TypeVar("T")
 
@@ -72,6 +72,16 @@ def stage(state: dict[str, Any], stager: Any, allocate: Allocate | None = None) 
     if not done and stager.should_synchronize_after_execute:
         stager.synchronize_staging()
     return staged
+
+
+def copied_here(stager: Any) -> bool:
+    """Whether Shardkeep copies the state, and keeps no memory for a stager."""
+    return stager is None or (_is_torchs(stager) and not _keeps_memory(stager))
+
+
+def nothing_put_off() -> bool:
+    """Whether all saves that were put off are done."""
+    return not _line.waiting()
 
 
 def _is_torchs(stager: Any) -> bool:
