@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
-from shardkeep import saving
+from shardkeep import async_saving
 from shardkeep.ranks import threads
 from shardkeep.stores import LocalStore
 from support import jobs, scenarios
@@ -146,7 +146,7 @@ def test_tensors_are_let_go_once_they_are_copied(tmp_path):
 
 def test_memory_is_kept_and_given_back_on_request(tmp_path):
     sk.async_save(state(), tmp_path / "a").result(60)
-    (arena,) = [arena for arena in saving._arenas.values() if arena.nbytes]
+    (arena,) = [arena for arena in async_saving._arenas.values() if arena.nbytes]
     address = arena.take(arena.nbytes).ctypes.data
     sk.async_save(state(), tmp_path / "b").result(60)
     assert arena.take(arena.nbytes).ctypes.data == address

@@ -10,6 +10,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardkeep.async_saving import SaveHandle, async_save, release_memory
     from shardkeep.checkpoint import Checkpoint, open
     from shardkeep.errors import (
         AlreadyExists,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         Untrusted,
     )
     from shardkeep.loading import LoadReport, load
-    from shardkeep.saving import SaveHandle, SaveReport, async_save, release_memory, save
+    from shardkeep.saving import SaveReport, save
     from shardkeep.tensors.shards import Shards
     from shardkeep.types import Box, DType, ObjectInfo, Opaque, TensorInfo
     from shardkeep.verify import VerifyReport
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "async_saving": ("SaveHandle", "async_save", "release_memory"),
     "checkpoint": ("Checkpoint", "open"),
     "errors": (
         "AlreadyExists",
@@ -44,7 +46,7 @@ _ROOMS = {
         "Untrusted",
     ),
     "loading": ("LoadReport", "load"),
-    "saving": ("SaveHandle", "SaveReport", "async_save", "release_memory", "save"),
+    "saving": ("SaveReport", "save"),
     "tensors.shards": ("Shards",),
     "types": ("Box", "DType", "ObjectInfo", "Opaque", "TensorInfo"),
     "verify": ("VerifyReport",),

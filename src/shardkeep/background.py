@@ -15,9 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
+from shardkeep.contracts import Ranks
 from shardkeep.ranks.heart import Timing
 
-__all__ = ["Job", "Line", "line_of"]
+__all__ = ["Job", "Line", "line_of", "simulated"]
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +104,11 @@ def line_of(rank: int | None = None) -> Line:
     """
     with _lock:
         return _lines.setdefault(rank, Line())
+
+
+def simulated(ranks: object) -> int | None:
+    """Which of several ranks in one process makes a call with `ranks`; None where it has one."""
+    return ranks.rank if isinstance(ranks, Ranks) else None
 
 
 def _last() -> None:

@@ -7,13 +7,13 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import torch
 import shardkeep
 from shardkeep import commit, knobs
 from shardkeep.agreement import Order, own, report
-from shardkeep.background import Job, line_of
+from shardkeep.background import line_of, simulated
 from shardkeep.clock import Clock
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
@@ -40,18 +40,7 @@ from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
 from shardkeep.types import DTYPES, Index
 
-__all__ = [
-    "Options",
-    "SaveHandle",
-    "SaveReport",
-    "async_save",
-    "in_background",
-    "life",
-    "release_memory",
-    "save",
-]
-
-T = TypeVar("T")
+__all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
 
 _PARTS = {"describe": "plan", "own": "plan", "report": "commit"}
 """What a report calls the phases that errors name in more detail."""
@@ -98,7 +87,7 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """How to save; see `save` and `async_save`."""
+    """How to save; see `save`."""
 
     overwrite: bool = False
     flatten: bool = True
@@ -154,136 +143,11 @@ def save(
         Conflict: two things under one name, overlapping or missing boxes; nothing was written.
         RankFailed: another rank failed; nothing was committed.
     """
-    line_of(_simulated(ranks)).finish()  # One of them may be on its way to the same place.
+    line_of(simulated(ranks)).finish()  # One of them may be on its way to the same place.
     options = Options(
         overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
     )
     return life([state], store_at(path), take_part(ranks), options)
-
-
-def async_save(
-    state: Mapping[Any, Any],
-    path: str | PathLike[str] | Store,
-    *,
-    overwrite: bool = False,
-    flatten: bool = True,
-    files: int | None = None,
-    spread: bool = True,
-    same_objects: bool = True,
-    host_budget: int | None = None,
-    gentle: bool = False,
-    ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | bool | None = None,
-) -> SaveHandle:
-    """Save a state as it is now, while the caller goes on; otherwise as `save`.
-
-    It returns when what this rank writes has been copied; what changes after that does not change
-    what is saved. The copy lies in memory that is kept for the next save; `release_memory` gives it
-    back. Saves of one process are made one after another: a call waits for the one before.
-
-    Args:
-        host_budget: bytes of memory that the copy may take. With less than a rank's part of the
-            state, the call returns later: when the last bytes have been taken. By default the
-            whole part is copied, whatever its size.
-        gentle: write at the lowest priority, so that training hardly notices.
-        state, path, overwrite, flatten, files, spread, same_objects, ranks, progress: as of `save`.
-
-    Raises: what `save` raises before anything is written. What fails later, `SaveHandle.result`
-        raises.
-    """
-    options = Options(
-        overwrite, flatten, files, spread, same_objects, None, host_budget, progress, gentle
-    )
-    given, job, store = [state], take_part(ranks), store_at(path)
-    staged, future = in_background(
-        lambda arena, staged: life(given, store, job, options, arena, staged), _simulated(ranks)
-    )
-    if not staged.done():
-        future.result()
-    return SaveHandle(future)
-
-
-def in_background(
-    save: Callable[[Arena, Future[None]], T], simulated: int | None = None
-) -> tuple[Future[None], Future[T]]:
-    """Begin a save on a thread of its own, as soon as the one before is done.
-
-    Args:
-        save: given the memory to stage in, and what to set as soon as that is done.
-        simulated: which rank it is of those that are simulated in this process.
-
-    Returns:
-        When the state is staged: what was to be set (if it was), and what the save returns or
-        raises. Neither can be cancelled: other ranks would wait for this one.
-    """
-    line = line_of(simulated)
-    line.finish()  # Its memory is used again.
-    arena = _arenas.setdefault(simulated, Arena())
-    staged: Future[None] = Future()
-    work = Job(lambda: _in_a_thread(lambda: save(arena, staged)), owed=True)
-    line.put(work)
-    wait([staged, work.future], return_when=FIRST_COMPLETED)
-    return staged, work.future
-
-
-class SaveHandle:
-    """A save that goes on in the background."""
-
-    def __init__(self, future: Future[SaveReport]) -> None:
-        self._future = future
-
-    def result(self, timeout: float | None = None) -> SaveReport:
-        """Wait until the checkpoint is durable.
-
-        Args:
-            timeout: seconds to wait at most.
-
-        Raises:
-            TimeoutError: it is not durable yet; the save goes on.
-            ShardkeepError, OSError: why it failed; nothing was committed.
-        """
-        try:
-            return self._future.result(timeout)
-        except TimeoutError:
-            if self._future.done():
-                raise
-            raise TimeoutError(f"the save is not durable after {timeout} s; it goes on") from None
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._future.done()
-
-
-_arenas: dict[int | None, Arena] = {}
-"""What async saves are staged in: one for this process, and for each rank simulated in it."""
-
-
-def release_memory() -> None:
-    """Give back the memory that async saves keep, when those under way are done."""
-    for simulated, arena in list(_arenas.items()):
-        line_of(simulated).finish()
-        arena.release()
-
-
-def _simulated(ranks: Sequence[int] | Ranks | None) -> int | None:
-    """Which of several ranks in one process makes a call; None where there is only one."""
-    return ranks.rank if isinstance(ranks, Ranks) else None
-
-
-def _in_a_thread(work: Callable[[], T]) -> T:
-    """Do it in a thread of its own, whose priority may be changed for good."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    thread = threading.Thread(target=run, name="shardkeep-save", daemon=True)
-    thread.start()
-    thread.join()
-    return done.result()
 
 
 def life(

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
-from shardkeep import checkpoint, commit, saving
+from shardkeep import async_saving, checkpoint, commit, saving
 from shardkeep.contracts import Ranks
 from shardkeep.dcp.bridge import processes
 from shardkeep.dcp.bridge.background import (
@@ -141,7 +141,7 @@ def async_save(
     if in_thread and copied_here(stager) and what.is_plain() and nothing_put_off():
         given = [_stateful_to_state_dict(state_dict)]
         save_at_once = partial(_save_from_arena, given, what, job)
-        return saving.in_background(save_at_once)[1]
+        return async_saving.in_background(save_at_once)[1]
     save, allocate = partial(_save_put_off, what=what, job=job), None
     if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
         blocks = Blocks()
