@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Payloads
-from shardkeep.io.digest import crc32, whole_crc
+from shardkeep.io.digest import crc32_at, whole_crc
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.plan.layout import Layout, lay_out
@@ -122,12 +122,12 @@ class Image:
         block = self._first_block[row] + start // BLOCK
         if len(view) <= BLOCK:
             copy(source, start, len(view), address)
-            self.digests[block] = crc32(view)
+            self.digests[block] = crc32_at(address, view)
             return
         for at in range(0, len(view), BLOCK):
             part = view[at : at + BLOCK]
             copy(source, start + at, len(part), address + at)
-            self.digests[block] = crc32(part)
+            self.digests[block] = crc32_at(address + at, part)
             block += 1
 
     def _whole(self, row: int, number: int) -> int:
