@@ -36,7 +36,7 @@ def _libdeflate() -> Any:
 
 
 _at = _libdeflate()
-_WORTH = 16 * 1024
+_WORTH = 32 * 1024
 """Bytes from which on the faster way makes up for the dearer call."""
 
 _LARGE = 128 * 1024
