@@ -15,9 +15,13 @@ from shardkeep.io.digest import block_digests, combine, crc32, digest, whole_crc
 from shardkeep.knobs import BLOCK
 
 
-@pytest.fixture(params=["isal.isal_zlib", "zlib"])
+@pytest.fixture(params=["deflate", "isal.isal_zlib", "zlib"])
 def library(request, monkeypatch):
+    if request.param == "deflate":
+        assert module._libdeflate() is not None
+        return
     monkeypatch.setattr(module, "_zlib", pytest.importorskip(request.param))
+    monkeypatch.setattr(module, "_at", None)
 
 
 def random_bytes(n):
@@ -33,6 +37,8 @@ def test_blocks_and_whole(n):
     assert blocks.tolist() == [zlib.crc32(data[i : i + BLOCK]) for i in range(0, n, BLOCK)]
     assert whole == zlib.crc32(data) == whole_crc(blocks, n) == whole_crc(blocks.tolist(), n)
     assert (block_digests(bytearray(data)) == blocks).all()
+    array = np.frombuffer(data, dtype=np.uint8)
+    assert module.crc32_at(array.ctypes.data, array.data) == whole
     assert (block_digests(memoryview(data)) == blocks).all()
 
 

@@ -116,6 +116,11 @@ def test_few_bytes_are_not_asked_for(store, monkeypatch):
     assert read(store, 5, 60_000) == DATA[5:60_005]
 
 
+def test_a_store_that_is_told_so_reads_through_the_cache(store, cold, calls):
+    assert read(LocalStore(store.path, direct=False)) == DATA
+    assert not any(past for past, _, _ in calls)
+
+
 def test_what_others_want_too_goes_through_the_cache(store, cold, calls):
     assert read(store, keep=True) == DATA
     assert not any(past for past, _, _ in calls)

@@ -7,32 +7,22 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Buffer, Store
 from shardkeep.stores import cold
+from shardkeep.stores.files import Direct, LocalSink, LocalTarget
 from shardkeep.stores.names import checked, checked_range
+from shardkeep.stores.naming import naming
 from shardkeep.types import I64
 
 __all__ = ["LocalStore"]
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Errors of calls that take a descriptor do not know the file: say which one it was."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = path
-        raise
 
 
 class _Open:
@@ -57,20 +47,24 @@ class _Open:
 class LocalStore(Store):
     """Files below `path`, which need not exist yet. Reading uses at most `open_files` descriptors.
 
-    Bytes that are in the page cache are copied out of it; others come past it, by direct reads,
-    where the kernel tells which is which and the file system lets.
+    Bytes that are in the page cache are copied out of it; others come past it, where the kernel
+    tells which is which and the file system lets. Files of known size are written past it, too.
+    Neither is so if `direct` is False.
 
     Closing it (or leaving its `with` block) closes the files and frees the buffers; it can be used
     again afterwards.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, open_files: int = 64) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, open_files: int = 64, direct: bool = True
+    ) -> None:
         self._root = os.fspath(path) or "."
         self._limit = max(1, open_files)
         self._lock = Lock()
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
-        self._cold = cold.ColdReads()
+        self._cold = cold.ColdReads(direct)
         self._unsynced: set[str] = set()
+        self._direct = Direct(direct)
 
     @property
     def url(self) -> str:
@@ -105,7 +99,7 @@ class LocalStore(Store):
     def read(self, name: str, offset: int, length: int) -> bytes:
         checked_range(offset, length)
         path = self.path_of(name)
-        with _naming(path):
+        with naming(path):
             file = self._file(path)
             # Clamped first: a length out of a hostile checkpoint must not allocate memory.
             left = max(0, min(length, os.fstat(file.fd).st_size - offset))
@@ -125,7 +119,7 @@ class LocalStore(Store):
         path = self.path_of(name)
         view = buffer.cast("B")
         checked_range(offset, len(view))
-        with _naming(path):
+        with naming(path):
             file = self._file(path)
             for low in range(0, len(view), cold.PIECE):
                 piece = view[low : low + cold.PIECE]
@@ -145,7 +139,7 @@ class LocalStore(Store):
         path = self.path_of(name)
         low, high = int(starts.min()), int(starts.max()) + into.shape[1]
         checked_range(low, high - low)
-        with _naming(path):
+        with naming(path):
             file = self._file(path)
             if self._cold.pays(file.fd, low, high - low):
                 return False
@@ -155,13 +149,19 @@ class LocalStore(Store):
         return True
 
     def create(self, name: str) -> LocalSink:
+        return LocalSink(self._new(name))
+
+    def reserve(self, name: str, nbytes: int) -> LocalTarget:
+        return LocalTarget(self._new(name), nbytes, self._direct)
+
+    def _new(self, name: str) -> str:
+        """The path of a file that is about to be made: its folder will have to be synced."""
         path = self.path_of(name)
         folder = os.path.dirname(path)  # noqa: PTH120
         self._make(folder)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with self._lock:
             self._unsynced.add(folder)
-        return LocalSink(path, fd)
+        return path
 
     def publish(self, name: str, data: Buffer) -> None:
         path = self.path_of(name)
@@ -246,50 +246,9 @@ class LocalStore(Store):
             self._unsynced.add(above)
 
 
-class LocalSink:
-    """A new file being written; see `contracts.Sink`."""
-
-    def __init__(self, path: str, fd: int) -> None:
-        self._path, self._fd = path, fd
-
-    def write(self, data: Buffer) -> None:
-        view = memoryview(data).cast("B")
-        with _naming(self._path):
-            while view:
-                view = view[os.write(self._fd, view) :]
-
-    def __enter__(self) -> LocalSink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                with _naming(self._path):
-                    os.fsync(self._fd)
-                    fd, self._fd = self._fd, -1
-                    os.close(fd)
-        except BaseException:
-            self._discard()
-            raise
-        if kind is not None:
-            self._discard()
-
-    def _discard(self) -> None:
-        fd, self._fd = self._fd, -1
-        with suppress(OSError):
-            if fd >= 0:
-                os.close(fd)
-        Path(self._path).unlink(missing_ok=True)
-
-
 def _sync_folder(folder: str) -> None:
     folder = folder or "."
-    with _naming(folder):
+    with naming(folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)

@@ -1,0 +1,86 @@
+"""What a save or a load takes of memory, measured in a process of its own: bytes, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import shardkeep as sk
+from shardkeep import Box
+
+MIB = 1 << 20
+BUDGET = 32 * MIB
+
+
+def rss() -> int:
+    fields = Path("/proc/self/statm").read_text().split()
+    return int(fields[1]) * 4096
+
+
+def peak(work: Callable[[], Any]) -> int:
+    """Bytes of resident memory at the peak of `work`, beyond what there was before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there now
+    before = rss()
+    work()
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 - before
+
+
+def state(fill: float = 1.0) -> dict[str, Any]:
+    """320 MiB: large tensors, one that is not contiguous, and small ones."""
+    made: dict[str, Any] = {f"l{n}": torch.full((4096, 2048), fill) for n in range(9)}
+    made["t"] = torch.full((2048, 4096), fill).t()
+    made["small"] = {str(n): torch.full((16,), fill) for n in range(200)}
+    return made
+
+
+def columns(fill: float) -> dict[str, Any]:
+    """The left half of each tensor's columns: rows were saved whole."""
+    half = torch.full((4096, 1024), fill)
+    return {f"l{n}": sk.Shards((4096, 2048), [((0, 0), half), ((0, 1024), half)]) for n in range(9)}
+
+
+def main(path: str) -> dict[str, Any]:
+    small = {"a": torch.ones(3), "n": 1}
+    sk.save(small, f"{path}/warm")  # what is imported or made once
+    sk.load(small, f"{path}/warm")
+    sk.async_save(small, f"{path}/warm2").result()
+    sk.release_memory()
+    mine = state()
+    found = {"save": peak(lambda: sk.save(mine, f"{path}/a", host_budget=BUDGET))}
+    found["async"] = peak(lambda: sk.async_save(mine, f"{path}/b", host_budget=BUDGET).result())
+    found["load"] = peak(lambda: sk.load(mine, f"{path}/a", host_budget=BUDGET))
+    for verify in (True, False):
+        template = columns(0.0)
+        found[f"reshard {verify}"] = peak(
+            lambda t=template, v=verify: sk.load(
+                t, f"{path}/a", host_budget=BUDGET, verify=v, strict={"*": True}
+            )
+        )
+    ckpt = sk.open(f"{path}/a")
+    found["slice"] = peak(lambda: ckpt.read("l1", Box((0, 5), (4096, 1)))) - 4096 * 4
+    return found
+
+
+def growth(path: str, saves: int) -> dict[str, Any]:
+    """Resident memory after each of many saves, the first ones left out."""
+    mine = {str(n): torch.ones(1000) for n in range(300)} | {"big": torch.ones(MIB)}
+    sizes = []
+    for number in range(saves):
+        if number % 2:
+            sk.save(mine, f"{path}/c", overwrite=True)
+        else:
+            sk.async_save(mine, f"{path}/c", overwrite=True).result()
+        sizes.append(rss())
+    return {"sizes": sizes[20:]}
+
+
+if __name__ == "__main__":
+    kind, path = sys.argv[1:3]
+    print(json.dumps(growth(path, 200) if kind == "growth" else main(path)))
