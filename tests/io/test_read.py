@@ -294,8 +294,10 @@ def test_neighbouring_parts_of_a_payload_check_a_shared_block_once(monkeypatch):
     import shardkeep.io.read as module
 
     checked = []
-    real = module.crc32
-    monkeypatch.setattr(module, "crc32", lambda view: checked.append(len(view)) or real(view))
+    real = module.crc32_at
+    monkeypatch.setattr(
+        module, "crc32_at", lambda at, view: checked.append(len(view)) or real(at, view)
+    )
     store = Logging(f=FILE)
     whole = flat(0, 2 * BLOCK)
     wanted = [
@@ -342,8 +344,10 @@ def test_columns_within_a_small_budget_read_no_block_twice(monkeypatch):
     import shardkeep.io.read as module
 
     checked = []
-    real = module.crc32
-    monkeypatch.setattr(module, "crc32", lambda view: checked.append(len(view)) or real(view))
+    real = module.crc32_at
+    monkeypatch.setattr(
+        module, "crc32_at", lambda at, view: checked.append(len(view)) or real(at, view)
+    )
     monkeypatch.setenv("SHARDKEEP_BUFFER", str(1 << 20))
     store = Logging(f=FILE)
     wanted = [columns(14 * BLOCK // 4096, 4096, low, low + 1024) for low in (0, 1024)]

@@ -12,7 +12,7 @@ import pytest
 
 from shardkeep.io.arena import aligned
 from shardkeep.knobs import PAGE
-from shardkeep.stores import LocalStore
+from shardkeep.stores import LocalStore, kernel
 from shardkeep.stores import files as module
 
 TMPFS = Path("/dev/shm")
@@ -178,13 +178,11 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
 
 
 def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
-    class Library:
-        @staticmethod
-        def fallocate64(*_):
-            module.ctypes.set_errno(errno.EOPNOTSUPP)
-            return -1
+    def refuse(*_):
+        kernel.ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
 
-    monkeypatch.setattr(module, "_libc", Library)
+    monkeypatch.setattr(kernel, "_fallocate", refuse)
     store = LocalStore(tmp_path)
     with store.reserve("x", PAGE) as target:
         target.write_at(0, page(6).data)

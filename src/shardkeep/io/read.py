@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from shardkeep import knobs
 from shardkeep.contracts import Progress, Store, StoreInRows
 from shardkeep.errors import Damaged, FormatError
+from shardkeep.io.arena import aligned
 from shardkeep.io.check import Payload, verify_payloads
-from shardkeep.io.digest import crc32
+from shardkeep.io.digest import crc32_at
 from shardkeep.io.fetch import MISSING, Read, Want, fetch_steps, mismatch, too_short
 from shardkeep.io.jobs import Copy, Planner, Rows, Straight, Use, uses_in
 from shardkeep.io.pool import Meter, parallel
-from shardkeep.knobs import BLOCK
+from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.plan.reads import block_range, runs
 
 __all__ = ["Copy", "Payload", "ReadStats", "read_copies", "verify_payloads"]
@@ -31,8 +32,6 @@ _LEAST = 4 * BLOCK
 _STEP = 2 * BLOCK
 """Bytes that are checked at once, before they leave a core's own cache. Half of it costs as much in
 calls as it saves in the cache."""
-
-_PAGE = 4096
 
 _Job = Straight | Rows | Read | Copy
 """A copy is a job of its own if its source's bytes are in memory already."""
@@ -125,14 +124,9 @@ class _Worker:
         bytes later in its page than the source does in its own.
         """
         if self._space is None:
-            self._space = _page_aligned(self._limit + _PAGE)
-        first = low % _PAGE
+            self._space = aligned(self._limit + PAGE)
+        first = low % PAGE
         return self._space[first : first + high - low]
-
-
-def _page_aligned(nbytes: int) -> NDArray[np.uint8]:
-    space = np.empty(nbytes + _PAGE, dtype=np.uint8)
-    return space[-space.ctypes.data % _PAGE :]
 
 
 def _nbytes(job: _Job) -> int:
@@ -246,9 +240,11 @@ def _check_blocks(copy: Copy, space: NDArray[np.uint8], base: int, low: int, hig
     if source.digests is None:
         return
     first, nbytes = source.payload
+    address = space.ctypes.data - base
     for start in range(low, high, BLOCK):
         block = (start - first) // BLOCK
-        crc = crc32(view[start - base : min(start + BLOCK, first + nbytes) - base])
+        part = view[start - base : min(start + BLOCK, first + nbytes) - base]
+        crc = crc32_at(address + start, part)
         if crc != source.digests[block]:
             what = mismatch(crc, int(source.digests[block]))
             raise Damaged(what, file=source.file, name=copy.name, block=block)

@@ -12,6 +12,7 @@ from threading import Lock
 import numpy as np
 
 from shardkeep import knobs
+from shardkeep.knobs import PAGE
 from shardkeep.stores import kernel
 
 __all__ = ["FLAG", "PIECE", "ColdReads"]
@@ -26,9 +27,6 @@ _LEAST = 64 * 1024
 """Fewer bytes are not worth a look: the kernel's own reading ahead may well serve the next ones."""
 
 _SAMPLE = 32 * 1024
-
-_ALIGN = 4096
-"""Memory, offset and length are multiples of this: no disk in use has larger sectors."""
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
@@ -80,11 +78,11 @@ class ColdReads:
         with self._buffer() as buffer:
             if buffer is None:
                 return
-            room = len(buffer) - _ALIGN
+            room = len(buffer) - PAGE
             target = np.frombuffer(view, dtype=np.uint8)
             for at in range(0, len(view), room):
                 stop = min(at + room, len(view))
-                first = (offset + at) % _ALIGN
+                first = (offset + at) % PAGE
                 end = self._fill(fd, offset + at - first, buffer, first + stop - at) - first
                 source = np.frombuffer(buffer, dtype=np.uint8)[first:]
                 for begin in range(0, min(end, stop - at), step):
@@ -103,9 +101,9 @@ class ColdReads:
 
     def _fill(self, fd: int, offset: int, buffer: mmap.mmap, length: int) -> int:
         """Bytes read: `length`, rounded up, unless the file ends."""
-        done, length = 0, length + -length % _ALIGN
+        done, length = 0, length + -length % PAGE
         with self.refusals(), memoryview(buffer) as space:
-            while done < length and done % _ALIGN == 0:
+            while done < length and done % PAGE == 0:
                 read = os.preadv(fd, [space[done:length]], offset + done)
                 if not read:
                     break
@@ -128,10 +126,10 @@ class ColdReads:
             if self._free:
                 return self._free.pop()
             budget = knobs.buffer() // 2
-            size = min(PIECE, budget // knobs.threads()) // _ALIGN * _ALIGN
+            size = min(PIECE, budget // knobs.threads()) // PAGE * PAGE
             if size < _LEAST or (self._taken + 1) * size > budget:
                 return None
             self._taken += 1
         # Private: a forked process must not write into its parent's buffers.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        return mmap.mmap(-1, size + _ALIGN, flags=flags)
+        return mmap.mmap(-1, size + PAGE, flags=flags)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -12,6 +11,7 @@ from types import TracebackType
 
 from shardkeep.contracts import Buffer
 from shardkeep.knobs import PAGE
+from shardkeep.stores import kernel
 from shardkeep.stores.naming import naming
 
 __all__ = ["Direct", "LocalSink", "LocalTarget"]
@@ -118,7 +118,7 @@ class LocalTarget(_NewFile):
         try:
             with naming(path):
                 # Without its space at hand, each direct write would wait for the file to grow.
-                _allocate(self._fd, -(-nbytes // PAGE) * PAGE)
+                kernel.allocate(self._fd, -(-nbytes // PAGE) * PAGE)
                 # Only now: an open that asks for it may fail and leave the file behind.
                 direct.ask(self._fd)
         except BaseException:
@@ -143,22 +143,3 @@ class LocalTarget(_NewFile):
                 if done < len(data) and done % PAGE:
                     self._direct.refuse(self._fd)  # What is left is not aligned any more.
                 data, offset = data[done:], offset + done
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _allocate(fd: int, nbytes: int) -> None:
-    """Set space aside; where the file system can't, it does nothing.
-
-    `os.posix_fallocate` would write a byte into each block there: over a network that takes ages.
-    """
-    call = getattr(_libc, "fallocate64", None)
-    if call is None or not nbytes:
-        return
-    while call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
-        number = ctypes.get_errno()
-        if number in _REFUSED:
-            return
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))

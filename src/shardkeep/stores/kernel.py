@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import os
 import sys
 from typing import Any
 
-__all__ = ["cached"]
+__all__ = ["allocate", "cached"]
 
 _CACHESTAT = 451
 """Linux 6.5 and later; newer calls have one number on all architectures (but Alpha)."""
+
+_UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _Range = ctypes.c_uint64 * 2
 _Counts = ctypes.c_uint64 * 5
 
 
-def _syscall() -> Any:
+def _function(name: str) -> Any:
+    """A function of the C library of Linux; None elsewhere."""
     if sys.platform != "linux":
         return None
-    call = ctypes.CDLL(None, use_errno=True).syscall
-    call.restype = ctypes.c_long
-    return call
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
-_call = _syscall()
+_call = _function("syscall")
+if _call is not None:
+    _call.restype = ctypes.c_long
+_fallocate = _function("fallocate64")
 
 
 def cached(fd: int, offset: int, length: int) -> int | None:
@@ -40,3 +46,21 @@ def cached(fd: int, offset: int, length: int) -> int | None:
     if _call(_CACHESTAT, ctypes.c_int(fd), ctypes.byref(where), ctypes.byref(counts), 0):
         return None
     return int(counts[0]) * mmap.PAGESIZE
+
+
+def allocate(fd: int, nbytes: int) -> None:
+    """Set space aside for a file; where the file system can't, nothing happens.
+
+    `os.posix_fallocate` would write a byte into each block there: over a network that takes ages.
+
+    Raises:
+        OSError: there is not so much space.
+    """
+    if _fallocate is None or not nbytes:
+        return
+    while _fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number in _UNABLE:
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
