@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from shardkeep.contracts import Session
 
@@ -10,22 +11,32 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Names the phase that a rank is in, and takes its time."""
+    """Names the phase that a rank is in, and takes its time.
 
-    def __init__(self, session: Session) -> None:
+    Args:
+        session: told of each phase, for errors.
+        parts: phase -> the name that its seconds are reported under; by default its own.
+    """
+
+    def __init__(self, session: Session, parts: Mapping[str, str] | None = None) -> None:
         self._session = session
+        self._parts = parts or {}
         self._name: str | None = None
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     def phase(self, name: str) -> None:
         """Begin a phase."""
-        self.seconds()
-        self._name = name
+        self.part(self._parts.get(name, name))
         self._session.phase(name)
 
+    def part(self, name: str) -> None:
+        """Go on in the same phase, with its seconds reported under this name from now on."""
+        self.seconds()
+        self._name = name
+
     def seconds(self) -> dict[str, float]:
-        """Phase -> seconds, up to now."""
+        """Name -> seconds, up to now."""
         now = time.perf_counter()
         if self._name is not None:
             spent = self._seconds.get(self._name, 0.0) + now - self._since

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from shardkeep import checkpoint
-from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep import checkpoint, knobs
+from shardkeep.checkpoint import Checkpoint
 from shardkeep.clock import Clock
-from shardkeep.contracts import Progress, Ranks, Store
+from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
+from shardkeep.format import columns
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
-from shardkeep.tensors.memory import landing
+from shardkeep.tensors.memory import Landings
 from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.state import describe_tensors
@@ -31,6 +34,9 @@ __all__ = ["LoadReport", "load"]
 _SHOWN = 40
 """Lines of a message about what does not match; the report has them all."""
 
+_PARTS = {"open": "plan", "describe": "plan", "match": "plan"}
+"""Phase of an error -> phase of the report."""
+
 Strict = bool | Mapping[str, bool]
 DtypePolicy = str | Mapping[str, str]
 
@@ -42,13 +48,17 @@ class LoadReport:
     Attributes:
         path: where the checkpoint is.
         loaded: tensors and objects that now hold what was saved.
-        resharded: those of them that this rank put together from other boxes than its own.
+        resharded: those of them that this rank put together from other boxes than its own. Chunks
+            that tile one of its boxes exactly, run after run, are that box: saves cut large ones.
         missing: wanted by the template, not in the checkpoint (left untouched).
         unexpected: in the checkpoint, not wanted by the template.
         cast: loaded tensors whose dtype differs: name -> (stored, wanted).
         refused: name -> why it can't be loaded; empty unless carried by a `Mismatch`.
         nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them.
-        seconds: phase -> seconds that this rank spent in it.
+        seconds: phase -> seconds that this rank spent in it: "plan" (open the checkpoint, describe
+            the template, match them, decide what to read), "read" (read, check, put in place), and
+            "restore" (cast, replace values, `load_state_dict`).
+        slowest: the rank that took the longest, and its seconds in all.
     """
 
     path: str
@@ -61,6 +71,30 @@ class LoadReport:
     nbytes: int = 0
     read: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    slowest: tuple[int, float] = (0, 0.0)
+
+    @property
+    def rate(self) -> float:
+        """GB (10^9 bytes) of needed data for each second of the phase "read"; 0.0 without any."""
+        seconds = self.seconds.get("read", 0.0)
+        return self.nbytes / seconds / 1e9 if seconds else 0.0
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
+        rank, longest = self.slowest
+        return (
+            f"loaded {_size(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
+            f"slowest rank {rank}, {longest:.2f} s"
+        )
+
+
+def _size(nbytes: int) -> str:
+    """Bytes as people read them: "1.9 GiB"."""
+    if nbytes < 1 << 10:
+        return f"{nbytes} B"
+    power = min(5, (nbytes.bit_length() - 1) // 10)
+    return f"{nbytes / (1 << 10 * power):.1f} {' KMGTP'[power]}iB"
 
 
 def load(
@@ -102,7 +136,7 @@ def load(
     job = take_part(ranks)
     store = store_at(path)
     with job.session("load", store.url) as session:
-        clock = Clock(session)
+        clock = Clock(session, _PARTS)
         clock.phase("open")
         source = checkpoint.open(store, rank=(session.rank, session.size))
 
@@ -117,23 +151,57 @@ def load(
         match.refuse(strict, dtype)
 
         clock.phase("read")
-        requests, finish = _requests(match.stored, source)
-        stats = source.fill(requests, verify=verify, progress=progress)
-        for done in finish:
-            done()
+        clock.part("plan")
+        pieces = [piece for tensor in match.stored for piece in tensor.pieces]
+        names, boxes = [piece.name for piece in pieces], [piece.box for piece in pieces]
+        landings = Landings(
+            [piece.local for piece in pieces],
+            [source.kinds[name][0] for name in names],
+            [box.sizes for box in boxes],
+        )
+        threads = knobs.threads()
+        filling = source.plan(source.boxes(names, boxes), landings, threads=threads)
+        clock.part("read")
+        stats = filling.run(store, verify=verify, threads=threads, progress=progress)
+        clock.part("restore")
+        landings.finish()
         for tensor, value in match.inside:
             _copy(tensor, value)
         for leaf, value in match.values:
             put(template, leaf.path, value)
         restore(state, template, statefuls)
-        return match.report(stats.bytes_needed, stats.bytes_read, clock.seconds())
+        seconds = clock.seconds()
+        return match.report(
+            resharded=_named(names, filling.resharded),
+            nbytes=stats.bytes_needed,
+            read=stats.bytes_read,
+            seconds=seconds,
+            slowest=_slowest(session, sum(seconds.values())),
+        )
+
+
+def _named(names: Sequence[str], mask: NDArray[np.bool_]) -> tuple[str, ...]:
+    """The names that the mask marks, each once."""
+    return tuple(dict.fromkeys(names[row] for row in np.flatnonzero(mask).tolist()))
+
+
+def _slowest(session: Session, seconds: float) -> tuple[int, float]:
+    """The rank that took the longest, and how long; all ranks learn it."""
+    told = session.gather(columns.pack({"seconds": seconds}, {}))
+    answer = None
+    if told is not None:
+        every = [columns.unpack(message)[0]["seconds"] for message in told]
+        rank = max(range(len(every)), key=every.__getitem__)
+        answer = columns.pack({"rank": rank, "seconds": every[rank]}, {})
+    found, _ = columns.unpack(session.broadcast(answer))
+    return found["rank"], found["seconds"]
 
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:
     """The leaves of a checkpoint, by their paths."""
     for name, path in source.structure.leaves.items():
         if source.is_tensor(name):
-            yield path, *source.shape_of(name)
+            yield path, *source.kinds[name]
         elif name in source:
             yield path, None, ()
 
@@ -147,7 +215,7 @@ class _Contents:
         self._values: dict[str, Any] = {}
 
     def is_tensor(self, name: str) -> bool:
-        return name in self.source and self.source.is_tensor(name)
+        return name in self.source.kinds
 
     def value(self, name: str) -> Any:
         """An object, with torch's own types."""
@@ -203,7 +271,6 @@ class _Match:
     values: list[tuple[Leaf, Any]]
     missing: list[str]
     unexpected: list[str]
-    resharded: list[str]
     dtypes: dict[str, tuple[str, str]]
     refused: dict[str, str]
 
@@ -230,18 +297,12 @@ class _Match:
         message = "\n".join([few, *lines])
         raise Mismatch(message, LoadReport(self.path, **self._lists(), refused=refused))
 
-    def report(self, nbytes: int, read: int, seconds: Mapping[str, float]) -> LoadReport:
+    def report(self, **done: Any) -> LoadReport:
+        """What was loaded; `done` is what else the report holds."""
         loaded = [t.name for t in self.stored] + [t.name for t, _ in self.inside]
         loaded += [leaf.name for leaf, _ in self.values]
         return LoadReport(
-            self.path,
-            loaded=tuple(loaded),
-            resharded=tuple(self.resharded),
-            cast=dict(self.dtypes),
-            nbytes=nbytes,
-            read=read,
-            seconds=dict(seconds),
-            **self._lists(),
+            self.path, loaded=tuple(loaded), cast=dict(self.dtypes), **self._lists(), **done
         )
 
     def _lists(self) -> dict[str, Any]:
@@ -268,14 +329,25 @@ def _match(flat: Flat, contents: _Contents) -> _Match:
     source = contents.source
     tensors, objects = describe_tensors(flat)
     paths = flat.structure.leaves
-    match = _Match(source.url, [], [], [], [], [], [], {}, {})
+    match = _Match(source.url, [], [], [], [], [], {}, {})
     used: set[str] = set()
+    kinds = source.kinds
     for tensor in tensors:
-        if contents.is_tensor(tensor.name):
-            used.add(tensor.name)
-            _match_tensor(match, tensor, source)
-        else:
-            used.update(_match_inside(match, tensor, paths.get(tensor.name, ()), contents))
+        name = tensor.name
+        kind = kinds.get(name)
+        if kind is None:
+            used.update(_match_inside(match, tensor, paths.get(name, ()), contents))
+            continue
+        used.add(name)
+        dtype, shape = kind
+        if shape != tensor.shape:
+            match.refused[name] = (
+                f"shape: {list(shape)} in the checkpoint, {list(tensor.shape)} in the template"
+            )
+            continue
+        if dtype is not tensor.dtype:
+            match.dtypes[name] = (dtype.name, tensor.dtype.name)
+        match.stored.append(tensor)
     for leaf in (leaf for leaf in flat.leaves if leaf.name in objects):
         if contents.is_tensor(leaf.name):
             used.add(leaf.name)
@@ -289,21 +361,6 @@ def _match(flat: Flat, contents: _Contents) -> _Match:
             match.values.append((leaf, found[1]))
     match.unexpected.extend(name for name in source if name not in used)
     return match
-
-
-def _match_tensor(match: _Match, tensor: Described, source: Checkpoint) -> None:
-    dtype, shape = source.shape_of(tensor.name)
-    if shape != tuple(tensor.shape):
-        match.refused[tensor.name] = (
-            f"shape: {list(shape)} in the checkpoint, {list(tensor.shape)} in the template"
-        )
-        return
-    if dtype != tensor.dtype:
-        match.dtypes[tensor.name] = (dtype.name, tensor.dtype.name)
-    match.stored.append(tensor)
-    chunks = {chunk.box for chunk in source.tensor(tensor.name).chunks}
-    if not all(piece.box in chunks for piece in tensor.pieces):
-        match.resharded.append(tensor.name)
 
 
 def _match_quantized(match: _Match, leaf: Leaf, contents: _Contents) -> None:
@@ -340,21 +397,6 @@ def _match_inside(match: _Match, tensor: Described, path: Path, contents: _Conte
             match.dtypes[tensor.name] = (stored, tensor.dtype.name)
         match.inside.append((tensor, value))
     return {name}
-
-
-def _requests(
-    tensors: Sequence[Described], source: Checkpoint
-) -> tuple[list[Request], list[Callable[[], None]]]:
-    """What to read into which memory, and what to do when it is there."""
-    requests: list[Request] = []
-    finish: list[Callable[[], None]] = []
-    for tensor in tensors:
-        stored, _ = source.shape_of(tensor.name)
-        for piece in tensor.pieces:
-            array, done = landing(piece.local, stored)
-            requests.append(Request(tensor.name, piece.box, array))
-            finish.append(done)
-    return requests, finish
 
 
 def _copy(tensor: Described, value: torch.Tensor) -> None:

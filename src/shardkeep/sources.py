@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -16,9 +16,9 @@ from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format import container, transforms
 from shardkeep.plan.reads import Source
-from shardkeep.types import DTYPES, ByteRange, DType, Index
+from shardkeep.types import DTYPES, I64, ByteRange, DType, Index
 
-__all__ = ["Sources", "inside", "read_range", "unpacked_limit", "window"]
+__all__ = ["Plain", "Sources", "inside", "read_range", "unpacked_limit", "window"]
 
 _WHOLE = 64 * 1024
 """Items up to this many bytes are read in one piece when their header is asked for."""
@@ -38,6 +38,27 @@ _RATIO = 64
 
 _OVERHEAD = 1 << 20
 """Bytes that a decompressed item may have beyond its tensor: header, directory, padding."""
+
+_ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plain:
+    """K chunks that may be read whole, without a `Source`: their elements lie in C order.
+
+    Attributes:
+        start: [K] first byte in the file; -1 where there is more to say.
+        nbytes: [K] bytes of the elements, where `start` is not -1.
+        crc: [K] their CRC-32; -1 where none is known.
+    """
+
+    start: I64
+    nbytes: I64
+    crc: I64
+
+    def take(self, rows: I64) -> Plain:
+        """Those rows, in that order."""
+        return Plain(self.start[rows], self.nbytes[rows], self.crc[rows])
 
 
 class Sources:
@@ -65,6 +86,55 @@ class Sources:
             found = [self._locate(row) for row in unknown]
         self._known.update(zip(unknown, found, strict=True))
         return {row: self._known[row] for row in wanted}
+
+    def plain(self, rows: I64, *, limit: int, threads: int | None = None) -> Plain:
+        """What is simple about these chunks, if they are small; all others are located.
+
+        Args:
+            rows: ascending.
+            limit: bytes of a small chunk at most, not more than `BLOCK`.
+
+        Raises:
+            Damaged, FormatError: as from `locate`.
+        """
+        chunks, tensors = self.index.chunks, self.index.tensors
+        itemsize = _ITEMSIZES[tensors.dtype[chunks.tensor[rows]]]
+        # Roughly first: exact numbers of a hostile shape might wrap around.
+        rough = chunks.sizes[rows].prod(axis=1, dtype=np.float64) * itemsize
+        small = rough <= limit
+        nbytes = np.where(small, rough, -1).astype(np.int64)
+        digests = chunks.block[rows + 1] - chunks.block[rows]
+        small &= digests <= 1
+        crc = np.full(len(rows), -1, dtype=np.int64)
+        crc[digests == 1] = chunks.digests[chunks.block[rows[digests == 1]]]
+        start = np.where(small & self._simple(rows, nbytes), chunks.payload[rows], -1)
+        doubtful = np.flatnonzero(start < 0)
+        found = self.locate(rows[doubtful].tolist(), threads=threads)
+        for k in doubtful[small[doubtful]].tolist():
+            if _is_plain(source := found[int(rows[k])]):
+                start[k] = source.start
+                crc[k] = -1 if source.digests is None else source.digests[0]
+        return Plain(start, nbytes, crc)
+
+    def _simple(self, rows: I64, nbytes: I64) -> NDArray[np.bool_]:
+        """Whether the index says where these payloads are, inside their items, inside their files.
+
+        Negative `nbytes` are of no interest.
+        """
+        chunks = self.index.chunks
+        files, place = np.unique(chunks.file[rows], return_inverse=True)
+        sizes = np.array([self._size_or_none(self.index.files[file]) for file in files], np.int64)
+        item, length, inside = chunks.item[rows], chunks.length[rows], chunks.payload[rows]
+        there = (item >= 0) & (length >= 0) & (item <= sizes[place] - length)
+        inside = inside - item
+        simple: NDArray[np.bool_] = there & (inside >= 0) & (inside <= length - nbytes)
+        return simple & (chunks.payload[rows] >= 0) & (nbytes >= 0)
+
+    def _size_or_none(self, file: str) -> int:
+        try:
+            return self._size(file)
+        except FileNotFoundError:
+            return -1
 
     def name(self, row: int) -> str:
         """The tensor that a chunk belongs to."""
@@ -208,6 +278,17 @@ def _resolved(stored: container.StoredTensor, source: Source, record: bytes) -> 
     data = memoryview(array.tobytes())
     strides = _c_strides(source.sizes, source.itemsize)
     return replace(source, start=0, strides=strides, payload=(0, len(data)), data=data)
+
+
+def _is_plain(source: Source) -> bool:
+    """Whether a small chunk is its payload's elements in C order, where one digest covers those."""
+    if source.data is not None or source.strides != _c_strides(source.sizes, source.itemsize):
+        return False
+    first, nbytes = source.payload
+    wanted = prod(source.sizes) * source.itemsize
+    if source.digests is None:
+        return first <= source.start and source.start + wanted <= first + nbytes
+    return (source.start, wanted) == (first, nbytes) and len(source.digests) == 1
 
 
 def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
