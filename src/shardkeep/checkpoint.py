@@ -21,7 +21,7 @@ from shardkeep.format.manifest import Outline
 from shardkeep.io.digest import crc32
 from shardkeep.io.read import ReadStats
 from shardkeep.plan.coverage import coverage
-from shardkeep.plan.overlap import Boxes
+from shardkeep.plan.overlap import Boxes, distinct
 from shardkeep.sources import Sources, read_range, unpacked_limit
 from shardkeep.stores import store_at
 from shardkeep.tree import unflatten
@@ -98,8 +98,9 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
     @cached_property
     def outline(self) -> Index | Outline:
-        """Names, dtypes, shapes, structure; its chunk columns may be empty."""
-        return self.found.outline()
+        """Names, dtypes, shapes, structure; its chunk columns may be missing."""
+        index: Index | None = vars(self).get("index")  # which has all that, if it was read
+        return self.found.outline() if index is None else index
 
     @cached_property
     def index(self) -> Index:
@@ -134,8 +135,8 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
     @cached_property
     def kinds(self) -> Mapping[str, tuple[DType, tuple[int, ...]]]:
-        """Dtype and global shape of every tensor, by name."""
-        tensors = self.outline.tensors
+        """Dtype and global shape of every tensor, by name; for who needs the chunks as well."""
+        tensors = self.index.tensors
         shapes: list[tuple[int, ...]] = [()] * len(tensors.names)
         for ndim in np.unique(tensors.ndim).tolist():
             mine = np.flatnonzero(tensors.ndim == ndim)
@@ -166,6 +167,17 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         """[N + 1] the chunks of tensor i are first[i]:first[i + 1]."""
         rows = np.arange(len(self._tensors) + 1)
         return np.searchsorted(self.index.chunks.tensor, rows).astype(np.int64)
+
+    @cached_property
+    def _one_chunk(self) -> NDArray[np.bool_]:
+        """[N] whether a tensor is one chunk, which covers it."""
+        chunks, tensors = self.index.chunks, self.index.tensors
+        counts = np.diff(self._first_chunk)
+        one: NDArray[np.bool_] = counts == 1
+        row = self._first_chunk[:-1][one]
+        whole = (chunks.sizes[row] == tensors.shape[one]) & (chunks.offsets[row] == 0)
+        one[one] = whole.all(axis=1)
+        return one
 
     def is_tensor(self, name: str) -> bool:
         """Whether that name is a tensor's. KeyError if there is no such name."""
@@ -319,7 +331,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
     def plan(self, wanted: Boxes, memory: Memory, *, threads: int) -> Filling:
         """Decide how to read boxes into memory. Raises as `fill` does, but for what is read."""
-        self._check_cover(np.unique(wanted.tensor))
+        self._check_cover(distinct(wanted.tensor))
         return filling.plan(self.sources, wanted, memory, threads=threads)
 
     def check_cover(self) -> None:
@@ -329,6 +341,10 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     def _check_cover(self, rows: NDArray[np.int64]) -> None:
         """Refuse tensors with holes: what no chunk holds would come back as whatever was there."""
         tensors, chunks = self.index.tensors, self.index.chunks
+        simple = self._one_chunk[rows]
+        if simple.all():
+            return
+        rows = rows[~simple]
         used = np.isin(chunks.tensor, rows)
         problems = coverage(
             np.searchsorted(rows, chunks.tensor[used]),

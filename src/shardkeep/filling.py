@@ -17,7 +17,7 @@ from shardkeep import knobs
 from shardkeep.contracts import Progress, Store
 from shardkeep.io.read import Copy, ReadStats, read_copies
 from shardkeep.io.small import Batch, Small, batches, by_place, read_small
-from shardkeep.plan.overlap import Boxes, Overlap, first_element, one_run, overlap
+from shardkeep.plan.overlap import Boxes, Overlap, distinct, first_element, one_run, overlap
 from shardkeep.sources import Plain, Sources
 from shardkeep.types import I64, Box, Chunks
 
@@ -64,13 +64,13 @@ class Filling:
         self, store: Store, *, verify: bool, threads: int, progress: Progress | None
     ) -> ReadStats:
         """Read everything. Raises as `io.read.read_copies` does."""
-        told = progress and _Told(progress, sum(read.high - read.low for read in self.reads))
+        told = _Told(progress, sum(read.high - read.low for read in self.reads))
         stats = read_copies(
             store,
             self.copies,
             verify=verify,
             threads=threads,
-            progress=told and told.copies,
+            progress=told.copies,
         )
         nbytes = read_small(
             store,
@@ -78,7 +78,7 @@ class Filling:
             self.reads,
             verify=verify,
             threads=threads,
-            progress=told and told.small,
+            progress=told.small,
         )
         needed = stats.bytes_needed + int(self.small.nbytes.sum())
         return ReadStats(stats.bytes_read + nbytes, needed)
@@ -87,8 +87,8 @@ class Filling:
 class _Told:
     """Makes one progress of two: copies first, then so many bytes of small payloads."""
 
-    def __init__(self, progress: Progress, later: int) -> None:
-        self._progress, self._later, self._before = progress, later, 0
+    def __init__(self, progress: Progress | None, later: int) -> None:
+        self._progress, self._later, self._before = progress or _nobody, later, 0
 
     def copies(self, phase: str, done: int, total: int) -> None:
         self._before = total
@@ -96,6 +96,10 @@ class _Told:
 
     def small(self, phase: str, done: int, total: int) -> None:
         self._progress(phase, self._before + done, self._before + total)
+
+
+def _nobody(phase: str, done: int, total: int) -> None:
+    """Nobody listens."""
 
 
 def plan(sources: Sources, wanted: Boxes, memory: Memory, *, threads: int) -> Filling:
@@ -118,7 +122,7 @@ def plan(sources: Sources, wanted: Boxes, memory: Memory, *, threads: int) -> Fi
     rows, place = np.unique(found.right, return_inverse=True)
     plain = sources.plain(rows, limit=knobs.small(), threads=threads).take(place)
     fast = whole & (plain.start >= 0)
-    asked = np.unique(found.left[fast])
+    asked = distinct(found.left[fast])
     address = np.zeros(len(wanted.tensor), dtype=np.int64)
     address[asked] = memory.addresses(asked.tolist())
     fast &= address[found.left] > 0
@@ -175,18 +179,19 @@ def _copies(
     """The given rows of `found` as copies."""
     left, right = found.left[rows], found.right[rows]
     index = sources.index
-    known = sources.locate(np.unique(right).tolist(), threads=threads)
+    known = sources.locate(distinct(right).tolist(), threads=threads)
     inside = found.offsets[rows] - index.chunks.offsets[right]
     into = found.offsets[rows] - wanted.offsets[left]
     ndims = index.tensors.ndim[wanted.tensor[left]].tolist()
+    sizes_of = found.sizes[rows]
     copies = []
     for k, (ndim, to, row) in enumerate(zip(ndims, left.tolist(), right.tolist(), strict=True)):
-        sizes = tuple(found.sizes[rows[k], :ndim].tolist())
+        sizes = tuple(sizes_of[k, :ndim].tolist())
         target = Box(tuple(into[k, :ndim].tolist()), sizes)
-        view = (*target.slices, ...)  # not a copy, even of a scalar
+        view: tuple[Any, ...] = (*target.slices, ...)  # not a copy, even of a scalar
         copies.append(
             Copy(
-                name=index.tensors.names[int(wanted.tensor[left[k]])],
+                name=sources.name(row),
                 source=known[row],
                 box=Box(tuple(inside[k, :ndim].tolist()), sizes),
                 into=arrays[to][view],

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from shardkeep import checkpoint, knobs
+from shardkeep import checkpoint, collector, knobs
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.clock import Clock
 from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
+from shardkeep.filling import Filling
 from shardkeep.format import columns
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
@@ -137,32 +137,27 @@ def load(
     store = store_at(path)
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
-        clock.phase("open")
-        source = checkpoint.open(store, rank=(session.rank, session.size))
+        with collector.paused():
+            clock.phase("open")
+            source = checkpoint.open(store, rank=(session.rank, session.size))
 
-        clock.phase("describe")
-        template, statefuls = expand(state)
-        make_room(template, statefuls, _stored(source))
-        flat = flatten(template, is_any_tensor)
+            clock.phase("describe")
+            template, statefuls = expand(state)
+            make_room(template, statefuls, _stored(source))
+            flat = flatten(template, is_any_tensor)
 
-        clock.phase("match")
-        contents = _Contents(source, tuple(trust))
-        match = _match(flat, contents)
-        match.refuse(strict, dtype)
+            clock.phase("match")
+            contents = _Contents(source, tuple(trust))
+            match = _match(flat, contents)
+            match.refuse(strict, dtype)
 
-        clock.phase("read")
-        clock.part("plan")
-        pieces = [piece for tensor in match.stored for piece in tensor.pieces]
-        names, boxes = [piece.name for piece in pieces], [piece.box for piece in pieces]
-        landings = Landings(
-            [piece.local for piece in pieces],
-            [source.kinds[name][0] for name in names],
-            [box.sizes for box in boxes],
-        )
-        threads = knobs.threads()
-        filling = source.plan(source.boxes(names, boxes), landings, threads=threads)
+            clock.phase("read")
+            clock.part("plan")
+            landings, filling = _plan(match.stored, source)
+
         clock.part("read")
-        stats = filling.run(store, verify=verify, threads=threads, progress=progress)
+        stats = filling.run(store, verify=verify, threads=knobs.threads(), progress=progress)
+
         clock.part("restore")
         landings.finish()
         for tensor, value in match.inside:
@@ -172,7 +167,7 @@ def load(
         restore(state, template, statefuls)
         seconds = clock.seconds()
         return match.report(
-            resharded=_named(names, filling.resharded),
+            resharded=_resharded(match.stored, filling),
             nbytes=stats.bytes_needed,
             read=stats.bytes_read,
             seconds=seconds,
@@ -180,9 +175,24 @@ def load(
         )
 
 
-def _named(names: Sequence[str], mask: NDArray[np.bool_]) -> tuple[str, ...]:
-    """The names that the mask marks, each once."""
-    return tuple(dict.fromkeys(names[row] for row in np.flatnonzero(mask).tolist()))
+def _plan(tensors: Sequence[Described], source: Checkpoint) -> tuple[Landings, Filling]:
+    """Where the pieces of these tensors go, and how to read them; their rows are in order."""
+    pieces = [piece for tensor in tensors for piece in tensor.pieces]
+    names, boxes = [piece.name for piece in pieces], [piece.box for piece in pieces]
+    landings = Landings(
+        [piece.local for piece in pieces],
+        [source.kinds[name][0] for name in names],
+        [box.sizes for box in boxes],
+    )
+    wanted = source.boxes(names, boxes)
+    return landings, source.plan(wanted, landings, threads=knobs.threads())
+
+
+def _resharded(tensors: Sequence[Described], filling: Filling) -> tuple[str, ...]:
+    """The names of the pieces that are put together from other boxes, each once."""
+    names = [piece.name for tensor in tensors for piece in tensor.pieces]
+    rows = np.flatnonzero(filling.resharded).tolist()
+    return tuple(dict.fromkeys(names[row] for row in rows))
 
 
 def _slowest(session: Session, seconds: float) -> tuple[int, float]:
@@ -199,9 +209,10 @@ def _slowest(session: Session, seconds: float) -> tuple[int, float]:
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:
     """The leaves of a checkpoint, by their paths."""
+    kinds = source.kinds
     for name, path in source.structure.leaves.items():
-        if source.is_tensor(name):
-            yield path, *source.kinds[name]
+        if name in kinds:
+            yield path, *kinds[name]
         elif name in source:
             yield path, None, ()
 

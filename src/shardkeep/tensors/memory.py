@@ -75,7 +75,7 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     Raises:
         Mismatch: this torch does not have the dtype, or can't cast it (raised by the call).
     """
-    stored = _stored(dtype)
+    stored = _stored(dtype.name)
     if not isinstance(stored, torch.dtype):
         raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
     lazy = tensor.is_conj() or tensor.is_neg()
@@ -108,7 +108,7 @@ def address(tensor: torch.Tensor, dtype: DType, sizes: tuple[int, ...]) -> int:
     """
     plain = (
         type(tensor) in _PLAIN
-        and tensor.dtype is _stored(dtype)
+        and tensor.dtype is _stored(dtype.name)
         and tensor.is_cpu
         and tensor.is_contiguous()
         and tensor.shape == sizes
@@ -159,9 +159,9 @@ class Landings:
 
 
 @cache
-def _stored(dtype: DType) -> Any:
+def _stored(name: str) -> Any:
     """Torch's own dtype of that name; None if this torch does not have it."""
-    return getattr(torch, dtype.name, None)
+    return getattr(torch, name, None)
 
 
 def _nothing() -> None:
