@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from operator import attrgetter
 from os import PathLike
 from typing import Any
 
@@ -377,17 +378,17 @@ class _Arrays(Memory):
         return self._requests[row].into
 
 
+_OFFSETS, _SIZES = attrgetter("offsets"), attrgetter("sizes")
+
+
 def _boxes(rows: NDArray[np.int64], boxes: Sequence[Box], width: int) -> Boxes:
     offsets = np.zeros((len(boxes), width), dtype=np.int64)
     sizes = np.ones((len(boxes), width), dtype=np.int64)
-    ndims = np.fromiter((len(box.sizes) for box in boxes), np.int64, len(boxes))
+    ndims = np.fromiter(map(len, map(_SIZES, boxes)), np.int64, len(boxes))
     for ndim in np.unique(ndims).tolist():
         mine = np.flatnonzero(ndims == ndim)
         some = [boxes[row] for row in mine.tolist()]
-        for column, numbers in (
-            (offsets, (box.offsets for box in some)),
-            (sizes, (box.sizes for box in some)),
-        ):
-            flat = np.fromiter(chain.from_iterable(numbers), np.int64, len(mine) * ndim)
+        for column, part in ((offsets, _OFFSETS), (sizes, _SIZES)):
+            flat = np.fromiter(chain.from_iterable(map(part, some)), np.int64, len(mine) * ndim)
             column[mine, :ndim] = flat.reshape(len(mine), ndim)
     return Boxes(rows, offsets, sizes)

@@ -27,7 +27,8 @@ _POLYNOMIAL = 0xEDB88320
 
 def crc32(data: Bytes, value: int = 0) -> int:
     """CRC-32 of contiguous bytes (the one of zip and zlib), going on from `value`."""
-    return cast(int, _zlib.crc32(data, value))
+    found: int = _zlib.crc32(data, value)  # no cast: called for every small tensor
+    return found
 
 
 def digest(data: Bytes) -> tuple[NDArray[np.uint32], int]:

@@ -118,7 +118,7 @@ def address(tensor: torch.Tensor, dtype: DType, sizes: tuple[int, ...]) -> int:
     if not plain:
         return 0
     # A storage may have been made smaller than its tensors, or given back (as FSDP does).
-    begin = tensor.storage_offset() * dtype.itemsize
+    begin = tensor.storage_offset() * tensor.element_size()
     if begin + tensor.nbytes > tensor.untyped_storage().nbytes():
         return 0
     return tensor.data_ptr()
