@@ -42,6 +42,10 @@ class Local:
     pieces: tuple[Piece, ...]
     objects: Mapping[str, Any]
 
+    @property
+    def memory(self):
+        return [piece.local for piece in self.pieces]
+
 
 def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     """Flatten and describe; no tensor data moves.
