@@ -204,7 +204,7 @@ def test_one_more_small_tensor_costs_next_to_no_call():
                 match = loading._match(flat, loading._Contents(source, ()))
                 _, filling = loading._plan(match.stored, source)
                 filling.run(store, verify=True, threads=1, progress=None)
-                match.report()
+                match.report(())
 
             load()
             calls[count] = calls_of(load)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from os import PathLike
@@ -25,7 +25,7 @@ from shardkeep.tensors.memory import Landings
 from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.state import describe_tensors
-from shardkeep.tensors.stateful import Stored, expand, make_room, restore
+from shardkeep.tensors.stateful import Statefuls, Stored, expand, make_room, restore
 from shardkeep.tree import Flat, Leaf, flatten, put
 from shardkeep.types import Path
 
@@ -137,42 +137,79 @@ def load(
     store = store_at(path)
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
-        with collector.paused():
-            clock.phase("open")
-            source = checkpoint.open(store, rank=(session.rank, session.size))
-
-            clock.phase("describe")
-            template, statefuls = expand(state)
-            make_room(template, statefuls, _stored(source))
-            flat = flatten(template, is_any_tensor)
-
-            clock.phase("match")
-            contents = _Contents(source, tuple(trust))
-            match = _match(flat, contents)
-            match.refuse(strict, dtype)
-
-            clock.phase("read")
-            clock.part("plan")
-            landings, filling = _plan(match.stored, source)
+        with collector.paused():  # what is made for each tensor is gone again when this ends
+            planned = _planned(state, store, session, clock, strict, dtype, trust)
 
         clock.part("read")
-        stats = filling.run(store, verify=verify, threads=knobs.threads(), progress=progress)
+        threads = knobs.threads()
+        stats = planned.filling.run(store, verify=verify, threads=threads, progress=progress)
 
         clock.part("restore")
-        landings.finish()
-        for tensor, value in match.inside:
+        planned.landings.finish()
+        for tensor, value in planned.inside:
             _copy(tensor, value)
-        for leaf, value in match.values:
-            put(template, leaf.path, value)
-        restore(state, template, statefuls)
+        for leaf, value in planned.values:
+            put(planned.template, leaf.path, value)
+        restore(state, planned.template, planned.statefuls)
+
         seconds = clock.seconds()
-        return match.report(
-            resharded=_resharded(match.stored, filling),
+        return replace(
+            planned.report,
             nbytes=stats.bytes_needed,
             read=stats.bytes_read,
             seconds=seconds,
             slowest=_slowest(session, sum(seconds.values())),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Planned:
+    """What there is to do: nothing can be refused any more.
+
+    Attributes:
+        template, statefuls: as from `expand`.
+        landings, filling: the tensors that are read, and how.
+        inside: tensors that the checkpoint has inside an object, and their values.
+        values: the other leaves, and their values.
+        report: what is known of the load before it is done.
+    """
+
+    template: Mapping[Any, Any]
+    statefuls: Statefuls
+    landings: Landings
+    filling: Filling
+    inside: list[tuple[Described, torch.Tensor]]
+    values: list[tuple[Leaf, Any]]
+    report: LoadReport
+
+
+def _planned(
+    state: Mapping[Any, Any],
+    store: Store,
+    session: Session,
+    clock: Clock,
+    strict: Strict,
+    dtype: DtypePolicy,
+    trust: Sequence[str],
+) -> _Planned:
+    clock.phase("open")
+    source = checkpoint.open(store, rank=(session.rank, session.size))
+
+    clock.phase("describe")
+    template, statefuls = expand(state)
+    make_room(template, statefuls, _stored(source))
+    flat = flatten(template, is_any_tensor)
+
+    clock.phase("match")
+    contents = _Contents(source, tuple(trust))
+    match = _match(flat, contents)
+    match.refuse(strict, dtype)
+
+    clock.phase("read")
+    clock.part("plan")
+    landings, filling = _plan(match.stored, source)
+    report = match.report(_resharded(match.stored, filling))
+    return _Planned(template, statefuls, landings, filling, match.inside, match.values, report)
 
 
 def _plan(tensors: Sequence[Described], source: Checkpoint) -> tuple[Landings, Filling]:
@@ -308,12 +345,15 @@ class _Match:
         message = "\n".join([few, *lines])
         raise Mismatch(message, LoadReport(self.path, **self._lists(), refused=refused))
 
-    def report(self, **done: Any) -> LoadReport:
-        """What was loaded; `done` is what else the report holds."""
+    def report(self, resharded: tuple[str, ...]) -> LoadReport:
         loaded = [t.name for t in self.stored] + [t.name for t, _ in self.inside]
         loaded += [leaf.name for leaf, _ in self.values]
         return LoadReport(
-            self.path, loaded=tuple(loaded), cast=dict(self.dtypes), **self._lists(), **done
+            self.path,
+            loaded=tuple(loaded),
+            resharded=resharded,
+            cast=dict(self.dtypes),
+            **self._lists(),
         )
 
     def _lists(self) -> dict[str, Any]:
