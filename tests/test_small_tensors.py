@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 import shardkeep as sk
 from shardkeep import checkpoint, loading
+from shardkeep.format import container
+from shardkeep.sources import inside
 from shardkeep.stores import MemoryStore
 from support.scenarios import bits, values
 
@@ -263,3 +266,69 @@ def test_small_items_of_stock_torch_are_read_together(tmp_path, monkeypatch):
     sk.load(template, store)
     assert store.reads == 2  # one for all headers, one for all payloads
     assert all(held["weight"].eq(int(i)).all() for i, held in template["layers"].items())
+
+
+def test_the_manifest_is_read_once():
+    store = MemoryStore()
+    sk.save(many(100), store)
+    seen = []
+    read = store.read
+    store.read = lambda name, offset, length: seen.append(name) or read(name, offset, length)
+    sk.load(many(100, 0.0), store)
+    assert sum(name.startswith(".manifest") for name in seen) == 1
+
+
+def items():
+    """Tensors as torch.save writes them: of two shapes, views among them."""
+    made = []
+    for i in range(6):
+        base = values(f"t{i}", (4, 3 + i % 2), torch.float32)
+        for tensor in (base, base.T, base[1:], torch.nn.Parameter(base)):
+            file = io.BytesIO()
+            torch.save(tensor, file)
+            made.append(file.getvalue())
+    return made
+
+
+ITEMS = items()
+
+
+def parsed(data, known=None):
+    """What an item holds, or what is wrong with it."""
+    try:
+        return container.tensor(inside(data), len(data), file="f", place="t", known=known)
+    except sk.errors.FormatError as error:
+        return str(error)
+
+
+def test_items_that_are_alike_are_what_they_are_alone():
+    known = {}
+    assert [parsed(item, known) for item in ITEMS] == [parsed(item) for item in ITEMS]
+    assert len(known) == 8
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(ITEMS), st.data())
+def test_a_changed_item_is_checked_as_if_it_were_alone(item, data):
+    known = {}
+    for one in ITEMS:
+        parsed(one, known)
+    at = data.draw(st.integers(0, len(item) - 1))
+    changed = item[:at] + bytes([data.draw(st.integers(0, 255))]) + item[at + 1 :]
+    assert parsed(changed, known) == parsed(changed)
+
+
+def test_a_broken_header_among_many_is_named(tmp_path):
+    stock.save(many(50), storage_writer=stock.FileSystemWriter(tmp_path), no_dist=True)
+    source = sk.open(tmp_path)
+    (chunk,) = source["layers.7.weight"].chunks
+    path = tmp_path / chunk.item.file
+    content = bytearray(path.read_bytes())
+    content[chunk.item.offset : chunk.item.offset + 4] = b"none"
+    path.write_bytes(content)
+    with pytest.raises(sk.errors.FormatError) as alone:
+        sk.open(tmp_path).read("layers.7.weight")
+    with pytest.raises(sk.errors.FormatError) as together:
+        sk.load(many(50, 0.0), tmp_path)
+    assert str(together.value) == str(alone.value)
+    assert "layers.7.weight" in str(alone.value)
