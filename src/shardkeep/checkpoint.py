@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from operator import attrgetter
 from os import PathLike
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep import commit, knobs
+from shardkeep import commit, filling, knobs
 from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged, FormatError
+from shardkeep.filling import Filling, Memory
 from shardkeep.format import container, transforms, values
 from shardkeep.format.manifest import Outline
 from shardkeep.io.digest import crc32
-from shardkeep.io.read import Copy, ReadStats, read_copies
+from shardkeep.io.read import ReadStats
 from shardkeep.plan.coverage import coverage
-from shardkeep.plan.overlap import Boxes, overlap
+from shardkeep.plan.overlap import Boxes, distinct
 from shardkeep.sources import Sources, read_range, unpacked_limit
 from shardkeep.stores import store_at
 from shardkeep.tree import unflatten
@@ -96,8 +99,9 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
     @cached_property
     def outline(self) -> Index | Outline:
-        """Names, dtypes, shapes, structure; its chunk columns may be empty."""
-        return self.found.outline()
+        """Names, dtypes, shapes, structure; its chunk columns may be missing."""
+        index: Index | None = vars(self).get("index")  # which has all that, if it was read
+        return self.found.outline() if index is None else index
 
     @cached_property
     def index(self) -> Index:
@@ -127,7 +131,20 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
     @cached_property
     def _tensors(self) -> Mapping[str, int]:
-        return {name: row for row, name in enumerate(self.outline.tensors.names)}
+        names = self.outline.tensors.names
+        return dict(zip(names, range(len(names)), strict=True))
+
+    @cached_property
+    def kinds(self) -> Mapping[str, tuple[DType, tuple[int, ...]]]:
+        """Dtype and global shape of every tensor, by name; for who needs the chunks as well."""
+        tensors = self.index.tensors
+        shapes: list[tuple[int, ...]] = [()] * len(tensors.names)
+        for ndim in np.unique(tensors.ndim).tolist():
+            mine = np.flatnonzero(tensors.ndim == ndim)
+            for row, shape in zip(mine.tolist(), tensors.shape[mine, :ndim].tolist(), strict=True):
+                shapes[row] = tuple(shape)
+        dtypes = map(DTYPES.__getitem__, tensors.dtype.tolist())
+        return dict(zip(tensors.names, zip(dtypes, shapes, strict=True), strict=True))
 
     @cached_property
     def _objects(self) -> Mapping[str, int]:
@@ -151,6 +168,17 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         """[N + 1] the chunks of tensor i are first[i]:first[i + 1]."""
         rows = np.arange(len(self._tensors) + 1)
         return np.searchsorted(self.index.chunks.tensor, rows).astype(np.int64)
+
+    @cached_property
+    def _one_chunk(self) -> NDArray[np.bool_]:
+        """[N] whether a tensor is one chunk, which covers it."""
+        chunks, tensors = self.index.chunks, self.index.tensors
+        counts = np.diff(self._first_chunk)
+        one: NDArray[np.bool_] = counts == 1
+        row = self._first_chunk[:-1][one]
+        whole = (chunks.sizes[row] == tensors.shape[one]) & (chunks.offsets[row] == 0)
+        one[one] = whole.all(axis=1)
+        return one
 
     def is_tensor(self, name: str) -> bool:
         """Whether that name is a tensor's. KeyError if there is no such name."""
@@ -291,48 +319,21 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
             FormatError: the chunks of a tensor do not cover it.
             Damaged: bytes are missing or do not match their digest.
         """
-        copies = self._copies(requests, threads or knobs.threads())
-        return read_copies(
-            self.store,
-            copies,
-            verify=verify,
-            threads=threads or knobs.threads(),
-            progress=progress,
-        )
+        threads = threads or knobs.threads()
+        names = [request.name for request in requests]
+        wanted = self.boxes(names, [request.box for request in requests])
+        planned = self.plan(wanted, _Arrays(requests), threads=threads)
+        return planned.run(self.store, verify=verify, threads=threads, progress=progress)
 
-    def _copies(self, requests: Sequence[Request], threads: int) -> list[Copy]:
-        """One copy for each chunk that each request needs a part of."""
-        if not requests:
-            return []
-        chunks = self.index.chunks
-        rows = np.array([self._tensors[request.name] for request in requests], dtype=np.int64)
-        self._check_cover(np.unique(rows))
-        used = np.flatnonzero(np.isin(chunks.tensor, rows))
-        wanted = _boxes(rows, [request.box for request in requests], chunks.offsets.shape[1])
-        found = overlap(
-            wanted,
-            Boxes(chunks.tensor[used], chunks.offsets[used], chunks.sizes[used]),
-        )
-        right = used[found.right]
-        sources = self.sources.locate(np.unique(right).tolist(), threads=threads)
-        inside = found.offsets - chunks.offsets[right]
-        into = found.offsets - wanted.offsets[found.left]
-        copies = []
-        for k, (left, row) in enumerate(zip(found.left.tolist(), right.tolist(), strict=True)):
-            request = requests[left]
-            ndim = request.box.ndim
-            sizes = tuple(found.sizes[k, :ndim].tolist())
-            target = Box(tuple(into[k, :ndim].tolist()), sizes)
-            view = (*target.slices, ...)  # not a copy, even of a scalar
-            copies.append(
-                Copy(
-                    name=request.name,
-                    source=sources[row],
-                    box=Box(tuple(inside[k, :ndim].tolist()), sizes),
-                    into=request.into[view],
-                )
-            )
-        return copies
+    def boxes(self, names: Iterable[str], boxes: Sequence[Box]) -> Boxes:
+        """Boxes of tensors, by name, as columns. KeyError if no tensor has a name."""
+        rows = np.array([self._tensors[name] for name in names], dtype=np.int64)
+        return _boxes(rows, boxes, self.index.chunks.offsets.shape[1])
+
+    def plan(self, wanted: Boxes, memory: Memory, *, threads: int) -> Filling:
+        """Decide how to read boxes into memory. Raises as `fill` does, but for what is read."""
+        self._check_cover(distinct(wanted.tensor))
+        return filling.plan(self.sources, wanted, memory, threads=threads)
 
     def check_cover(self) -> None:
         """Refuse any tensor with holes, as reading it would, with a FormatError."""
@@ -341,6 +342,10 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     def _check_cover(self, rows: NDArray[np.int64]) -> None:
         """Refuse tensors with holes: what no chunk holds would come back as whatever was there."""
         tensors, chunks = self.index.tensors, self.index.chunks
+        simple = self._one_chunk[rows]
+        if simple.all():
+            return
+        rows = rows[~simple]
         used = np.isin(chunks.tensor, rows)
         problems = coverage(
             np.searchsorted(rows, chunks.tensor[used]),
@@ -360,10 +365,30 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
             )
 
 
+class _Arrays(Memory):
+    """The arrays of requests."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = requests
+
+    def addresses(self, rows: Sequence[int]) -> list[int]:
+        return [0] * len(rows)
+
+    def array(self, row: int) -> NDArray[Any]:
+        return self._requests[row].into
+
+
+_OFFSETS, _SIZES = attrgetter("offsets"), attrgetter("sizes")
+
+
 def _boxes(rows: NDArray[np.int64], boxes: Sequence[Box], width: int) -> Boxes:
     offsets = np.zeros((len(boxes), width), dtype=np.int64)
     sizes = np.ones((len(boxes), width), dtype=np.int64)
-    for i, box in enumerate(boxes):
-        offsets[i, : box.ndim] = box.offsets
-        sizes[i, : box.ndim] = box.sizes
+    ndims = np.fromiter(map(len, map(_SIZES, boxes)), np.int64, len(boxes))
+    for ndim in np.unique(ndims).tolist():
+        mine = np.flatnonzero(ndims == ndim)
+        some = [boxes[row] for row in mine.tolist()]
+        for column, part in ((offsets, _OFFSETS), (sizes, _SIZES)):
+            flat = np.fromiter(chain.from_iterable(map(part, some)), np.int64, len(mine) * ndim)
+            column[mine, :ndim] = flat.reshape(len(mine), ndim)
     return Boxes(rows, offsets, sizes)

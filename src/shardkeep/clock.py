@@ -15,7 +15,7 @@ class Clock:
 
     Args:
         session: told of each phase, for errors.
-        parts: phase -> what its time is added to; by default to its own.
+        parts: phase -> the name that its seconds are reported under; by default its own.
     """
 
     def __init__(self, session: Session, parts: Mapping[str, str] | None = None) -> None:
@@ -27,12 +27,16 @@ class Clock:
 
     def phase(self, name: str) -> None:
         """Begin a phase."""
-        self.seconds()
-        self._name = self._parts.get(name, name)
+        self.part(self._parts.get(name, name))
         self._session.phase(name)
 
+    def part(self, name: str) -> None:
+        """Go on in the same phase, with its seconds reported under this name from now on."""
+        self.seconds()
+        self._name = name
+
     def seconds(self) -> dict[str, float]:
-        """Phase -> seconds, up to now."""
+        """Name -> seconds, up to now."""
         now = time.perf_counter()
         if self._name is not None:
             spent = self._seconds.get(self._name, 0.0) + now - self._since

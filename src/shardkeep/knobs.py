@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["ALIGNMENT", "BLOCK", "buffer", "deadline", "gap", "heartbeat", "missed", "threads"]
+__all__ = [
+    "ALIGNMENT",
+    "BLOCK",
+    "buffer",
+    "deadline",
+    "gap",
+    "heartbeat",
+    "missed",
+    "small",
+    "threads",
+]
 
 BLOCK = 256 * 1024
 """Bytes of a payload that one CRC-32 covers. Part of the format: not to be turned."""
@@ -51,6 +61,14 @@ def ranks_here(size: int) -> int:
 def gap() -> int:
     """Bytes that are read and thrown away rather than starting a new read (SHARDKEEP_GAP)."""
     return max(0, int(_number("SHARDKEEP_GAP", 64 * 1024)))
+
+
+def small() -> int:
+    """Bytes of a payload up to which it is loaded with others, in columns (SHARDKEEP_SMALL).
+
+    0 loads each one on its own; more than `BLOCK` counts as that.
+    """
+    return max(0, min(BLOCK, int(_number("SHARDKEEP_SMALL", 64 * 1024))))
 
 
 def buffer() -> int:

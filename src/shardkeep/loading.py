@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 
-from shardkeep import checkpoint
-from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep import checkpoint, collector, knobs
+from shardkeep.checkpoint import Checkpoint
 from shardkeep.clock import Clock
-from shardkeep.contracts import Progress, Ranks, Store
+from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
+from shardkeep.filling import Filling
+from shardkeep.format import columns
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
-from shardkeep.tensors.memory import landing
+from shardkeep.tensors.memory import Landings
 from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.state import describe_tensors
-from shardkeep.tensors.stateful import Stored, expand, make_room, restore
+from shardkeep.tensors.stateful import Statefuls, Stored, expand, make_room, restore
 from shardkeep.tree import Flat, Leaf, flatten, put
 from shardkeep.types import Path
 
@@ -30,6 +33,9 @@ __all__ = ["LoadReport", "load"]
 
 _SHOWN = 40
 """Lines of a message about what does not match; the report has them all."""
+
+_PARTS = {"open": "plan", "describe": "plan", "match": "plan"}
+"""Phase of an error -> phase of the report."""
 
 Strict = bool | Mapping[str, bool]
 DtypePolicy = str | Mapping[str, str]
@@ -42,13 +48,17 @@ class LoadReport:
     Attributes:
         path: where the checkpoint is.
         loaded: tensors and objects that now hold what was saved.
-        resharded: those of them that this rank put together from other boxes than its own.
+        resharded: those of them that this rank put together from other boxes than its own. Chunks
+            that tile one of its boxes exactly, run after run, are that box: saves cut large ones.
         missing: wanted by the template, not in the checkpoint (left untouched).
         unexpected: in the checkpoint, not wanted by the template.
         cast: loaded tensors whose dtype differs: name -> (stored, wanted).
         refused: name -> why it can't be loaded; empty unless carried by a `Mismatch`.
         nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them.
-        seconds: phase -> seconds that this rank spent in it.
+        seconds: phase -> seconds that this rank spent in it: "plan" (open the checkpoint, describe
+            the template, match them, decide what to read), "read" (read, check, put in place), and
+            "restore" (cast, replace values, `load_state_dict`).
+        slowest: the rank that took the longest, and its seconds in all.
     """
 
     path: str
@@ -61,6 +71,30 @@ class LoadReport:
     nbytes: int = 0
     read: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    slowest: tuple[int, float] = (0, 0.0)
+
+    @property
+    def rate(self) -> float:
+        """GB (10^9 bytes) of needed data for each second of the phase "read"; 0.0 without any."""
+        seconds = self.seconds.get("read", 0.0)
+        return self.nbytes / seconds / 1e9 if seconds else 0.0
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
+        rank, longest = self.slowest
+        return (
+            f"loaded {_size(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
+            f"slowest rank {rank}, {longest:.2f} s"
+        )
+
+
+def _size(nbytes: int) -> str:
+    """Bytes as people read them: "1.9 GiB"."""
+    if nbytes < 1 << 10:
+        return f"{nbytes} B"
+    power = min(5, (nbytes.bit_length() - 1) // 10)
+    return f"{nbytes / (1 << 10 * power):.1f} {' KMGTP'[power]}iB"
 
 
 def load(
@@ -102,38 +136,120 @@ def load(
     job = take_part(ranks)
     store = store_at(path)
     with job.session("load", store.url) as session:
-        clock = Clock(session)
-        clock.phase("open")
-        source = checkpoint.open(store, rank=(session.rank, session.size))
+        clock = Clock(session, _PARTS)
+        with collector.paused():  # what is made for each tensor is gone again when this ends
+            planned = _planned(state, store, session, clock, strict, dtype, trust)
 
-        clock.phase("describe")
-        template, statefuls = expand(state)
-        make_room(template, statefuls, _stored(source))
-        flat = flatten(template, is_any_tensor)
+        clock.part("read")
+        threads = knobs.threads()
+        stats = planned.filling.run(store, verify=verify, threads=threads, progress=progress)
 
-        clock.phase("match")
-        contents = _Contents(source, tuple(trust))
-        match = _match(flat, contents)
-        match.refuse(strict, dtype)
-
-        clock.phase("read")
-        requests, finish = _requests(match.stored, source)
-        stats = source.fill(requests, verify=verify, progress=progress)
-        for done in finish:
-            done()
-        for tensor, value in match.inside:
+        clock.part("restore")
+        planned.landings.finish()
+        for tensor, value in planned.inside:
             _copy(tensor, value)
-        for leaf, value in match.values:
-            put(template, leaf.path, value)
-        restore(state, template, statefuls)
-        return match.report(stats.bytes_needed, stats.bytes_read, clock.seconds())
+        for leaf, value in planned.values:
+            put(planned.template, leaf.path, value)
+        restore(state, planned.template, planned.statefuls)
+
+        seconds = clock.seconds()
+        return replace(
+            planned.report,
+            nbytes=stats.bytes_needed,
+            read=stats.bytes_read,
+            seconds=seconds,
+            slowest=_slowest(session, sum(seconds.values())),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Planned:
+    """What there is to do: nothing can be refused any more.
+
+    Attributes:
+        template, statefuls: as from `expand`.
+        landings, filling: the tensors that are read, and how.
+        inside: tensors that the checkpoint has inside an object, and their values.
+        values: the other leaves, and their values.
+        report: what is known of the load before it is done.
+    """
+
+    template: Mapping[Any, Any]
+    statefuls: Statefuls
+    landings: Landings
+    filling: Filling
+    inside: list[tuple[Described, torch.Tensor]]
+    values: list[tuple[Leaf, Any]]
+    report: LoadReport
+
+
+def _planned(
+    state: Mapping[Any, Any],
+    store: Store,
+    session: Session,
+    clock: Clock,
+    strict: Strict,
+    dtype: DtypePolicy,
+    trust: Sequence[str],
+) -> _Planned:
+    clock.phase("open")
+    source = checkpoint.open(store, rank=(session.rank, session.size))
+
+    clock.phase("describe")
+    template, statefuls = expand(state)
+    make_room(template, statefuls, _stored(source))
+    flat = flatten(template, is_any_tensor)
+
+    clock.phase("match")
+    contents = _Contents(source, tuple(trust))
+    match = _match(flat, contents)
+    match.refuse(strict, dtype)
+
+    clock.phase("read")
+    clock.part("plan")
+    landings, filling = _plan(match.stored, source)
+    report = match.report(_resharded(match.stored, filling))
+    return _Planned(template, statefuls, landings, filling, match.inside, match.values, report)
+
+
+def _plan(tensors: Sequence[Described], source: Checkpoint) -> tuple[Landings, Filling]:
+    """Where the pieces of these tensors go, and how to read them; their rows are in order."""
+    pieces = [piece for tensor in tensors for piece in tensor.pieces]
+    names, boxes = [piece.name for piece in pieces], [piece.box for piece in pieces]
+    landings = Landings(
+        [piece.local for piece in pieces],
+        [source.kinds[name][0] for name in names],
+        [box.sizes for box in boxes],
+    )
+    wanted = source.boxes(names, boxes)
+    return landings, source.plan(wanted, landings, threads=knobs.threads())
+
+
+def _resharded(tensors: Sequence[Described], filling: Filling) -> tuple[str, ...]:
+    """The names of the pieces that are put together from other boxes, each once."""
+    names = [piece.name for tensor in tensors for piece in tensor.pieces]
+    rows = np.flatnonzero(filling.resharded).tolist()
+    return tuple(dict.fromkeys(names[row] for row in rows))
+
+
+def _slowest(session: Session, seconds: float) -> tuple[int, float]:
+    """The rank that took the longest, and how long; all ranks learn it."""
+    told = session.gather(columns.pack({"seconds": seconds}, {}))
+    answer = None
+    if told is not None:
+        every = [columns.unpack(message)[0]["seconds"] for message in told]
+        rank = max(range(len(every)), key=every.__getitem__)
+        answer = columns.pack({"rank": rank, "seconds": every[rank]}, {})
+    found, _ = columns.unpack(session.broadcast(answer))
+    return found["rank"], found["seconds"]
 
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:
     """The leaves of a checkpoint, by their paths."""
+    kinds = source.kinds
     for name, path in source.structure.leaves.items():
-        if source.is_tensor(name):
-            yield path, *source.shape_of(name)
+        if name in kinds:
+            yield path, *kinds[name]
         elif name in source:
             yield path, None, ()
 
@@ -147,7 +263,7 @@ class _Contents:
         self._values: dict[str, Any] = {}
 
     def is_tensor(self, name: str) -> bool:
-        return name in self.source and self.source.is_tensor(name)
+        return name in self.source.kinds
 
     def value(self, name: str) -> Any:
         """An object, with torch's own types."""
@@ -203,7 +319,6 @@ class _Match:
     values: list[tuple[Leaf, Any]]
     missing: list[str]
     unexpected: list[str]
-    resharded: list[str]
     dtypes: dict[str, tuple[str, str]]
     refused: dict[str, str]
 
@@ -230,17 +345,14 @@ class _Match:
         message = "\n".join([few, *lines])
         raise Mismatch(message, LoadReport(self.path, **self._lists(), refused=refused))
 
-    def report(self, nbytes: int, read: int, seconds: Mapping[str, float]) -> LoadReport:
+    def report(self, resharded: tuple[str, ...]) -> LoadReport:
         loaded = [t.name for t in self.stored] + [t.name for t, _ in self.inside]
         loaded += [leaf.name for leaf, _ in self.values]
         return LoadReport(
             self.path,
             loaded=tuple(loaded),
-            resharded=tuple(self.resharded),
+            resharded=resharded,
             cast=dict(self.dtypes),
-            nbytes=nbytes,
-            read=read,
-            seconds=dict(seconds),
             **self._lists(),
         )
 
@@ -268,14 +380,25 @@ def _match(flat: Flat, contents: _Contents) -> _Match:
     source = contents.source
     tensors, objects = describe_tensors(flat)
     paths = flat.structure.leaves
-    match = _Match(source.url, [], [], [], [], [], [], {}, {})
+    match = _Match(source.url, [], [], [], [], [], {}, {})
     used: set[str] = set()
+    kinds = source.kinds
     for tensor in tensors:
-        if contents.is_tensor(tensor.name):
-            used.add(tensor.name)
-            _match_tensor(match, tensor, source)
-        else:
-            used.update(_match_inside(match, tensor, paths.get(tensor.name, ()), contents))
+        name = tensor.name
+        kind = kinds.get(name)
+        if kind is None:
+            used.update(_match_inside(match, tensor, paths.get(name, ()), contents))
+            continue
+        used.add(name)
+        dtype, shape = kind
+        if shape != tensor.shape:
+            match.refused[name] = (
+                f"shape: {list(shape)} in the checkpoint, {list(tensor.shape)} in the template"
+            )
+            continue
+        if dtype is not tensor.dtype:
+            match.dtypes[name] = (dtype.name, tensor.dtype.name)
+        match.stored.append(tensor)
     for leaf in (leaf for leaf in flat.leaves if leaf.name in objects):
         if contents.is_tensor(leaf.name):
             used.add(leaf.name)
@@ -289,21 +412,6 @@ def _match(flat: Flat, contents: _Contents) -> _Match:
             match.values.append((leaf, found[1]))
     match.unexpected.extend(name for name in source if name not in used)
     return match
-
-
-def _match_tensor(match: _Match, tensor: Described, source: Checkpoint) -> None:
-    dtype, shape = source.shape_of(tensor.name)
-    if shape != tuple(tensor.shape):
-        match.refused[tensor.name] = (
-            f"shape: {list(shape)} in the checkpoint, {list(tensor.shape)} in the template"
-        )
-        return
-    if dtype != tensor.dtype:
-        match.dtypes[tensor.name] = (dtype.name, tensor.dtype.name)
-    match.stored.append(tensor)
-    chunks = {chunk.box for chunk in source.tensor(tensor.name).chunks}
-    if not all(piece.box in chunks for piece in tensor.pieces):
-        match.resharded.append(tensor.name)
 
 
 def _match_quantized(match: _Match, leaf: Leaf, contents: _Contents) -> None:
@@ -340,21 +448,6 @@ def _match_inside(match: _Match, tensor: Described, path: Path, contents: _Conte
             match.dtypes[tensor.name] = (stored, tensor.dtype.name)
         match.inside.append((tensor, value))
     return {name}
-
-
-def _requests(
-    tensors: Sequence[Described], source: Checkpoint
-) -> tuple[list[Request], list[Callable[[], None]]]:
-    """What to read into which memory, and what to do when it is there."""
-    requests: list[Request] = []
-    finish: list[Callable[[], None]] = []
-    for tensor in tensors:
-        stored, _ = source.shape_of(tensor.name)
-        for piece in tensor.pieces:
-            array, done = landing(piece.local, stored)
-            requests.append(Request(tensor.name, piece.box, array))
-            finish.append(done)
-    return requests, finish
 
 
 def _copy(tensor: Described, value: torch.Tensor) -> None:

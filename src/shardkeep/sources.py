@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
@@ -13,15 +14,19 @@ from numpy.typing import NDArray
 
 from shardkeep import knobs
 from shardkeep.contracts import Store
-from shardkeep.errors import Damaged, FormatError
+from shardkeep.errors import Damaged, FormatError, ShardkeepError
 from shardkeep.format import container, transforms
+from shardkeep.io.fetch import Read, Want, gather
 from shardkeep.plan.reads import Source
-from shardkeep.types import DTYPES, ByteRange, DType, Index
+from shardkeep.types import DTYPES, I64, ByteRange, DType, Index
 
-__all__ = ["Sources", "inside", "read_range", "unpacked_limit", "window"]
+__all__ = ["Plain", "Sources", "inside", "read_range", "unpacked_limit", "window"]
 
 _WHOLE = 64 * 1024
 """Items up to this many bytes are read in one piece when their header is asked for."""
+
+_TOGETHER = 1 << 20
+"""Bytes of the small items that are read at once."""
 
 _EDGE = 4096
 """Bytes read at once from either end of a larger item: its header and its directory."""
@@ -39,6 +44,27 @@ _RATIO = 64
 _OVERHEAD = 1 << 20
 """Bytes that a decompressed item may have beyond its tensor: header, directory, padding."""
 
+_ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plain:
+    """K chunks that may be read whole, without a `Source`: their elements lie in C order.
+
+    Attributes:
+        start: [K] first byte in the file; -1 where there is more to say.
+        nbytes: [K] bytes of the elements, where `start` is not -1.
+        crc: [K] their CRC-32; -1 where none is known.
+    """
+
+    start: I64
+    nbytes: I64
+    crc: I64
+
+    def take(self, rows: I64) -> Plain:
+        """Those rows, in that order."""
+        return Plain(self.start[rows], self.nbytes[rows], self.crc[rows])
+
 
 class Sources:
     """The sources of one checkpoint's chunks, by their row in `Index.chunks`."""
@@ -47,6 +73,7 @@ class Sources:
         self.store = store
         self.index = index
         self._known: dict[int, Source] = {}
+        self._alike: container.Known = {}
         self._size = lru_cache(maxsize=None)(store.size)
 
     def locate(self, rows: Iterable[int], *, threads: int | None = None) -> dict[int, Source]:
@@ -58,13 +85,95 @@ class Sources:
         """
         wanted = list(rows)
         unknown = [row for row in wanted if row not in self._known]
-        if any(self.index.chunks.payload[row] < 0 for row in unknown):
-            with ThreadPoolExecutor(threads or knobs.threads()) as pool:
-                found = list(pool.map(self._locate, unknown))
-        else:
-            found = [self._locate(row) for row in unknown]
-        self._known.update(zip(unknown, found, strict=True))
+        asked = [row for row in unknown if self.index.chunks.payload[row] < 0]
+        headers = self._ask(asked, threads or knobs.threads()) if asked else {}
+        for row in unknown:
+            found = headers[row] if row in headers else self._locate(row)
+            if isinstance(found, ShardkeepError):
+                raise found
+            self._known[row] = found
         return {row: self._known[row] for row in wanted}
+
+    def _ask(self, rows: list[int], threads: int) -> dict[int, Source | ShardkeepError]:
+        """The sources of chunks by the headers of their items, or what is wrong with those.
+
+        Small items that are near one another are read at once.
+        """
+        wants = [
+            Want(item.file, item.offset, item.offset + item.length, row)
+            for row, item in zip(rows, map(self.item, rows), strict=True)
+        ]
+        small = [want for want in wants if want.high - want.low <= _WHOLE]
+        reads = list(gather(small, knobs.gap(), _TOGETHER))
+        reads += [Read(*want[:3], [want]) for want in wants if want.high - want.low > _WHOLE]
+        found: dict[int, Source | ShardkeepError] = {}
+        with ThreadPoolExecutor(threads) as pool:
+            for some in pool.map(self._headers, reads):
+                found |= some
+        return found
+
+    def _headers(self, read: Read) -> dict[int, Source | ShardkeepError]:
+        data = b""
+        if len(read.wants) > 1 and 0 <= read.low < read.high <= self._size_or_none(read.file):
+            with suppress(OSError):  # what is wrong is found out item by item
+                data = self.store.read(read.file, read.low, read.high - read.low)
+        found: dict[int, Source | ShardkeepError] = {}
+        for _, low, high, row in read.wants:
+            item = data[low - read.low : high - read.low]
+            try:
+                found[row] = self._locate(row, item if len(item) == high - low else None)
+            except ShardkeepError as error:
+                found[row] = error
+        return found
+
+    def plain(self, rows: I64, *, limit: int, threads: int | None = None) -> Plain:
+        """What is simple about these chunks, if they are small; all others are located.
+
+        Args:
+            rows: ascending.
+            limit: bytes of a small chunk at most, not more than `BLOCK`.
+
+        Raises:
+            Damaged, FormatError: as from `locate`.
+        """
+        chunks, tensors = self.index.chunks, self.index.tensors
+        itemsize = _ITEMSIZES[tensors.dtype[chunks.tensor[rows]]]
+        # Roughly first: exact numbers of a hostile shape might wrap around.
+        rough = chunks.sizes[rows].prod(axis=1, dtype=np.float64) * itemsize
+        small = rough <= limit
+        nbytes = np.where(small, rough, -1).astype(np.int64)
+        digests = chunks.block[rows + 1] - chunks.block[rows]
+        small &= digests <= 1
+        crc = np.full(len(rows), -1, dtype=np.int64)
+        crc[digests == 1] = chunks.digests[chunks.block[rows[digests == 1]]]
+        start = np.where(small & self._simple(rows, nbytes), chunks.payload[rows], -1)
+        doubtful = np.flatnonzero(start < 0)
+        found = self.locate(rows[doubtful].tolist(), threads=threads)
+        for k in doubtful[small[doubtful]].tolist():
+            if _is_plain(source := found[int(rows[k])]):
+                start[k] = source.start
+                crc[k] = -1 if source.digests is None else source.digests[0]
+        return Plain(start, nbytes, crc)
+
+    def _simple(self, rows: I64, nbytes: I64) -> NDArray[np.bool_]:
+        """Whether the index says where these payloads are, inside their items, inside their files.
+
+        Negative `nbytes` are of no interest.
+        """
+        chunks = self.index.chunks
+        files, place = np.unique(chunks.file[rows], return_inverse=True)
+        sizes = np.array([self._size_or_none(self.index.files[file]) for file in files], np.int64)
+        item, length, inside = chunks.item[rows], chunks.length[rows], chunks.payload[rows]
+        there = (item >= 0) & (length >= 0) & (item <= sizes[place] - length)
+        inside = inside - item
+        simple: NDArray[np.bool_] = there & (inside >= 0) & (inside <= length - nbytes)
+        return simple & (chunks.payload[rows] >= 0) & (nbytes >= 0)
+
+    def _size_or_none(self, file: str) -> int:
+        try:
+            return self._size(file)
+        except FileNotFoundError:
+            return -1
 
     def name(self, row: int) -> str:
         """The tensor that a chunk belongs to."""
@@ -83,14 +192,19 @@ class Sources:
         file = self.index.files[int(chunks.file[row])]
         return ByteRange(file, int(chunks.item[row]), int(chunks.length[row]))
 
-    def bare(self, row: int) -> bool:
-        """Whether a chunk's item is its elements alone, as in a safetensors file."""
+    def bare(self, row: int, data: bytes | None = None) -> bool:
+        """Whether a chunk's item is its elements alone, as in a safetensors file.
+
+        `data` are the item's bytes, where they are known.
+        """
         item = self.item(row)
         if self.index.chunks.transform[row] or item.length != self.nbytes(row):
             return False
         # A tensor that repeats its elements may have a container that is as long by chance.
-        begin = ByteRange(item.file, item.offset, min(4, item.length))
-        return read_range(self.store, begin, self.name(row)) != b"PK\x03\x04"
+        if data is None:
+            begin = ByteRange(item.file, item.offset, min(4, item.length))
+            data = read_range(self.store, begin, self.name(row))
+        return data[:4] != b"PK\x03\x04"
 
     def object(self, row: int) -> ByteRange:
         """The item of an object, by its row in `Index.objects`."""
@@ -98,7 +212,8 @@ class Sources:
         file = self.index.files[int(objects.file[row])]
         return ByteRange(file, int(objects.item[row]), int(objects.length[row]))
 
-    def _locate(self, row: int) -> Source:
+    def _locate(self, row: int, data: bytes | None = None) -> Source:
+        """The source of a chunk; `data` are its item's bytes, where they are known."""
         chunks, item, name = self.index.chunks, self.item(row), self.name(row)
         tensor = int(chunks.tensor[row])
         dtype = DTYPES[self.index.tensors.dtype[tensor]]
@@ -106,19 +221,21 @@ class Sources:
         self._check_inside(item, name)
         if chunks.payload[row] >= 0:
             return self._from_index(row, item, dtype, sizes, int(chunks.payload[row]))
-        if self.bare(row):
+        if self.bare(row, data):
             return self._from_index(row, item, dtype, sizes, item.offset)
         undo = self.index.transforms[int(chunks.transform[row])]
         if not undo:
-            read_at = window(self.store, item, name)
-            stored = container.tensor(read_at, item.length, file=item.file, place=name)
+            read_at = window(self.store, item, name, data)
+            stored = container.tensor(
+                read_at, item.length, file=item.file, place=name, known=self._alike
+            )
             source = _source(stored, item, dtype, sizes, name)
             if stored.conj or stored.neg:
                 record = read_at(stored.record.offset, stored.record.nbytes)
                 return _resolved(stored, source, record)
             return source
         limit = unpacked_limit(item.length, prod(sizes) * dtype.itemsize)
-        packed = read_range(self.store, item, name)
+        packed = read_range(self.store, item, name) if data is None else data
         data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
         stored = container.tensor(inside(data), len(data), file=item.file, place=name)
         unpacked = ByteRange(item.file, 0, len(data))
@@ -210,6 +327,17 @@ def _resolved(stored: container.StoredTensor, source: Source, record: bytes) -> 
     return replace(source, start=0, strides=strides, payload=(0, len(data)), data=data)
 
 
+def _is_plain(source: Source) -> bool:
+    """Whether a small chunk is its payload's elements in C order, where one digest covers those."""
+    if source.data is not None or source.strides != _c_strides(source.sizes, source.itemsize):
+        return False
+    first, nbytes = source.payload
+    wanted = prod(source.sizes) * source.itemsize
+    if source.digests is None:
+        return first <= source.start and source.start + wanted <= first + nbytes
+    return (source.start, wanted) == (first, nbytes) and len(source.digests) == 1
+
+
 def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     strides: list[int] = []
     step = itemsize
@@ -235,9 +363,15 @@ def inside(data: bytes) -> Callable[[int, int], bytes]:
     return lambda offset, length: data[offset : offset + length]
 
 
-def window(store: Store, item: ByteRange, name: str) -> Callable[[int, int], bytes]:
-    """Reads parts of an item, relative to its start; a few bytes at its ends come in one read."""
-    whole = read_range(store, item, name) if item.length <= _WHOLE else None
+def window(
+    store: Store, item: ByteRange, name: str, whole: bytes | None = None
+) -> Callable[[int, int], bytes]:
+    """Reads parts of an item, relative to its start; a few bytes at its ends come in one read.
+
+    `whole` are the item's bytes, where they are known.
+    """
+    if whole is None and item.length <= _WHOLE:
+        whole = read_range(store, item, name)
 
     @lru_cache(maxsize=4)
     def edge(start: int) -> bytes:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep.plan.overlap as module
-from shardkeep.plan.overlap import Boxes, overlap
+from shardkeep.plan.overlap import Boxes, distinct, first_element, one_run, overlap
 from shardkeep.types import Box
 
 
@@ -125,3 +125,25 @@ def test_memory_stays_bounded():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 150 << 20
+
+
+@given(st.data(), dims)
+def test_runs_and_places_are_those_of_numpy(data, ndim):
+    outer = [data.draw(st.integers(1, 4)) for _ in range(ndim)]
+    offsets = [data.draw(st.integers(0, size - 1)) for size in outer]
+    sizes = [
+        data.draw(st.integers(1, size - offset))
+        for size, offset in zip(outer, offsets, strict=True)
+    ]
+    numbers = np.arange(np.prod(outer, dtype=np.int64)).reshape(outer)
+    inside = numbers[Box(tuple(offsets), tuple(sizes)).slices].reshape(-1)
+    column = boxes([0], offsets, sizes, ndim)
+    around = boxes([0], offsets, outer, ndim).sizes
+    assert first_element(column.offsets, around).tolist() == [inside[0]]
+    neighbours = bool((np.diff(inside) == 1).all())
+    assert one_run(column.sizes, around).tolist() == [neighbours]
+
+
+@given(st.lists(st.integers(-5, 5)))
+def test_distinct_numbers(numbers):
+    assert distinct(np.array(numbers, dtype=np.int64)).tolist() == sorted(set(numbers))

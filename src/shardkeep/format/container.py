@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from shardkeep.format.shown import shown
 from shardkeep.format.unpickle import loads
 from shardkeep.format.zips import ReadAt, records
 
-__all__ = ["ReadAt", "Record", "StoredTensor", "array", "records", "tensor", "value"]
+__all__ = ["Known", "ReadAt", "Record", "StoredTensor", "array", "records", "tensor", "value"]
 
 _MAX_PICKLE = 1 << 20
 """Bytes of the pickle of one tensor at most; real ones have some hundred."""
@@ -42,6 +43,15 @@ class _Archive:
         order = self._records.get(f"{folder}byteorder")
         if order is not None and (order.nbytes > 16 or self.read(order) != b"little"):
             raise self.error("written on a big-endian machine: its bytes are in the other order")
+
+    @property
+    def places(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, offset and bytes of each record."""
+        return tuple((one.name, one.offset, one.nbytes) for one in self._records.values())
+
+    def record(self, name: str) -> Record:
+        """The record of that name, with its folder."""
+        return self._records[name]
 
     def error(self, what: str) -> FormatError:
         return FormatError(what, file=self.file, place=self.place)
@@ -73,13 +83,23 @@ class _Archive:
             raise FormatError(error.what, file=self.file, place=place) from error
 
 
-def tensor(read_at: ReadAt, length: int, *, file: str, place: str) -> StoredTensor:
+Known = dict[Any, StoredTensor]
+"""What `tensor` found in items, by all that it depends on but their file and place."""
+
+_MAX_KNOWN = 1024
+
+
+def tensor(
+    read_at: ReadAt, length: int, *, file: str, place: str, known: Known | None = None
+) -> StoredTensor:
     """Where the elements of a tensor item lie. Reads its directory and its pickle only.
 
     Args:
         read_at: reads (offset, length), relative to the item.
         length: bytes of the item.
         file, place: name the item in errors.
+        known: saves time for many items that are alike: a pickle that is there, byte for byte, for
+            records of the same names at the same places, is not interpreted again. Is added to.
 
     Raises:
         FormatError: it is no such zip, holds no plain tensor, or elements beyond its record.
@@ -87,10 +107,17 @@ def tensor(read_at: ReadAt, length: int, *, file: str, place: str) -> StoredTens
     archive = _Archive(read_at, length, file=file, place=place)
     if archive.pickle.nbytes > _MAX_PICKLE:
         raise archive.error(f"a tensor whose pickle has {archive.pickle.nbytes} bytes")
+    known = {} if known is None else known
+    alike = (archive.read(archive.pickle), archive.places)
+    seen = known.get(alike)
+    if seen is not None:
+        return replace(seen, record=archive.record(seen.record.name))
     stored = archive.load(CORE, lambda found: found)
     if type(stored) is not StoredTensor:
         kind = getattr(stored, "name", type(stored).__name__)
         raise archive.error(f"its item holds no plain tensor, but a {kind}")
+    if len(known) < _MAX_KNOWN:
+        known[alike] = stored
     return stored
 
 

@@ -198,24 +198,35 @@ class _Reader:
 
     def _names(self) -> list[str]:
         count = self._count("tensors") + self._count("objects")
-        names = []
-        for name in self._texts("names", count):
-            try:
-                names.append(name.decode("utf-8", "surrogatepass"))
-            except UnicodeDecodeError:
-                self._refuse("names.npy", "is not valid UTF-8")
+        blob, ends = self._blob("names", count)
+        places = zip([0, *ends], ends, strict=False)
+        if blob.isascii():  # as nearly always: one decoding for all
+            text = blob.decode("ascii")
+            names = [text[start:end] for start, end in places]
+        else:
+            names = [self._name(blob[start:end]) for start, end in places]
         if len(set(names)) != count:
             self._refuse("names.npy", "holds a name twice")
         return names
 
-    def _texts(self, name: str, count: int) -> list[bytes]:
+    def _name(self, raw: bytes) -> str:
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            self._refuse("names.npy", "is not valid UTF-8")
+
+    def _blob(self, name: str, count: int) -> tuple[bytes, list[int]]:
+        """So many texts, one behind the other, and where each of them ends."""
         size = self._count(name)
         lengths = self._archive.column(f"{name}.lengths", count)
         self._within(f"{name}.lengths", lengths, 0, size)
         ends = np.cumsum(lengths)
         if (ends[-1] if count else 0) != size or (np.diff(ends) < 0).any():
             self._refuse(f"{name}.lengths.npy", f"does not sum up to {size} bytes")
-        blob, ends = self._archive.blob(name, size), ends.tolist()
+        return self._archive.blob(name, size), ends.tolist()
+
+    def _texts(self, name: str, count: int) -> list[bytes]:
+        blob, ends = self._blob(name, count)
         return [blob[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def _tensors(self, names: list[str]) -> Tensors:
@@ -290,25 +301,25 @@ class _Reader:
             self._refuse("containers.parent.npy", "nests too deeply")
         paths: list[Path] = [()]
         keys = self._keys()
-        for parent, key in zip(
-            parents.tolist(), self._picked(keys, "containers", count - 1), strict=True
-        ):
-            paths.append((*paths[parent], key))
+        inner_keys = self._picked(keys, "containers", count - 1)
+        for parent, key in zip(parents.tolist(), inner_keys.tolist(), strict=True):
+            paths.append((*paths[parent], keys[key]))
         leaf_keys = self._picked(keys, "leaves", leaf_count)
         leaf_paths = [
-            (*paths[parent], key)
-            for parent, key in zip(leaf_parents.tolist(), leaf_keys, strict=True)
+            (*paths[parent], keys[key])
+            for parent, key in zip(leaf_parents.tolist(), leaf_keys.tolist(), strict=True)
         ]
         rows = column("leaves.name", leaf_count)
         self._within("leaves.name", rows, 0, len(names) - 1)
         leaves = {names[row]: path for row, path in zip(rows.tolist(), leaf_paths, strict=True)}
         if len(leaves) != leaf_count:
             self._refuse("leaves.name.npy", "holds a name twice")
-        try:
-            unique_keys(paths)
-            unique_keys(leaf_paths)
-        except FormatError as error:
-            raise error.within(file=self._file, place="keys.json") from None
+        if not _distinct(keys, (parents, inner_keys), (leaf_parents, leaf_keys)):
+            try:
+                unique_keys(paths)
+                unique_keys(leaf_paths)
+            except FormatError as error:
+                raise error.within(file=self._file, place="keys.json") from None
         containers = (KINDS[kind] for kind in kinds.tolist())
         empties = self._empties(paths, leaf_count)
         return Structure(leaves, dict(zip(paths, containers, strict=True)), empties)
@@ -333,10 +344,11 @@ class _Reader:
         except FormatError as error:
             raise error.within(file=self._file, place=member) from None
 
-    def _picked(self, keys: list[Any], table: str, count: int) -> list[Any]:
+    def _picked(self, keys: list[Any], table: str, count: int) -> I64:
+        """[count] which of the keys is the last one of each path."""
         rows = self._archive.column(f"{table}.key", count)
         self._within(f"{table}.key", rows, 0, len(keys) - 1)
-        return [keys[row] for row in rows.tolist()]
+        return rows
 
     def _twins(self, names: tuple[str, ...]) -> dict[str, Path]:
         twins, known = {}, set(names)
@@ -383,6 +395,18 @@ class _Reader:
 
     def _refuse(self, place: str, what: str) -> NoReturn:
         raise FormatError(what, file=self._file, place=place)
+
+
+def _distinct(keys: list[Any], *tables: tuple[I64, I64]) -> bool:
+    """Whether paths, as (container, key) in each table, are beyond doubt fit to stand in a dict.
+
+    They are, where no key occurs twice in a container and all keys are different strings, whose
+    hashes are salted: nobody can make paths that have equal ones.
+    """
+    if not all(type(key) is str for key in keys) or len(set(keys)) < len(keys):
+        return False
+    pairs = (np.sort(parents * len(keys) + rows) for parents, rows in tables)
+    return all((pair[1:] != pair[:-1]).all() for pair in pairs)
 
 
 def _bytes(tensors: Tensors) -> I64:

@@ -51,17 +51,20 @@ _POLYNOMIAL = 0xEDB88320
 
 def crc32(data: Bytes, value: int = 0) -> int:
     """CRC-32 of contiguous bytes (the one of zip and zlib), going on from `value`."""
+    found: int  # no casts: called for every small tensor
     if _at is not None and len(data) >= _LARGE:
         plain = np.frombuffer(data, dtype=np.uint8)
-        return cast(int, _at(value, plain.ctypes.data, plain.nbytes))
-    return cast(int, _zlib.crc32(data, value))
+        found = _at(value, plain.ctypes.data, plain.nbytes)
+    else:
+        found = _zlib.crc32(data, value)
+    return found
 
 
 def crc32_at(address: int, data: memoryview) -> int:
     """CRC-32 of bytes, for who knows where they are in memory."""
-    if _at is not None and len(data) >= _WORTH:
-        return cast(int, _at(0, address, len(data)))
-    return cast(int, _zlib.crc32(data))
+    worth = _at is not None and len(data) >= _WORTH
+    found: int = _at(0, address, len(data)) if worth else _zlib.crc32(data)
+    return found
 
 
 def digest(data: Bytes) -> tuple[NDArray[np.uint32], int]:

@@ -1,4 +1,4 @@
-"""Sorting by two columns at once."""
+"""Columns of integers, sorted: by two of them at once, or each number once."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def joint_keys(group: I64, *values: I64) -> list[I64]:
     # Products of hostile coordinates would wrap around: ranks are small, whatever the values.
     every = np.unique(np.concatenate(values))
     return [group * len(every) + np.searchsorted(every, column) for column in values]
+
+
+def distinct(column: I64) -> I64:
+    """Each number once, ascending. Where there are many, sorting beats numpy's hashing `unique`."""
+    ordered = np.sort(column)
+    fresh = np.ones(len(ordered), dtype=np.bool_)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    return ordered[fresh]

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shardkeep.plan._keys import joint_keys
+from shardkeep.plan._keys import distinct, joint_keys
 from shardkeep.types import I64
 
-__all__ = ["Boxes", "Overlap", "overlap"]
+__all__ = ["Boxes", "Overlap", "distinct", "first_element", "one_run", "overlap"]
 
 _WORKING_BYTES = 64 << 20
 
@@ -80,9 +81,36 @@ def overlap(left: Boxes, right: Boxes) -> Overlap:
     return Overlap(a.row[i], b.row[j], offsets, sizes)
 
 
+def one_run(sizes: I64, outer: I64) -> NDArray[np.bool_]:
+    """[K] whether the elements of a box are neighbours in the box around it, in C order.
+
+    Args:
+        sizes: [K, D] of boxes, and `outer`: [K, D] of the boxes around them.
+    """
+    # In all dimensions behind it, it is as wide as the outer one; or it has one place in this one.
+    wide = np.ones(sizes.shape, dtype=np.bool_)
+    for d in range(sizes.shape[1] - 1, 0, -1):
+        wide[:, d - 1] = wide[:, d] & (sizes[:, d] == outer[:, d])
+    runs: NDArray[np.bool_] = (wide | (sizes == 1)).all(axis=1)
+    return runs
+
+
+def first_element(offsets: I64, outer: I64) -> I64:
+    """[K] how many elements of a box come before the place at these offsets, in C order.
+
+    Args:
+        offsets: [K, D] counted from the start of the box, and `outer`: [K, D] its sizes.
+    """
+    before = np.zeros(len(offsets), dtype=np.int64)
+    for d in range(offsets.shape[1]):
+        before = before * outer[:, d] + offsets[:, d]
+    return before
+
+
 def _sides(left: Boxes, right: Boxes, ndim: int) -> tuple[_Side, _Side]:
     """Both sides without empty boxes and tensors that only one has; tensors counted from 0."""
-    shared = np.intersect1d(left.tensor, right.tensor)
+    one, other = distinct(left.tensor), distinct(right.tensor)
+    shared = np.intersect1d(one, other, assume_unique=True)
     return _side(left, shared, ndim), _side(right, shared, ndim)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from shardkeep.errors import Mismatch
 from shardkeep.types import DType
 
-__all__ = ["landing", "payload", "raw", "words"]
+__all__ = ["Landings", "address", "landing", "payload", "raw", "words"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
 
@@ -73,7 +75,7 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     Raises:
         Mismatch: this torch does not have the dtype, or can't cast it (raised by the call).
     """
-    stored = getattr(torch, dtype.name, None)
+    stored = _stored(dtype.name)
     if not isinstance(stored, torch.dtype):
         raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
     lazy = tensor.is_conj() or tensor.is_neg()
@@ -90,6 +92,76 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
                 raise Mismatch(f"can't cast {dtype} to {tensor.dtype}: {error}") from error
 
     return raw(buffer), finish
+
+
+def address(tensor: torch.Tensor, dtype: DType, sizes: tuple[int, ...]) -> int:
+    """Where the bytes can be put, one after the other, that a load reads for `tensor`.
+
+    Args:
+        tensor: to be filled, as for `landing`.
+        dtype: what the bytes are: the stored dtype.
+        sizes: its shape, as far as the caller knows.
+
+    Returns:
+        The address of its first element, if it is plain memory of that dtype and shape, on the
+        CPU, in C order without gaps; else 0: ask `landing`.
+    """
+    plain = (
+        type(tensor) in _PLAIN
+        and tensor.dtype is _stored(dtype.name)
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.shape == sizes
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+    if not plain:
+        return 0
+    # A storage may have been made smaller than its tensors, or given back (as FSDP does).
+    begin = tensor.storage_offset() * tensor.element_size()
+    if begin + tensor.nbytes > tensor.untyped_storage().nbytes():
+        return 0
+    return tensor.data_ptr()
+
+
+class Landings:
+    """Where a load puts what it reads for many tensors, by their rows: a `filling.Memory`.
+
+    Args:
+        tensors: to be filled; `dtypes`: what is stored; `sizes`: their shapes.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        dtypes: Sequence[DType],
+        sizes: Sequence[tuple[int, ...]],
+    ) -> None:
+        self._tensors, self._dtypes, self._sizes = tensors, dtypes, sizes
+        self._last: list[Callable[[], None]] = []
+
+    def addresses(self, rows: Sequence[int]) -> list[int]:
+        """The `address` of each row."""
+        tensors, dtypes, sizes = self._tensors, self._dtypes, self._sizes
+        return [address(tensors[row], dtypes[row], sizes[row]) for row in rows]
+
+    def array(self, row: int) -> NDArray[Any]:
+        """The array of `landing`; Mismatch as from there."""
+        array, done = landing(self._tensors[row], self._dtypes[row])
+        if done is not _nothing:
+            self._last.append(done)
+        return array
+
+    def finish(self) -> None:
+        """When all is read: move and cast what went to buffers. Mismatch as from `landing`."""
+        for done in self._last:
+            done()
+
+
+@cache
+def _stored(name: str) -> Any:
+    """Torch's own dtype of that name; None if this torch does not have it."""
+    return getattr(torch, name, None)
 
 
 def _nothing() -> None:

@@ -1,0 +1,200 @@
+"""Requested boxes into memory: small payloads as columns, all else as one copy for each chunk.
+
+The fast way takes only what is beyond doubt: what contradicts itself, or is not there, goes the
+general way, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep import knobs
+from shardkeep.contracts import Progress, Store
+from shardkeep.io.read import Copy, ReadStats, read_copies
+from shardkeep.io.small import Batch, Small, batches, by_place, read_small
+from shardkeep.plan.overlap import Boxes, Overlap, distinct, first_element, one_run, overlap
+from shardkeep.sources import Plain, Sources
+from shardkeep.types import I64, Box, Chunks
+
+__all__ = ["Filling", "Memory", "plan"]
+
+Mask = NDArray[np.bool_]
+
+
+class Memory(Protocol):
+    """Where boxes go, by their rows. It stays where it is for as long as this object lives."""
+
+    def addresses(self, rows: Sequence[int]) -> list[int]:
+        """For each row, where its memory begins; 0 where that does not say it all.
+
+        Memory with an address holds the elements of the box in C order without gaps, each as wide
+        as a stored one, and may be written to.
+        """
+        ...
+
+    def array(self, row: int) -> NDArray[Any]:
+        """An array for a whole box, to be filled as `io.jobs.Copy.into`. Asked for once a row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Filling:
+    """What is to be read, and where it goes.
+
+    Attributes:
+        small: whole payloads for memory that has an address, and `reads`: how they are read.
+        copies: everything else.
+        resharded: [R] whether a box is put together from other boxes than itself. Chunks that tile
+            it run after run are itself: large boxes are cut like that when they are saved.
+        memory: kept alive by this.
+    """
+
+    small: Small
+    reads: list[Batch]
+    copies: list[Copy]
+    resharded: Mask
+    memory: Memory
+
+    def run(
+        self, store: Store, *, verify: bool, threads: int, progress: Progress | None
+    ) -> ReadStats:
+        """Read everything. Raises as `io.read.read_copies` does."""
+        told = _Told(progress, sum(read.high - read.low for read in self.reads))
+        stats = read_copies(
+            store,
+            self.copies,
+            verify=verify,
+            threads=threads,
+            progress=told.copies,
+        )
+        nbytes = read_small(
+            store,
+            self.small,
+            self.reads,
+            verify=verify,
+            threads=threads,
+            progress=told.small,
+        )
+        needed = stats.bytes_needed + int(self.small.nbytes.sum())
+        return ReadStats(stats.bytes_read + nbytes, needed)
+
+
+class _Told:
+    """Makes one progress of two: copies first, then so many bytes of small payloads."""
+
+    def __init__(self, progress: Progress | None, later: int) -> None:
+        self._progress, self._later, self._before = progress or _nobody, later, 0
+
+    def copies(self, phase: str, done: int, total: int) -> None:
+        self._before = total
+        self._progress(phase, done, total + self._later)
+
+    def small(self, phase: str, done: int, total: int) -> None:
+        self._progress(phase, self._before + done, self._before + total)
+
+
+def _nobody(phase: str, done: int, total: int) -> None:
+    """Nobody listens."""
+
+
+def plan(sources: Sources, wanted: Boxes, memory: Memory, *, threads: int) -> Filling:
+    """Decide how to read some boxes. Item headers are read where the index does not say enough.
+
+    Args:
+        wanted: [R] boxes; tensors count as in the index, and their chunks cover them.
+        memory: where each of them goes.
+
+    Raises:
+        Damaged, FormatError: as from `Sources.locate`.
+    """
+    chunks = sources.index.chunks
+    found = _meet(wanted, chunks)
+    whole = (found.sizes == chunks.sizes[found.right]).all(axis=1)
+    whole &= one_run(found.sizes, wanted.sizes[found.left])
+    resharded = np.zeros(len(wanted.tensor), dtype=np.bool_)
+    resharded[found.left[~whole]] = True
+
+    rows, place = np.unique(found.right, return_inverse=True)
+    plain = sources.plain(rows, limit=knobs.small(), threads=threads).take(place)
+    fast = whole & (plain.start >= 0)
+    asked = distinct(found.left[fast])
+    address = np.zeros(len(wanted.tensor), dtype=np.int64)
+    address[asked] = memory.addresses(asked.tolist())
+    fast &= address[found.left] > 0
+
+    small = by_place(_small(sources, wanted, found, plain, address, np.flatnonzero(fast)))
+    rest = np.flatnonzero(~fast)
+    slow = np.ones(len(wanted.tensor), dtype=np.bool_)
+    slow[found.left[fast]] = False
+    slow[found.left[rest]] = True
+    arrays = {row: memory.array(row) for row in np.flatnonzero(slow).tolist()}
+    copies = _copies(sources, wanted, found, rest, arrays, threads)
+    return Filling(small, batches(small, knobs.gap()), copies, resharded, memory)
+
+
+def _meet(wanted: Boxes, chunks: Chunks) -> Overlap:
+    """Which chunks each wanted box needs, and which box of them."""
+    mine = np.zeros(int(wanted.tensor.max(initial=-1)) + 1, dtype=np.bool_)
+    mine[wanted.tensor] = True
+    used = np.flatnonzero(chunks.tensor < len(mine))
+    used = used[mine[chunks.tensor[used]]]
+    stored = Boxes(chunks.tensor[used], chunks.offsets[used], chunks.sizes[used])
+    found = overlap(wanted, stored)
+    return Overlap(found.left, used[found.right], found.offsets, found.sizes)
+
+
+def _small(
+    sources: Sources, wanted: Boxes, found: Overlap, plain: Plain, address: I64, fast: I64
+) -> Small:
+    """The rows `fast` of `found` as small payloads."""
+    index = sources.index
+    left, right = found.left[fast], found.right[fast]
+    element = first_element(found.offsets[fast] - wanted.offsets[left], wanted.sizes[left])
+    itemsize = plain.nbytes[fast] // found.sizes[fast].prod(axis=1)
+    return Small(
+        names=index.tensors.names,
+        files=index.files,
+        tensor=index.chunks.tensor[right],
+        file=index.chunks.file[right].astype(np.int64),
+        start=plain.start[fast],
+        nbytes=plain.nbytes[fast],
+        crc=plain.crc[fast],
+        into=address[left] + element * itemsize,
+    )
+
+
+def _copies(
+    sources: Sources,
+    wanted: Boxes,
+    found: Overlap,
+    rows: I64,
+    arrays: dict[int, NDArray[Any]],
+    threads: int,
+) -> list[Copy]:
+    """The given rows of `found` as copies."""
+    left, right = found.left[rows], found.right[rows]
+    index = sources.index
+    known = sources.locate(distinct(right).tolist(), threads=threads)
+    inside = found.offsets[rows] - index.chunks.offsets[right]
+    into = found.offsets[rows] - wanted.offsets[left]
+    ndims = index.tensors.ndim[wanted.tensor[left]].tolist()
+    sizes_of = found.sizes[rows]
+    copies = []
+    for k, (ndim, to, row) in enumerate(zip(ndims, left.tolist(), right.tolist(), strict=True)):
+        sizes = tuple(sizes_of[k, :ndim].tolist())
+        target = Box(tuple(into[k, :ndim].tolist()), sizes)
+        view: tuple[Any, ...] = (*target.slices, ...)  # not a copy, even of a scalar
+        copies.append(
+            Copy(
+                name=sources.name(row),
+                source=known[row],
+                box=Box(tuple(inside[k, :ndim].tolist()), sizes),
+                into=arrays[to][view],
+            )
+        )
+    return copies

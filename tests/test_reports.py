@@ -1,0 +1,99 @@
+"""What a load says it did: phases, rate, the slowest rank, and the line that people read."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+import shardkeep as sk
+from shardkeep.clock import Clock
+from shardkeep.loading import LoadReport
+from shardkeep.ranks import threads
+from shardkeep.stores import MemoryStore
+
+
+def test_the_report_is_one_line():
+    report = LoadReport(
+        "run",
+        nbytes=2_040_109_466,
+        seconds={"plan": 0.0156, "read": 0.1914, "restore": 0.001},
+        slowest=(3, 0.2314),
+    )
+    assert str(report) == (
+        "loaded 1.9 GiB in 0.21 s (10.7 GB/s): plan 0.02, read 0.19, restore 0.00; "
+        "slowest rank 3, 0.23 s"
+    )
+    assert report.rate == pytest.approx(2.040109466 / 0.1914)
+    assert LoadReport("run").rate == 0.0
+    assert str(LoadReport("run", nbytes=1023)).startswith("loaded 1023 B in 0.00 s (0.0 GB/s)")
+    assert str(LoadReport("run", nbytes=1024)).startswith("loaded 1.0 KiB in")
+
+
+class Slow(dict):
+    """A state that takes its time on one rank."""
+
+    seconds = 0.0
+
+    def items(self):
+        time.sleep(self.seconds)
+        return super().items()
+
+
+def load_slowly(ranks, store):
+    state = Slow(w=torch.zeros(4))
+    state.seconds = 0.3 if ranks.rank == 1 else 0.0
+    return sk.load(state, store, ranks=ranks)
+
+
+def test_every_rank_learns_who_was_the_slowest():
+    store = MemoryStore()
+    sk.save({"w": torch.arange(4.0)}, store)
+    reports = threads.run(3, load_slowly, store)
+    assert {report.slowest for report in reports} == {reports[0].slowest}
+    rank, seconds = reports[0].slowest
+    assert rank == 1
+    assert seconds == sum(reports[1].seconds.values()) >= 0.3
+    assert all(list(report.seconds) == ["plan", "read", "restore"] for report in reports)
+    assert all(report.nbytes == 16 for report in reports)
+
+
+class Heard:
+    """Keeps the phases that a session is told."""
+
+    def __init__(self):
+        self.phases = []
+
+    def phase(self, name):
+        self.phases.append(name)
+
+
+def test_a_clock_reports_phases_under_the_names_of_their_parts():
+    session = Heard()
+    clock = Clock(session, {"open": "plan", "match": "plan"})
+    for name in ("open", "match", "read"):
+        clock.phase(name)
+    time.sleep(0.01)
+    clock.part("restore")
+    assert session.phases == ["open", "match", "read"]
+    found = clock.seconds()
+    assert list(found) == ["plan", "read", "restore"]
+    assert found["read"] >= 0.01
+    plain = Clock(Heard())
+    plain.phase("write")
+    assert list(plain.seconds()) == ["write"]
+
+
+def test_both_ways_of_reading_make_one_progress():
+    store, told = MemoryStore(), []
+    state = {"large": torch.arange(1 << 18), **{f"t{i}": torch.full((9,), i) for i in range(50)}}
+    sk.save(state, store)
+    template = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    report = sk.load(template, store, progress=lambda *what: told.append(what))
+    assert {(phase, total) for phase, _, total in told} == {("read", report.read)}
+    assert sorted(done for _, done, _ in told)[-1] == report.read
+    assert len(told) > 1
+    assert all(torch.equal(template[name], tensor) for name, tensor in state.items())
