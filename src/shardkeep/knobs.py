@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["ALIGNMENT", "BLOCK", "buffer", "deadline", "gap", "heartbeat", "missed", "threads"]
+__all__ = [
+    "ALIGNMENT",
+    "BLOCK",
+    "buffer",
+    "deadline",
+    "gap",
+    "heartbeat",
+    "missed",
+    "part",
+    "threads",
+]
 
 BLOCK = 256 * 1024
 """Bytes of a payload that one CRC-32 covers. Part of the format: not to be turned."""
@@ -26,6 +36,15 @@ def _number(name: str, default: float) -> float:
 def threads() -> int:
     """Threads that read or write files, in one process (SHARDKEEP_THREADS)."""
     return max(1, int(_number("SHARDKEEP_THREADS", 4)))
+
+
+def part() -> int:
+    """Bytes of a piece from which on it is cut into several (SHARDKEEP_PART).
+
+    A huge tensor so spreads over the ranks that hold it, and over files. All ranks that hold the
+    same piece must cut it alike: the same number on all of them.
+    """
+    return max(1, int(_number("SHARDKEEP_PART", 1 << 30)))
 
 
 def gap() -> int:
