@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.format.columns import pack, unpack
+from shardkeep.format.manifest_layout import KINDS
+from shardkeep.format.paths import paths_of
 from shardkeep.format.values import Json, decode_key, encode_key
-from shardkeep.types import DTYPES, Claim, DType, Path, Structure, Tensors
+from shardkeep.types import DTYPES, I64, Claim, DType, Path, Structure, Tensors
 
 __all__ = ["outline", "pack_claim", "unpack_claim"]
 
@@ -21,18 +23,30 @@ __all__ = ["outline", "pack_claim", "unpack_claim"]
 def outline(claim: Claim) -> bytes:
     """All of a claim but its pieces; the same bytes for the same content."""
     tensors, structure = claim.tensors, claim.structure
+    codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
+    paths = paths_of(structure)
+    names = {name: row for row, name in enumerate((*tensors.names, *claim.objects))}
     return pack(
         {
-            "names": list(tensors.names),
-            "dtypes": [DTYPES[code].name for code in tensors.dtype.tolist()],
-            "objects": list(claim.objects),
+            "names": tensors.names,
+            "dtypes": [DTYPES[code].name for code in codes.tolist()],
+            "objects": claim.objects,
             "values": dict(claim.values),
-            "leaves": [[name, _path(path)] for name, path in structure.leaves.items()],
-            "containers": [[_path(path), kind] for path, kind in structure.containers.items()],
+            "keys": [encode_key(key) for key in paths.keys],
             "empties": [[_path(path), count] for path, count in structure.empties.items()],
             "twins": [[name, _path(path)] for name, path in claim.twins.items()],
         },
-        {"ndim": tensors.ndim, "shape": tensors.shape},
+        {
+            "dtype": dtypes,
+            "ndim": tensors.ndim,
+            "shape": tensors.shape,
+            "kind": np.array([KINDS.index(kind) for kind in structure.containers.values()]),
+            "outer": paths.containers[0],
+            "outer key": paths.containers[1],
+            "leaf": paths.leaves[0],
+            "leaf key": paths.leaves[1],
+            "leaf name": np.array([names[name] for name in structure.leaves], np.int64),
+        },
     )
 
 
@@ -75,19 +89,31 @@ def _read_outline(block: bytes) -> Claim:
     codes = np.array([DType.named(name).code for name in head["dtypes"]], dtype=np.uint8)
     none = np.empty(0, dtype=np.int64)
     return Claim(
-        tensors=Tensors(tuple(head["names"]), codes, columns["ndim"], columns["shape"]),
+        tensors=Tensors(
+            tuple(head["names"]), codes[columns["dtype"]], columns["ndim"], columns["shape"]
+        ),
         piece=none,
         offsets=none,
         sizes=none,
         alias=none,
         objects=tuple(head["objects"]),
         values=head["values"],
-        structure=Structure(
-            {name: _keys(path) for name, path in head["leaves"]},
-            {_keys(path): kind for path, kind in head["containers"]},
-            {_keys(path): count for path, count in head["empties"]},
-        ),
+        structure=_read_structure(head, columns),
         twins={name: _keys(path) for name, path in head["twins"]},
+    )
+
+
+def _read_structure(head: dict[str, Any], columns: dict[str, I64]) -> Structure:
+    keys = [decode_key(key) for key in head["keys"]]
+    names = [*head["names"], *head["objects"]]
+    paths: list[Path] = [()]
+    for parent, key in zip(columns["outer"].tolist(), columns["outer key"].tolist(), strict=True):
+        paths.append((*paths[parent], keys[key]))
+    rows = (columns[name].tolist() for name in ("leaf name", "leaf", "leaf key"))
+    return Structure(
+        {names[name]: (*paths[parent], keys[key]) for name, parent, key in zip(*rows, strict=True)},
+        {path: KINDS[kind] for path, kind in zip(paths, columns["kind"].tolist(), strict=True)},
+        {_keys(path): count for path, count in head["empties"]},
     )
 
 

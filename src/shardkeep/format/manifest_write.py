@@ -9,8 +9,9 @@ import numpy as np
 
 from shardkeep.format.archive import Writer
 from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
+from shardkeep.format.paths import paths_of
 from shardkeep.format.values import Json, dumps, encode, encode_key
-from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, Path
+from shardkeep.types import DTYPES, I64, Chunks, Index, Objects
 
 __all__ = ["write_manifest"]
 
@@ -100,42 +101,25 @@ def _write_structure(out: Writer, index: Index) -> Json:
     """Containers and leaves, each as the row of its container and of its last key."""
     if index.structure is None:
         return None
-    keys: dict[Any, int] = {}
-    coded: list[Json] = []
-    containers, leaves = index.structure.containers, index.structure.leaves
-    rows = {path: row for row, path in enumerate(containers)}
-    name_rows = {n: row for row, n in enumerate((*index.tensors.names, *index.objects.names))}
-
-    def key_row(key: Any) -> int:
-        # 1, True and 1.0 are equal to Python: what is not a str is told apart by its JSON.
-        known = key if type(key) is str else (dumps(encode_key(key)),)
-        row = keys.setdefault(known, len(keys))
-        if row == len(coded):
-            coded.append(encode_key(key))
-        return row
-
-    def columns(table: str, paths: Sequence[Path]) -> None:
-        out.column(f"{table}.parent", np.array([rows[path[:-1]] for path in paths], np.int64))
-        out.column(f"{table}.key", np.array([key_row(path[-1]) for path in paths], np.int64))
-
-    paths = list(containers)
-    depths = np.fromiter(map(len, [*paths, *leaves.values()]), np.int64)
-    if paths[:1] != [()] or too_long(depths) or () in leaves.values():
-        raise ValueError(
-            "the structure has no root, a leaf at its root, or paths that are too long"
-        )
+    structure = index.structure
+    depths = np.fromiter(map(len, [*structure.containers, *structure.leaves.values()]), np.int64)
+    if too_long(depths):
+        raise ValueError("the structure's paths are too long")
+    paths = paths_of(structure)
+    containers = {path: row for row, path in enumerate(structure.containers)}
+    names = {name: row for row, name in enumerate((*index.tensors.names, *index.objects.names))}
     try:
-        if any(rows[path[:-1]] >= row for row, path in enumerate(paths) if path):
-            raise ValueError("the structure's containers do not come outer before inner")
-        columns("containers", paths[1:])
-        columns("leaves", list(leaves.values()))
-        named = [name_rows[name] for name in leaves]
-        empties = {rows[path]: before for path, before in index.structure.empties.items()}
+        named = [names[name] for name in structure.leaves]
+        empties = [containers[path] for path in structure.empties]
     except KeyError as error:
         raise ValueError(f"the structure names {error}, which is not there") from None
-    out.column("containers.kind", np.array([KINDS.index(k) for k in containers.values()]))
+    for table, (parent, key) in (("containers", paths.containers), ("leaves", paths.leaves)):
+        out.column(f"{table}.parent", parent)
+        out.column(f"{table}.key", key)
+    kinds = [KINDS.index(kind) for kind in structure.containers.values()]
+    out.column("containers.kind", np.array(kinds, np.int64))
     out.column("leaves.name", np.array(named, np.int64))
-    out.column("empties.container", np.array(list(empties), np.int64))
-    out.column("empties.before", np.array(list(empties.values()), np.int64))
-    out.json("keys", coded)
-    return {"containers": len(containers), "leaves": len(leaves), "empties": len(empties)}
+    out.column("empties.container", np.array(empties, np.int64))
+    out.column("empties.before", np.array(list(structure.empties.values()), np.int64))
+    out.json("keys", [encode_key(key) for key in paths.keys])
+    return {"containers": len(kinds), "leaves": len(named), "empties": len(empties)}

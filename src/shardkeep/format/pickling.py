@@ -7,12 +7,25 @@ only refers to them. References can be used in any order, and equal values are w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain, count, repeat
 
-__all__ = ["FALSE", "NONE", "Pickle", "integer", "mapping", "new", "sequence", "strings"]
+__all__ = [
+    "FALSE",
+    "NONE",
+    "Pickle",
+    "integer",
+    "mapping",
+    "new",
+    "reference",
+    "sequence",
+    "strings",
+]
 
 NONE = b"N"
 FALSE = b"\x89"
+_KEPT = b"\x940"
+"""Behind what pushes a constant: memoised, and off the stack again."""
 _PROTOCOL = b"\x80\x04"
 _TUPLES = (b")", b"\x85", b"\x86", b"\x87")
 
@@ -36,7 +49,7 @@ def sequence(parts: Sequence[bytes]) -> bytes:
     return b"(%bt" % b"".join(parts)
 
 
-def mapping(parts: Iterable[bytes]) -> bytes:
+def mapping(*parts: bytes) -> bytes:
     """Push a dict of what the parts push: key, value, key, value, ..."""
     return b"}(%bu" % b"".join(parts)
 
@@ -52,28 +65,46 @@ def strings(value: str) -> bytes:
     return b"X%b%b" % (len(data).to_bytes(4, "little"), data)
 
 
+def reference(number: int) -> bytes:
+    """Push the constant of that number from the table."""
+    return b"h%c" % number if number < 256 else b"j" + number.to_bytes(4, "little")
+
+
 class Pickle:
-    """One pickle in the making (protocol 4, in one frame)."""
+    """One pickle in the making (protocol 4, in one frame). Constants are numbered from 0 on."""
 
     def __init__(self) -> None:
         self._constants: list[bytes] = []
-        self._texts: dict[str, bytes] = {}
+        self._count = 0
+        self._texts: dict[str, int] = {}
 
-    def constant(self, pushes: bytes) -> bytes:
-        """Put what `pushes` pushes into the table; the answer pushes it again."""
-        number = len(self._constants)
-        self._constants.append(pushes + b"\x940")
-        return b"h%c" % number if number < 256 else b"j" + number.to_bytes(4, "little")
+    def constant(self, pushes: bytes) -> int:
+        """Put what `pushes` pushes into the table; its number."""
+        self._constants.append(pushes + _KEPT)
+        self._count += 1
+        return self._count - 1
 
-    def text(self, value: str) -> bytes:
-        """Push a str from the table."""
+    def text(self, value: str) -> int:
+        """The number of a str."""
         known = self._texts.get(value)
         if known is None:
             known = self._texts[value] = self.constant(strings(value))
         return known
 
-    def named(self, module: str, name: str) -> bytes:
-        """Push a global from the table."""
+    def texts(self, values: Sequence[str]) -> list[int]:
+        """The numbers of many: quicker than one by one."""
+        fresh = [value for value in dict.fromkeys(values) if value not in self._texts]
+        encoded = [value.encode("utf-8", "surrogatepass") for value in fresh]
+        sizes = list(map(len, encoded))
+        before = {size: b"X" + size.to_bytes(4, "little") for size in set(sizes)}
+        heads = map(before.__getitem__, sizes)
+        self._constants += chain.from_iterable(zip(heads, encoded, repeat(_KEPT)))
+        self._texts.update(zip(fresh, count(self._count)))
+        self._count += len(fresh)
+        return [self._texts[value] for value in values]
+
+    def named(self, module: str, name: str) -> int:
+        """The number of a global."""
         return self.constant(strings(module) + strings(name) + b"\x93")
 
     def finish(self, body: bytes) -> bytes:
