@@ -63,14 +63,10 @@ def pack_claim(claim: Claim, outline: bytes | None) -> bytes:
     return pack({}, columns)
 
 
-def unpack_claim(block: bytes, lead: Claim | None) -> Claim:
-    """Inverse of `pack_claim`; `lead` is the claim that has the outline if this one has none."""
+def unpack_claim(block: bytes, lead: Claim) -> Claim:
+    """Inverse of `pack_claim`; `lead` is the coordinator's claim, whose outline may be the same."""
     _, columns = unpack(block)
-    head = lead
-    if "outline" in columns:
-        head = _read_outline(columns["outline"].tobytes())
-    if head is None:
-        raise ValueError("the first claim has no outline")
+    head = _read_outline(columns["outline"].tobytes()) if "outline" in columns else lead
     return Claim(
         tensors=head.tensors,
         piece=columns["piece"],
