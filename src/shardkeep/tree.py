@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,22 +48,26 @@ class Flat:
     """A state, flattened.
 
     Attributes:
-        values: flat name -> leaf, in the state's order.
-        structure: how they nest.
+        values: the leaves, in the state's order.
+        structure: their names, in the same order, and how they nest.
         twins: each outermost container without a tensor in it, whole, under its dotted name. Torch
             2.3 and older make one object of it and look that up. Never the root; none where a leaf
             or another container has that name. They belong behind all leaves.
     """
 
-    values: Mapping[str, Any]
+    values: Sequence[Any]
     structure: Structure
     twins: tuple[Leaf, ...]
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
         """The leaves with their names and paths, in the state's order."""
-        paths = self.structure.leaves
-        return tuple(Leaf(name, paths[name], value) for name, value in self.values.items())
+        named = self.structure.leaves.items()
+        return tuple(Leaf(*item, value) for item, value in zip(named, self.values, strict=True))
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Flat name and value of each leaf, in the state's order."""
+        return zip(self.structure.leaves, self.values, strict=True)
 
 
 def show(path: Path) -> str:
@@ -87,7 +99,7 @@ class _Flattening:
 
     def __init__(self, is_tensor: IsTensor) -> None:
         self.is_tensor = is_tensor
-        self.values: dict[str, Any] = {}
+        self.values: list[Any] = []
         self.paths: dict[str, Path] = {}
         self.containers: dict[Path, str] = {}
         self.empties: dict[Path, int] = {}
@@ -105,7 +117,7 @@ class _Flattening:
         twins = tuple(
             Leaf(name, path, _plain(value, self.containers, path))
             for name, path, value in self.twins
-            if name not in self.values and counts[name] == 1
+            if name not in self.paths and counts[name] == 1
         )
         structure = Structure(self.paths, self.containers, self.empties)
         return Flat(self.values, structure, twins)
@@ -117,41 +129,49 @@ class _Flattening:
         if id(value) in self.around:
             raise Conflict(f"the container at {show(path)} holds itself")
         self.around.add(id(value))
-        self.containers[path] = kind = _kind(value)
-        before, here, prefix = len(self.values), len(self.containers), ""
+        kind = "dict" if type(value) is dict else _kind(value)
+        self.containers[path] = kind
+        leaves, containers = len(self.values), len(self.containers)
         if path:
             self.names.append(name)
-            prefix = f"{name}."
         entries = enumerate(value) if kind == "list" else value.items()
-        tensor, bare = False, []
-        for key, entry in entries:
-            if type(key) is not str:
-                _checked(key, path)
-            below, full = (*path, key), f"{prefix}{key}"
-            known = self.kinds.get(type(entry))
-            if known is None and self.opens(entry, below):
-                if self.container(below, full, entry):
-                    tensor = True
-                else:
-                    bare.append(Leaf(full, below, entry))
-                continue
-            if known is None:
-                known = self.learn(entry)
-            tensor = tensor or known
-            if full in self.values:
-                raise _clash(self.paths[full], below, full)
-            self.values[full] = entry
-            self.paths[full] = below
-        if before == len(self.values) and here == len(self.containers):
-            self.empties[path] = before
+        tensor, bare = self.entries(path, f"{name}." if path else "", entries)
+        if (leaves, containers) == (len(self.values), len(self.containers)):
+            self.empties[path] = leaves
         if tensor or not path:
             self.twins += bare
         self.around.remove(id(value))
         return tensor
 
+    def entries(
+        self, path: Path, prefix: str, entries: Iterable[tuple[Any, Any]]
+    ) -> tuple[bool, list[Leaf]]:
+        """Walk what is in a container; whether there is a tensor, and containers without one."""
+        values, paths, kinds = self.values, self.paths, self.kinds
+        tensor, bare = False, []
+        for key, entry in entries:
+            full = prefix + key if type(key) is str else f"{prefix}{_checked(key, path)}"
+            below = (*path, key)
+            known = kinds.get(type(entry))
+            if known is None:
+                if type(entry) is dict or self.opens(entry, below):
+                    if self.container(below, full, entry):
+                        tensor = True
+                    else:
+                        bare.append(Leaf(full, below, entry))
+                    continue
+                known = self.learn(entry)
+            if full in paths:
+                raise _clash(paths[full], below, full)
+            paths[full] = below
+            values.append(entry)
+            if known:
+                tensor = True
+        return tensor, bare
+
     def opens(self, value: Any, path: Path) -> bool:
         """Whether a value is walked."""
-        return type(value) is dict or isinstance(value, Mapping) or self.walks(value, path)
+        return isinstance(value, Mapping) or self.walks(value, path)
 
     def learn(self, leaf: Any) -> bool:
         """Whether a leaf is a tensor; remembered if its class alone decides what becomes of it."""

@@ -24,8 +24,7 @@ def outline(claim: Claim) -> bytes:
     """All of a claim but its pieces; the same bytes for the same content."""
     tensors, structure = claim.tensors, claim.structure
     codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
-    paths = paths_of(structure)
-    names = {name: row for row, name in enumerate((*tensors.names, *claim.objects))}
+    paths = paths_of(structure, (*tensors.names, *claim.objects))
     return pack(
         {
             "names": tensors.names,
@@ -45,7 +44,7 @@ def outline(claim: Claim) -> bytes:
             "outer key": paths.containers[1],
             "leaf": paths.leaves[0],
             "leaf key": paths.leaves[1],
-            "leaf name": np.array([names[name] for name in structure.leaves], np.int64),
+            "leaf name": paths.names,
         },
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.format.paths import Paths, paths_of
+from shardkeep.format.paths import Paths, names_of, paths_of
 from shardkeep.format.pickling import Pickle, integer
 from shardkeep.types import I64, Index, Path, Structure
 
@@ -24,20 +24,26 @@ def dcp_path(path: Path, containers: Mapping[Path, str]) -> tuple[int | str, ...
     )
 
 
-def path_columns(pickle: Pickle, index: Index, names: Sequence[str]) -> tuple[I64, I64]:
+def path_columns(pickle: Pickle, index: Index, paths: Paths | None) -> tuple[I64, I64]:
     """The path of each name; of one that is nowhere in the structure, the name itself.
+
+    Args:
+        pickle: takes the constants.
+        index: its names are meant, in the order of `names_of`.
+        paths: of its structure, if they are known already.
 
     Returns:
         [N, D] the numbers of the constants that the path consists of, and [N] how many they are.
     """
-    structure = index.structure or _FLAT
-    paths = paths_of(structure)
+    names, structure = names_of(index), index.structure or _FLAT
+    paths = paths or paths_of(structure, names)
     numbers, depths = _leaves(pickle, structure, paths)
-    rows = {name: row for row, name in enumerate(structure.leaves)}
-    known = [-1 if name in index.twins else rows.get(name, -1) for name in names]
-    row = np.array(known, np.int64)
+    alone = np.ones(len(names), np.bool_)
+    alone[paths.names] = False
+    if index.twins:
+        alone |= np.fromiter(map(index.twins.__contains__, names), np.bool_, len(names))
     others: dict[int, list[int]] = {}
-    for place in np.flatnonzero(row < 0).tolist():
+    for place in np.flatnonzero(alone).tolist():
         name = names[place]
         path = index.twins.get(name) or structure.leaves.get(name) or (name,)
         others[place] = [
@@ -46,10 +52,9 @@ def path_columns(pickle: Pickle, index: Index, names: Sequence[str]) -> tuple[I6
         ]
     width = max(map(len, others.values()), default=0)
     width = max(width, numbers.shape[1])
-    found = np.zeros((len(row), width), np.int64)
-    length = np.zeros(len(row), np.int64)
-    leaf = row >= 0
-    found[leaf, : numbers.shape[1]], length[leaf] = numbers[row[leaf]], depths[row[leaf]]
+    found = np.zeros((len(names), width), np.int64)
+    length = np.zeros(len(names), np.int64)
+    found[paths.names, : numbers.shape[1]], length[paths.names] = numbers, depths
     for place, keys in others.items():
         found[place, : len(keys)], length[place] = keys, len(keys)
     return found, length

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.format.metadata_paths import dcp_path, path_columns
+from shardkeep.format.paths import Paths, names_of
 from shardkeep.format.pickling import (
     FALSE,
     NONE,
     Pickle,
     integer,
-    mapping,
     new,
     reference,
     sequence,
@@ -47,20 +47,22 @@ _CLASSES = {
 _ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_path length".split()
 
 
-def metadata_bytes(index: Index) -> bytes:
-    """The pickle, STOP byte included.
+def metadata_bytes(index: Index, paths: Paths | None = None) -> bytes:
+    """The pickle, STOP byte included; `paths` are those of the index, if they are known already.
 
     Tensors come first, then objects, in the order of the index, and twins last: torch's converter
     (`dcp_to_torch_save`) fills containers in this order, and a twin must not hide its leaves.
     """
     out = _Writer(index)
     text = out.text
-    state = mapping(
-        *(text("state_dict_metadata"), mapping(out.tensor_entries(), out.object_entries())),
-        *(text("planner_data"), mapping(out.paths())),
-        *(text("storage_data"), mapping(out.chunk_places(), out.object_places())),
+    # Long parts, which are joined only once: each copy of them takes as long as making them.
+    return out.pickle.finish(
+        out.new("Metadata"),
+        *(text("state_dict_metadata") + b"}(", out.tensor_entries(), out.object_entries(), b"u"),
+        *(text("planner_data") + b"}(", out.paths(paths), b"u"),
+        *(text("storage_data") + b"}(", out.chunk_places(), out.object_places(), b"u"),
+        b"ub",
     )
-    return out.pickle.finish(new(out.kind("Metadata"), state))
 
 
 class _Writer:
@@ -74,10 +76,12 @@ class _Writer:
         for attribute in _ATTRIBUTES:
             self.text(attribute)
         self._properties = self._properties_by_code()
-        ordinary = [name for name in index.objects.names if name not in index.twins]
-        self._objects = [*ordinary, *index.twins]
-        self._all_names = (*index.tensors.names, *self._objects)
-        self._names = references(np.array(self.pickle.texts(self._all_names), np.int64))
+        self._names = references(self.pickle.texts(names_of(index)))
+        objects = {name: row for row, name in enumerate(index.objects.names)}
+        ordinary = [row for name, row in objects.items() if name not in index.twins]
+        twins = [objects[name] for name in index.twins]
+        self._objects = np.array([*ordinary, *twins], np.int64)
+        """Rows of the objects, the twins last."""
         self._shapes, self._offsets, self._extents = self._sizes()
         self._chunks = _stored(index, self._offsets)
 
@@ -167,15 +171,18 @@ class _Writer:
 
     @property
     def _object_names(self) -> Bytes:
-        return self._names[len(self.index.tensors.names) :]
+        return self._names[len(self.index.tensors.names) + self._objects]
 
-    def paths(self) -> bytes:
+    def paths(self, paths: Paths | None) -> bytes:
         """Name and path of everything: `planner_data`."""
-        numbers, length = path_columns(self.pickle, self.index, self._all_names)
+        numbers, length = path_columns(self.pickle, self.index, paths)
+        count = len(self.index.tensors.names)
+        rows = np.concatenate([np.arange(count), count + self._objects])
+        numbers, length = numbers[rows], length[rows]
         keys: list[Part] = [
             (references(numbers[:, depth]), length > depth) for depth in range(numbers.shape[1])
         ]
-        return records(len(length), [self._names, b"(", *keys, b"t"])
+        return records(len(length), [self._names[rows], b"(", *keys, b"t"])
 
     def chunk_places(self) -> bytes:
         """Key and place of the chunks: `storage_data`."""
@@ -196,9 +203,7 @@ class _Writer:
 
     def object_places(self) -> bytes:
         """Key and place of the objects: `storage_data`."""
-        objects = self.index.objects
-        found = {name: row for row, name in enumerate(objects.names)}
-        rows = np.array([found[name] for name in self._objects], np.int64)
+        objects, rows = self.index.objects, self._objects
         key: list[Part] = [
             self.new("MetadataIndex") + self.text("fqn"),
             self._object_names,
@@ -217,7 +222,7 @@ class _Writer:
     ) -> list[Part]:
         """A `_StorageInfo` for each of these rows of a table."""
         text = self.text
-        files = np.array(self.pickle.texts(self.index.files), np.int64)
+        files = np.array([self.pickle.text(name) for name in self.index.files], np.int64)
         descriptors = [
             text("transform_descriptors") + b"](%be" % b"".join(map(text, names))
             for names in self.index.transforms[1:]

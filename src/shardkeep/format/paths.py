@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
 
 from shardkeep.format.values import dumps, encode_key
-from shardkeep.types import I64, Path, Structure
+from shardkeep.types import I64, Index, Structure
 
-__all__ = ["Paths", "paths_of"]
+__all__ = ["Paths", "names_of", "paths_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,42 +24,64 @@ class Paths:
         containers: [C - 1] row of the container around each container but the root, which is row 0;
             and [C - 1] row in `keys`.
         leaves: the same of each leaf, [L] and [L].
+        names: [L] the row of each leaf's name.
     """
 
     keys: list[Any]
     containers: tuple[I64, I64]
     leaves: tuple[I64, I64]
+    names: I64
 
 
-def paths_of(structure: Structure) -> Paths:
+def paths_of(structure: Structure, names: Sequence[str]) -> Paths:
     """The columns of a structure.
 
+    Args:
+        structure: any.
+        names: those of all leaves, and maybe others.
+
     Raises:
-        ValueError: it has no root, or a path without its container; containers do not come outer
-            before inner.
+        ValueError: it has no root, a path without its container, or a leaf without a name;
+            containers do not come outer before inner.
         NotEncodable: a key cannot be carried.
     """
-    rows = {path: row for row, path in enumerate(structure.containers)}
-    keys: dict[Any, int] = {}
-    paths = list(rows)
-    if paths[:1] != [()] or () in structure.leaves.values():
+    containers, leaves = list(structure.containers), list(structure.leaves.values())
+    if containers[:1] != [()] or () in leaves:
         raise ValueError("the structure has no root, or a leaf at its root")
-
-    def columns(paths: Collection[Path]) -> tuple[I64, I64]:
-        try:
-            parents = [rows[path[:-1]] for path in paths]
-        except KeyError as error:
-            raise ValueError(f"the structure names {error}, which is not there") from None
-        marks = [key if type(key := path[-1]) is str else _mark(key) for path in paths]
-        for mark in marks:
-            keys.setdefault(mark, len(keys))
-        return np.array(parents, np.int64), np.array([keys[mark] for mark in marks], np.int64)
-
-    containers, leaves = columns(paths[1:]), columns(structure.leaves.values())
-    if (containers[0] > np.arange(len(containers[0]))).any():
+    rows = {path: row for row, path in enumerate(containers)}
+    try:
+        parents = [rows[path[:-1]] for path in chain(containers[1:], leaves)]
+        named = _rows(list(structure.leaves), names)
+    except KeyError as error:
+        raise ValueError(f"the structure names {error}, which is not there") from None
+    marks = [
+        key if type(key := path[-1]) is str else _mark(key)
+        for path in chain(containers[1:], leaves)
+    ]
+    number = dict(zip(dict.fromkeys(marks), count(), strict=False))
+    parent = np.array(parents, np.int64)
+    key = np.fromiter(map(number.__getitem__, marks), np.int64, len(marks))
+    inner = len(containers) - 1
+    if (parent[:inner] > np.arange(inner)).any():
         raise ValueError("the structure's containers do not come outer before inner")
-    found = [mark if type(mark) is str else mark[1] for mark in keys]
-    return Paths(found, containers, leaves)
+    return Paths(
+        [mark if type(mark) is str else mark[1] for mark in number],
+        (parent[:inner], key[:inner]),
+        (parent[inner:], key[inner:]),
+        named,
+    )
+
+
+def names_of(index: Index) -> tuple[str, ...]:
+    """The names whose rows `paths_of` gives for an index: of its tensors, then its objects."""
+    return index.tensors.names + index.objects.names
+
+
+def _rows(leaves: list[str], names: Sequence[str]) -> I64:
+    if leaves == list(names):
+        return np.arange(len(leaves))
+    rows = {name: row for row, name in enumerate(names)}
+    return np.array([rows[name] for name in leaves], np.int64)
 
 
 def _mark(key: Any) -> tuple[Any, Any]:

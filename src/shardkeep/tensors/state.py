@@ -65,7 +65,7 @@ def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     """
     plain, _ = expand(state)
     flat = flatten(plain, is_any_tensor) if nested else _top_level(plain)
-    rows, objects, inner = _collect(flat.values)
+    rows, objects, inner = _collect(flat)
     if inner:
         refuse_twice([*objects, *rows.names])
     tensors = rows.tensors()
@@ -87,13 +87,13 @@ def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     )
 
 
-def _collect(leaves: Mapping[str, Any]) -> tuple[Rows, dict[str, Any], bool]:
+def _collect(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
     """The tensors among the leaves, described, the objects, and whether some are inner tensors."""
     rows, objects, inner = Rows(), dict[str, Any](), False
     names, codes, shapes = rows.names, rows.codes, rows.shapes
     memory, pointers = rows.memory, rows.pointers
     strided = torch.strided
-    for name, value in leaves.items():
+    for name, value in flat.items():
         # What nearly every leaf is: `describe` would say the same, in ten times the time. Without
         # memory a tensor is empty, or can't be saved.
         if (
@@ -120,8 +120,8 @@ def _collect(leaves: Mapping[str, Any]) -> tuple[Rows, dict[str, Any], bool]:
 
 def describe_tensors(flat: Flat) -> tuple[list[Described], dict[str, Any]]:
     """The tensors of a flat state, described, and its objects by name."""
-    objects = {name: value for name, value in flat.values.items() if not is_tensor(value)}
-    tensors = (item for item in flat.values.items() if item[0] not in objects)
+    objects = {name: value for name, value in flat.items() if not is_tensor(value)}
+    tensors = (item for item in flat.items() if item[0] not in objects)
     return describe_all(tensors, taken=objects), objects
 
 
@@ -129,7 +129,7 @@ def _top_level(state: Mapping[Any, Any]) -> Flat:
     """Each value as it is; names and their collisions are those of any state with these keys."""
     shallow = flatten(dict.fromkeys(state, 0), is_any_tensor)
     leaves = shallow.structure.leaves
-    return Flat({name: state[path[0]] for name, path in leaves.items()}, shallow.structure, ())
+    return Flat([state[path[0]] for path in leaves.values()], shallow.structure, ())
 
 
 def _structure(structure: Structure, tensors: Iterable[str]) -> Structure:

@@ -1,0 +1,20 @@
+"""Many texts as one run of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shardkeep.types import I64
+
+__all__ = ["joined"]
+
+
+def joined(texts: Sequence[str], gap: int = 0) -> tuple[bytes, I64]:
+    """All texts as UTF-8 (lone surrogates pass), `gap` zeros between them, and their lengths."""
+    text = ("\0" * gap).join(texts)
+    if text.isascii():  # one call of `encode` instead of one for each
+        return text.encode(), np.fromiter(map(len, texts), np.int64, len(texts))
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return bytes(gap).join(parts), np.fromiter(map(len, parts), np.int64, len(parts))
