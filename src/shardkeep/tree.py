@@ -103,6 +103,7 @@ class _Flattening:
         self.paths: dict[str, Path] = {}
         self.containers: dict[Path, str] = {}
         self.empties: dict[Path, int] = {}
+        self.parents: tuple[list[int], list[int]] = ([], [])
         self.twins: list[Leaf] = []
         self.names: list[str] = []
         """Of all containers but the root."""
@@ -112,17 +113,17 @@ class _Flattening:
         self.around: set[int] = set()
 
     def run(self, state: Mapping[Any, Any]) -> Flat:
-        self.container((), "", state)
+        self.container(0, (), "", state)
         counts = Counter(self.names) if self.twins else {}
         twins = tuple(
             Leaf(name, path, _plain(value, self.containers, path))
             for name, path, value in self.twins
             if name not in self.paths and counts[name] == 1
         )
-        structure = Structure(self.paths, self.containers, self.empties)
+        structure = Structure(self.paths, self.containers, self.empties, self.parents)
         return Flat(self.values, structure, twins)
 
-    def container(self, path: Path, name: str, value: Any) -> bool:
+    def container(self, parent: int, path: Path, name: str, value: Any) -> bool:
         """Walk a container; whether it holds a tensor. No deeper than `MAX_DEPTH` calls."""
         if len(path) >= MAX_DEPTH:
             raise _too_deep(path)
@@ -130,13 +131,14 @@ class _Flattening:
             raise Conflict(f"the container at {show(path)} holds itself")
         self.around.add(id(value))
         kind = "dict" if type(value) is dict else _kind(value)
+        row, leaves = len(self.containers), len(self.values)
         self.containers[path] = kind
-        leaves, containers = len(self.values), len(self.containers)
         if path:
             self.names.append(name)
+            self.parents[0].append(parent)
         entries = enumerate(value) if kind == "list" else value.items()
-        tensor, bare = self.entries(path, f"{name}." if path else "", entries)
-        if (leaves, containers) == (len(self.values), len(self.containers)):
+        tensor, bare = self.entries(row, path, f"{name}." if path else "", entries)
+        if (row + 1, leaves) == (len(self.containers), len(self.values)):
             self.empties[path] = leaves
         if tensor or not path:
             self.twins += bare
@@ -144,10 +146,10 @@ class _Flattening:
         return tensor
 
     def entries(
-        self, path: Path, prefix: str, entries: Iterable[tuple[Any, Any]]
+        self, row: int, path: Path, prefix: str, entries: Iterable[tuple[Any, Any]]
     ) -> tuple[bool, list[Leaf]]:
         """Walk what is in a container; whether there is a tensor, and containers without one."""
-        values, paths, kinds = self.values, self.paths, self.kinds
+        values, paths, kinds, parents = self.values, self.paths, self.kinds, self.parents[1]
         tensor, bare = False, []
         for key, entry in entries:
             full = prefix + key if type(key) is str else f"{prefix}{_checked(key, path)}"
@@ -155,7 +157,7 @@ class _Flattening:
             known = kinds.get(type(entry))
             if known is None:
                 if type(entry) is dict or self.opens(entry, below):
-                    if self.container(below, full, entry):
+                    if self.container(row, below, full, entry):
                         tensor = True
                     else:
                         bare.append(Leaf(full, below, entry))
@@ -165,6 +167,7 @@ class _Flattening:
                 raise _clash(paths[full], below, full)
             paths[full] = below
             values.append(entry)
+            parents.append(row)
             if known:
                 tensor = True
         return tensor, bare

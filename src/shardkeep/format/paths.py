@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shardkeep.format.values import dumps, encode_key
-from shardkeep.types import I64, Index, Structure
+from shardkeep.types import I64, Index, Path, Structure
 
 __all__ = ["Paths", "names_of", "paths_of"]
 
@@ -48,9 +48,8 @@ def paths_of(structure: Structure, names: Sequence[str]) -> Paths:
     containers, leaves = list(structure.containers), list(structure.leaves.values())
     if containers[:1] != [()] or () in leaves:
         raise ValueError("the structure has no root, or a leaf at its root")
-    rows = {path: row for row, path in enumerate(containers)}
     try:
-        parents = [rows[path[:-1]] for path in chain(containers[1:], leaves)]
+        outer, around = map(_column, structure.parents or _parents(containers, leaves))
         named = _rows(list(structure.leaves), names)
     except KeyError as error:
         raise ValueError(f"the structure names {error}, which is not there") from None
@@ -59,17 +58,25 @@ def paths_of(structure: Structure, names: Sequence[str]) -> Paths:
         for path in chain(containers[1:], leaves)
     ]
     number = dict(zip(dict.fromkeys(marks), count(), strict=False))
-    parent = np.array(parents, np.int64)
     key = np.fromiter(map(number.__getitem__, marks), np.int64, len(marks))
-    inner = len(containers) - 1
-    if (parent[:inner] > np.arange(inner)).any():
+    if (outer > np.arange(len(outer))).any():
         raise ValueError("the structure's containers do not come outer before inner")
     return Paths(
         [mark if type(mark) is str else mark[1] for mark in number],
-        (parent[:inner], key[:inner]),
-        (parent[inner:], key[inner:]),
+        (outer, key[: len(outer)]),
+        (around, key[len(outer) :]),
         named,
     )
+
+
+def _column(rows: Sequence[int]) -> I64:
+    return np.array(rows, np.int64)
+
+
+def _parents(containers: Sequence[Path], leaves: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """As of `Structure.parents`; KeyError if one is missing."""
+    rows = {path: row for row, path in enumerate(containers)}
+    return [rows[path[:-1]] for path in containers[1:]], [rows[path[:-1]] for path in leaves]
 
 
 def names_of(index: Index) -> tuple[str, ...]:
