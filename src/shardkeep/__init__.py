@@ -10,6 +10,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardkeep.async_saving import SaveHandle, async_save, release_memory
     from shardkeep.checkpoint import Checkpoint, open
     from shardkeep.errors import (
         AlreadyExists,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "async_saving": ("SaveHandle", "async_save", "release_memory"),
     "checkpoint": ("Checkpoint", "open"),
     "errors": (
         "AlreadyExists",
@@ -65,14 +67,17 @@ __all__ = [
     "ObjectInfo",
     "Opaque",
     "RankFailed",
+    "SaveHandle",
     "SaveReport",
     "ShardkeepError",
     "Shards",
     "TensorInfo",
     "Untrusted",
     "VerifyReport",
+    "async_save",
     "load",
     "open",
+    "release_memory",
     "save",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from shardkeep.contracts import Session
 
@@ -10,10 +11,16 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Names the phase that a rank is in, and takes its time."""
+    """Names the phase that a rank is in, and takes its time.
 
-    def __init__(self, session: Session) -> None:
+    Args:
+        session: told of each phase, for errors.
+        parts: phase -> what its time is added to; by default to its own.
+    """
+
+    def __init__(self, session: Session, parts: Mapping[str, str] | None = None) -> None:
         self._session = session
+        self._parts = parts or {}
         self._name: str | None = None
         self._since = time.perf_counter()
         self._seconds: dict[str, float] = {}
@@ -21,7 +28,7 @@ class Clock:
     def phase(self, name: str) -> None:
         """Begin a phase."""
         self.seconds()
-        self._name = name
+        self._name = self._parts.get(name, name)
         self._session.phase(name)
 
     def seconds(self) -> dict[str, float]:

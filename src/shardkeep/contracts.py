@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Codec", "Progress", "Ranks", "Session", "Sink", "Store"]
+__all__ = [
+    "Codec",
+    "Payloads",
+    "Placing",
+    "Progress",
+    "Ranks",
+    "Session",
+    "Sink",
+    "Store",
+    "Target",
+]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -72,6 +82,49 @@ class Sink(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """Sync and close; after an exception close and remove what was written."""
+        ...
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A store that can be written at any place of a file. What can't writes front to back."""
+
+    def reserve(self, name: str, nbytes: int) -> Target:
+        """Begin a file of so many bytes, which must not exist yet (`FileExistsError`).
+
+        Its space is set aside where the store can: a full disk raises here, not half way.
+        """
+        ...
+
+
+class Target(Protocol):
+    """A new file of known size. Leaving the block in peace makes it durable."""
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of `data`; several threads may, each in a part of its own.
+
+        `offset`, the length and the address in memory are multiples of `PAGE`; what goes beyond the
+        size of the file is cut off.
+        """
+        ...
+
+    def __enter__(self) -> Target: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Sync and close; after an exception close and remove what was written."""
+        ...
+
+
+class Payloads(Protocol):
+    """The bytes of many payloads, wherever they are. Safe to use from several threads."""
+
+    def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
+        """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
         ...
 
 

@@ -22,6 +22,9 @@ BLOCK = 256 * 1024
 ALIGNMENT = 64
 """Payloads start at multiples of this in their file, as torch's own do."""
 
+PAGE = 4096
+"""Large payloads start at multiples of this: what direct I/O asks for in memory and in files."""
+
 
 def _number(name: str, default: float) -> float:
     text = os.environ.get(name)
@@ -45,6 +48,23 @@ def part() -> int:
     same piece must cut it alike: the same number on all of them.
     """
     return max(1, int(_number("SHARDKEEP_PART", 1 << 30)))
+
+
+def write_threads() -> int:
+    """Threads that write files, in one process; 0 leaves it to the machine's size
+    (SHARDKEEP_WRITE_THREADS).
+    """
+    return max(0, int(_number("SHARDKEEP_WRITE_THREADS", 0)))
+
+
+def host_budget() -> int:
+    """Bytes of the buffers that one save or load takes, in one process (SHARDKEEP_HOST_BUDGET)."""
+    return max(1 << 20, int(_number("SHARDKEEP_HOST_BUDGET", 64 << 20)))
+
+
+def ranks_here(size: int) -> int:
+    """How many of `size` ranks share this machine, as far as their launcher says."""
+    return max(1, min(size, int(_number("LOCAL_WORLD_SIZE", size))))
 
 
 def gap() -> int:

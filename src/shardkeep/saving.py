@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -17,20 +21,29 @@ import torch
 import shardkeep
 from shardkeep import commit, knobs
 from shardkeep.agreement import Order, own, report
+from shardkeep.background import line_of, simulated
 from shardkeep.clock import Clock
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
-from shardkeep.format.container_write import TensorItem
-from shardkeep.io.write import Bare, Item, Written, write_packed
+from shardkeep.format.container_write import TensorFraming
+from shardkeep.io.arena import Arena, roomy
+from shardkeep.io.digest import crc32
+from shardkeep.io.image import Image, images_of, written_in
+from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
+from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
-from shardkeep.tensors.memory import payload
+from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
+from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
-from shardkeep.types import Index
+from shardkeep.types import DTYPES, Index
 
-__all__ = ["SaveReport", "save"]
+__all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
+
+_PARTS = {"describe": "plan", "own": "plan", "report": "commit"}
+"""What a report calls the phases that errors name in more detail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +56,9 @@ class SaveReport:
         tensors, objects: how many names it holds.
         nbytes: bytes of all data files, written by all ranks.
         written: bytes that this rank wrote.
-        seconds: phase -> seconds that this rank spent in it.
+        seconds: phase -> seconds that this rank spent in it: "plan" (who writes what), "stage"
+            (copy it, async only), "write", "sync" (until it is durable), "commit".
+        slowest: the rank that took longest until its files were durable, and its seconds.
     """
 
     path: str
@@ -53,6 +68,36 @@ class SaveReport:
     nbytes: int
     written: int
     seconds: Mapping[str, float]
+    slowest: tuple[int, float]
+
+    @property
+    def rate(self) -> float:
+        """GB/s (10^9 bytes) of this rank's writing, until it was durable."""
+        spent = self.seconds.get("write", 0.0) + self.seconds.get("sync", 0.0)
+        return self.written / spent / 1e9 if spent else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"saved {self.nbytes / 1e9:.3f} GB in {sum(self.seconds.values()):.3f} s, this rank "
+            f"{self.written / 1e9:.3f} GB at {self.rate:.2f} GB/s: "
+            + ", ".join(f"{phase} {spent:.3f}" for phase, spent in self.seconds.items())
+            + f"; slowest rank {self.slowest[0]}, {self.slowest[1]:.3f} s"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Options:
+    """How to save; see `save`."""
+
+    overwrite: bool = False
+    flatten: bool = True
+    files: int | None = None
+    spread: bool = True
+    same_objects: bool = True
+    save_id: str | None = None
+    host_budget: int | None = None
+    progress: Progress | bool | None = None
+    gentle: bool = False
 
 
 def save(
@@ -65,8 +110,9 @@ def save(
     spread: bool = True,
     same_objects: bool = True,
     save_id: str | None = None,
+    host_budget: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> SaveReport:
     """Save a state as one checkpoint; every rank that takes part calls this with its own state.
 
@@ -86,57 +132,149 @@ def save(
             rank's is saved, with a warning. Values that stand in the manifest are compared.
         save_id: an id for the save that was never used before, of 32 hexadecimal digits, taken
             from the coordinator; by default a new one.
+        host_budget: bytes of memory that the writing may take, besides what objects take when they
+            are pickled; by default `SHARDKEEP_HOST_BUDGET`.
         ranks: global ranks that take part (default: all of the default group, or this process).
-        progress: told how far the writing has come.
+        progress: told how far the writing has come; True shows a bar on standard error, if that
+            is a terminal.
 
     Raises:
         AlreadyExists: there is a checkpoint, and `overwrite` is False.
         Conflict: two things under one name, overlapping or missing boxes; nothing was written.
         RankFailed: another rank failed; nothing was committed.
     """
-    job = take_part(ranks)
-    store = store_at(path)
+    line_of(simulated(ranks)).finish()  # One of them may be on its way to the same place.
+    options = Options(
+        overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
+    )
+    return life([state], store_at(path), take_part(ranks), options)
+
+
+def life(
+    given: list[Mapping[Any, Any]],
+    store: Store,
+    job: Ranks,
+    options: Options,
+    arena: Arena | None = None,
+    staged: Future[None] | None = None,
+) -> SaveReport:
+    """The life itself.
+
+    Args:
+        given: the state. It is taken out, or its tensors would live until all files are written.
+        store, job, options: where to, who takes part, how.
+        arena: memory to stage in; None writes the state from where it is.
+        staged: set as soon as the state is not looked at any more.
+
+    Raises: as `save`.
+    """
     with job.session("save", store.url) as session:
-        clock = Clock(session)
+        clock = Clock(session, _PARTS)
         clock.phase("describe")
-        local = describe_state(state, nested=flatten)
+        local = describe_state(given.pop(), nested=options.flatten)
 
         clock.phase("own")
         old: list[frozenset[str]] = []
         order = own(
             session,
             local.claim,
-            lambda: old.append(_admit(store, overwrite)),
-            save_id=save_id,
-            spread=spread,
-            same_objects=same_objects,
+            lambda: old.append(_admit(store, options.overwrite)),
+            save_id=options.save_id,
+            spread=options.spread,
+            same_objects=options.same_objects,
         )
         if order.settlement is not None and order.settlement.differing:
             _warn_of(order.settlement.differing)
 
+        clock.phase("write" if arena is None else "stage")
+        here = knobs.ranks_here(session.size)
+        threads, window = writers(here, options.host_budget or knobs.host_budget())
+        payloads = _Payloads(local, order)
+        images = payloads.images(session.rank, order.save_id, options.files, window)
+        in_memory = None
+        if arena is not None and room(images) <= (options.host_budget or sys.maxsize):
+            memory = arena.take(room(images), pinned if payloads.on_cuda else roomy)
+            in_memory = stage(images, memory, threads=copiers(here))
+            _set(staged)
+        del local, payloads
+
         clock.phase("write")
         with _removed_on_failure(store, order.save_id, session.rank):
-            written = _write(store, session.rank, files, local, order, progress)
+            if options.gentle:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            telling = shown(options.progress, rank=session.rank)
+            with placed(store, images) as targets, telling as tell:
+                if in_memory is None:
+                    taken = partial(_set, staged)
+                    write_images(targets, images, threads=threads, progress=tell, made=taken)
+                else:
+                    write_staged(targets, in_memory, threads=threads, progress=tell)
+                clock.phase("sync")
             store.sync()
 
             clock.phase("report")
-            index = report(session, order, written)
+            spent = session.gather(repr(sum(clock.seconds().values())).encode())
+            index = report(session, order, written_in(images))
             if index is not None and session.size > 1:
                 _check_there(store, index)
 
         clock.phase("commit")
         if index is not None:
             commit.publish(store, order.save_id, index, header(session.size))
-        totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
+        totals, _ = columns.unpack(session.broadcast(_totals(index, spent) if index else None))
         if session.rank == 0:
             sweep(store, old[0])
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
-            written=int(written.length.sum()),
+            written=sum(image.layout.nbytes for image in images),
             seconds=clock.seconds(),
+            slowest=(totals.pop("slowest"), totals.pop("longest")),
             **totals,
         )
+
+
+def _set(future: Future[None] | None) -> None:
+    if future is not None:
+        future.set_result(None)
+
+
+class _Payloads:
+    """What this rank has to write: its pieces, then its objects."""
+
+    def __init__(self, local: Local, order: Order) -> None:
+        claim, rows = local.claim, order.pieces
+        objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
+        of = claim.piece[rows]
+        codes, ndim = claim.tensors.dtype[of].tolist(), claim.tensors.ndim[of].tolist()
+        kinds: dict[tuple[int, ...], TensorFraming] = {}
+        self._framings: list[TensorFraming | None] = []
+        for code, dims, padded in zip(codes, ndim, claim.sizes[rows].tolist(), strict=True):
+            kind = (code, *padded[:dims])
+            if kind not in kinds:
+                kinds[kind] = TensorFraming(DTYPES[code], kind[1:])
+            self._framings.append(kinds[kind])
+        self._framings += [None] * len(objects)
+        itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
+        self._nbytes = np.concatenate(
+            [
+                claim.sizes[rows].prod(axis=1) * itemsize[claim.tensors.dtype[of]],
+                np.array([len(data) for data in objects], dtype=np.int64),
+            ]
+        )
+        self._crcs = {row: crc32(data) for row, data in enumerate(objects, len(rows))}
+        self._bytes = StatePayloads([local.memory[row] for row in rows.tolist()], objects)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether any of them is in the memory of a CUDA device."""
+        return any(device.type == "cuda" for device in self._bytes.devices)
+
+    def images(self, rank: int, save_id: str, files: int | None, window: int) -> list[Image]:
+        """Of this rank's files; by default of one, if there is anything to write."""
+        count = min(1, len(self._framings)) if files is None else files
+        names = [commit.data_file(rank, number, save_id) for number in range(count)]
+        return images_of(names, self._nbytes, self._framings, self._bytes, self._crcs, window)
 
 
 def _admit(store: Store, overwrite: bool) -> frozenset[str]:
@@ -155,27 +293,6 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
             f"{store.url} already holds a checkpoint; pass overwrite=True to replace it"
         )
     return commit.files_of(store)
-
-
-def _write(
-    store: Store,
-    rank: int,
-    files: int | None,
-    local: Local,
-    order: Order,
-    progress: Progress | None,
-) -> Written:
-    """Write this rank's pieces, then its objects, to its data files."""
-    items = [
-        Item(TensorItem(piece.dtype, piece.box.sizes), partial(payload, piece.local))
-        for piece in (local.pieces[row] for row in order.pieces.tolist())
-    ]
-    for name in order.objects:
-        data = to_bytes(local.objects[name], name=name)
-        items.append(Item(Bare(len(data)), memoryview(data)))
-    count = min(1, len(items)) if files is None else files
-    names = [commit.data_file(rank, number, order.save_id) for number in range(count)]
-    return write_packed(store, names, items, threads=knobs.threads(), progress=progress)
 
 
 @contextlib.contextmanager
@@ -232,16 +349,19 @@ def header(ranks: int) -> dict[str, Any]:
     }
 
 
-def _totals(index: Index) -> bytes:
+def _totals(index: Index, spent: Sequence[bytes] | None) -> bytes:
     twins = len(index.twins)
     chunks = index.chunks
     items = np.unique(np.column_stack([chunks.file, chunks.item, chunks.length]), axis=0)
     nbytes = int(items[:, 2].sum()) + int(index.objects.length.sum())
+    longest, slowest = max((float(text), -rank) for rank, text in enumerate(spent or ()))
     return columns.pack(
         {
             "tensors": len(index.tensors.names),
             "objects": len(index.objects.names) - twins,
             "nbytes": nbytes,
+            "slowest": -slowest,
+            "longest": longest,
         },
         {},
     )

@@ -10,7 +10,7 @@ columns (`Index` and its tables) for arithmetic over many of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -30,6 +30,8 @@ __all__ = [
     "Chunks",
     "Claim",
     "DType",
+    "Frame",
+    "Framing",
     "Index",
     "ObjectInfo",
     "Objects",
@@ -174,6 +176,38 @@ class ByteRange:
     file: str
     offset: int
     length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What lies around one payload, so that all of it together is an item.
+
+    Attributes:
+        head: what goes before the payload.
+        before, between, after: the tail, but for the two places of the payload's CRC-32.
+    """
+
+    head: bytes
+    before: bytes
+    between: bytes
+    after: bytes
+
+    @property
+    def tail_length(self) -> int:
+        """Bytes of the tail."""
+        return len(self.before) + len(self.between) + len(self.after) + 8
+
+    def tail(self, crc: int) -> bytes:
+        """What goes after the payload, given its CRC-32."""
+        packed = crc.to_bytes(4, "little")
+        return b"%b%b%b%b%b" % (self.before, packed, self.between, packed, self.after)
+
+
+Framing = Callable[[int, bool], Frame]
+"""Makes frames of one kind: of an item that starts at that position of its file.
+
+The payload starts at a multiple of `ALIGNMENT`; of `PAGE` where the second argument is true.
+"""
 
 
 @dataclass(frozen=True, slots=True)

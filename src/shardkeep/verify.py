@@ -13,7 +13,7 @@ from shardkeep.commit import METADATA, Found
 from shardkeep.contracts import Progress
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format import container, transforms
-from shardkeep.format.container_write import TensorItem
+from shardkeep.format.container_write import TensorFraming
 from shardkeep.io.digest import crc32, whole_crc
 from shardkeep.io.read import Payload, verify_payloads
 from shardkeep.sources import Sources, inside, read_range, unpacked_limit, window
@@ -177,9 +177,10 @@ class _Work:
         end = start + nbytes
         after = ByteRange(item.file, end, item.offset + item.length - end)
         tail = read_range(self._store, after, name)
-        codec = TensorItem(dtype, source.sizes)
         crc = whole_crc(() if source.digests is None else source.digests, nbytes)
-        if head != codec.head(item.offset) or tail != codec.tail(item.offset, crc):
+        framing = TensorFraming(dtype, source.sizes)
+        frames = (framing(item.offset, paged) for paged in (False, True))
+        if not any(head == frame.head and tail == frame.tail(crc) for frame in frames):
             raise Damaged("the frame around the payload is damaged", file=item.file, name=name)
         self.checked += len(head) + len(tail)
         if not nbytes:

@@ -211,6 +211,39 @@ def failing_save(rank: int, size: int, path: str, how: str, overwrite: bool) -> 
     return {**end, "took": time.monotonic() - began}
 
 
+def async_saves(rank: int, size: int, path: str) -> dict[str, Any]:
+    """Save twice in the background while all ranks go on with collectives of their own."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (size,))
+    sharded = distribute_tensor(torch.ones(size * 2, 3), mesh, [Shard(0)])
+    mine = torch.full((4,), float(rank))
+    state = {"w": sharded, "mine": {rank: mine}}
+    handles = []
+    for _ in range(2):
+        handles.append(sk.async_save(state, path, overwrite=True))
+        for _ in range(20):
+            dist.all_reduce(torch.ones(10))
+    mine.zero_()
+    report = handles[-1].result(60)
+    return {"phases": list(report.seconds), "slowest": report.slowest}
+
+
+def failing_async_save(rank: int, size: int, path: str) -> dict[str, Any]:
+    """Save in the background; rank 2 can't write. What each rank got, and where."""
+    state = {"mine": {rank: torch.full((4,), float(rank))}}
+    at = "call"
+    try:
+        handle = sk.async_save(state, Broken(path, "full") if rank == 2 else path)
+        at = "result"
+        handle.result(60)
+    except sk.RankFailed as error:
+        return {"kind": "RankFailed", "at": at, "rank": error.rank, "phase": error.phase}
+    except OSError as error:
+        return {"kind": type(error).__name__, "at": at, "text": str(error)}
+    return {"kind": "saved", "at": at}
+
+
 def Broken(path: str, how: str) -> Any:
     """A local store whose files can't be written to."""
     import errno
@@ -219,7 +252,7 @@ def Broken(path: str, how: str) -> Any:
 
     from shardkeep.stores import LocalStore
 
-    class Sink:
+    class Target:
         def __init__(self, inner: Any) -> None:
             self.inner = inner
 
@@ -230,16 +263,16 @@ def Broken(path: str, how: str) -> Any:
         def __exit__(self, *error: Any) -> None:
             self.inner.__exit__(*error)
 
-        def write(self, data: bytes) -> None:
-            self.inner.write(data[: len(data) // 2])
+        def write_at(self, offset: int, data: memoryview) -> None:
+            self.inner.write_at(offset, data[:4096])
             if how == "killed":
                 time.sleep(1)  # the others know the phase from its last sign of life
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, "No space left on device")
 
     class Store(LocalStore):
-        def create(self, name: str) -> Any:
-            return Sink(super().create(name))
+        def reserve(self, name: str, nbytes: int) -> Any:
+            return Target(super().reserve(name, nbytes))
 
     return Store(path)
 

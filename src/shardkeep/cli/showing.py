@@ -12,10 +12,10 @@ from shardkeep.checkpoint import Checkpoint
 from shardkeep.cli.boxes import corner, parse
 from shardkeep.cli.entries import Row, rows
 from shardkeep.cli.listing import print_tree
-from shardkeep.cli.progress import bar
 from shardkeep.cli.render import opaque_names, pretty
 from shardkeep.cli.stats import Stats, statistics, widened
 from shardkeep.cli.terminal import CommandError, Output, count, escape, human, one_line
+from shardkeep.progress import bar
 from shardkeep.types import Box, Chunk, DType, TensorInfo
 
 __all__ = ["show"]

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 
 from shardkeep.checkpoint import Checkpoint
-from shardkeep.cli.progress import bar
 from shardkeep.cli.terminal import Output, count, escape, human, one_line
 from shardkeep.errors import Damaged, FormatError
+from shardkeep.progress import bar
 from shardkeep.verify import VerifyReport
 
 __all__ = ["verify"]

@@ -17,10 +17,17 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
-from shardkeep import checkpoint, commit, saving
+from shardkeep import async_saving, checkpoint, commit, saving
 from shardkeep.contracts import Ranks
 from shardkeep.dcp.bridge import processes
-from shardkeep.dcp.bridge.background import finish_saves, put_off, stage, stager_of
+from shardkeep.dcp.bridge.background import (
+    copied_here,
+    finish_saves,
+    nothing_put_off,
+    put_off,
+    stage,
+    stager_of,
+)
 from shardkeep.dcp.bridge.blocks import Blocks
 from shardkeep.dcp.bridge.choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
@@ -34,6 +41,7 @@ from shardkeep.dcp.default_planner import DefaultSavePlanner
 from shardkeep.dcp.filesystem import CheckpointExists
 from shardkeep.dcp.handed import rest_of, theirs
 from shardkeep.errors import AlreadyExists
+from shardkeep.io.arena import Arena
 from shardkeep.ranks import take_part
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save", "save", "save_state_dict"]
@@ -128,17 +136,32 @@ def async_save(
     _, ranks = members(process_group, 0, no_dist)
     job = take_part(ranks, by_path=False)
     what = processes.Save(checkpoint_id, storage_writer, planner, use_collectives)
+    stager = stager_of(async_stager, storage_writer)
+    in_thread = async_checkpointer_type == AsyncCheckpointerType.THREAD
+    if in_thread and copied_here(stager) and what.is_plain() and nothing_put_off():
+        given = [_stateful_to_state_dict(state_dict)]
+        save_at_once = partial(_save_from_arena, given, what, job)
+        return async_saving.in_background(save_at_once)[1]
     save, allocate = partial(_save_put_off, what=what, job=job), None
     if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
         blocks = Blocks()
         where = processes.meeting(job, ranks)
         save = partial(processes.save, what=what, job=job, where=where, blocks=blocks)
         allocate = blocks.take
-    stager = stager_of(async_stager, storage_writer)
     staging, upload = put_off(
         lambda: stage(_stateful_to_state_dict(state_dict), stager, allocate), save, stager
     )
     return upload if staging is None else AsyncSaveResponse(staging, upload)
+
+
+def _save_from_arena(
+    given: list[Any], what: processes.Save, job: Ranks, arena: Arena, staged: Future[None]
+) -> Metadata:
+    """The engine stages what this rank writes, and nothing else, in memory that it keeps."""
+    with as_torch(job.rank):
+        writer = writer_for(what.storage_writer, what.checkpoint_id)
+        planner = what.planner or DefaultSavePlanner()
+        return _save_plainly(given, writer, planner, job, arena, staged)
 
 
 def _save_put_off(state: Any, what: processes.Save, job: Ranks) -> Metadata:
@@ -181,7 +204,8 @@ def _save_state_dict(
     rank, ranks = members(process_group, coordinator_rank, no_dist)
     with as_torch(rank):
         if use_collectives and plain_save(planner, storage_writer):
-            return _save_plainly(state_dict, storage_writer, planner or DefaultSavePlanner(), ranks)
+            job = take_part(ranks, by_path=False)
+            return _save_plainly([state_dict], storage_writer, planner or DefaultSavePlanner(), job)
         return save_by_steps(
             lambda: _stateful_to_state_dict(state_dict) if stateful else state_dict,
             storage_writer,
@@ -192,22 +216,27 @@ def _save_state_dict(
         )
 
 
-def _save_plainly(state: Any, writer: Any, planner: Any, ranks: Any) -> Metadata:
+def _save_plainly(
+    given: list[Any],
+    writer: Any,
+    planner: Any,
+    job: Ranks,
+    arena: Arena | None = None,
+    staged: Future[None] | None = None,
+) -> Metadata:
     """What the options of a writer and a planner mean to the engine."""
     store = store_of(writer)
     writer.save_id = commit.new_id()
+    options = saving.Options(
+        overwrite=writer.overwrite,
+        flatten=planner.flatten_state_dict,
+        files=max(1, writer.thread_count),
+        spread=not planner.dedup_save_to_lowest_rank,
+        same_objects=False,
+        save_id=writer.save_id,
+    )
     try:
-        saving.save(
-            state,
-            store,
-            overwrite=writer.overwrite,
-            flatten=planner.flatten_state_dict,
-            files=max(1, writer.thread_count),
-            spread=not planner.dedup_save_to_lowest_rank,
-            same_objects=False,
-            save_id=writer.save_id,
-            ranks=take_part(ranks, by_path=False),
-        )
+        saving.life(given, store, job, options, arena, staged)
     except AlreadyExists as error:
         what = f"Checkpoint already exists and self.overwrite=False: {error}"
         raise CheckpointExists(what) from error

@@ -15,10 +15,10 @@ from operator import mul
 from zlib import crc32
 
 from shardkeep.format.pickling import FALSE, integer, sequence, strings
-from shardkeep.knobs import ALIGNMENT
-from shardkeep.types import DType
+from shardkeep.knobs import ALIGNMENT, PAGE
+from shardkeep.types import DType, Frame
 
-__all__ = ["MAX_ALIGNMENT", "TensorItem"]
+__all__ = ["MAX_ALIGNMENT", "TensorFraming", "TensorItem"]
 
 MAX_ALIGNMENT = 32768
 """Bytes: the padding has to fit into a zip's extra field."""
@@ -90,43 +90,51 @@ class TensorItem:
 
     def head(self, position: int) -> bytes:
         """What goes before the payload, for an item that starts at `position` of its file."""
-        return self._parts(position).head
+        return self.frame(position).head
 
     def tail(self, position: int, crc: int) -> bytes:
         """What goes after the payload, given its CRC-32."""
-        parts, packed = self._parts(position), crc.to_bytes(4, "little")
-        return b"%b%b%b%b%b" % (parts.before, packed, parts.between, packed, parts.after)
+        return self.frame(position).tail(crc)
 
     def payload_offset(self, position: int) -> int:
         """Where the payload starts, in bytes from the start of the item."""
-        return len(self._parts(position).head)
+        return len(self.frame(position).head)
 
     def length(self, position: int) -> int:
         """Bytes of the whole item."""
-        parts = self._parts(position)
-        return len(parts.head) + self.nbytes + parts.tail_length
+        frame = self.frame(position)
+        return len(frame.head) + self.nbytes + frame.tail_length
 
-    def _parts(self, position: int) -> _Parts:
+    def frame(self, position: int) -> Frame:
+        """What lies around the payload of an item that starts at `position` of its file."""
         # Everything but the padding is the same at all positions, so that few heads are ever made.
-        return _parts(self.dtype.name, self.shape, self.alignment, position % self.alignment)
+        return _frame(self.dtype.name, self.shape, self.alignment, position % self.alignment)
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """An item without its payload and the two places of its CRC."""
+class TensorFraming:
+    """The frames of all tensors of one dtype and shape (`types.Framing`).
 
-    head: bytes
-    before: bytes
-    between: bytes
-    after: bytes
+    Raises:
+        ValueError: as `TensorItem`.
+    """
 
-    @property
-    def tail_length(self) -> int:
-        return len(self.before) + len(self.between) + len(self.after) + 8
+    def __init__(self, dtype: DType, shape: tuple[int, ...]) -> None:
+        self._item, self._paged = TensorItem(dtype, shape), TensorItem(dtype, shape, PAGE)
+        self._known: list[Frame | None] = [None] * ALIGNMENT
+
+    def __call__(self, position: int, paged: bool) -> Frame:
+        """The frame of an item that starts at `position` of its file."""
+        if paged:
+            return self._paged.frame(position)
+        residue = position % ALIGNMENT
+        known = self._known[residue]
+        if known is None:
+            known = self._known[residue] = self._item.frame(position)
+        return known
 
 
 @lru_cache(maxsize=4096)
-def _parts(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> _Parts:
+def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> Frame:
     """An item of that tensor, for positions that leave this residue by the alignment."""
     records, entries, count = _small_records(dtype, shape)
     nbytes = prod(shape) * DType.named(dtype).itemsize
@@ -144,7 +152,7 @@ def _parts(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> 
     entry = _central(name, nbytes, 0, len(records), _DESCRIBED)
     directory = len(head) + nbytes + 8 + len(sizes)
     crc_at = 16  # of the entry
-    return _Parts(
+    return Frame(
         head,
         b"PK\x07\x08",
         sizes + entries + entry[:crc_at],

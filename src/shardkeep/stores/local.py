@@ -7,27 +7,17 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
-from types import TracebackType
 
 from shardkeep.contracts import Buffer, Store
+from shardkeep.stores.files import Direct, LocalSink, LocalTarget
 from shardkeep.stores.names import checked, checked_range
+from shardkeep.stores.naming import naming
 
 __all__ = ["LocalStore"]
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Errors of calls that take a descriptor do not know the file: say which one it was."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = path
-        raise
 
 
 class _Open:
@@ -52,15 +42,19 @@ class _Open:
 class LocalStore(Store):
     """Files below `path`, which need not exist yet. Reading uses at most `open_files` descriptors.
 
+    Files of known size are written past the page cache where that works, unless `direct` is False.
     Closing it (or leaving its `with` block) closes those; it can be used again afterwards.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, open_files: int = 64) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, open_files: int = 64, direct: bool = True
+    ) -> None:
         self._root = os.fspath(path) or "."
         self._limit = max(1, open_files)
         self._lock = Lock()
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._unsynced: set[str] = set()
+        self._direct = Direct(direct)
 
     @property
     def url(self) -> str:
@@ -95,7 +89,7 @@ class LocalStore(Store):
     def read(self, name: str, offset: int, length: int) -> bytes:
         checked_range(offset, length)
         path = self.path_of(name)
-        with _naming(path):
+        with naming(path):
             file = self._file(path)
             # Clamped first: a length out of a hostile checkpoint must not allocate memory.
             left = max(0, min(length, os.fstat(file.fd).st_size - offset))
@@ -111,20 +105,26 @@ class LocalStore(Store):
         view = buffer.cast("B")
         checked_range(offset, len(view))
         done = 0
-        with _naming(path):
+        with naming(path):
             file = self._file(path)
             while done < len(view) and (n := os.preadv(file.fd, [view[done:]], offset + done)):
                 done += n
         return done
 
     def create(self, name: str) -> LocalSink:
+        return LocalSink(self._new(name))
+
+    def reserve(self, name: str, nbytes: int) -> LocalTarget:
+        return LocalTarget(self._new(name), nbytes, self._direct)
+
+    def _new(self, name: str) -> str:
+        """The path of a file that is about to be made: its folder will have to be synced."""
         path = self.path_of(name)
         folder = os.path.dirname(path)  # noqa: PTH120
         self._make(folder)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with self._lock:
             self._unsynced.add(folder)
-        return LocalSink(path, fd)
+        return path
 
     def publish(self, name: str, data: Buffer) -> None:
         path = self.path_of(name)
@@ -195,50 +195,9 @@ class LocalStore(Store):
             self._unsynced.add(above)
 
 
-class LocalSink:
-    """A new file being written; see `contracts.Sink`."""
-
-    def __init__(self, path: str, fd: int) -> None:
-        self._path, self._fd = path, fd
-
-    def write(self, data: Buffer) -> None:
-        view = memoryview(data).cast("B")
-        with _naming(self._path):
-            while view:
-                view = view[os.write(self._fd, view) :]
-
-    def __enter__(self) -> LocalSink:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                with _naming(self._path):
-                    os.fsync(self._fd)
-                    fd, self._fd = self._fd, -1
-                    os.close(fd)
-        except BaseException:
-            self._discard()
-            raise
-        if kind is not None:
-            self._discard()
-
-    def _discard(self) -> None:
-        fd, self._fd = self._fd, -1
-        with suppress(OSError):
-            if fd >= 0:
-                os.close(fd)
-        Path(self._path).unlink(missing_ok=True)
-
-
 def _sync_folder(folder: str) -> None:
     folder = folder or "."
-    with _naming(folder):
+    with naming(folder):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)

@@ -7,10 +7,6 @@ what it has asked for.
 
 from __future__ import annotations
 
-import atexit
-import logging
-import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, NoReturn, TypeVar
@@ -21,15 +17,14 @@ import torch.distributed.checkpoint.filesystem as stock
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from shardkeep.background import Job, line_of
 from shardkeep.dcp.handed import theirs
-from shardkeep.ranks.heart import Timing
 from shardkeep.tensors.copies import Allocate, copy_state
 
-__all__ = ["finish_saves", "put_off", "stage", "stager_of"]
+__all__ = ["copied_here", "finish_saves", "nothing_put_off", "put_off", "stage", "stager_of"]
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
 _TORCHS = [BlockingAsyncStager.stage, stock.FileSystemWriter.stage]
 """What torch does by default in some release: Shardkeep's own copy promises more."""
 
@@ -79,6 +74,16 @@ def stage(state: dict[str, Any], stager: Any, allocate: Allocate | None = None) 
     return staged
 
 
+def copied_here(stager: Any) -> bool:
+    """Whether Shardkeep copies the state, and keeps no memory for a stager."""
+    return stager is None or (_is_torchs(stager) and not _keeps_memory(stager))
+
+
+def nothing_put_off() -> bool:
+    """Whether all saves that were put off are done."""
+    return not _line.waiting()
+
+
 def _is_torchs(stager: Any) -> bool:
     return "stage" not in vars(stager) and type(stager).stage in _TORCHS
 
@@ -116,73 +121,7 @@ _uses: WeakKeyDictionary[Any, Future[Any]] = WeakKeyDictionary()
 """By a stager that keeps memory, the last save of what it staged."""
 
 
-class _Job:
-    """Work for later.
-
-    Args:
-        work: raises what the future will raise.
-        owed: False for what only tells other ranks of a failure that is known here: a program that
-            ends does not wait long for it.
-    """
-
-    def __init__(self, work: Callable[[], Any], owed: bool) -> None:
-        self.work: Callable[[], Any] | None = work
-        self.owed = owed
-        self.future: Future[Any] = Future()
-        self.future.set_running_or_notify_cancel()
-
-    def run(self) -> None:
-        work, self.work = self.work, None
-        assert work is not None
-        try:
-            result = work()
-        except BaseException as error:
-            if self.owed:  # Nobody may ever ask the future.
-                last = (str(error).strip() or repr(error)).splitlines()[-1]
-                _log.warning("An asynchronous save failed: %s", last)
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
-
-
-class _Line:
-    """Jobs, done one after another by a thread that is there while there are any."""
-
-    def __init__(self) -> None:
-        self._jobs: deque[_Job] = deque()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def put(self, job: _Job) -> None:
-        with self._lock:
-            self._jobs.append(job)
-            if self._thread is None:
-                # Not one that the interpreter waits for: it would do so too late (`_last`).
-                self._thread = threading.Thread(
-                    target=self._run, name="shardkeep-save", daemon=True
-                )
-                self._thread.start()
-
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            job.run()
-
-    def _next(self) -> _Job | None:
-        with self._lock:
-            # A job leaves the line when it is done: it is waited for until then.
-            while self._jobs and self._jobs[0].future.done():
-                self._jobs.popleft()
-            if self._jobs:
-                return self._jobs[0]
-            self._thread = None
-            return None
-
-    def waiting(self) -> list[_Job]:
-        with self._lock:
-            return [] if self._thread is threading.current_thread() else list(self._jobs)
-
-
-_line = _Line()
+_line = line_of()
 
 
 def put_off(
@@ -206,9 +145,9 @@ def put_off(
     except BaseException as error:
         why = RuntimeError(f"the state was not staged: {type(error).__name__}: {error}")
         why.__cause__ = error
-        _line.put(_Job(lambda: save(_Unstaged(why)), owed=False))
+        _line.put(Job(lambda: save(_Unstaged(why)), owed=False))
         raise
-    job = _Job(lambda: save(_had(staged)), owed=True)
+    job = Job(lambda: save(_had(staged)), owed=True)
     if _keeps_memory(stager):
         _uses[stager] = job.future
     _line.put(job)
@@ -237,17 +176,4 @@ def _told(staged: Future[Any]) -> Future[None]:
 
 def finish_saves() -> None:
     """Wait until all that was put off is done, well or not."""
-    wait([job.future for job in _line.waiting()])
-
-
-def _last() -> None:
-    """The program has come to its end, and threads can still be started."""
-    while jobs := _line.waiting():
-        if not any(job.owed for job in jobs):
-            wait([job.future for job in jobs], Timing.from_knobs().patience)
-            return
-        wait([jobs[0].future])
-
-
-# Before thread pools refuse to work, where Python has a place for it.
-getattr(threading, "_register_atexit", atexit.register)(_last)
+    _line.finish()

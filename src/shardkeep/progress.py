@@ -1,14 +1,14 @@
-"""A progress bar on standard error, where that is a terminal."""
+"""A progress bar on standard error, where that is a terminal: always asked for, never by itself."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from shardkeep.contracts import Progress
 
-__all__ = ["bar"]
+__all__ = ["bar", "shown"]
 
 
 def _silent(phase: str, done: int, total: int) -> None:
@@ -36,3 +36,12 @@ def bar(*, show: bool = True) -> Iterator[Progress]:
             bars.update(task, description=phase, completed=done, total=total)
 
         yield show_done
+
+
+def shown(
+    progress: Progress | bool | None, *, rank: int
+) -> AbstractContextManager[Progress | None]:
+    """What a caller of `save` or `load` asks for: True is a bar, on the first rank alone."""
+    if isinstance(progress, bool):
+        return bar(show=progress and rank == 0)
+    return nullcontext(progress)

@@ -1,0 +1,140 @@
+"""Saves that go on in the background, out of memory that is kept between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from os import PathLike
+from typing import Any, TypeVar
+
+from shardkeep.background import Job, line_of, simulated
+from shardkeep.contracts import Progress, Ranks, Store
+from shardkeep.io.arena import Arena
+from shardkeep.ranks import take_part
+from shardkeep.saving import Options, SaveReport, life
+from shardkeep.stores import store_at
+
+__all__ = ["SaveHandle", "async_save", "in_background", "release_memory"]
+
+T = TypeVar("T")
+
+
+def async_save(
+    state: Mapping[Any, Any],
+    path: str | PathLike[str] | Store,
+    *,
+    overwrite: bool = False,
+    flatten: bool = True,
+    files: int | None = None,
+    spread: bool = True,
+    same_objects: bool = True,
+    host_budget: int | None = None,
+    gentle: bool = False,
+    ranks: Sequence[int] | Ranks | None = None,
+    progress: Progress | bool | None = None,
+) -> SaveHandle:
+    """Save a state as it is now, while the caller goes on; otherwise as `save`.
+
+    It returns when what this rank writes has been copied; what changes after that does not change
+    what is saved. The copy lies in memory that is kept for the next save; `release_memory` gives it
+    back. Saves of one process are made one after another: a call waits for the one before.
+
+    Args:
+        host_budget: bytes of memory that the copy may take. With less than a rank's part of the
+            state, the call returns later: when the last bytes have been taken. By default the
+            whole part is copied, whatever its size.
+        gentle: write at the lowest priority, so that training hardly notices.
+        state, path, overwrite, flatten, files, spread, same_objects, ranks, progress: as of `save`.
+
+    Raises: what `save` raises before anything is written. What fails later, `SaveHandle.result`
+        raises.
+    """
+    options = Options(
+        overwrite, flatten, files, spread, same_objects, None, host_budget, progress, gentle
+    )
+    given, job, store = [state], take_part(ranks), store_at(path)
+    staged, future = in_background(
+        lambda arena, staged: life(given, store, job, options, arena, staged), simulated(ranks)
+    )
+    if not staged.done():
+        future.result()
+    return SaveHandle(future)
+
+
+def in_background(
+    save: Callable[[Arena, Future[None]], T], rank: int | None = None
+) -> tuple[Future[None], Future[T]]:
+    """Begin a save on a thread of its own, as soon as the one before is done.
+
+    Args:
+        save: given the memory to stage in, and what to set as soon as that is done.
+        rank: which one it is of those that are simulated in this process.
+
+    Returns:
+        When the state is staged: what was to be set (if it was), and what the save returns or
+        raises. Neither can be cancelled: other ranks would wait for this one.
+    """
+    line = line_of(rank)
+    line.finish()  # Its memory is used again.
+    arena = _arenas.setdefault(rank, Arena())
+    staged: Future[None] = Future()
+    work = Job(lambda: _in_a_thread(lambda: save(arena, staged)), owed=True)
+    line.put(work)
+    wait([staged, work.future], return_when=FIRST_COMPLETED)
+    return staged, work.future
+
+
+class SaveHandle:
+    """A save that goes on in the background."""
+
+    def __init__(self, future: Future[SaveReport]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Wait until the checkpoint is durable.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            TimeoutError: it is not durable yet; the save goes on.
+            ShardkeepError, OSError: why it failed; nothing was committed.
+        """
+        try:
+            return self._future.result(timeout)
+        except TimeoutError:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"the save is not durable after {timeout} s; it goes on") from None
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
+
+
+_arenas: dict[int | None, Arena] = {}
+"""What async saves are staged in: one for this process, and for each rank simulated in it."""
+
+
+def release_memory() -> None:
+    """Give back the memory that async saves keep, when those under way are done."""
+    for rank, arena in list(_arenas.items()):
+        line_of(rank).finish()
+        arena.release()
+
+
+def _in_a_thread(work: Callable[[], T]) -> T:
+    """Do it in a thread of its own, whose priority may be changed for good."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="shardkeep-save", daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()

@@ -1,0 +1,125 @@
+"""Saves behind the caller's back: one after another, in the order in which they were asked for.
+
+All ranks ask in the same order, so they meet in the same sessions, and two saves to one path never
+meet each other. The thread ends when there is nothing left to do. A program that ends waits for
+what it has asked for.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+from shardkeep.contracts import Ranks
+from shardkeep.ranks.heart import Timing
+
+__all__ = ["Job", "Line", "line_of", "simulated"]
+
+_log = logging.getLogger(__name__)
+
+
+class Job:
+    """Work for later.
+
+    Args:
+        work: raises what the future will raise.
+        owed: False for what only tells other ranks of a failure that is known here: a program that
+            ends does not wait long for it.
+    """
+
+    def __init__(self, work: Callable[[], Any], owed: bool) -> None:
+        self.work: Callable[[], Any] | None = work
+        self.owed = owed
+        self.future: Future[Any] = Future()
+        self.future.set_running_or_notify_cancel()
+
+    def run(self) -> None:
+        work, self.work = self.work, None
+        assert work is not None
+        try:
+            result = work()
+        except BaseException as error:
+            if self.owed:  # Nobody may ever ask the future.
+                last = (str(error).strip() or repr(error)).splitlines()[-1]
+                _log.warning("An asynchronous save failed: %s", last)
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+class Line:
+    """Jobs, done one after another by a thread that is there while there are any."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def put(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.append(job)
+            if self._thread is None:
+                # Not one that the interpreter waits for: it would do so too late (`_last`).
+                self._thread = threading.Thread(
+                    target=self._run, name="shardkeep-save", daemon=True
+                )
+                self._thread.start()
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            job.run()
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            # A job leaves the line when it is done: it is waited for until then.
+            while self._jobs and self._jobs[0].future.done():
+                self._jobs.popleft()
+            if self._jobs:
+                return self._jobs[0]
+            self._thread = None
+            return None
+
+    def waiting(self) -> list[Job]:
+        with self._lock:
+            return [] if self._thread is threading.current_thread() else list(self._jobs)
+
+    def finish(self) -> None:
+        """Wait until all that is in the line now is done, well or not."""
+        wait([job.future for job in self.waiting()])
+
+
+_lines: dict[int | None, Line] = {}
+_lock = threading.Lock()
+
+
+def line_of(rank: int | None = None) -> Line:
+    """The line of this process, or that of one of the ranks that are simulated in it.
+
+    These must not wait in turn for one another.
+    """
+    with _lock:
+        return _lines.setdefault(rank, Line())
+
+
+def simulated(ranks: object) -> int | None:
+    """Which of several ranks in one process makes a call with `ranks`; None where it has one."""
+    return ranks.rank if isinstance(ranks, Ranks) else None
+
+
+def _last() -> None:
+    """The program has come to its end, and threads can still be started."""
+    for line in list(_lines.values()):
+        while jobs := line.waiting():
+            if not any(job.owed for job in jobs):
+                wait([job.future for job in jobs], Timing.from_knobs().patience)
+                break
+            wait([jobs[0].future])
+
+
+# Before thread pools refuse to work, where Python has a place for it.
+getattr(threading, "_register_atexit", atexit.register)(_last)

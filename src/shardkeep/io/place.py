@@ -1,0 +1,273 @@
+"""Images into files: several threads, each with a buffer of its own; one pass over the data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep import knobs
+from shardkeep.contracts import Placing, Progress, Sink, Store, Target
+from shardkeep.io.arena import aligned
+from shardkeep.io.image import Image
+from shardkeep.io.pool import Meter, parallel
+from shardkeep.knobs import PAGE
+from shardkeep.plan.layout import smallest_window
+
+__all__ = [
+    "Staged",
+    "Writers",
+    "copiers",
+    "placed",
+    "room",
+    "stage",
+    "write_images",
+    "write_staged",
+    "writers",
+]
+
+_SLICE = 16 << 20
+"""Bytes of one write out of staged memory: a busy interpreter delays a thread once for each."""
+
+
+class Writers(NamedTuple):
+    """How files are written: by so many threads, in windows of at most so many bytes."""
+
+    threads: int
+    window: int
+
+
+def writers(ranks_here: int, budget: int) -> Writers:
+    """What is fastest for so many ranks of one machine, within a budget of bytes for each.
+
+    As measured on 2 cores: 3 threads with 2 MiB in one process, 1 with 4 MiB in each of 4.
+    """
+    threads = knobs.write_threads() or _clamp(round(1.5 * _cores() / ranks_here), 1, 4)
+    threads = _clamp(budget // smallest_window, 1, threads)
+    window = (2 << 20) if threads > 1 else (4 << 20)
+    return Writers(threads, _clamp(budget // threads // PAGE * PAGE, smallest_window, window))
+
+
+def copiers(ranks_here: int) -> int:
+    """Threads that fill the memory's bandwidth, together with those of the other ranks here."""
+    return _clamp(_cores() // ranks_here, 1, 8)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return max(low, min(value, high))
+
+
+@contextlib.contextmanager
+def placed(store: Store, images: Sequence[Image]) -> Iterator[list[Target]]:
+    """New files for the images, with their space reserved; durable when the block is left.
+
+    `store.sync()`, for the names of the files, is the caller's. After an error none is left.
+
+    Raises:
+        OSError: from the store, naming the file.
+    """
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(_target(store, image)) for image in images]
+
+
+def _target(store: Store, image: Image) -> Target:
+    if isinstance(store, Placing):
+        return store.reserve(image.name, image.layout.nbytes)
+    return _InOrder(store.create(image.name), image.layout.nbytes)
+
+
+class _InOrder(Target):
+    """A file of a store that writes front to back only."""
+
+    def __init__(self, sink: Sink, nbytes: int) -> None:
+        self._sink, self._left = sink, nbytes
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        data = data[: self._left]
+        self._left -= len(data)
+        self._sink.write(data)
+
+    def __enter__(self) -> _InOrder:
+        self._sink.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._sink.__exit__(kind, error, trace)
+
+
+class _Job(NamedTuple):
+    """Parts of one file that one thread has to write, in this order."""
+
+    target: Target
+    image: Image
+    parts: range
+
+
+def _jobs(targets: Sequence[Target], images: Sequence[Image], parts: Sequence[int]) -> list[_Job]:
+    """A job for each part of a file; one for all of them where it is written in order."""
+    jobs = []
+    for target, image, count in zip(targets, images, parts, strict=True):
+        step = max(1, count) if isinstance(target, _InOrder) else 1
+        jobs += [
+            _Job(target, image, range(at, min(at + step, count))) for at in range(0, count, step)
+        ]
+    return jobs
+
+
+def write_images(
+    targets: Sequence[Target],
+    images: Sequence[Image],
+    *,
+    threads: int,
+    progress: Progress | None = None,
+    made: Callable[[], None] | None = None,
+) -> None:
+    """Make all windows of the images and write each at once.
+
+    Args:
+        targets: as `placed` gives them.
+        images: what goes into them.
+        threads: how many make and write windows, each in a buffer of its own.
+        progress: told how many bytes of the files are written.
+        made: called when the payloads are not looked at any more.
+
+    Raises:
+        OSError: from the store. Other threads stop.
+    """
+    total = sum(image.layout.nbytes for image in images)
+    meter, left = Meter(progress, "write", total), _Left(images, made)
+    biggest = max((int(np.diff(image.layout.cuts).max(initial=0)) for image in images), default=0)
+
+    def worker(mine: Iterator[_Job]) -> None:
+        space = aligned(_up(biggest))
+        for target, image, parts in mine:
+            for number in parts:
+                low, high = image.span(number)
+                image.make(number, space)
+                left.one_less()
+                target.write_at(low, space.data[: _up(high - low)])
+                meter.add(high - low)
+
+    jobs = _jobs(targets, images, [image.windows for image in images])
+    _failing_together(images, jobs, worker, threads)
+
+
+class _Left:
+    """Counts the windows that are still to be made."""
+
+    def __init__(self, images: Sequence[Image], then: Callable[[], None] | None) -> None:
+        self._count, self._then = sum(image.windows for image in images), then
+        self._lock = Lock()
+        if not self._count:
+            self._count = 1
+            self.one_less()
+
+    def one_less(self) -> None:
+        with self._lock:
+            self._count -= 1
+            last = not self._count
+        if last and self._then is not None:
+            self._then()
+
+
+def _failing_together(
+    images: Sequence[Image],
+    jobs: Sequence[Any],
+    worker: Callable[[Iterator[Any]], None],
+    threads: int,
+) -> None:
+    """`parallel`, but no thread waits for a window that another one will never make."""
+
+    def telling(mine: Iterator[Any]) -> None:
+        try:
+            worker(mine)
+        except BaseException as error:
+            for image in images:
+                image.fail(error)
+            raise
+
+    parallel(jobs, telling, threads)
+
+
+def room(images: Sequence[Image]) -> int:
+    """Bytes of memory that it takes to stage the images."""
+    return sum(_up(image.layout.nbytes) for image in images)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Staged:
+    """An image that is in memory as a whole: nothing else is needed to write it."""
+
+    image: Image
+    memory: NDArray[np.uint8]
+    """A multiple of `PAGE` bytes, at a multiple of `PAGE`."""
+
+
+def stage(images: Sequence[Image], memory: NDArray[np.uint8], *, threads: int) -> list[Staged]:
+    """Make all windows of the images in memory.
+
+    Args:
+        images: what to stage.
+        memory: page-aligned, at least `room(images)` bytes.
+        threads: how many copy.
+    """
+    staged, begin = [], 0
+    for image in images:
+        end = begin + _up(image.layout.nbytes)
+        staged.append(Staged(image, memory[begin:end]))
+        begin = end
+
+    def worker(mine: Iterator[tuple[Staged, int]]) -> None:
+        for one, number in mine:
+            low, high = one.image.span(number)
+            one.image.make(number, one.memory[low : _up(high)])
+
+    jobs = [(one, number) for one in staged for number in range(one.image.windows)]
+    _failing_together(images, jobs, worker, threads)
+    for image in images:
+        image.forget()
+    return staged
+
+
+def write_staged(
+    targets: Sequence[Target],
+    staged: Sequence[Staged],
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
+    """Write what is staged, straight from its memory; as `write_images` otherwise."""
+    memory = {id(one.image): one.memory for one in staged}
+    images = [one.image for one in staged]
+    meter = Meter(progress, "write", sum(image.layout.nbytes for image in images))
+
+    def worker(mine: Iterator[_Job]) -> None:
+        for target, image, parts in mine:
+            for number in parts:
+                low = number * _SLICE
+                part = memory[id(image)][low : low + _SLICE]
+                target.write_at(low, part.data)
+                meter.add(min(part.nbytes, image.layout.nbytes - low))
+
+    slices = [-(-one.memory.nbytes // _SLICE) for one in staged]
+    parallel(_jobs(targets, images, slices), worker, threads)
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE

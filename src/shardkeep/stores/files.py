@@ -1,0 +1,164 @@
+"""New local files: written front to back, or at any place and past the page cache."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from shardkeep.contracts import Buffer
+from shardkeep.knobs import PAGE
+from shardkeep.stores.naming import naming
+
+__all__ = ["Direct", "LocalSink", "LocalTarget"]
+
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+class Direct:
+    """Whether a store's files take direct I/O: found out by trying, once."""
+
+    def __init__(self, wanted: bool = True) -> None:
+        self.works = wanted and hasattr(os, "O_DIRECT")
+
+    def ask(self, fd: int) -> None:
+        """Set direct I/O for a file that is open, if it works here."""
+        if not self.works:
+            return
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            self.works = False
+
+    def refuse(self, fd: int) -> bool:
+        """After a call was refused: go on without, if it was direct until now."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if not flags & getattr(os, "O_DIRECT", 0):
+            return False
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self.works = False
+        return True
+
+
+class _NewFile:
+    """A file that is being written: durable when its block is left in peace, else gone.
+
+    Args:
+        path: of the file; it must not exist.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def _end(self) -> None:
+        """What is to be done before it is synced."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                with naming(self._path):
+                    self._end()
+                    os.fsync(self._fd)
+                    fd, self._fd = self._fd, -1
+                    os.close(fd)
+        except BaseException:
+            self._discard()
+            raise
+        if kind is not None:
+            self._discard()
+
+    def _discard(self) -> None:
+        fd, self._fd = self._fd, -1
+        with suppress(OSError):
+            if fd >= 0:
+                os.close(fd)
+        Path(self._path).unlink(missing_ok=True)
+
+
+class LocalSink(_NewFile):
+    """See `contracts.Sink`."""
+
+    def write(self, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        with naming(self._path):
+            while view:
+                view = view[os.write(self._fd, view) :]
+
+    def __enter__(self) -> LocalSink:
+        return self
+
+
+class LocalTarget(_NewFile):
+    """See `contracts.Target`. Its space is reserved when it is made.
+
+    Args:
+        path: of the file; it must not exist.
+        nbytes: its size.
+        direct: what is known of the file system.
+
+    Raises:
+        FileExistsError, OSError: ENOSPC, if there is no room for it; nothing is left then.
+    """
+
+    def __init__(self, path: str, nbytes: int, direct: Direct) -> None:
+        super().__init__(path)
+        self._nbytes, self._direct = nbytes, direct
+        try:
+            with naming(path):
+                # Without its space at hand, each direct write would wait for the file to grow.
+                _allocate(self._fd, -(-nbytes // PAGE) * PAGE)
+                # Only now: an open that asks for it may fail and leave the file behind.
+                direct.ask(self._fd)
+        except BaseException:
+            self._discard()
+            raise
+
+    def __enter__(self) -> LocalTarget:
+        return self
+
+    def _end(self) -> None:
+        os.ftruncate(self._fd, self._nbytes)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        with naming(self._path):
+            while data:
+                try:
+                    done = os.pwrite(self._fd, data, offset)
+                except OSError as error:
+                    if error.errno == errno.EINVAL and self._direct.refuse(self._fd):
+                        continue
+                    raise
+                if done < len(data) and done % PAGE:
+                    self._direct.refuse(self._fd)  # What is left is not aligned any more.
+                data, offset = data[done:], offset + done
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    """Set space aside; where the file system can't, it does nothing.
+
+    `os.posix_fallocate` would write a byte into each block there: over a network that takes ages.
+    """
+    call = getattr(_libc, "fallocate64", None)
+    if call is None or not nbytes:
+        return
+    while call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        number = ctypes.get_errno()
+        if number in _REFUSED:
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

@@ -1,0 +1,59 @@
+"""Copies from accelerators. On CUDA through pinned memory and side streams (not run so far)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shardkeep.knobs import PAGE
+
+__all__ = ["copy_out", "finish_work", "pinned"]
+
+
+def finish_work(devices: Iterable[torch.device]) -> None:
+    """Wait for what the calling thread has given these devices to do on its current streams.
+
+    The threads that copy have streams of their own, and would not wait for it.
+    """
+    for device in devices:
+        if device.type in ("cpu", "meta"):
+            continue
+        module: Any = getattr(torch, device.type, None)
+        if hasattr(module, "current_stream"):
+            module.current_stream(device).synchronize()
+        elif hasattr(module, "synchronize"):
+            module.synchronize(device)
+
+
+def copy_out(into: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy a tensor of any device into memory of the CPU; it is there on return.
+
+    On CUDA it goes by a side stream: what others are given to do meanwhile does not delay it.
+    """
+    if tensor.device.type != "cuda":
+        into.copy_(tensor)
+        return
+    stream = _side_stream(tensor.device)
+    with torch.cuda.stream(stream):
+        into.copy_(tensor, non_blocking=True)
+    stream.synchronize()
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    stream: Any = torch.cuda.Stream
+    return stream(device)
+
+
+def pinned(nbytes: int) -> NDArray[np.uint8]:
+    """New memory at a page, locked in its place, so that CUDA copies into it at full speed."""
+    block: NDArray[np.uint8] = torch.empty(
+        nbytes + PAGE, dtype=torch.uint8, pin_memory=True
+    ).numpy()
+    start = -block.ctypes.data % PAGE
+    return block[start : start + nbytes]

@@ -1,0 +1,192 @@
+"""A file made in windows is the file that one would write front to back."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkeep.format.container_write import TensorFraming
+from shardkeep.io.arena import aligned
+from shardkeep.io.image import images_of, written_in
+from shardkeep.io.place import placed, room, stage, write_images, write_staged
+from shardkeep.knobs import BLOCK, PAGE
+from shardkeep.stores import LocalStore, MemoryStore
+from shardkeep.types import DType
+
+U8 = DType.named("uint8")
+
+
+class Bytes:
+    """Payloads of random bytes; what is asked for is counted."""
+
+    def __init__(self, sizes, seed=0):
+        rng = np.random.default_rng(seed)
+        self.data = [rng.bytes(n) for n in sizes]
+        self.copied = np.zeros(len(sizes), dtype=np.int64)
+        self.lock = threading.Lock()
+
+    def copy(self, row, start, nbytes, address):
+        part = self.data[row][start : start + nbytes]
+        assert len(part) == nbytes
+        ctypes.memmove(address, part, nbytes)
+        with self.lock:
+            self.copied[row] += nbytes
+
+
+def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None):
+    payloads = payloads or Bytes(sizes)
+    framings = [None if row in bare else TensorFraming(U8, (n,)) for row, n in enumerate(sizes)]
+    crcs = {row: zlib.crc32(payloads.data[row]) for row in bare}
+    names = [f"f{number}" for number in range(files)]
+    return payloads, images_of(names, np.array(sizes, np.int64), framings, payloads, crcs, window)
+
+
+def check(store, images, payloads, bare):
+    """Every item is where the columns say, bit for bit, with the digests that they hold."""
+    written = written_in(images)
+    ends = dict.fromkeys(written.files, 0)
+    for row, data in enumerate(payloads.data):
+        name = written.files[written.file[row]]
+        start, length = int(written.item[row]), int(written.length[row])
+        at, crc = int(written.payload[row]), zlib.crc32(data)
+        item = store.read(name, start, length)
+        blocks = [zlib.crc32(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)]
+        mine = written.digests[written.block[row] : written.block[row + 1]].tolist()
+        if row in bare:
+            assert item == data and mine == []
+        else:
+            frame = TensorFraming(U8, (len(data),))(start, at % PAGE == 0)
+            if len(frame.head) != at - start:
+                frame = TensorFraming(U8, (len(data),))(start, False)
+            assert item == frame.head + data + frame.tail(crc)
+            assert mine == blocks
+        assert written.crc[row] == crc
+        ends[name] += length
+    assert {name: store.size(name) for name in written.files} == ends
+
+
+sizes = st.lists(
+    st.one_of(
+        st.integers(0, 300),
+        st.sampled_from([BLOCK - 1, BLOCK, 3 * BLOCK + 5, 8 * BLOCK, 11 * BLOCK + 1]),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.sets(st.integers(0, 11)), st.integers(1, 3), st.integers(1, 4), st.data())
+def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, files, threads, d):
+    bare = {row for row in bare if row < len(nbytes)}
+    payloads, images = made(nbytes, bare, files)
+    way = d.draw(st.sampled_from(["direct", "buffered", "in order", "staged", "staged in order"]))
+    store = MemoryStore()
+    if "order" not in way:
+        store = LocalStore(tmp_path_factory.mktemp("image"), direct=way != "buffered")
+    with placed(store, images) as targets:
+        if way.startswith("staged"):
+            staged = stage(images, aligned(room(images)), threads=threads)
+            payloads.copy = None  # what is staged does not look at its source again
+            write_staged(targets, staged, threads=threads)
+        else:
+            write_images(targets, images, threads=threads)
+    check(store, images, payloads, bare)
+    assert payloads.copied.tolist() == nbytes  # each byte is looked at once
+
+
+def test_memory_is_not_looked_at_after_it_was_taken():
+    payloads, images = made([3 * BLOCK, 100, 9 * BLOCK])
+    calls = []
+    with placed(MemoryStore(), images) as targets:
+        write_images(targets, images, threads=2, made=lambda: calls.append(sum(payloads.copied)))
+    assert calls == [12 * BLOCK + 100]
+
+
+def test_nothing_to_write_is_taken_at_once():
+    calls = []
+    write_images([], [], threads=2, made=lambda: calls.append(1))
+    assert calls == [1]
+
+
+def test_progress_counts_every_byte_of_the_files(tmp_path):
+    for in_memory in (False, True):
+        _, images = made([5 * BLOCK, 10, 700])
+        seen = []
+        with placed(LocalStore(tmp_path / str(in_memory)), images) as targets:
+
+            def say(*told, seen=seen):
+                seen.append(told)
+
+            if in_memory:
+                staged = stage(images, aligned(room(images)), threads=1)
+                write_staged(targets, staged, threads=1, progress=say)
+            else:
+                write_images(targets, images, threads=1, progress=say)
+        total = images[0].layout.nbytes
+        assert seen[-1] == ("write", total, total)
+        assert [done for _, done, _ in seen] == sorted({done for _, done, _ in seen})
+
+
+class Broken(Bytes):
+    def copy(self, row, start, nbytes, address):
+        if start == BLOCK * 4:
+            time.sleep(0.05)  # the window with the tail waits for this one by now
+            raise OSError(5, "it broke")
+        super().copy(row, start, nbytes, address)
+
+
+def test_a_window_that_fails_keeps_no_other_waiting(tmp_path):
+    sizes = [16 * BLOCK]
+    _, images = made(sizes, payloads=Broken(sizes))
+    store = LocalStore(tmp_path)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="it broke"), placed(store, images) as targets:
+        write_images(targets, images, threads=4)
+    assert list(store.names()) == []
+    assert threading.active_count() == before
+
+
+def test_system_calls_are_few(tmp_path, monkeypatch):
+    """One write for a window, aligned; one file is one reservation, one cut, one sync."""
+    import os
+
+    calls = []
+    real = {name: getattr(os, name) for name in ("pwrite", "write", "ftruncate", "fsync")}
+
+    def counted(name):
+        def call(fd, *rest):
+            calls.append((name, *rest))
+            return real[name](fd, *rest)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, counted(name))
+    sizes = [16 * BLOCK] * 3 + [64] * 5000
+    _, images = made(sizes, window=8 * BLOCK)
+    store = LocalStore(tmp_path, direct=True)
+    with placed(store, images) as targets:
+        write_images(targets, images, threads=2)
+    names = [call[0] for call in calls]
+    mib = images[0].layout.nbytes / (1 << 20)
+    assert names.count("pwrite") == images[0].windows <= mib / 1.5
+    assert names.count("ftruncate") == names.count("fsync") == 1
+    assert names.count("write") == 0
+    for _, data, offset in (call for call in calls if call[0] == "pwrite"):
+        assert offset % PAGE == len(data) % PAGE == 0
+        assert np.frombuffer(data, np.uint8).ctypes.data % PAGE == 0
+
+
+def test_files_are_even_in_all_bytes():
+    """Small payloads have more around them than in them."""
+    _, images = made([64] * 1000 + [500_000], files=2)
+    lengths = [image.layout.nbytes for image in images]
+    assert max(lengths) - min(lengths) < 40_000, lengths
+    assert all(len(image.rows) for image in images)

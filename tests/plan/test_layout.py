@@ -1,0 +1,92 @@
+"""Every byte of a file has one place, and files are cut only where windows can be made alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
+from shardkeep.plan.layout import lay_out, smallest_window
+from shardkeep.types import Frame
+
+
+class Framing:
+    """Frames as a container's: the head ends where the payload may begin."""
+
+    def __init__(self, least, tail):
+        self.least, self.tail = least, bytes(tail)
+
+    def __call__(self, position, paged):
+        step = PAGE if paged else ALIGNMENT
+        return Frame(b"h" * (self.least + -(position + self.least) % step), b"", b"", self.tail)
+
+
+framings = st.one_of(st.none(), st.builds(Framing, st.integers(1, 3000), st.integers(1, 500)))
+sizes = st.one_of(
+    st.integers(0, 200),
+    st.integers(0, BLOCK),
+    st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 8 * BLOCK, 9 * BLOCK + 7, 40 * BLOCK]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(sizes, framings), max_size=60), st.sampled_from([4, 5, 8, 16]))
+def test_items_tile_the_file_and_windows_can_be_made_alone(items, blocks):
+    window = blocks * BLOCK
+    nbytes = np.array([n for n, _ in items], dtype=np.int64)
+    layout = lay_out(nbytes, [framing for _, framing in items], window)
+    position = 0
+    for row in layout.order.tolist():
+        size, framing = items[row]
+        frame = layout.frames[row]
+        assert layout.item[row] == position
+        head = 0 if frame is None else len(frame.head)
+        tail = 0 if frame is None else frame.tail_length
+        assert (frame is None) == (framing is None)
+        assert layout.payload[row] == position + head
+        assert layout.length[row] == head + size + tail
+        if framing is not None:
+            step = PAGE if size >= BLOCK else ALIGNMENT
+            assert layout.payload[row] % step == 0
+        position += head + size + tail
+    assert layout.nbytes == position
+    assert sorted(layout.order.tolist()) == list(range(len(items)))
+
+    cuts = layout.cuts.tolist()
+    assert cuts[0] == 0 and cuts[-1] == position
+    spans = np.diff(layout.cuts)
+    assert (spans > 0).all() and (spans <= window).all()
+    for cut in cuts[1:-1]:
+        assert cut % PAGE == 0
+        inside = [
+            row
+            for row in range(len(items))
+            if layout.payload[row] <= cut < layout.payload[row] + nbytes[row]
+        ]
+        (row,) = inside
+        if layout.frames[row] is not None:
+            assert (cut - layout.payload[row]) % BLOCK == 0
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+@settings(max_examples=30, deadline=None)
+def test_few_windows_however_small_the_items(size, count):
+    layout = lay_out(np.full(count, size), [Framing(400, 300)] * count, 8 * BLOCK)
+    assert len(layout.cuts) - 1 <= layout.nbytes / (2 * BLOCK) + 1
+    frames = layout.nbytes - size * count
+    # Padding to a page is rare, and that to ALIGNMENT small.
+    assert frames <= count * (700 + ALIGNMENT) + PAGE * (len(layout.cuts) + 1)
+
+
+def test_large_items_come_first_and_bare_ones_last():
+    nbytes = np.array([5, 3 * BLOCK, 7, 2 * BLOCK, 9])
+    bare, framed = None, Framing(10, 10)
+    layout = lay_out(nbytes, [framed, framed, bare, framed, framed], smallest_window)
+    assert layout.order.tolist() == [1, 3, 0, 4, 2]
+
+
+def test_a_window_too_small_to_cut_is_refused():
+    with pytest.raises(ValueError, match="a window of 4096 bytes is less than 1048576"):
+        lay_out(np.zeros(0, np.int64), [], 4096)

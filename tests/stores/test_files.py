@@ -1,0 +1,191 @@
+"""New files at any place: past the page cache where that works, whole or gone in any case."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardkeep.io.arena import aligned
+from shardkeep.knobs import PAGE
+from shardkeep.stores import LocalStore
+from shardkeep.stores import files as module
+
+TMPFS = Path("/dev/shm")
+
+
+def page(*values: int) -> np.ndarray:
+    made = aligned(PAGE * len(values))
+    for at, value in enumerate(values):
+        made[at * PAGE : (at + 1) * PAGE] = value
+    return made
+
+
+def is_direct(target: module.LocalTarget) -> bool:
+    return bool(fcntl.fcntl(target._fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def content(store: LocalStore, name: str) -> bytes:
+    return store.read(name, 0, 1 << 20)
+
+
+def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
+    store = LocalStore(tmp_path)
+    with store.reserve("a/x", 2 * PAGE + 10) as target:
+        target.write_at(2 * PAGE, page(3).data)
+        target.write_at(0, page(1, 2).data)
+    assert content(store, "a/x") == bytes([1]) * PAGE + bytes([2]) * PAGE + bytes([3]) * 10
+
+
+def test_a_file_that_exists_is_refused(tmp_path):
+    store = LocalStore(tmp_path)
+    with store.reserve("x", 0):
+        pass
+    assert store.size("x") == 0
+    with pytest.raises(FileExistsError) as caught:
+        store.reserve("x", 5)
+    assert caught.value.filename == str(tmp_path / "x")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
+    store = LocalStore(tmp_path)
+    free = os.statvfs(tmp_path)
+    with pytest.raises(OSError, match="No space left") as caught:
+        store.reserve("x", 2 * free.f_blocks * free.f_frsize)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "x")
+    assert list(store.names()) == []
+
+
+@pytest.mark.skipif(not TMPFS.is_dir(), reason="no tmpfs")
+def test_where_direct_writes_are_refused_it_is_buffered():
+    folder = TMPFS / f"shardkeep-{os.getpid()}"
+    store = LocalStore(folder)
+    try:
+        with store.reserve("x", PAGE) as target:
+            target.write_at(0, page(7).data)
+        assert content(store, "x") == bytes([7]) * PAGE
+    finally:
+        for name in store.names():
+            store.remove(name)
+        folder.rmdir()
+
+
+def test_a_refusal_at_the_flag_is_found_once_a_store(tmp_path, monkeypatch):
+    real, asked = fcntl.fcntl, []
+
+    def refuse(fd, command, *rest):
+        if command == fcntl.F_SETFL and rest[0] & os.O_DIRECT:
+            asked.append(fd)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, command, *rest)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    store = LocalStore(tmp_path)
+    for name in "xy":
+        with store.reserve(name, PAGE) as target:
+            target.write_at(0, page(4).data)
+        assert content(store, name) == bytes([4]) * PAGE
+    assert len(asked) == 1
+
+
+def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatch):
+    """Some FUSE file systems take the flag, and fail only then."""
+    real, refused = os.pwrite, []
+
+    def pwrite(fd, data, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    store = LocalStore(tmp_path)
+    for name in "xy":
+        with store.reserve(name, PAGE + 3) as target:
+            target.write_at(0, page(4, 5).data)
+        assert content(store, name) == bytes([4]) * PAGE + bytes([5]) * 3
+    assert refused == [0]
+
+
+def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
+    def refuse(fd, data, offset):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    store = LocalStore(tmp_path, direct=False)
+    with pytest.raises(OSError, match="Invalid argument") as caught:  # noqa: SIM117
+        with store.reserve("x", PAGE) as target:
+            target.write_at(0, page(4).data)
+    assert caught.value.filename == str(tmp_path / "x")
+    assert list(store.names()) == []
+
+
+def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:1000], at))
+    store = LocalStore(tmp_path, direct=False)
+    with store.reserve("x", 2 * PAGE) as target:
+        target.write_at(0, page(8, 9).data)
+    assert content(store, "x") == bytes([8]) * PAGE + bytes([9]) * PAGE
+
+
+def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeypatch):
+    real, seen = os.pwrite, []
+
+    def pwrite(fd, data, at):
+        direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+        seen.append(bool(direct))
+        if direct:  # as a file system may do when a signal or its own limits cut it short
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            done = real(fd, data[:700], at)
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+            return done
+        return real(fd, data, at)
+
+    store = LocalStore(tmp_path)
+    target = store.reserve("x", 2 * PAGE)
+    if not is_direct(target):
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with target:
+        target.write_at(0, page(8, 9).data)
+    assert content(store, "x") == bytes([8]) * PAGE + bytes([9]) * PAGE
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("call", ["pwrite", "ftruncate", "fsync", "close"])
+def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
+    store, real, failed = LocalStore(tmp_path), getattr(os, call), []
+
+    def once(fd, *rest):
+        if failed or Path(f"/proc/self/fd/{fd}").readlink().name != "x":
+            return real(fd, *rest)
+        failed.append(call)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, once)
+    with pytest.raises(OSError, match="Input/output error") as caught:  # noqa: SIM117
+        with store.reserve("x", PAGE) as target:
+            target.write_at(0, page(1).data)
+    assert caught.value.filename == str(tmp_path / "x")
+    assert failed == [call]
+    assert list(store.names()) == []
+
+
+def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
+    class Library:
+        @staticmethod
+        def fallocate64(*_):
+            module.ctypes.set_errno(errno.EOPNOTSUPP)
+            return -1
+
+    monkeypatch.setattr(module, "_libc", Library)
+    store = LocalStore(tmp_path)
+    with store.reserve("x", PAGE) as target:
+        target.write_at(0, page(6).data)
+    assert content(store, "x") == bytes([6]) * PAGE
