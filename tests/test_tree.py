@@ -377,3 +377,14 @@ def test_a_structure_knows_the_containers_around_its_paths(state: Any) -> None:
     containers, leaves = list(structure.containers), list(structure.leaves.values())
     assert [containers[row] for row in structure.parents[0]] == [p[:-1] for p in containers[1:]]
     assert [containers[row] for row in structure.parents[1]] == [p[:-1] for p in leaves]
+
+
+@given(STATES)
+def test_ranks_with_the_same_state_have_its_structure_together(state: Any) -> None:
+    one, other = try_flat(state), try_flat(state)
+    if one is not None and other is not None:
+        assert merge([one.structure, one.structure]) is one.structure
+        merged = merge([one.structure, other.structure])
+        assert merged == one.structure
+        assert list(merged.leaves) == list(one.structure.leaves)
+        assert list(merged.containers) == list(one.structure.containers)
