@@ -106,8 +106,8 @@ class _Writer:
         table = np.concatenate([tensors.shape, chunks.offsets, chunks.sizes])
         chunk_ndim = tensors.ndim[chunks.tensor]
         ndim = np.concatenate([tensors.ndim, chunk_ndim, chunk_ndim])
-        # Padding differs (1 or 0), though nothing of it is written.
-        table[np.arange(table.shape[1]) >= ndim[:, None]] = 0
+        if (ndim < table.shape[1]).any():  # Padding differs (1 or 0); nothing of it is written.
+            table[np.arange(table.shape[1]) >= ndim[:, None]] = 0
         number, first = distinct([ndim, *table.T])
         size = self.kind("Size")
         constants = [
