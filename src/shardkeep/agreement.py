@@ -19,6 +19,7 @@ from shardkeep.contracts import Session
 from shardkeep.errors import AlreadyExists, Conflict, ShardkeepError
 from shardkeep.format.claims import outline, pack_claim, unpack_claim
 from shardkeep.format.columns import pack, unpack
+from shardkeep.format.texts import from_json, to_json
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.plan.settle import Settlement, settle
 from shardkeep.types import I64, Chunks, Claim, Index, Objects
@@ -88,7 +89,7 @@ def own(
         refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})
         return _order(session.scatter([refusal] * session.size))
     orders = [
-        pack({"save_id": known["save_id"], "objects": objects}, {"pieces": pieces})
+        pack({"save_id": known["save_id"], "objects": to_json(objects)}, {"pieces": pieces})
         for pieces, objects in settlement.orders(session.size)
     ]
     return replace(_order(session.scatter(orders)), settlement=settlement)
@@ -122,7 +123,7 @@ def _order(block: bytes) -> Order:
     head, columns = unpack(block)
     if "refused" in head:
         raise _REFUSALS[head["refused"]](head["why"])
-    return Order(head["save_id"], columns["pieces"], tuple(head["objects"]))
+    return Order(head["save_id"], columns["pieces"], from_json(head["objects"]))
 
 
 def _index(

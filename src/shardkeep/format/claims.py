@@ -6,6 +6,7 @@ then travels once; the pieces differ, and are columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from shardkeep.format.columns import pack, unpack
 from shardkeep.format.manifest_layout import KINDS
 from shardkeep.format.paths import paths_of
+from shardkeep.format.texts import from_json, to_json
 from shardkeep.format.values import Json, decode_key, encode_key
 from shardkeep.types import DTYPES, I64, Claim, DType, Path, Structure, Tensors
 
@@ -27,13 +29,18 @@ def outline(claim: Claim) -> bytes:
     paths = paths_of(structure, (*tensors.names, *claim.objects))
     return pack(
         {
-            "names": tensors.names,
+            "names": to_json(tensors.names),
             "dtypes": [DTYPES[code].name for code in codes.tolist()],
-            "objects": claim.objects,
-            "values": dict(claim.values),
+            "objects": to_json(claim.objects),
+            "values": [
+                [row, claim.values[name]]
+                for row, name in enumerate(claim.objects)
+                if name in claim.values
+            ],
             "keys": [encode_key(key) for key in paths.keys],
             "empties": [[_path(path), count] for path, count in structure.empties.items()],
-            "twins": [[name, _path(path)] for name, path in claim.twins.items()],
+            "twins": to_json(list(claim.twins)),
+            "twin paths": [_path(path) for path in claim.twins.values()],
         },
         {
             "dtype": dtypes,
@@ -83,24 +90,24 @@ def _read_outline(block: bytes) -> Claim:
     head, columns = unpack(block)
     codes = np.array([DType.named(name).code for name in head["dtypes"]], dtype=np.uint8)
     none = np.empty(0, dtype=np.int64)
+    names, objects = from_json(head["names"]), from_json(head["objects"])
     return Claim(
-        tensors=Tensors(
-            tuple(head["names"]), codes[columns["dtype"]], columns["ndim"], columns["shape"]
-        ),
+        tensors=Tensors(names, codes[columns["dtype"]], columns["ndim"], columns["shape"]),
         piece=none,
         offsets=none,
         sizes=none,
         alias=none,
-        objects=tuple(head["objects"]),
-        values=head["values"],
-        structure=_read_structure(head, columns),
-        twins={name: _keys(path) for name, path in head["twins"]},
+        objects=objects,
+        values={objects[row]: value for row, value in head["values"]},
+        structure=_read_structure(head, columns, names + objects),
+        twins=dict(zip(from_json(head["twins"]), map(_keys, head["twin paths"]), strict=True)),
     )
 
 
-def _read_structure(head: dict[str, Any], columns: dict[str, I64]) -> Structure:
+def _read_structure(
+    head: dict[str, Any], columns: dict[str, I64], names: Sequence[str]
+) -> Structure:
     keys = [decode_key(key) for key in head["keys"]]
-    names = [*head["names"], *head["objects"]]
     paths: list[Path] = [()]
     for parent, key in zip(columns["outer"].tolist(), columns["outer key"].tolist(), strict=True):
         paths.append((*paths[parent], keys[key]))
