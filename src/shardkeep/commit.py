@@ -156,6 +156,8 @@ def files_of(store: Store) -> frozenset[str]:
 
 def sweep(store: Store, old: frozenset[str]) -> None:
     """Remove the files of the checkpoint that was there before, after the new one is durable."""
+    if not old:
+        return  # and do not read again what was just written
     for name in sorted(old - files_of(store) - {METADATA}):
         store.remove(name)
 
