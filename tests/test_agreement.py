@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -133,3 +134,22 @@ def test_a_refusal_is_the_same_on_every_rank():
     (message,) = set(threads.run(3, contradict))
     assert message.startswith("object 'note' has different values on ranks 0 and 1")
     assert not list(store.names())
+
+
+def test_names_of_two_lone_surrogates_stay_two():
+    odd = "\ud800\udc00"
+
+    def settled(ranks):
+        with ranks.session("save", "memory") as session:
+            leaves = {"weight": ("weight",), odd: (odd,)}
+            mine = replace(
+                claim(0, 1),
+                objects=(odd,),
+                values={odd: ranks.rank},
+                structure=Structure(
+                    {**leaves, "scale": ("scale",), "rank.0.bias": ("rank.0.bias",)}, {(): "dict"}
+                ),
+            )
+            return own(session, mine, admit=lambda: None, same_objects=False).objects
+
+    assert threads.run(2, settled) == [(odd,), ()]

@@ -365,3 +365,26 @@ def test_merge_keeps_the_order_of_first_appearance() -> None:
 def test_ranks_that_contradict_each_other_are_refused(here: Any, there: Any, message: str) -> None:
     with pytest.raises(Conflict, match=message):
         merge([flat(here).structure, flat(there).structure])
+
+
+@given(STATES)
+def test_a_structure_knows_the_containers_around_its_paths(state: Any) -> None:
+    flattened = try_flat(state)
+    if flattened is None:
+        return
+    structure = flattened.structure
+    assert structure.parents is not None
+    containers, leaves = list(structure.containers), list(structure.leaves.values())
+    assert [containers[row] for row in structure.parents[0]] == [p[:-1] for p in containers[1:]]
+    assert [containers[row] for row in structure.parents[1]] == [p[:-1] for p in leaves]
+
+
+@given(STATES)
+def test_ranks_with_the_same_state_have_its_structure_together(state: Any) -> None:
+    one, other = try_flat(state), try_flat(state)
+    if one is not None and other is not None:
+        assert merge([one.structure, one.structure]) is one.structure
+        merged = merge([one.structure, other.structure])
+        assert merged == one.structure
+        assert list(merged.leaves) == list(one.structure.leaves)
+        assert list(merged.containers) == list(one.structure.containers)

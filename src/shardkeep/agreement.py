@@ -19,6 +19,7 @@ from shardkeep.contracts import Session
 from shardkeep.errors import AlreadyExists, Conflict, ShardkeepError
 from shardkeep.format.claims import outline, pack_claim, unpack_claim
 from shardkeep.format.columns import pack, unpack
+from shardkeep.format.texts import from_json, to_json
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.plan.settle import Settlement, settle
 from shardkeep.types import I64, Chunks, Claim, Index, Objects
@@ -67,30 +68,31 @@ def own(
     Raises:
         Conflict, AlreadyExists: on every rank, with the same message.
     """
-    mine = outline(claim)
-    digest = blake2b(mine, digest_size=16).hexdigest()
     lead = session.rank == 0
+    # Ranks of one job mostly have the same names and shapes: only who differs sends them.
+    mine = outline(claim) if session.size > 1 else b""
+    digest = blake2b(mine, digest_size=16).hexdigest()
     hello = pack({"save_id": save_id or commit.new_id(), "outline": digest}, {}) if lead else None
     known, _ = unpack(session.broadcast(hello))
-    # Ranks of one job mostly have the same names and shapes: only who differs sends them.
-    same = known["outline"] == digest and not lead
-    answers = session.gather(pack_claim(claim, None if same else mine))
+    same = known["outline"] == digest
+    answers = session.gather(b"" if lead else pack_claim(claim, None if same else mine))
     if answers is None:
         return _order(session.scatter(None))
     try:
         admit()
-        first = unpack_claim(answers[0], None)
         settlement = settle(
-            [first, *(unpack_claim(block, first) for block in answers[1:])],
+            [claim, *(unpack_claim(block, claim) for block in answers[1:])],
             spread=spread,
             same_objects=same_objects,
         )
     except tuple(_REFUSALS.values()) as error:
         refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})
         return _order(session.scatter([refusal] * session.size))
-    orders = [_pack_order(known["save_id"], settlement, rank) for rank in range(session.size)]
-    order = _order(session.scatter(orders))
-    return replace(order, settlement=settlement)
+    orders = [
+        pack({"save_id": known["save_id"], "objects": to_json(objects)}, {"pieces": pieces})
+        for pieces, objects in settlement.orders(session.size)
+    ]
+    return replace(_order(session.scatter(orders)), settlement=settlement)
 
 
 def report(session: Session, order: Order, written: Written) -> Index | None:
@@ -117,16 +119,11 @@ def report(session: Session, order: Order, written: Written) -> Index | None:
     return _index(order.settlement, [unpack(block) for block in reports])
 
 
-def _pack_order(save_id: str, settlement: Settlement, rank: int) -> bytes:
-    pieces, objects = settlement.writes(rank)
-    return pack({"save_id": save_id, "objects": list(objects)}, {"pieces": pieces})
-
-
 def _order(block: bytes) -> Order:
     head, columns = unpack(block)
     if "refused" in head:
         raise _REFUSALS[head["refused"]](head["why"])
-    return Order(head["save_id"], columns["pieces"], tuple(head["objects"]))
+    return Order(head["save_id"], columns["pieces"], from_json(head["objects"]))
 
 
 def _index(
@@ -134,16 +131,7 @@ def _index(
 ) -> Index:
     """One index from where every rank's bytes went."""
     files: list[str] = []
-    place = np.empty(len(settlement.writer), dtype=np.int64)
-    object_place = np.empty(len(settlement.object_writer), dtype=np.int64)
-    start = 0
-    for rank, (head, columns) in enumerate(reports):
-        pieces = np.flatnonzero(settlement.writer == rank)
-        pieces = pieces[np.argsort(settlement.piece[pieces])]
-        objects = np.flatnonzero(settlement.object_writer == rank)
-        place[pieces] = start + np.arange(len(pieces))
-        object_place[objects] = start + len(pieces) + np.arange(len(objects))
-        start += len(columns["file"])
+    for head, columns in reports:
         columns["file"] = columns["file"] + len(files)
         files += head["files"]
     everything = {
@@ -151,6 +139,7 @@ def _index(
         for name in ("file", "item", "length", "payload", "digests", "crc")
     }
     counts = np.concatenate([np.diff(columns["block"]) for _, columns in reports])
+    place, object_place = _places(settlement)
     rows = place[settlement.payload]
     block, digests = take_blocks(counts, everything["digests"], rows)
     return Index(
@@ -180,3 +169,15 @@ def _index(
         structure=settlement.structure,
         twins=settlement.twins,
     )
+
+
+def _places(settlement: Settlement) -> tuple[I64, I64]:
+    """Row of each payload, and of each object, in the reports of all ranks one after the other."""
+    pieces, objects = settlement.writer, settlement.object_writer
+    writer = np.concatenate([pieces, objects])
+    # As each rank reports: its pieces, ascending, then its objects.
+    kind = np.repeat([0, 1], [len(pieces), len(objects)])
+    within = np.concatenate([settlement.piece, np.arange(len(objects))])
+    place = np.empty(len(writer), dtype=np.int64)
+    place[np.lexsort((within, kind, writer))] = np.arange(len(writer))
+    return place[: len(pieces)], place[len(pieces) :]

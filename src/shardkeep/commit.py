@@ -21,6 +21,7 @@ from shardkeep.format import safetensors
 from shardkeep.format.manifest import Outline, read_manifest, read_outline, write_manifest
 from shardkeep.format.metadata import merge_metadata, read_metadata
 from shardkeep.format.metadata_write import metadata_bytes
+from shardkeep.format.paths import names_of, paths_of
 from shardkeep.format.trailer import TRAILER_SIZE, Trailer, manifest_name
 from shardkeep.types import Index
 
@@ -124,8 +125,9 @@ def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any])
 
     The data files that `index` names are durable already, names and all.
     """
-    manifest = write_manifest(index, {"save_id": save_id, **header})
-    pickle = metadata_bytes(index)
+    paths = paths_of(index.structure, names_of(index)) if index.structure else None
+    manifest = write_manifest(index, {"save_id": save_id, **header}, paths)
+    pickle = metadata_bytes(index, paths)
     trailer = Trailer.of(save_id, pickle, manifest)
     with store.create(manifest_name(save_id)) as sink:
         sink.write(manifest)
@@ -154,6 +156,8 @@ def files_of(store: Store) -> frozenset[str]:
 
 def sweep(store: Store, old: frozenset[str]) -> None:
     """Remove the files of the checkpoint that was there before, after the new one is durable."""
+    if not old:
+        return  # and do not read again what was just written
     for name in sorted(old - files_of(store) - {METADATA}):
         store.remove(name)
 

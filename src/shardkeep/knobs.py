@@ -7,13 +7,17 @@ import os
 __all__ = [
     "ALIGNMENT",
     "BLOCK",
-    "buffer",
+    "PAGE",
     "deadline",
     "gap",
     "heartbeat",
+    "host_budget",
     "missed",
+    "part",
+    "ranks_here",
     "small",
     "threads",
+    "write_threads",
 ]
 
 BLOCK = 256 * 1024
@@ -41,6 +45,15 @@ def threads() -> int:
     return max(1, int(_number("SHARDKEEP_THREADS", 4)))
 
 
+def part() -> int:
+    """Bytes of a piece from which on it is cut into several (SHARDKEEP_PART).
+
+    A huge tensor so spreads over the ranks that hold it, and over files. All ranks that hold the
+    same piece must cut it alike: the same number on all of them.
+    """
+    return max(1, int(_number("SHARDKEEP_PART", 1 << 30)))
+
+
 def write_threads() -> int:
     """Threads that write files, in one process; 0 leaves it to the machine's size
     (SHARDKEEP_WRITE_THREADS).
@@ -49,7 +62,10 @@ def write_threads() -> int:
 
 
 def host_budget() -> int:
-    """Bytes of the buffers that one save or load takes, in one process (SHARDKEEP_HOST_BUDGET)."""
+    """Bytes of the buffers that one save or load takes, in one process (SHARDKEEP_HOST_BUDGET).
+
+    Of a load's, half are for reads past the page cache.
+    """
     return max(1 << 20, int(_number("SHARDKEEP_HOST_BUDGET", 64 << 20)))
 
 
@@ -69,14 +85,6 @@ def small() -> int:
     0 loads each one on its own; more than `BLOCK` counts as that.
     """
     return max(0, min(BLOCK, int(_number("SHARDKEEP_SMALL", 64 * 1024))))
-
-
-def buffer() -> int:
-    """Bytes of the buffers that all reading threads of one call share (SHARDKEEP_BUFFER).
-
-    Half of them are for reads past the page cache.
-    """
-    return max(1 << 20, int(_number("SHARDKEEP_BUFFER", 64 << 20)))
 
 
 def deadline() -> float:

@@ -8,10 +8,18 @@ too, is a leaf. A name is the path's keys as strings, joined by dots.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+)
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardkeep.errors import Conflict, FormatError, Mismatch
 from shardkeep.types import Path, Structure
@@ -27,8 +35,7 @@ MAX_PADDING = 1_000_000
 IsTensor = Callable[[Any], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A value of a state that is not walked any further: its flat name and its path."""
 
     name: str
@@ -41,16 +48,26 @@ class Flat:
     """A state, flattened.
 
     Attributes:
-        leaves: in the state's order; names are unique.
-        structure: how they nest.
+        values: the leaves, in the state's order.
+        structure: their names, in the same order, and how they nest.
         twins: each outermost container without a tensor in it, whole, under its dotted name. Torch
             2.3 and older make one object of it and look that up. Never the root; none where a leaf
             or another container has that name. They belong behind all leaves.
     """
 
-    leaves: tuple[Leaf, ...]
+    values: Sequence[Any]
     structure: Structure
     twins: tuple[Leaf, ...]
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The leaves with their names and paths, in the state's order."""
+        named = self.structure.leaves.items()
+        return tuple(Leaf(*item, value) for item, value in zip(named, self.values, strict=True))
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Flat name and value of each leaf, in the state's order."""
+        return zip(self.structure.leaves, self.values, strict=True)
 
 
 def show(path: Path) -> str:
@@ -64,7 +81,8 @@ def flatten(state: Mapping[Any, Any], is_tensor: IsTensor) -> Flat:
     Args:
         state: mappings and lists, nested. Keys are str, int, bool, None, float, bytes, or tuples of
             these; they keep their type in paths.
-        is_tensor: whether a value is a tensor of any kind: DCP walks the lists that hold one.
+        is_tensor: whether a value is a tensor of any kind: DCP walks the lists that hold one. The
+            value's class decides.
 
     Raises:
         TypeError: `state` is not a mapping.
@@ -76,89 +94,94 @@ def flatten(state: Mapping[Any, Any], is_tensor: IsTensor) -> Flat:
     return _Flattening(is_tensor).run(state)
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A container on the way from the root to where the walk is."""
-
-    path: Path
-    name: str
-    value: Any
-    entries: Iterator[tuple[Any, Any]]
-    first_leaf: int
-    tensor: bool = False
-    children: int = 0
-    bare: list[tuple[str, Path, Any]] = field(default_factory=list)
-    """Containers directly below that hold no tensor."""
-
-
 class _Flattening:
-    """The state of one walk. It keeps its own stack: depth must not end in a RecursionError."""
+    """The state of one walk."""
 
     def __init__(self, is_tensor: IsTensor) -> None:
         self.is_tensor = is_tensor
-        self.leaves: dict[str, Leaf] = {}
+        self.values: list[Any] = []
+        self.paths: dict[str, Path] = {}
         self.containers: dict[Path, str] = {}
         self.empties: dict[Path, int] = {}
-        self.twins: list[tuple[str, Path, Any]] = []
-        self.names: dict[str, int] = {}
+        self.parents: tuple[list[int], list[int]] = ([], [])
+        self.twins: list[Leaf] = []
+        self.names: list[str] = []
+        """Of all containers but the root."""
+        self.kinds: dict[type, bool] = {}
+        """Classes of leaves, and whether they are tensors': asking isinstance takes longer."""
         self.verdicts: dict[int, tuple[Any, bool]] = {}
-        self.stack: list[_Frame] = []
+        self.around: set[int] = set()
 
     def run(self, state: Mapping[Any, Any]) -> Flat:
-        self.enter((), "", state)
-        while self.stack:
-            frame = self.stack[-1]
-            for key, value in frame.entries:
-                frame.children += 1
-                path = (*frame.path, _checked(key, frame.path))
-                name = f"{frame.name}.{key}" if frame.path else str(key)
-                if isinstance(value, Mapping) or self.walks(value, path):
-                    self.enter(path, name, value)
-                    break
-                self.leaf(name, path, value)
-                frame.tensor = frame.tensor or self.is_tensor(value)
-            else:
-                self.leave()
-        structure = Structure(
-            {leaf.name: leaf.path for leaf in self.leaves.values()}, self.containers, self.empties
-        )
+        self.container(0, (), "", state)
+        counts = Counter(self.names) if self.twins else {}
         twins = tuple(
             Leaf(name, path, _plain(value, self.containers, path))
             for name, path, value in self.twins
-            if name not in self.leaves and self.names[name] == 1
+            if name not in self.paths and counts[name] == 1
         )
-        return Flat(tuple(self.leaves.values()), structure, twins)
+        structure = Structure(self.paths, self.containers, self.empties, self.parents)
+        return Flat(self.values, structure, twins)
 
-    def enter(self, path: Path, name: str, value: Any) -> None:
+    def container(self, parent: int, path: Path, name: str, value: Any) -> bool:
+        """Walk a container; whether it holds a tensor. No deeper than `MAX_DEPTH` calls."""
         if len(path) >= MAX_DEPTH:
             raise _too_deep(path)
-        if any(frame.value is value for frame in self.stack):
+        if id(value) in self.around:
             raise Conflict(f"the container at {show(path)} holds itself")
-        entries = iter(value.items()) if isinstance(value, Mapping) else enumerate(value)
-        self.containers[path] = _kind(value)
+        self.around.add(id(value))
+        kind = "dict" if type(value) is dict else _kind(value)
+        row, leaves = len(self.containers), len(self.values)
+        self.containers[path] = kind
         if path:
-            self.names[name] = self.names.get(name, 0) + 1
-        self.stack.append(_Frame(path, name, value, iter(entries), len(self.leaves)))
+            self.names.append(name)
+            self.parents[0].append(parent)
+        entries = enumerate(value) if kind == "list" else value.items()
+        tensor, bare = self.entries(row, path, f"{name}." if path else "", entries)
+        if (row + 1, leaves) == (len(self.containers), len(self.values)):
+            self.empties[path] = leaves
+        if tensor or not path:
+            self.twins += bare
+        self.around.remove(id(value))
+        return tensor
 
-    def leave(self) -> None:
-        frame = self.stack.pop()
-        if not frame.children:
-            self.empties[frame.path] = frame.first_leaf
-        if not self.stack or frame.tensor:
-            self.twins += frame.bare
-        else:
-            self.stack[-1].bare.append((frame.name, frame.path, frame.value))
-        if self.stack:
-            self.stack[-1].tensor = self.stack[-1].tensor or frame.tensor
+    def entries(
+        self, row: int, path: Path, prefix: str, entries: Iterable[tuple[Any, Any]]
+    ) -> tuple[bool, list[Leaf]]:
+        """Walk what is in a container; whether there is a tensor, and containers without one."""
+        values, paths, kinds, parents = self.values, self.paths, self.kinds, self.parents[1]
+        tensor, bare = False, []
+        for key, entry in entries:
+            full = prefix + key if type(key) is str else f"{prefix}{_checked(key, path)}"
+            below = (*path, key)
+            known = kinds.get(type(entry))
+            if known is None:
+                if type(entry) is dict or self.opens(entry, below):
+                    if self.container(row, below, full, entry):
+                        tensor = True
+                    else:
+                        bare.append(Leaf(full, below, entry))
+                    continue
+                known = self.learn(entry)
+            if full in paths:
+                raise _clash(paths[full], below, full)
+            paths[full] = below
+            values.append(entry)
+            parents.append(row)
+            if known:
+                tensor = True
+        return tensor, bare
 
-    def leaf(self, name: str, path: Path, value: Any) -> None:
-        other = self.leaves.get(name)
-        if other is not None:
-            raise Conflict(
-                f"{show(other.path)} and {show(path)} would both be saved under the name {name!r}; "
-                "rename one of them"
-            )
-        self.leaves[name] = Leaf(name, path, value)
+    def opens(self, value: Any, path: Path) -> bool:
+        """Whether a value is walked."""
+        return isinstance(value, Mapping) or self.walks(value, path)
+
+    def learn(self, leaf: Any) -> bool:
+        """Whether a leaf is a tensor; remembered if its class alone decides what becomes of it."""
+        tensor, kind = self.is_tensor(leaf), type(leaf)
+        if leaf.__class__ is kind and not isinstance(leaf, list):
+            self.kinds[kind] = tensor
+        return tensor
 
     def walks(self, value: Any, path: Path) -> bool:
         """Whether DCP walks this value as a list. Each list is looked through once."""
@@ -212,6 +235,13 @@ def _checked(key: Any, path: Path) -> Any:
                 "None, float (not NaN), bytes, or tuples of these"
             )
     return key
+
+
+def _clash(one: Path, other: Path, name: str) -> Conflict:
+    return Conflict(
+        f"{show(one)} and {show(other)} would both be saved under the name {name!r}; "
+        "rename one of them"
+    )
 
 
 def _too_deep(path: Path) -> Conflict:
@@ -382,13 +412,22 @@ def merge(structures: Sequence[Structure]) -> Structure:
         Conflict: a path is a leaf on one rank and a container on another, or a mapping here and a
             list there; or one name stands for two paths.
     """
+    # Most ranks of a job have the same structure, and then it is one object: no walk is needed.
+    distinct = [
+        (rank, structure)
+        for rank, structure in enumerate(structures)
+        if not rank or structure is not structures[rank - 1]
+    ]
+    if len(distinct) == 1:
+        return structures[0]
     nodes: dict[Path, _Node] = {(): _Node(0, "dict")}
     names: dict[str, Path] = {}
     if structures:
         nodes[()].kind = structures[0].containers[()]
-    for rank, structure in enumerate(structures):
-        if rank and structure == structures[rank - 1]:
-            continue
+    for rank, structure in distinct:
+        for path, kind in structure.containers.items():
+            if path in nodes and nodes[path].kind != kind:
+                _agree(path, nodes[path], _Node(rank, kind))
         for path, event in _events(structure):
             if event is not None:
                 if names.get(event) == path:
@@ -400,8 +439,6 @@ def merge(structures: Sequence[Structure]) -> Structure:
                     )
                 names[event] = path
             _graft(nodes, path, event, rank, structure.containers)
-        for path, kind in structure.containers.items():
-            _agree(path, nodes[path], _Node(rank, kind))
     return _linear(nodes)
 
 
@@ -419,16 +456,19 @@ def _events(structure: Structure) -> Iterator[tuple[Path, str | None]]:
 def _graft(
     nodes: dict[Path, _Node], path: Path, name: str | None, rank: int, kinds: Mapping[Path, str]
 ) -> None:
-    for length in range(1, len(path) + 1):
-        here = path[:length]
-        leaf = name is not None and length == len(path)
-        node = _Node(rank, None if leaf else kinds[here], name or "" if leaf else "")
-        known = nodes.get(here)
-        if known is None:
-            nodes[here] = node
-            nodes[here[:-1]].children.append(here)
-        else:
-            _agree(here, known, node)
+    """Add a leaf, or a container (no name), and those around it as far as they are not there."""
+    node = _Node(rank, kinds[path]) if name is None else _Node(rank, name=name)
+    child: Path | None = None
+    while True:
+        known = nodes.setdefault(path, node)
+        if known is not node:
+            _agree(path, known, node)
+        if child is not None:
+            known.children.append(child)
+        if known is not node:
+            return
+        child, path = path, path[:-1]
+        node = _Node(rank, kinds[path])
 
 
 def _agree(path: Path, known: _Node, node: _Node) -> None:

@@ -10,7 +10,7 @@ columns (`Index` and its tables) for arithmetic over many of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -293,11 +293,17 @@ class Structure:
             Tuples are leaves, as in DCP. Containers that hold nothing are here, too.
         empties: path of each container that holds nothing -> how many leaves come before it (a
             stand-in for its place among them; without it, order would be lost).
+        parents: for each container but the root, and for each leaf, the row in `containers` of the
+            one around it. Only where whoever made the structure knows them anyway: looking them up
+            by path takes long.
     """
 
     leaves: Mapping[str, Path]
     containers: Mapping[Path, str]
     empties: Mapping[Path, int] = field(default_factory=dict)
+    parents: tuple[Sequence[int], Sequence[int]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -50,6 +50,7 @@ def test_a_trailer_says_what_it_was_made_of():
 @given(st.binary(max_size=200))
 def test_other_files_have_no_trailer(data):
     assume(MARKS[0] not in data and not data.endswith(MARKS[1]))  # either one demands a trailer
+    assume(not any(data.endswith(b"." + MARKS[0][:length]) for length in range(1, 8)))
     assert Trailer.parse(data[-TRAILER_SIZE:], len(data)) is None
 
 
@@ -62,7 +63,7 @@ def test_a_flipped_byte_is_found(place, bit):
         Trailer.parse(bytes(bad[-TRAILER_SIZE:]), len(bad))
 
 
-@pytest.mark.parametrize("cut", range(1, TRAILER_SIZE - 7))
+@pytest.mark.parametrize("cut", range(1, TRAILER_SIZE))
 def test_a_cut_trailer_is_found(cut):
     bad = FILE[:-cut]
     with pytest.raises(FormatError, match=r"^m: the trailer is cut or damaged$"):

@@ -141,7 +141,7 @@ def test_every_box_arrives(wanted, verify, threads, gap, steps):
     store = Logging(f=FILE) if steps is None else InSteps(steps, f=FILE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDKEEP_GAP", str(gap))
-        patch.setenv("SHARDKEEP_BUFFER", str(1 << 20))
+        patch.setenv("SHARDKEEP_HOST_BUDGET", str(1 << 20))
         found = read_copies(store, [copy for copy, _ in wanted], verify=verify, threads=threads)
     for copy, first in wanted:
         assert copy.into.tobytes() == expected(copy, first)
@@ -348,7 +348,7 @@ def test_columns_within_a_small_budget_read_no_block_twice(monkeypatch):
     monkeypatch.setattr(
         module, "crc32_at", lambda at, view: checked.append(len(view)) or real(at, view)
     )
-    monkeypatch.setenv("SHARDKEEP_BUFFER", str(1 << 20))
+    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(1 << 20))
     store = Logging(f=FILE)
     wanted = [columns(14 * BLOCK // 4096, 4096, low, low + 1024) for low in (0, 1024)]
     read_copies(store, wanted[:1], threads=4)
@@ -556,7 +556,7 @@ def test_buffers_stay_in_their_budget(tmp_path, monkeypatch):
     """A transposed payload larger than the buffers: it comes through them part by part."""
     import tracemalloc
 
-    monkeypatch.setenv("SHARDKEEP_BUFFER", str(2 << 20))
+    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(2 << 20))
     rows, columns = 2048, 4096
     data = np.random.default_rng(1).integers(0, 2**32, (rows, columns), dtype=np.uint32)
     (tmp_path / "f").write_bytes(data.tobytes())

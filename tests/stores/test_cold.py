@@ -86,7 +86,7 @@ Path(FOLDER.name, "f").write_bytes(DATA)
 def test_any_range_arrives(offset, length, step, budget):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "cached", lambda fd, offset, length: 0)
-        patch.setenv("SHARDKEEP_BUFFER", str(budget))
+        patch.setenv("SHARDKEEP_HOST_BUDGET", str(budget))
         store = LocalStore(FOLDER.name)
         buffer = bytearray(length)
         steps = list(store.read_steps("f", offset, memoryview(buffer), max(step, length // 50)))
@@ -233,7 +233,7 @@ def test_buffers_are_few_and_used_again(store, cold, monkeypatch):
     assert all(more["flags"] & mmap.MAP_PRIVATE for _, more in made), "a fork must not share them"
     store.close()
     made.clear()
-    monkeypatch.setenv("SHARDKEEP_BUFFER", str(4 << 20))
+    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(4 << 20))
     with ThreadPoolExecutor(9) as pool:
         assert set(pool.map(lambda _: read(store), range(18))) == {DATA}
     assert sum(length for length, _ in made) <= (2 << 20) + 4 * 4096

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
 from shardkeep.errors import Conflict
 from shardkeep.tensors.pieces import (
-    aliases,
     describe,
     describe_all,
     is_any_tensor,
@@ -198,32 +195,3 @@ def test_shards_that_do_not_fit_are_refused(parts: Any, dtype: Any, message: str
     made = [(place, torch.zeros(shape)) for place, shape in parts]
     with pytest.raises(Conflict, match=message):
         Shards((5, 4), made, dtype=getattr(torch, dtype) if dtype else None)
-
-
-def positions(*values: Any) -> tuple[int, ...]:
-    return aliases([p for i, v in enumerate(values) for d in describe(str(i), v) for p in d.pieces])
-
-
-def test_aliases_are_the_same_elements_of_the_same_memory() -> None:
-    a, b = torch.rand(4, 6), torch.rand(4, 6)
-    tied = torch.nn.Parameter(a)
-    assert positions(a, b, tied, a.view(4, 6), a.detach(), b) == (0, 1, 0, 0, 0, 1)
-    others = [a.t(), a[:2], a[:, :3], a.view(24), a.view(torch.int32), a.view(2, 2, 6), a[1:]]
-    assert positions(a, *others) == tuple(range(8))
-    assert positions(a[:1], a[:1].expand(1, 6), a[0:1, :]) == (0, 0, 0)
-    assert positions(torch.empty(0), torch.empty(0)) == (0, 1)
-    halves = a[:2], a[2:]
-    assert positions(
-        Shards((4, 6), [((0, 0), halves[0])]), Shards((4, 6), [((2, 0), halves[0])]), halves[0]
-    ) == (0, 1, 2)
-    c = torch.rand(3, dtype=torch.complex64)
-    assert positions(c, c.conj(), c.conj().conj(), c.conj()) == (0, 1, 0, 1)
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)), max_size=8))
-@settings(deadline=None)
-def test_an_alias_is_the_first_of_its_kind(picks: list[tuple[int, int, int]]) -> None:
-    bases = [torch.zeros(6) for _ in range(3)]
-    found = positions(*(bases[base][start : start + size] for base, start, size in picks))
-    expected = [picks.index(pick) if pick[2] else i for i, pick in enumerate(picks)]
-    assert list(found) == expected

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from shardkeep.format.archive import Writer
 from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
+from shardkeep.format.paths import Paths, names_of, paths_of
+from shardkeep.format.texts import joined
 from shardkeep.format.values import Json, dumps, encode, encode_key
-from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, Path
+from shardkeep.types import DTYPES, I64, Chunks, Index, Objects
 
 __all__ = ["write_manifest"]
 
 
-def write_manifest(index: Index, header: Mapping[str, Any]) -> bytes:
+def write_manifest(index: Index, header: Mapping[str, Any], paths: Paths | None = None) -> bytes:
     """The manifest of an index.
 
     Args:
         index: what the checkpoint holds, and where.
         header: what else to say, above all "save_id"; anything that `values.encode` takes.
+        paths: those of its structure, if they are known already.
 
     Raises:
         NotEncodable: `header`, `index.extra` or a key of a path cannot be carried.
@@ -39,7 +43,7 @@ def write_manifest(index: Index, header: Mapping[str, Any]) -> bytes:
         "chunks": len(index.chunks.tensor),
         "digests": int(index.chunks.block[-1] - index.chunks.block[0]),
         "objects": len(objects.names),
-        "names": _write_texts(out, "names", [*tensors.names, *objects.names]),
+        "names": _write_texts(out, "names", names_of(index)),
         "files": [encode(file) for file in index.files],
         "transforms": [[encode(name) for name in names] for names in index.transforms],
         "twins": [[encode(n), [encode_key(k) for k in path]] for n, path in index.twins.items()],
@@ -52,8 +56,10 @@ def write_manifest(index: Index, header: Mapping[str, Any]) -> bytes:
     out.column("tensors.chunks", np.bincount(index.chunks.tensor, minlength=len(tensors.names)))
     for name in ("file", "item", "length", "transform", "crc"):
         out.column(f"objects.{name}", getattr(objects, name))
-    head["values"] = _write_blob(out, "values", _value_texts(objects))
-    head["structure"] = _write_structure(out, index)
+    texts = _value_texts(objects)
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    head["values"] = _write_blob(out, "values", b"".join(texts), lengths)
+    head["structure"] = _write_structure(out, index, paths)
     out.json("header", head)  # last, so that a reader has it with the zip's directory
     return out.finish()
 
@@ -78,12 +84,11 @@ def _ends_before(item: I64, length: I64) -> I64:
 
 def _write_texts(out: Writer, name: str, texts: Sequence[str]) -> int:
     """Texts as one blob and a column of lengths; the answer is the size of the blob, in bytes."""
-    return _write_blob(out, name, [text.encode("utf-8", "surrogatepass") for text in texts])
+    return _write_blob(out, name, *joined(texts))
 
 
-def _write_blob(out: Writer, name: str, data: Sequence[bytes]) -> int:
-    blob = b"".join(data)
-    out.column(f"{name}.lengths", np.fromiter(map(len, data), np.int64, len(data)))
+def _write_blob(out: Writer, name: str, blob: bytes, lengths: I64) -> int:
+    out.column(f"{name}.lengths", lengths)
     out.column(name, np.frombuffer(blob, np.uint8))
     return len(blob)
 
@@ -96,46 +101,27 @@ def _value_texts(objects: Objects) -> list[bytes]:
     return [dumps(values[name]).encode() if name in values else b"" for name in objects.names]
 
 
-def _write_structure(out: Writer, index: Index) -> Json:
+def _write_structure(out: Writer, index: Index, paths: Paths | None) -> Json:
     """Containers and leaves, each as the row of its container and of its last key."""
     if index.structure is None:
         return None
-    keys: dict[Any, int] = {}
-    coded: list[Json] = []
-    containers, leaves = index.structure.containers, index.structure.leaves
-    rows = {path: row for row, path in enumerate(containers)}
-    name_rows = {n: row for row, n in enumerate((*index.tensors.names, *index.objects.names))}
-
-    def key_row(key: Any) -> int:
-        # 1, True and 1.0 are equal to Python: what is not a str is told apart by its JSON.
-        known = key if type(key) is str else (dumps(encode_key(key)),)
-        row = keys.setdefault(known, len(keys))
-        if row == len(coded):
-            coded.append(encode_key(key))
-        return row
-
-    def columns(table: str, paths: Sequence[Path]) -> None:
-        out.column(f"{table}.parent", np.array([rows[path[:-1]] for path in paths], np.int64))
-        out.column(f"{table}.key", np.array([key_row(path[-1]) for path in paths], np.int64))
-
-    paths = list(containers)
-    depths = np.fromiter(map(len, [*paths, *leaves.values()]), np.int64)
-    if paths[:1] != [()] or too_long(depths) or () in leaves.values():
-        raise ValueError(
-            "the structure has no root, a leaf at its root, or paths that are too long"
-        )
-    try:
-        if any(rows[path[:-1]] >= row for row, path in enumerate(paths) if path):
-            raise ValueError("the structure's containers do not come outer before inner")
-        columns("containers", paths[1:])
-        columns("leaves", list(leaves.values()))
-        named = [name_rows[name] for name in leaves]
-        empties = {rows[path]: before for path, before in index.structure.empties.items()}
-    except KeyError as error:
-        raise ValueError(f"the structure names {error}, which is not there") from None
-    out.column("containers.kind", np.array([KINDS.index(k) for k in containers.values()]))
-    out.column("leaves.name", np.array(named, np.int64))
-    out.column("empties.container", np.array(list(empties), np.int64))
-    out.column("empties.before", np.array(list(empties.values()), np.int64))
-    out.json("keys", coded)
-    return {"containers": len(containers), "leaves": len(leaves), "empties": len(empties)}
+    structure = index.structure
+    lengths = map(len, chain(structure.containers, structure.leaves.values()))
+    depths = np.fromiter(lengths, np.int64)
+    if too_long(depths):
+        raise ValueError("the structure's paths are too long")
+    paths = paths or paths_of(structure, names_of(index))
+    rows = {path: row for row, path in enumerate(structure.containers) if path in structure.empties}
+    if len(rows) != len(structure.empties):
+        raise ValueError("the structure names an empty container that is not there")
+    empties = [rows[path] for path in structure.empties]
+    for table, (parent, key) in (("containers", paths.containers), ("leaves", paths.leaves)):
+        out.column(f"{table}.parent", parent)
+        out.column(f"{table}.key", key)
+    kinds = [KINDS.index(kind) for kind in structure.containers.values()]
+    out.column("containers.kind", np.array(kinds, np.int64))
+    out.column("leaves.name", paths.names)
+    out.column("empties.container", np.array(empties, np.int64))
+    out.column("empties.before", np.array(list(structure.empties.values()), np.int64))
+    out.json("keys", [encode_key(key) for key in paths.keys])
+    return {"containers": len(kinds), "leaves": len(paths.names), "empties": len(empties)}

@@ -8,235 +8,248 @@ pickle lacks fall back to the defaults that their classes carry.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.format.pickling import FALSE, NONE, Pickle, integer, mapping, new, sequence
-from shardkeep.types import DTYPES, I64, Index, Path
+from shardkeep.format.metadata_paths import dcp_path, path_columns
+from shardkeep.format.paths import Paths, names_of
+from shardkeep.format.pickling import (
+    FALSE,
+    NONE,
+    Pickle,
+    integer,
+    new,
+    reference,
+    sequence,
+)
+from shardkeep.format.records import Bytes, Part, integers, records, references
+from shardkeep.plan.distinct import distinct
+from shardkeep.types import DTYPES, I64, Index
 
 __all__ = ["dcp_path", "metadata_bytes"]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _LEGACY = "torch.distributed._shard.sharded_tensor.metadata"
-_FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_CLASSES = {
+    "Size": "torch",
+    "_get_layout": "torch.serialization",
+    "TensorProperties": _LEGACY,
+    "MEM_FORMAT_ENCODING": _LEGACY,
+    "Metadata": _METADATA,
+    "TensorStorageMetadata": _METADATA,
+    "ChunkStorageMetadata": _METADATA,
+    "BytesStorageMetadata": _METADATA,
+    "MetadataIndex": _METADATA,
+    "_StorageInfo": "torch.distributed.checkpoint.filesystem",
+}
+"""What is named, and the module that every release has it in."""
 
-Ints = tuple[int, ...]
+_ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_path length".split()
 
 
-def metadata_bytes(index: Index) -> bytes:
-    """The pickle, STOP byte included.
+def metadata_bytes(index: Index, paths: Paths | None = None) -> bytes:
+    """The pickle, STOP byte included; `paths` are those of the index, if they are known already.
 
     Tensors come first, then objects, in the order of the index, and twins last: torch's converter
     (`dcp_to_torch_save`) fills containers in this order, and a twin must not hide its leaves.
     """
     out = _Writer(index)
-    state = mapping(
-        (
-            out.text("state_dict_metadata"),
-            mapping(out.entries()),
-            out.text("planner_data"),
-            mapping(out.paths()),
-            out.text("storage_data"),
-            mapping(out.places()),
-        )
-    )
-    return out.pickle.finish(new(out.pickle.named(_METADATA, "Metadata"), state))
-
-
-def dcp_path(path: Path, containers: Mapping[Path, str]) -> tuple[int | str, ...]:
-    """A path as DCP has it: positions in lists are ints, and the keys of mappings strings."""
-    return tuple(
-        key if containers.get(path[:depth]) == "list" and type(key) is int else str(key)
-        for depth, key in enumerate(path)
+    text = out.text
+    # Long parts, which are joined only once: each copy of them takes as long as making them.
+    return out.pickle.finish(
+        out.new("Metadata"),
+        *(text("state_dict_metadata") + b"}(", out.tensor_entries(), out.object_entries(), b"u"),
+        *(text("planner_data") + b"}(", out.paths(paths), b"u"),
+        *(text("storage_data") + b"}(", out.chunk_places(), out.object_places(), b"u"),
+        b"ub",
     )
 
 
 class _Writer:
-    """Writes the three mappings of a `Metadata`."""
+    """Writes the three mappings of a `Metadata`, each as records: one a chunk, path or object."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
         self.pickle = Pickle()
-        self.text = self.pickle.text
-        self._sizes: dict[Ints, bytes] = {}
-        self._size = self.pickle.named("torch", "Size")
-        ndim = index.tensors.ndim
-        self._shapes = self._rows(index.tensors.shape, ndim)
-        chunk_ndim = ndim[index.chunks.tensor]
-        self._offsets = self._rows(index.chunks.offsets, chunk_ndim)
-        self._extents = self._rows(index.chunks.sizes, chunk_ndim)
+        # Before the names: references to low numbers are short.
+        self._classes = {name: self._named(module, name) for name, module in _CLASSES.items()}
+        for attribute in _ATTRIBUTES:
+            self.text(attribute)
+        self._properties = self._properties_by_code()
+        self._names = references(self.pickle.texts(names_of(index)))
+        objects = {name: row for row, name in enumerate(index.objects.names)}
+        ordinary = [row for name, row in objects.items() if name not in index.twins]
+        twins = [objects[name] for name in index.twins]
+        self._objects = np.array([*ordinary, *twins], np.int64)
+        """Rows of the objects, the twins last."""
+        self._shapes, self._offsets, self._extents = self._sizes()
         self._chunks = _stored(index, self._offsets)
-        ordinary = [name for name in index.objects.names if name not in index.twins]
-        self._objects = [*ordinary, *index.twins]
 
-    def _rows(self, table: I64, ndim: NDArray[np.uint8]) -> list[bytes]:
-        """What pushes each row of a padded table, as a `torch.Size`."""
-        known, rows = self._sizes, []
-        for padded, length in zip(table.tolist(), ndim.tolist(), strict=True):
-            row = tuple(padded[:length])
-            push = known.get(row)
-            if push is None:
-                numbers = sequence([integer(size) for size in row])
-                push = known[row] = self.pickle.constant(self._size + numbers + b"\x85R")
-            rows.append(push)
-        return rows
+    def text(self, value: str) -> bytes:
+        """Push a str."""
+        return reference(self.pickle.text(value))
 
-    def entries(self) -> Iterator[bytes]:
-        """Name and entry of everything: `state_dict_metadata`."""
-        text, pickle, offsets, extents = self.text, self.pickle, self._offsets, self._extents
-        kind = pickle.named(_METADATA, "TensorStorageMetadata")
-        before = b"%b)\x81}(%b" % (kind, text("properties"))
-        shape_key, chunks_key = text("size"), text("chunks")
-        chunk = pickle.named(_METADATA, "ChunkStorageMetadata")
-        chunk_before = b"%b)\x81}(%b" % (chunk, text("offsets"))
-        sizes_key = text("sizes")
-        properties = self._properties()
-        codes = self.index.tensors.dtype.tolist()
-        for name, code, shape, rows in zip(
-            self.index.tensors.names, codes, self._shapes, self._chunks, strict=True
-        ):
-            chunks = [
-                b"%b%b%b%bub" % (chunk_before, offsets[row], sizes_key, extents[row])
-                for row in rows
-            ]
-            yield b"%b%b%b%b%b%b](%beub" % (
-                text(name),
-                before,
-                properties[code],
-                shape_key,
-                shape,
-                chunks_key,
-                b"".join(chunks),
-            )
-        entry = pickle.named(_METADATA, "BytesStorageMetadata") + b")\x81"
-        for name in self._objects:
-            yield text(name) + entry
+    def _named(self, module: str, name: str) -> bytes:
+        return reference(self.pickle.named(module, name))
 
-    def _properties(self) -> dict[int, bytes]:
+    def kind(self, name: str) -> bytes:
+        """Push a class."""
+        return self._classes[name]
+
+    def new(self, name: str) -> bytes:
+        """Begin an instance of a class and its attributes; "ub" ends it."""
+        return self.kind(name) + b")\x81}("
+
+    def _sizes(self) -> tuple[I64, I64, I64]:
+        """Numbers of the `torch.Size` of each shape, and of each chunk's offsets and sizes."""
+        tensors, chunks = self.index.tensors, self.index.chunks
+        table = np.concatenate([tensors.shape, chunks.offsets, chunks.sizes])
+        chunk_ndim = tensors.ndim[chunks.tensor]
+        ndim = np.concatenate([tensors.ndim, chunk_ndim, chunk_ndim])
+        if (ndim < table.shape[1]).any():  # Padding differs (1 or 0); nothing of it is written.
+            table[np.arange(table.shape[1]) >= ndim[:, None]] = 0
+        number, first = distinct([ndim, *table.T])
+        size = self.kind("Size")
+        constants = [
+            self.pickle.constant(size + sequence([integer(n) for n in row[:length]]) + b"\x85R")
+            for row, length in zip(table[first].tolist(), ndim[first].tolist(), strict=True)
+        ]
+        numbers = np.array(constants, np.int64)[number]
+        chunks_from, sizes_from = np.cumsum([len(tensors.names), len(chunk_ndim)]).tolist()
+        return numbers[:chunks_from], numbers[chunks_from:sizes_from], numbers[sizes_from:]
+
+    def _properties_by_code(self) -> I64:
         """For each dtype code in use, a `TensorProperties`, shared by all tensors of the dtype."""
-        pickle = self.pickle
-        kind = pickle.named(_LEGACY, "TensorProperties")
-        layout = pickle.named("torch.serialization", "_get_layout")
-        layout = pickle.constant(layout + self.text("torch.strided") + b"\x85R")
-        memory = pickle.named(_LEGACY, "MEM_FORMAT_ENCODING")
-        memory = pickle.constant(memory + integer(0) + b"\x85R")  # contiguous
-        return {
-            code: pickle.constant(
-                new(
-                    kind,
-                    sequence(
-                        [pickle.named("torch", DTYPES[code].name), layout, FALSE, memory, FALSE]
-                    ),
-                )
-            )
-            for code in sorted(set(self.index.tensors.dtype.tolist()))
-        }
+        layout = self.kind("_get_layout") + self.text("torch.strided") + b"\x85R"
+        memory = self.kind("MEM_FORMAT_ENCODING") + integer(0) + b"\x85R"  # contiguous
+        layout, memory = (reference(self.pickle.constant(part)) for part in (layout, memory))
+        numbers = np.zeros(len(DTYPES), np.int64)
+        for code in np.unique(self.index.tensors.dtype).tolist():
+            dtype = self._named("torch", DTYPES[code].name)
+            state = sequence([dtype, layout, FALSE, memory, FALSE])
+            numbers[code] = self.pickle.constant(new(self.kind("TensorProperties"), state))
+        return numbers
 
-    def paths(self) -> Iterator[bytes]:
+    def tensor_entries(self) -> bytes:
+        """Name and entry of the tensors: `state_dict_metadata`. A record for each chunk.
+
+        The record of a tensor's first chunk has its head, and that of the last one its end.
+        """
+        tensors, text = self.index.tensors, self.text
+        counts = np.bincount(self.index.chunks.tensor[self._chunks], minlength=len(tensors.names))
+        slots = np.maximum(counts, 1)  # a tensor without a chunk has an entry, too
+        tensor = np.repeat(np.arange(len(counts)), slots)
+        first = np.append(True, tensor[1:] != tensor[:-1])[: len(tensor)]
+        last = np.append(tensor[1:] != tensor[:-1], True)[: len(tensor)]
+        there = np.repeat(counts > 0, slots)
+        chunk = np.zeros(len(tensor), np.int64)
+        chunk[there] = self._chunks
+        offsets, extents = (np.append(n, 0)[chunk] for n in (self._offsets, self._extents))
+        head: tuple[bytes | Bytes, ...] = (
+            self._names[tensor],
+            self.new("TensorStorageMetadata") + text("properties"),
+            references(self._properties[tensors.dtype[tensor]]),
+            text("size"),
+            references(self._shapes[tensor]),
+            text("chunks") + b"](",
+        )
+        body: tuple[bytes | Bytes, ...] = (
+            self.new("ChunkStorageMetadata") + text("offsets"),
+            references(offsets),
+            text("sizes"),
+            references(extents),
+            b"ub",
+        )
+        parts: list[Part] = [(part, first) for part in head]
+        parts += [(part, there) for part in body]
+        return records(len(tensor), [*parts, (b"eub", last)])
+
+    def object_entries(self) -> bytes:
+        """Name and entry of the objects: `state_dict_metadata`."""
+        entry = self.kind("BytesStorageMetadata") + b")\x81"
+        return records(len(self._objects), [self._object_names, entry])
+
+    @property
+    def _object_names(self) -> Bytes:
+        return self._names[len(self.index.tensors.names) + self._objects]
+
+    def paths(self, paths: Paths | None) -> bytes:
         """Name and path of everything: `planner_data`."""
+        numbers, length = path_columns(self.pickle, self.index, paths)
+        count = len(self.index.tensors.names)
+        rows = np.concatenate([np.arange(count), count + self._objects])
+        numbers, length = numbers[rows], length[rows]
+        keys: list[Part] = [
+            (references(numbers[:, depth]), length > depth) for depth in range(numbers.shape[1])
+        ]
+        return records(len(length), [self._names[rows], b"(", *keys, b"t"])
+
+    def chunk_places(self) -> bytes:
+        """Key and place of the chunks: `storage_data`."""
+        chunks, rows = self.index.chunks, self._chunks
+        tensor = chunks.tensor[rows]
+        hint = np.arange(len(rows)) - np.searchsorted(tensor, tensor)
+        key: list[Part] = [
+            self.new("MetadataIndex") + self.text("fqn"),
+            self._names[tensor],
+            self.text("index"),
+            integers(hint),
+            self.text("offset"),
+            references(self._offsets[rows]),
+            b"ub",
+        ]
+        place = self._place(chunks.file, chunks.item, chunks.length, chunks.transform, rows)
+        return records(len(rows), [*key, *place])
+
+    def object_places(self) -> bytes:
+        """Key and place of the objects: `storage_data`."""
+        objects, rows = self.index.objects, self._objects
+        key: list[Part] = [
+            self.new("MetadataIndex") + self.text("fqn"),
+            self._object_names,
+            self.text("index") + NONE + self.text("offset") + NONE + b"ub",
+        ]
+        place = self._place(objects.file, objects.item, objects.length, objects.transform, rows)
+        return records(len(rows), [*key, *place])
+
+    def _place(
+        self,
+        file: NDArray[np.int32],
+        item: I64,
+        length: I64,
+        transform: NDArray[np.int16],
+        rows: I64,
+    ) -> list[Part]:
+        """A `_StorageInfo` for each of these rows of a table."""
         text = self.text
-        push = self._path_pusher()
-        leaves = self.index.structure.leaves if self.index.structure else {}
-        twins = self.index.twins
-        for name in (*self.index.tensors.names, *self._objects):
-            path = twins.get(name) or leaves.get(name) or (name,)
-            yield text(name) + push(path)
-
-    def _path_pusher(self) -> Callable[[Path], bytes]:
-        text = self.text
-        containers = self.index.structure.containers if self.index.structure else {}
-        parents: dict[Path, tuple[bool, list[bytes]]] = {(): (containers.get(()) == "list", [])}
-
-        def inside(parent: Path) -> tuple[bool, list[bytes]]:
-            """Whether it is a list, and what pushes the parts of its path."""
-            known = parents.get(parent)
-            if known is None:
-                known = containers.get(parent) == "list", parts(parent)
-                parents[parent] = known
-            return known
-
-        def parts(path: Path) -> list[bytes]:
-            in_list, outer = inside(path[:-1])
-            key = path[-1]
-            return [*outer, integer(key) if in_list and type(key) is int else text(str(key))]
-
-        return lambda path: sequence(parts(path))
-
-    def places(self) -> Iterator[bytes]:
-        """Key and place of every item: `storage_data`."""
-        text, pickle, index, offsets = self.text, self.pickle, self.index, self._offsets
-        place = self._placer()
-        kind = pickle.named(_METADATA, "MetadataIndex")
-        before = b"%b)\x81}(%b" % (kind, text("fqn"))
-        hint_key, offset_key = text("index"), text("offset")
-        chunks = index.chunks
-        columns = (chunks.file, chunks.item, chunks.length, chunks.transform)
-        items = list(zip(*(column.tolist() for column in columns), strict=True))
-        for name, rows in zip(index.tensors.names, self._chunks, strict=True):
-            for hint, row in enumerate(rows):
-                yield b"%b%b%b%b%b%bub%b" % (
-                    before,
-                    text(name),
-                    hint_key,
-                    integer(hint),
-                    offset_key,
-                    offsets[row],
-                    place(*items[row]),
-                )
-        objects = index.objects
-        columns = (objects.file, objects.item, objects.length, objects.transform)
-        items = list(zip(*(column.tolist() for column in columns), strict=True))
-        rows_by_name = {name: row for row, name in enumerate(objects.names)}
-        nothing = hint_key + NONE + offset_key + NONE + b"ub"
-        for name in self._objects:
-            yield before + text(name) + nothing + place(*items[rows_by_name[name]])
-
-    def _placer(self) -> Callable[[int, int, int, int], bytes]:
-        text, pickle = self.text, self.pickle
-        kind = pickle.named(_FILESYSTEM, "_StorageInfo")
-        before = b"%b)\x81}(%b" % (kind, text("relative_path"))
-        files = [text(file) for file in self.index.files]
-        offset_key, length_key = text("offset"), text("length")
-        transforms = [b""] + [
+        files = np.array([self.pickle.text(name) for name in self.index.files], np.int64)
+        descriptors = [
             text("transform_descriptors") + b"](%be" % b"".join(map(text, names))
             for names in self.index.transforms[1:]
         ]
-
-        def place(file: int, offset: int, length: int, transform: int) -> bytes:
-            return b"%b%b%b%b%b%b%bub" % (
-                before,
-                files[file],
-                offset_key,
-                integer(offset),
-                length_key,
-                integer(length),
-                transforms[transform],
-            )
-
-        return place
+        return [
+            self.new("_StorageInfo") + text("relative_path"),
+            references(files[file[rows]]),
+            text("offset"),
+            integers(item[rows]),
+            text("length"),
+            integers(length[rows]),
+            *((part, transform[rows] == code) for code, part in enumerate(descriptors, 1)),
+            b"ub",
+        ]
 
 
-def _stored(index: Index, offsets: Sequence[bytes]) -> list[Sequence[int]]:
-    """For each tensor the rows of its chunks.
+def _stored(index: Index, offsets: I64) -> I64:
+    """The rows of the chunks that DCP can know, in their order.
 
-    DCP knows an item by name and offset alone. Of several chunks of a tensor at one offset, the
+    It knows an item by name and offset alone. Of several chunks of a tensor at one offset, the
     first that has elements is kept: an empty one there would hide the bytes of the others.
     """
-    empty = (index.chunks.sizes == 0).any(axis=1).tolist()
-    counts = np.bincount(index.chunks.tensor, minlength=len(index.tensors.names))
-    stored: list[Sequence[int]] = []
-    start = 0
-    for count in counts.tolist():
-        rows: Sequence[int] = range(start, start + count)
-        if count > 1:
-            kept: dict[bytes, int] = {}
-            for row in rows:
-                other = kept.get(offsets[row])
-                if other is None or (empty[other] and not empty[row]):
-                    kept[offsets[row]] = row
-            rows = list(kept.values())
-        stored.append(rows)
-        start += count
-    return stored
+    chunks = index.chunks
+    place, first = distinct([chunks.tensor, offsets])
+    if len(first) == len(place):
+        return np.arange(len(place))
+    empty = (chunks.sizes == 0).any(axis=1)
+    order = np.lexsort((empty, place))
+    kept: I64 = order[np.append(True, np.diff(place[order]) > 0)]
+    return kept[np.argsort(first)]

@@ -7,12 +7,28 @@ only refers to them. References can be used in any order, and equal values are w
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-__all__ = ["FALSE", "NONE", "Pickle", "integer", "mapping", "new", "sequence", "strings"]
+import numpy as np
+
+from shardkeep.format.texts import joined
+from shardkeep.types import I64
+
+__all__ = [
+    "FALSE",
+    "NONE",
+    "Pickle",
+    "integer",
+    "new",
+    "reference",
+    "sequence",
+    "strings",
+]
 
 NONE = b"N"
 FALSE = b"\x89"
+_KEPT = b"\x940"
+"""Behind what pushes a constant: memoised, and off the stack again."""
 _PROTOCOL = b"\x80\x04"
 _TUPLES = (b")", b"\x85", b"\x86", b"\x87")
 
@@ -36,11 +52,6 @@ def sequence(parts: Sequence[bytes]) -> bytes:
     return b"(%bt" % b"".join(parts)
 
 
-def mapping(parts: Iterable[bytes]) -> bytes:
-    """Push a dict of what the parts push: key, value, key, value, ..."""
-    return b"}(%bu" % b"".join(parts)
-
-
 def new(kind: bytes, state: bytes) -> bytes:
     """Push an instance of a class, made without arguments and filled with `state`."""
     return b"%b)\x81%bb" % (kind, state)
@@ -52,31 +63,54 @@ def strings(value: str) -> bytes:
     return b"X%b%b" % (len(data).to_bytes(4, "little"), data)
 
 
+def reference(number: int) -> bytes:
+    """Push the constant of that number from the table."""
+    return b"h%c" % number if number < 256 else b"j" + number.to_bytes(4, "little")
+
+
 class Pickle:
-    """One pickle in the making (protocol 4, in one frame)."""
+    """One pickle in the making (protocol 4, in one frame). Constants are numbered from 0 on."""
 
     def __init__(self) -> None:
         self._constants: list[bytes] = []
-        self._texts: dict[str, bytes] = {}
+        self._count = 0
+        self._texts: dict[str, int] = {}
 
-    def constant(self, pushes: bytes) -> bytes:
-        """Put what `pushes` pushes into the table; the answer pushes it again."""
-        number = len(self._constants)
-        self._constants.append(pushes + b"\x940")
-        return b"h%c" % number if number < 256 else b"j" + number.to_bytes(4, "little")
+    def constant(self, pushes: bytes) -> int:
+        """Put what `pushes` pushes into the table; its number."""
+        self._constants.append(pushes + _KEPT)
+        self._count += 1
+        return self._count - 1
 
-    def text(self, value: str) -> bytes:
-        """Push a str from the table."""
+    def text(self, value: str) -> int:
+        """The number of a str."""
         known = self._texts.get(value)
         if known is None:
             known = self._texts[value] = self.constant(strings(value))
         return known
 
-    def named(self, module: str, name: str) -> bytes:
-        """Push a global from the table."""
+    def texts(self, values: Sequence[str]) -> I64:
+        """The numbers of many new texts: quicker than one by one, as none is looked up."""
+        if not values:
+            return np.empty(0, np.int64)
+        data, lengths = joined(values, gap=len(_KEPT) + 5)
+        content = np.frombuffer(bytes(5) + data + _KEPT, np.uint8).copy()
+        starts = np.cumsum(lengths + len(_KEPT) + 5) - lengths - len(_KEPT)
+        content[starts - 5] = ord("X")
+        for byte in range(4):
+            content[starts - 4 + byte] = lengths >> (8 * byte) & 0xFF
+        for byte, value in enumerate(_KEPT):
+            content[starts + lengths + byte] = value
+        self._constants.append(content.tobytes())
+        self._count += len(values)
+        return np.arange(self._count - len(values), self._count)
+
+    def named(self, module: str, name: str) -> int:
+        """The number of a global."""
         return self.constant(strings(module) + strings(name) + b"\x93")
 
-    def finish(self, body: bytes) -> bytes:
-        """The pickle of what `body` pushes."""
-        content = b"".join((*self._constants, body, b"."))
-        return _PROTOCOL + b"\x95" + struct.pack("<Q", len(content)) + content
+    def finish(self, *body: bytes) -> bytes:
+        """The pickle of what all of `body` pushes."""
+        content = (*self._constants, *body, b".")
+        frame = struct.pack("<Q", sum(map(len, content)))
+        return b"".join((_PROTOCOL, b"\x95", frame, *content))

@@ -18,6 +18,8 @@ __all__ = ["TRAILER_SIZE", "Trailer", "digest", "manifest_name", "manifest_save_
 
 _BEGIN = b"\xffSHARDK\x01"
 _END = b"\xffSKTRL\x01\n"
+_CUT = tuple(b"." + _BEGIN[:length] for length in range(1, len(_BEGIN)))
+"""How a file ends that was cut inside the first mark: pickles end with a dot, and nothing more."""
 _LAYOUT = struct.Struct("<8s16sQ16sQ16sI8s")
 _NAME = re.compile(r"\.manifest-([0-9a-f]{32})\.npz")
 
@@ -93,7 +95,7 @@ class Trailer:
         if len(tail) > file_size:
             raise ValueError("a file's tail cannot be longer than the file")
         begins, ends = tail.rfind(_BEGIN), tail.endswith(_END)
-        if begins < 0 and not ends:
+        if begins < 0 and not ends and not tail.endswith(_CUT):
             return None
         # Either mark is enough: a flipped or missing byte must not make a trailer vanish.
         if not ends or begins != len(tail) - TRAILER_SIZE:

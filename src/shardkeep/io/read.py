@@ -55,7 +55,7 @@ def read_copies(
 ) -> ReadStats:
     """Fill all destinations, in parallel. Digested payloads are read and checked by whole blocks.
 
-    The buffers take at most half of `knobs.buffer()` in all (but 1 MiB a thread at least); the
+    The buffers take at most half of `knobs.host_budget()` in all (but 1 MiB a thread at least); the
     other half is the store's. After an error the content of the destinations is undefined, and no
     thread goes on.
 
@@ -65,7 +65,7 @@ def read_copies(
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
-    limit = knobs.buffer() // 2 // max(1, threads) // BLOCK * BLOCK
+    limit = knobs.host_budget() // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
     in_rows = isinstance(store, StoreInRows)
     planner = Planner(knobs.gap(), limit, verify, in_rows)

@@ -96,7 +96,7 @@ def _set_apart(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I6
     """
     alone = [rows[:0]]
     ndim, idle, d = offsets.shape[1], 0, 0
-    groups = len(np.unique(group))
+    groups = int(np.count_nonzero(np.bincount(group)))
     if not ndim:  # scalars: each is one box, or one several times
         _, first = np.unique(group, return_index=True)
         return rows[first], rows[:0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import Conflict
 from shardkeep.plan.coverage import coverage
+from shardkeep.plan.distinct import distinct
 from shardkeep.plan.ownership import lowest, owners
 from shardkeep.tree import merge
 from shardkeep.types import DTYPES, I64, Box, Claim, Path, Structure, Tensors
@@ -49,11 +50,24 @@ class Settlement:
     structure: Structure
     twins: Mapping[str, Path]
 
-    def writes(self, rank: int) -> tuple[I64, tuple[str, ...]]:
-        """The pieces (ascending) and the objects that a rank has to write."""
-        mine = np.sort(self.piece[self.writer == rank])
+    def orders(self, ranks: int) -> list[tuple[I64, tuple[str, ...]]]:
+        """The pieces (ascending) and the objects that each rank has to write."""
         names = (*self.objects, *self.twins)
-        return mine, tuple(names[i] for i in np.flatnonzero(self.object_writer == rank))
+        pieces = self.piece[np.lexsort((self.piece, self.writer))]
+        objects = np.argsort(self.object_writer, kind="stable")
+        return [
+            (mine, tuple(names[row] for row in rows.tolist()))
+            for mine, rows in zip(
+                np.split(pieces, _bounds(self.writer, ranks)),
+                np.split(objects, _bounds(self.object_writer, ranks)),
+                strict=True,
+            )
+        ]
+
+
+def _bounds(writer: I64, ranks: int) -> I64:
+    """Where the rows of each rank but the first begin, once sorted by writer."""
+    return np.cumsum(np.bincount(writer, minlength=ranks))[:-1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,9 +107,9 @@ def settle(
             f"give each rank's its own name, or make them equal; nothing was written"
         )
     _refuse_two_kinds(tensors.names, objects, claims)
-    twins, twin_rank = _merge_twins(structure, frozenset(tensors.names), claims)
+    twins, twin_rank = _merge_twins(structure, tensors.names, claims)
     pieces = _stack(claims, rows, tensors.shape.shape[1])
-    key, first = _distinct(pieces)
+    key, first = distinct([pieces.tensor, *pieces.offsets.T, *pieces.sizes.T])
     _refuse_bad_cover(tensors, pieces, first)
     payload = _share_payloads(key, pieces.alias)
     itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
@@ -123,7 +137,7 @@ def settle(
 
 
 def _merge_twins(
-    structure: Structure, tensors: frozenset[str], claims: Sequence[Claim]
+    structure: Structure, tensors: Sequence[str], claims: Sequence[Claim]
 ) -> tuple[dict[str, Path], list[int]]:
     """The twins that tell the whole truth, and the lowest rank that has each one.
 
@@ -131,13 +145,18 @@ def _merge_twins(
     the leaves when it converts a checkpoint, and would lose what only the other rank had.
     """
     wanted = {path: name for claim in reversed(claims) for name, path in claim.twins.items()}
-    total = _leaves_below(structure, wanted)
-    with_tensors = {
-        path for name in tensors for path in _above(structure.leaves[name]) if path in wanted
-    }
-    below = [_leaves_below(claim.structure, wanted) for claim in claims]
     twins: dict[str, Path] = {}
     ranks: list[int] = []
+    if not wanted:
+        return twins, ranks
+    total = _leaves_below(structure.leaves.values(), wanted)
+    with_tensors = _leaves_below((structure.leaves[name] for name in tensors), wanted)
+    counts = {id(structure): total}
+    for claim in claims:
+        if id(claim.structure) not in counts:
+            leaves = claim.structure.leaves.values()
+            counts[id(claim.structure)] = _leaves_below(leaves, wanted)
+    below = [counts[id(claim.structure)] for claim in claims]
     for path, name in sorted(wanted.items(), key=lambda twin: (len(twin[0]), twin[1])):
         whole = [
             r for r, c in enumerate(claims) if name in c.twins and below[r][path] == total[path]
@@ -148,20 +167,21 @@ def _merge_twins(
     return twins, ranks
 
 
-def _above(path: Path) -> Iterator[Path]:
-    return (path[:depth] for depth in range(1, len(path)))
-
-
-def _leaves_below(structure: Structure, wanted: Mapping[Path, str]) -> Counter[Path]:
-    """How many leaves there are below each of the wanted containers."""
-    if not wanted:
-        return Counter()
-    leaves = structure.leaves.values()
-    return Counter(path for leaf in leaves for path in _above(leaf) if path in wanted)
+def _leaves_below(leaves: Iterable[Path], wanted: Mapping[Path, str]) -> Counter[Path]:
+    """How many of the leaves there are below each of the wanted containers, if any."""
+    found = Counter[Path]()
+    for path, count in Counter(leaf[:-1] for leaf in leaves).items():
+        for depth in range(1, len(path) + 1):
+            if path[:depth] in wanted:
+                found[path[:depth]] += count
+    return found
 
 
 def _merge_tensors(claims: Sequence[Claim]) -> tuple[Tensors, list[I64]]:
     """All tensors in order of first appearance, and each claim's rows among them."""
+    head = claims[0].tensors if claims else None
+    if head is not None and all(claim.tensors is head for claim in claims):
+        return head, [np.arange(len(head.names), dtype=np.int64)] * len(claims)
     places: dict[str, int] = {}
     origin: list[tuple[int, int]] = []
     rows: list[I64] = []
@@ -180,11 +200,10 @@ def _merge_tensors(claims: Sequence[Claim]) -> tuple[Tensors, list[I64]]:
     dtype = np.empty(len(origin), dtype=np.uint8)
     ndim = np.empty(len(origin), dtype=np.uint8)
     shape = np.ones((len(origin), width), dtype=np.int64)
-    first_rank = np.array([rank for rank, _ in origin], dtype=np.int64)
-    first_row = np.array([row for _, row in origin], dtype=np.int64)
-    for rank, claim in enumerate(claims):
-        new = np.flatnonzero(first_rank == rank)
-        taken = first_row[new]
+    first_rank, first_row = np.array(origin, dtype=np.int64).reshape(-1, 2).T
+    ends = np.searchsorted(first_rank, np.arange(len(claims)), "right").tolist()
+    for claim, start, end in zip(claims, [0, *ends], ends, strict=False):
+        new, taken = slice(start, end), first_row[start:end]
         dtype[new] = claim.tensors.dtype[taken]
         ndim[new] = claim.tensors.ndim[taken]
         shape[new, : claim.tensors.shape.shape[1]] = claim.tensors.shape[taken]
@@ -229,6 +248,8 @@ def _merge_objects(
     values: dict[str, Any] = {}
     differing: dict[str, int] = {}
     for rank, claim in enumerate(claims):
+        if rank and claim.objects is claims[0].objects and claim.values is claims[0].values:
+            continue
         for name in claim.objects:
             if name not in first:
                 first[name] = rank
@@ -242,7 +263,7 @@ def _merge_objects(
 def _refuse_two_kinds(
     tensors: tuple[str, ...], objects: tuple[str, ...], claims: Sequence[Claim]
 ) -> None:
-    both = set(tensors).intersection(objects)
+    both = set(objects).intersection(tensors)
     if not both:
         return
     name = min(both)
@@ -273,19 +294,6 @@ def _stack(claims: Sequence[Claim], rows: Sequence[I64], width: int) -> _Pieces:
             [claim.alias + start for start, claim in zip(starts, claims, strict=False)]
         ),
     )
-
-
-def _distinct(pieces: _Pieces) -> tuple[I64, I64]:
-    """Number the distinct boxes by tensor and offsets: each piece's number, and each one's first
-    piece."""
-    columns = np.column_stack([pieces.tensor, pieces.offsets, pieces.sizes])
-    order = np.lexsort(columns.T[::-1])
-    ordered = columns[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    key = np.empty(len(order), dtype=np.int64)
-    key[order] = np.cumsum(new) - 1
-    return key, order[new]
 
 
 def _refuse_bad_cover(tensors: Tensors, pieces: _Pieces, first: I64) -> None:

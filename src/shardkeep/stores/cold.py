@@ -35,7 +35,7 @@ class ColdReads:
     """The buffers of one store, and whether its file system takes such reads at all.
 
     That is found out by trying: after the first refusal there are no more of them. All buffers of
-    a store together take half of `knobs.buffer()` at most (the other half is its callers').
+    a store together take half of `knobs.host_budget()` at most (the other half is its callers').
     """
 
     def __init__(self, wanted: bool = True) -> None:
@@ -125,7 +125,7 @@ class ColdReads:
         with self._lock:
             if self._free:
                 return self._free.pop()
-            budget = knobs.buffer() // 2
+            budget = knobs.host_budget() // 2
             size = min(PIECE, budget // knobs.threads()) // PAGE * PAGE
             if size < _LEAST or (self._taken + 1) * size > budget:
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,14 +20,15 @@ from shardkeep.tensors.shards import Shards
 from shardkeep.types import Box, DType
 
 __all__ = [
+    "PLAIN",
     "Described",
     "Piece",
-    "aliases",
     "describe",
     "describe_all",
     "is_any_tensor",
     "is_sharded",
     "is_tensor",
+    "refuse_twice",
 ]
 
 _DTENSOR = (
@@ -39,7 +41,8 @@ _ASYNC = (("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 _STRIDED_SHARD = (  # 2.5 and later
     ("torch.distributed.tensor.placement_types", "_StridedShard"),
 )
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes of nearly all tensors; exactly these, as a subclass may be anything."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +85,7 @@ def is_tensor(value: Any) -> bool:
     Sparse, MKL-DNN and quantized tensors are objects: their content is more than one block of
     elements. So is a tuple or any other value that has tensors inside.
     """
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return value.layout is torch.strided and not value.is_quantized
     if isinstance(value, Shards):
         return True
@@ -112,7 +115,7 @@ def describe(name: str, value: Any) -> tuple[Described, ...]:
     if is_checkpointable(value):
         parts = boxes(name, value)
         return (_assembled(name, value.dtype, value.global_shape, parts),)
-    found = None if type(value) in _PLAIN else _special(name, value)
+    found = None if type(value) in PLAIN else _special(name, value)
     return (_plain(name, value),) if found is None else found
 
 
@@ -135,38 +138,19 @@ def _special(name: str, value: Any) -> tuple[Described, ...] | None:
 def describe_all(tensors: Iterable[tuple[str, Any]], taken: Iterable[str] = ()) -> list[Described]:
     """`describe` all of them; Conflict if an inner tensor has another's name, or one `taken`."""
     found = [described for name, value in tensors for described in describe(name, value)]
-    names = set(taken)
-    for described in found:
-        if described.name in names:
-            raise Conflict(
-                f"two things would be saved under the name {described.name!r}: one of them is an "
-                "inner tensor of a tensor subclass; rename the other"
-            )
-        names.add(described.name)
+    refuse_twice([*taken, *(described.name for described in found)])
     return found
 
 
-def aliases(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """For each piece the position of the first one that is the same box of the same memory.
-
-    The same storage, offset, shape, strides and dtype, and the same box of the same global shape:
-    tied weights. Itself, if there is none. Empty pieces have no memory to share.
-    """
-    first: dict[Any, int] = {}
-    return tuple(
-        first.setdefault(_memory(piece), position) if piece.local.numel() else position
-        for position, piece in enumerate(pieces)
+def refuse_twice(names: Sequence[str]) -> None:
+    """Raise Conflict if a name is there twice: those of leaves alone never are."""
+    if len(set(names)) == len(names):
+        return
+    name = next(name for name, count in Counter(names).items() if count > 1)
+    raise Conflict(
+        f"two things would be saved under the name {name!r}: one of them is an inner tensor of a "
+        "tensor subclass; rename the other"
     )
-
-
-def _memory(piece: Piece) -> Any:
-    local = piece.local
-    steps = tuple(
-        0 if size == 1 else step for size, step in zip(local.shape, local.stride(), strict=True)
-    )
-    bits = (local.is_conj(), local.is_neg())
-    place = (local.device, local.data_ptr(), steps, bits)
-    return place, piece.dtype.name, piece.shape, piece.box
 
 
 def _is(value: Any, places: Sequence[tuple[str, str]]) -> bool:
@@ -198,7 +182,7 @@ def _named(dtype: torch.dtype) -> DType:
 def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
     """The tensor as a plain one, detached, on its memory; Conflict if it has none."""
     kind = type(value)
-    plain = kind in _PLAIN
+    plain = kind in PLAIN
     if not plain and is_lazy(value):
         raise Conflict(f"tensor {name!r} is not initialised yet: run the lazy module once")
     if value.is_nested:
@@ -257,7 +241,7 @@ def _dtensor(name: str, value: Any) -> Described:
     local = value._local_tensor
     if _is(local, _ASYNC):
         local = _waited(local)
-    if hasattr(type(local), "__tensor_flatten__") or type(local) not in _PLAIN:
+    if hasattr(type(local), "__tensor_flatten__") or type(local) not in PLAIN:
         raise Conflict(
             f"tensor {name!r} is a DTensor of {type(local).__module__}.{type(local).__qualname__}: "
             "only DTensors of plain tensors can be saved"

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
 
+from shardkeep import knobs
 from shardkeep.format import values
 from shardkeep.tensors.pieces import (
+    PLAIN,
     Described,
-    Piece,
-    aliases,
+    describe,
     describe_all,
     is_any_tensor,
     is_tensor,
+    refuse_twice,
 )
+from shardkeep.tensors.rows import CODES, Rows, aliases, cut_large
 from shardkeep.tensors.stateful import expand
-from shardkeep.tree import Flat, Leaf, flatten
-from shardkeep.types import Claim, Path, Structure, Tensors
+from shardkeep.tree import Flat, flatten
+from shardkeep.types import Claim, Path, Structure
 
 __all__ = ["Local", "describe_state", "describe_tensors"]
 
 _SMALL_VALUE = 16 * 1024
 """Values of up to this many characters of JSON stand in the manifest; larger ones in their item."""
+
+_SCALARS = (bool, int, float, type(None))
+"""JSON that is never large."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,21 +40,21 @@ class Local:
 
     Attributes:
         claim: names and boxes, for the other ranks.
-        pieces: the memory of each piece, row by row as in the claim.
+        memory: of each piece, row by row as in the claim; any strides and device, some of them not
+            detached. The shape is that of the piece's box.
         objects: name -> value of objects and twins.
     """
 
     claim: Claim
-    pieces: tuple[Piece, ...]
+    memory: Sequence[torch.Tensor]
     objects: Mapping[str, Any]
-
-    @property
-    def memory(self):
-        return [piece.local for piece in self.pieces]
 
 
 def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     """Flatten and describe; no tensor data moves.
+
+    Pieces of more than `knobs.part()` bytes are cut, so that ranks that hold the same can share
+    them out.
 
     Args:
         state: what `save` is given.
@@ -59,58 +65,82 @@ def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     """
     plain, _ = expand(state)
     flat = flatten(plain, is_any_tensor) if nested else _top_level(plain)
-    tensors, objects = describe_tensors(flat)
-    pieces = [piece for tensor in tensors for piece in tensor.pieces]
-    width = max((len(tensor.shape) for tensor in tensors), default=0)
-    offsets = np.zeros((len(pieces), width), dtype=np.int64)
-    sizes = np.ones((len(pieces), width), dtype=np.int64)
-    for row, piece in enumerate(pieces):
-        offsets[row, : piece.box.ndim] = piece.box.offsets
-        sizes[row, : piece.box.ndim] = piece.box.sizes
-    counts = [len(tensor.pieces) for tensor in tensors]
-    twins = {twin.name: twin.path for twin in flat.twins}
+    rows, objects, inner = _collect(flat)
+    if inner:
+        refuse_twice([*objects, *rows.names])
+    tensors = rows.tensors()
+    pieces = cut_large(tensors, rows.pieces(tensors), knobs.part())
     return Local(
         claim=Claim(
-            tensors=_columns(tensors, width),
-            piece=np.repeat(np.arange(len(tensors), dtype=np.int64), counts),
-            offsets=offsets,
-            sizes=sizes,
-            alias=np.array(aliases(pieces), dtype=np.int64),
+            tensors=tensors,
+            piece=pieces.piece,
+            offsets=pieces.offsets,
+            sizes=pieces.sizes,
+            alias=aliases(tensors, pieces),
             objects=tuple(objects),
             values=_small_values(objects),
-            structure=_structure(flat, tensors),
-            twins=twins,
+            structure=_structure(flat.structure, rows.names) if inner else flat.structure,
+            twins={twin.name: twin.path for twin in flat.twins},
         ),
-        pieces=tuple(pieces),
+        memory=pieces.memory,
         objects={**objects, **{twin.name: twin.value for twin in flat.twins}},
     )
 
 
+def _collect(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
+    """The tensors among the leaves, described, the objects, and whether some are inner tensors."""
+    rows, objects, inner = Rows(), dict[str, Any](), False
+    names, codes, shapes = rows.names, rows.codes, rows.shapes
+    memory, pointers = rows.memory, rows.pointers
+    strided = torch.strided
+    for name, value in flat.items():
+        # What nearly every leaf is: `describe` would say the same, in ten times the time. Without
+        # memory a tensor is empty, or can't be saved.
+        if (
+            type(value) in PLAIN
+            and (code := CODES.get(value.dtype)) is not None
+            and value.layout is strided
+            and not value.is_nested
+            and not hasattr(value, "global_shape")
+            and (pointer := value.data_ptr())
+        ):
+            names.append(name)
+            codes.append(code)
+            shapes.append(value.shape)
+            memory.append(value)
+            pointers.append(pointer)
+        elif is_tensor(value):
+            for described in describe(name, value):
+                rows.add(described)
+                inner = inner or described.name != name
+        else:
+            objects[name] = value
+    return rows, objects, inner
+
+
 def describe_tensors(flat: Flat) -> tuple[list[Described], dict[str, Any]]:
     """The tensors of a flat state, described, and its objects by name."""
-    objects = {leaf.name: leaf.value for leaf in flat.leaves if not is_tensor(leaf.value)}
-    tensors = ((leaf.name, leaf.value) for leaf in flat.leaves if leaf.name not in objects)
+    objects = {name: value for name, value in flat.items() if not is_tensor(value)}
+    tensors = (item for item in flat.items() if item[0] not in objects)
     return describe_all(tensors, taken=objects), objects
 
 
 def _top_level(state: Mapping[Any, Any]) -> Flat:
     """Each value as it is; names and their collisions are those of any state with these keys."""
     shallow = flatten(dict.fromkeys(state, 0), is_any_tensor)
-    leaves = tuple(Leaf(leaf.name, leaf.path, state[leaf.path[0]]) for leaf in shallow.leaves)
-    return Flat(leaves, shallow.structure, ())
+    leaves = shallow.structure.leaves
+    return Flat([state[path[0]] for path in leaves.values()], shallow.structure, ())
 
 
-def _structure(flat: Flat, tensors: Sequence[Described]) -> Structure:
+def _structure(structure: Structure, tensors: Iterable[str]) -> Structure:
     """The state's structure, with the inner tensors of a subclass below where it stands."""
-    leaves = flat.structure.leaves
+    leaves = structure.leaves
     below: dict[str, list[str]] = {}
-    for tensor in tensors:
-        if tensor.name not in leaves:
-            below.setdefault(_owner(tensor.name, leaves), []).append(tensor.name)
-    if not below:
-        return flat.structure
+    for name in tensors:
+        if name not in leaves:
+            below.setdefault(_owner(name, leaves), []).append(name)
     paths: dict[str, Path] = {}
-    containers = dict(flat.structure.containers)
+    containers = dict(structure.containers)
     before = [0]  # how many leaves there are now before each of the old ones
     for name, path in leaves.items():
         for inner in below.get(name, [name]):
@@ -118,7 +148,7 @@ def _structure(flat: Flat, tensors: Sequence[Described]) -> Structure:
             paths[inner] = path + rest
             containers |= {path + rest[:depth]: "dict" for depth in range(len(rest))}
         before.append(len(paths))
-    empties = {path: before[count] for path, count in flat.structure.empties.items()}
+    empties = {path: before[count] for path, count in structure.empties.items()}
     return Structure(paths, containers, empties)
 
 
@@ -130,18 +160,6 @@ def _owner(inner: str, leaves: Mapping[str, Path]) -> str:
     return name
 
 
-def _columns(tensors: Sequence[Described], width: int) -> Tensors:
-    shape = np.ones((len(tensors), width), dtype=np.int64)
-    for row, tensor in enumerate(tensors):
-        shape[row, : len(tensor.shape)] = tensor.shape
-    return Tensors(
-        names=tuple(tensor.name for tensor in tensors),
-        dtype=np.array([tensor.dtype.code for tensor in tensors], dtype=np.uint8),
-        ndim=np.array([len(tensor.shape) for tensor in tensors], dtype=np.uint8),
-        shape=shape,
-    )
-
-
 def _small_values(objects: Mapping[str, Any]) -> dict[str, Any]:
     small = {}
     for name, value in objects.items():
@@ -149,6 +167,6 @@ def _small_values(objects: Mapping[str, Any]) -> dict[str, Any]:
             encoded = values.encode(value)
         except values.NotEncodable:
             continue
-        if len(json.dumps(encoded)) <= _SMALL_VALUE:
+        if isinstance(encoded, _SCALARS) or len(json.dumps(encoded)) <= _SMALL_VALUE:
             small[name] = encoded
     return small

@@ -1,0 +1,97 @@
+"""The paths of a structure as columns: each as the row of its container and of its last key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from typing import Any
+
+import numpy as np
+
+from shardkeep.format.values import dumps, encode_key
+from shardkeep.types import I64, Index, Path, Structure
+
+__all__ = ["Paths", "names_of", "paths_of"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paths:
+    """C containers and L leaves, in the order of the structure.
+
+    Attributes:
+        keys: every key once; 1, True and 1.0 are different keys.
+        containers: [C - 1] row of the container around each container but the root, which is row 0;
+            and [C - 1] row in `keys`.
+        leaves: the same of each leaf, [L] and [L].
+        names: [L] the row of each leaf's name.
+    """
+
+    keys: list[Any]
+    containers: tuple[I64, I64]
+    leaves: tuple[I64, I64]
+    names: I64
+
+
+def paths_of(structure: Structure, names: Sequence[str]) -> Paths:
+    """The columns of a structure.
+
+    Args:
+        structure: any.
+        names: those of all leaves, and maybe others.
+
+    Raises:
+        ValueError: it has no root, a path without its container, or a leaf without a name;
+            containers do not come outer before inner.
+        NotEncodable: a key cannot be carried.
+    """
+    containers, leaves = list(structure.containers), list(structure.leaves.values())
+    if containers[:1] != [()] or () in leaves:
+        raise ValueError("the structure has no root, or a leaf at its root")
+    try:
+        outer, around = map(_column, structure.parents or _parents(containers, leaves))
+        named = _rows(list(structure.leaves), names)
+    except KeyError as error:
+        raise ValueError(f"the structure names {error}, which is not there") from None
+    marks = [
+        key if type(key := path[-1]) is str else _mark(key)
+        for path in chain(containers[1:], leaves)
+    ]
+    number = dict(zip(dict.fromkeys(marks), count(), strict=False))
+    key = np.fromiter(map(number.__getitem__, marks), np.int64, len(marks))
+    if (outer > np.arange(len(outer))).any():
+        raise ValueError("the structure's containers do not come outer before inner")
+    return Paths(
+        [mark if type(mark) is str else mark[1] for mark in number],
+        (outer, key[: len(outer)]),
+        (around, key[len(outer) :]),
+        named,
+    )
+
+
+def _column(rows: Sequence[int]) -> I64:
+    return np.array(rows, np.int64)
+
+
+def _parents(containers: Sequence[Path], leaves: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """As of `Structure.parents`; KeyError if one is missing."""
+    rows = {path: row for row, path in enumerate(containers)}
+    return [rows[path[:-1]] for path in containers[1:]], [rows[path[:-1]] for path in leaves]
+
+
+def names_of(index: Index) -> tuple[str, ...]:
+    """The names whose rows `paths_of` gives for an index: of its tensors, then its objects."""
+    return index.tensors.names + index.objects.names
+
+
+def _rows(leaves: list[str], names: Sequence[str]) -> I64:
+    if leaves == list(names):
+        return np.arange(len(leaves))
+    rows = {name: row for row, name in enumerate(names)}
+    return np.array([rows[name] for name in leaves], np.int64)
+
+
+def _mark(key: Any) -> tuple[Any, Any]:
+    """The key, told apart from those that are equal to it for Python only."""
+    simple = type(key) is int or type(key) is bool or key is None
+    return (type(key) if simple else dumps(encode_key(key))), key
