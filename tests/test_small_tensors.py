@@ -227,15 +227,17 @@ def test_memory_that_is_not_plain_is_filled_in_the_general_way():
 
 
 @pytest.mark.parametrize(
-    ("saved", "wanted", "resharded"),
+    ("saved", "part", "wanted", "resharded"),
     [
-        ([(0, 2), (2, 4)], None, False),  # its rows, in order: a box that was cut on saving
-        ([(0, 2), (2, 4)], (1, 4), True),
-        (None, (1, 4), True),
-        (None, None, False),
+        ([(0, 2), (2, 4)], 24, None, False),  # its rows, in order: a box that was cut on saving
+        ([(0, 2), (2, 4)], 48, None, True),  # too small for that: what two ranks had
+        ([(0, 2), (2, 4)], 24, (1, 4), True),
+        (None, 48, (1, 4), True),
+        (None, 48, None, False),
     ],
 )
-def test_what_is_tiled_by_runs_is_not_resharded(saved, wanted, resharded):
+def test_what_was_cut_on_saving_is_not_resharded(monkeypatch, saved, part, wanted, resharded):
+    monkeypatch.setenv("SHARDKEEP_PART", str(part))
     whole, store = torch.arange(12.0).reshape(4, 3), MemoryStore()
     cut = [((low, 0), whole[low:high]) for low, high in saved or [(0, 4)]]
     sk.save({"w": sk.Shards((4, 3), cut)}, store)

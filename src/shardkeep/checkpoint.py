@@ -330,10 +330,15 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         rows = np.array([self._tensors[name] for name in names], dtype=np.int64)
         return _boxes(rows, boxes, self.index.chunks.offsets.shape[1])
 
-    def plan(self, wanted: Boxes, memory: Memory, *, threads: int) -> Filling:
-        """Decide how to read boxes into memory. Raises as `fill` does, but for what is read."""
+    def plan(
+        self, wanted: Boxes, memory: Memory, *, threads: int, together: bool = False
+    ) -> Filling:
+        """Decide how to read boxes into memory, as `filling.plan` does.
+
+        Raises: as `fill`, but for what is read.
+        """
         self._check_cover(distinct(wanted.tensor))
-        return filling.plan(self.sources, wanted, memory, threads=threads)
+        return filling.plan(self.sources, wanted, memory, threads=threads, together=together)
 
     def check_cover(self) -> None:
         """Refuse any tensor with holes, as reading it would, with a FormatError."""

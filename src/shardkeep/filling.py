@@ -19,7 +19,7 @@ from shardkeep.io.read import Copy, ReadStats, read_copies
 from shardkeep.io.small import Batch, Small, batches, by_place, read_small
 from shardkeep.plan.overlap import Boxes, Overlap, distinct, first_element, one_run, overlap
 from shardkeep.sources import Plain, Sources
-from shardkeep.types import I64, Box, Chunks
+from shardkeep.types import DTYPES, I64, Box, Chunks, Index
 
 __all__ = ["Filling", "Memory", "plan"]
 
@@ -49,8 +49,8 @@ class Filling:
     Attributes:
         small: whole payloads for memory that has an address, and `reads`: how they are read.
         copies: everything else.
-        resharded: [R] whether a box is put together from other boxes than itself. Chunks that tile
-            it run after run are itself: large boxes are cut like that when they are saved.
+        resharded: [R] whether a box is put together from other boxes than itself. Large chunks that
+            tile it run after run are itself: large boxes are cut like that when they are saved.
         memory: kept alive by this.
     """
 
@@ -61,15 +61,22 @@ class Filling:
     memory: Memory
 
     def run(
-        self, store: Store, *, verify: bool, threads: int, progress: Progress | None
+        self,
+        store: Store,
+        *,
+        verify: bool,
+        threads: int,
+        budget: int | None = None,
+        progress: Progress | None = None,
     ) -> ReadStats:
-        """Read everything. Raises as `io.read.read_copies` does."""
+        """Read everything, as `io.read.read_copies` does; it raises what that does."""
         told = _Told(progress, sum(read.high - read.low for read in self.reads))
         stats = read_copies(
             store,
             self.copies,
             verify=verify,
             threads=threads,
+            budget=budget,
             progress=told.copies,
         )
         nbytes = read_small(
@@ -102,12 +109,16 @@ def _nobody(phase: str, done: int, total: int) -> None:
     """Nobody listens."""
 
 
-def plan(sources: Sources, wanted: Boxes, memory: Memory, *, threads: int) -> Filling:
+def plan(
+    sources: Sources, wanted: Boxes, memory: Memory, *, threads: int, together: bool = False
+) -> Filling:
     """Decide how to read some boxes. Item headers are read where the index does not say enough.
 
     Args:
         wanted: [R] boxes; tensors count as in the index, and their chunks cover them.
         memory: where each of them goes.
+        together: other ranks of this machine load at the same time. Whole tensors are what all of
+            them want: those are read through the page cache, so that the disk is read once.
 
     Raises:
         Damaged, FormatError: as from `Sources.locate`.
@@ -117,7 +128,7 @@ def plan(sources: Sources, wanted: Boxes, memory: Memory, *, threads: int) -> Fi
     whole = (found.sizes == chunks.sizes[found.right]).all(axis=1)
     whole &= one_run(found.sizes, wanted.sizes[found.left])
     resharded = np.zeros(len(wanted.tensor), dtype=np.bool_)
-    resharded[found.left[~whole]] = True
+    resharded[found.left[~(whole & _as_saved(wanted, found, sources.index))]] = True
 
     rows, place = np.unique(found.right, return_inverse=True)
     plain = sources.plain(rows, limit=knobs.small(), threads=threads).take(place)
@@ -133,8 +144,19 @@ def plan(sources: Sources, wanted: Boxes, memory: Memory, *, threads: int) -> Fi
     slow[found.left[fast]] = False
     slow[found.left[rest]] = True
     arrays = {row: memory.array(row) for row in np.flatnonzero(slow).tolist()}
-    copies = _copies(sources, wanted, found, rest, arrays, threads)
+    copies = _copies(sources, wanted, found, rest, arrays, threads, together)
     return Filling(small, batches(small, knobs.gap()), copies, resharded, memory)
+
+
+def _as_saved(wanted: Boxes, found: Overlap, index: Index) -> Mask:
+    """For each part of a wanted box, whether it is all of it, or as large as parts of boxes that
+    were cut on saving (`plan.cutting`).
+    """
+    all_of_it: Mask = (found.sizes == wanted.sizes[found.left]).all(axis=1)
+    itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
+    nbytes = found.sizes.prod(axis=1) * itemsize[index.tensors.dtype[wanted.tensor[found.left]]]
+    all_of_it |= 2 * nbytes > knobs.part()
+    return all_of_it
 
 
 def _meet(wanted: Boxes, chunks: Chunks) -> Overlap:
@@ -175,6 +197,7 @@ def _copies(
     rows: I64,
     arrays: dict[int, NDArray[Any]],
     threads: int,
+    together: bool,
 ) -> list[Copy]:
     """The given rows of `found` as copies."""
     left, right = found.left[rows], found.right[rows]
@@ -184,6 +207,8 @@ def _copies(
     into = found.offsets[rows] - wanted.offsets[left]
     ndims = index.tensors.ndim[wanted.tensor[left]].tolist()
     sizes_of = found.sizes[rows]
+    shapes = index.tensors.shape[wanted.tensor[left]]
+    shared = together & (wanted.sizes[left] == shapes[:, : wanted.sizes.shape[1]]).all(axis=1)
     copies = []
     for k, (ndim, to, row) in enumerate(zip(ndims, left.tolist(), right.tolist(), strict=True)):
         sizes = tuple(sizes_of[k, :ndim].tolist())
@@ -195,6 +220,7 @@ def _copies(
                 source=known[row],
                 box=Box(tuple(inside[k, :ndim].tolist()), sizes),
                 into=arrays[to][view],
+                shared=bool(shared[k]),
             )
         )
     return copies

@@ -19,6 +19,7 @@ from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
 from shardkeep.filling import Filling
 from shardkeep.format import columns
+from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
 from shardkeep.tensors.memory import Landings
@@ -105,8 +106,9 @@ def load(
     dtype: DtypePolicy = "error",
     trust: Sequence[str] = (),
     verify: bool = True,
+    host_budget: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> LoadReport:
     """Fill `state` in place from a checkpoint; every rank that takes part calls this.
 
@@ -123,8 +125,11 @@ def load(
             no value can change); also per name pattern.
         trust: classes, as "module.Class", that objects may be built of; otherwise only plain ones.
         verify: check the digests of everything that is read.
+        host_budget: bytes of memory that the reading may take, besides what objects take; by
+            default `SHARDKEEP_HOST_BUDGET`.
         ranks: global ranks that take part (default: all of the default group, or this process).
-        progress: told how far the reading has come.
+        progress: told how far the reading has come; True shows a bar on standard error, if that is
+            a terminal.
 
     Raises:
         NotACheckpoint, FormatError, Damaged: there is nothing whole to load.
@@ -134,15 +139,21 @@ def load(
         RankFailed: another rank failed.
     """
     job = take_part(ranks)
-    store = store_at(path)
+    store = store_at(path, budget=host_budget)
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
         with collector.paused():  # what is made for each tensor is gone again when this ends
             planned = _planned(state, store, session, clock, strict, dtype, trust)
 
         clock.part("read")
-        threads = knobs.threads()
-        stats = planned.filling.run(store, verify=verify, threads=threads, progress=progress)
+        with shown(progress, rank=session.rank) as tell:
+            stats = planned.filling.run(
+                store,
+                verify=verify,
+                threads=knobs.threads(),
+                budget=host_budget,
+                progress=tell,
+            )
 
         clock.part("restore")
         planned.landings.finish()
@@ -207,12 +218,14 @@ def _planned(
 
     clock.phase("read")
     clock.part("plan")
-    landings, filling = _plan(match.stored, source)
+    landings, filling = _plan(match.stored, source, together=knobs.ranks_here(session.size) > 1)
     report = match.report(_resharded(match.stored, filling))
     return _Planned(template, statefuls, landings, filling, match.inside, match.values, report)
 
 
-def _plan(tensors: Sequence[Described], source: Checkpoint) -> tuple[Landings, Filling]:
+def _plan(
+    tensors: Sequence[Described], source: Checkpoint, *, together: bool
+) -> tuple[Landings, Filling]:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
     names, boxes = [piece.name for piece in pieces], [piece.box for piece in pieces]
@@ -222,7 +235,7 @@ def _plan(tensors: Sequence[Described], source: Checkpoint) -> tuple[Landings, F
         [box.sizes for box in boxes],
     )
     wanted = source.boxes(names, boxes)
-    return landings, source.plan(wanted, landings, threads=knobs.threads())
+    return landings, source.plan(wanted, landings, threads=knobs.threads(), together=together)
 
 
 def _resharded(tensors: Sequence[Described], filling: Filling) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import shardkeep
-from shardkeep import commit, knobs
+from shardkeep import collector, commit, knobs
 from shardkeep.agreement import Order, own, report
 from shardkeep.background import line_of, simulated
 from shardkeep.clock import Clock
@@ -31,6 +31,7 @@ from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.digest import crc32
 from shardkeep.io.image import Image, images_of, written_in
 from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
+from shardkeep.plan.distinct import distinct
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
@@ -170,27 +171,30 @@ def life(
     """
     with job.session("save", store.url) as session:
         clock = Clock(session, _PARTS)
-        clock.phase("describe")
-        local = describe_state(given.pop(), nested=options.flatten)
-
-        clock.phase("own")
         old: list[frozenset[str]] = []
-        order = own(
-            session,
-            local.claim,
-            lambda: old.append(_admit(store, options.overwrite)),
-            save_id=options.save_id,
-            spread=options.spread,
-            same_objects=options.same_objects,
-        )
-        if order.settlement is not None and order.settlement.differing:
-            _warn_of(order.settlement.differing)
+        # The collector is one for all threads: it goes on where a training loop does.
+        quiet = collector.paused if arena is None else contextlib.nullcontext
+        with collector.paused():
+            clock.phase("describe")
+            local = describe_state(given.pop(), nested=options.flatten)
 
-        clock.phase("write" if arena is None else "stage")
-        here = knobs.ranks_here(session.size)
-        threads, window = writers(here, options.host_budget or knobs.host_budget())
-        payloads = _Payloads(local, order)
-        images = payloads.images(session.rank, order.save_id, options.files, window)
+            clock.phase("own")
+            order = own(
+                session,
+                local.claim,
+                lambda: old.append(_admit(store, options.overwrite)),
+                save_id=options.save_id,
+                spread=options.spread,
+                same_objects=options.same_objects,
+            )
+            if order.settlement is not None and order.settlement.differing:
+                _warn_of(order.settlement.differing)
+
+            clock.phase("write" if arena is None else "stage")
+            here = knobs.ranks_here(session.size)
+            threads, window = writers(here, options.host_budget or knobs.host_budget())
+            payloads = _Payloads(local, order)
+            images = payloads.images(session.rank, order.save_id, options.files, window)
         in_memory = None
         if arena is not None and room(images) <= (options.host_budget or sys.maxsize):
             memory = arena.take(room(images), pinned if payloads.on_cuda else roomy)
@@ -214,13 +218,15 @@ def life(
 
             clock.phase("report")
             spent = session.gather(repr(sum(clock.seconds().values())).encode())
-            index = report(session, order, written_in(images))
+            with quiet():
+                index = report(session, order, written_in(images))
             if index is not None and session.size > 1:
                 _check_there(store, index)
 
         clock.phase("commit")
         if index is not None:
-            commit.publish(store, order.save_id, index, header(session.size))
+            with quiet():
+                commit.publish(store, order.save_id, index, header(session.size))
         totals, _ = columns.unpack(session.broadcast(_totals(index, spent) if index else None))
         if session.rank == 0:
             sweep(store, old[0])
@@ -245,20 +251,19 @@ class _Payloads:
     def __init__(self, local: Local, order: Order) -> None:
         claim, rows = local.claim, order.pieces
         objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
-        of = claim.piece[rows]
-        codes, ndim = claim.tensors.dtype[of].tolist(), claim.tensors.ndim[of].tolist()
-        kinds: dict[tuple[int, ...], TensorFraming] = {}
-        self._framings: list[TensorFraming | None] = []
-        for code, dims, padded in zip(codes, ndim, claim.sizes[rows].tolist(), strict=True):
-            kind = (code, *padded[:dims])
-            if kind not in kinds:
-                kinds[kind] = TensorFraming(DTYPES[code], kind[1:])
-            self._framings.append(kinds[kind])
+        of, sizes = claim.piece[rows], claim.sizes[rows]
+        codes, ndim = claim.tensors.dtype[of], claim.tensors.ndim[of]
+        kind, first = distinct([codes, ndim, *sizes.T])
+        kinds = [
+            TensorFraming(DTYPES[codes[row]], tuple(sizes[row, : ndim[row]].tolist()))
+            for row in first.tolist()
+        ]
+        self._framings: list[TensorFraming | None] = [kinds[one] for one in kind.tolist()]
         self._framings += [None] * len(objects)
         itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
         self._nbytes = np.concatenate(
             [
-                claim.sizes[rows].prod(axis=1) * itemsize[claim.tensors.dtype[of]],
+                sizes.prod(axis=1) * itemsize[codes],
                 np.array([len(data) for data in objects], dtype=np.int64),
             ]
         )
@@ -352,8 +357,8 @@ def header(ranks: int) -> dict[str, Any]:
 def _totals(index: Index, spent: Sequence[bytes] | None) -> bytes:
     twins = len(index.twins)
     chunks = index.chunks
-    items = np.unique(np.column_stack([chunks.file, chunks.item, chunks.length]), axis=0)
-    nbytes = int(items[:, 2].sum()) + int(index.objects.length.sum())
+    _, items = distinct([chunks.file, chunks.item, chunks.length])
+    nbytes = int(chunks.length[items].sum()) + int(index.objects.length.sum())
     longest, slowest = max((float(text), -rank) for rank, text in enumerate(spent or ()))
     return columns.pack(
         {

@@ -185,17 +185,18 @@ class Frame:
     Attributes:
         head: what goes before the payload.
         before, between, after: the tail, but for the two places of the payload's CRC-32.
+        tail_length: bytes of the tail.
     """
 
     head: bytes
     before: bytes
     between: bytes
     after: bytes
+    tail_length: int = field(init=False)
 
-    @property
-    def tail_length(self) -> int:
-        """Bytes of the tail."""
-        return len(self.before) + len(self.between) + len(self.after) + 8
+    def __post_init__(self) -> None:
+        length = len(self.before) + len(self.between) + len(self.after) + 8
+        object.__setattr__(self, "tail_length", length)
 
     def tail(self, crc: int) -> bytes:
         """What goes after the payload, given its CRC-32."""

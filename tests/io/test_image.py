@@ -39,6 +39,10 @@ class Bytes:
         with self.lock:
             self.copied[row] += nbytes
 
+    def take(self, rows, nbytes):
+        self.copied[rows] += nbytes
+        return [self.data[row] for row in rows]
+
 
 def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None):
     payloads = payloads or Bytes(sizes)
@@ -93,7 +97,7 @@ def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, 
     with placed(store, images) as targets:
         if way.startswith("staged"):
             staged = stage(images, aligned(room(images)), threads=threads)
-            payloads.copy = None  # what is staged does not look at its source again
+            payloads.copy = payloads.take = None  # what is staged does not look at its source again
             write_staged(targets, staged, threads=threads)
         else:
             write_images(targets, images, threads=threads)
@@ -136,7 +140,7 @@ def test_progress_counts_every_byte_of_the_files(tmp_path):
 
 class Broken(Bytes):
     def copy(self, row, start, nbytes, address):
-        if start == BLOCK * 4:
+        if start >= BLOCK * 4:
             time.sleep(0.05)  # the window with the tail waits for this one by now
             raise OSError(5, "it broke")
         super().copy(row, start, nbytes, address)

@@ -11,12 +11,13 @@ torch = pytest.importorskip("torch")
 from shardkeep.errors import Conflict
 from shardkeep.tensors.pieces import (
     describe,
-    describe_all,
     is_any_tensor,
     is_sharded,
     is_tensor,
 )
 from shardkeep.tensors.shards import Shards
+from shardkeep.tensors.state import describe_tensors
+from shardkeep.tree import flatten
 from shardkeep.types import DTYPES, Box, DType
 
 
@@ -93,10 +94,11 @@ def test_a_flattening_subclass_is_described_by_its_inner_tensors() -> None:
     assert [d.name for d in found] == ["w.a.a", "w.a.b", "w.b"]
     assert [d.pieces[0].local.data_ptr() for d in found] == [t.data_ptr() for t in (a, b, c)]
     with pytest.raises(Conflict, match=r"'w\.b'.*rename the other"):
-        describe_all([("w", nested), ("w.b", c)])
+        describe_tensors(flatten({"w": nested, "w.b": c}, is_any_tensor))
     with pytest.raises(Conflict, match=r"'w\.a\.a'"):
-        describe_all([("w", nested)], taken=["w.a.a"])
-    assert [d.name for d in describe_all([("v", c), ("w.b", c)], taken=["u"])] == ["v", "w.b"]
+        describe_tensors(flatten({"w": nested, "w.a.a": "an object"}, is_any_tensor))
+    tensors, objects = describe_tensors(flatten({"v": c, "u": 1, "w.b": c}, is_any_tensor))
+    assert ([d.name for d in tensors], objects) == (["v", "w.b"], {"u": 1})
 
 
 def test_objects_are_not_tensors() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, cast
@@ -42,7 +42,7 @@ _WORTH = 32 * 1024
 _LARGE = 128 * 1024
 """Bytes from which on the faster way makes up for finding out where they are."""
 
-__all__ = ["block_digests", "combine", "crc32", "crc32_at", "digest", "whole_crc"]
+__all__ = ["block_digests", "combine", "crc32", "crc32_at", "crc32_each", "digest", "whole_crc"]
 
 Bytes = bytes | bytearray | memoryview | NDArray[Any]
 
@@ -65,6 +65,11 @@ def crc32_at(address: int, data: memoryview) -> int:
     worth = _at is not None and len(data) >= _WORTH
     found: int = _at(0, address, len(data)) if worth else _zlib.crc32(data)
     return found
+
+
+def crc32_each(small: Sequence[bytes]) -> list[int]:
+    """CRC-32 of each of many small things."""
+    return list(map(_zlib.crc32, small))
 
 
 def digest(data: Bytes) -> tuple[NDArray[np.uint32], int]:

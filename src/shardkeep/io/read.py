@@ -51,13 +51,14 @@ def read_copies(
     *,
     verify: bool = True,
     threads: int,
+    budget: int | None = None,
     progress: Progress | None = None,
 ) -> ReadStats:
     """Fill all destinations, in parallel. Digested payloads are read and checked by whole blocks.
 
-    The buffers take at most half of `knobs.host_budget()` in all (but 1 MiB a thread at least); the
-    other half is the store's. After an error the content of the destinations is undefined, and no
-    thread goes on.
+    The buffers take at most half of `budget` bytes in all (but 1 MiB a thread at least), by default
+    `knobs.host_budget()`; the other half is the store's. After an error the content of the
+    destinations is undefined, and no thread goes on.
 
     Raises:
         Damaged: a block does not match its digest, or a file is missing or too short; the error
@@ -65,7 +66,7 @@ def read_copies(
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
-    limit = knobs.host_budget() // 2 // max(1, threads) // BLOCK * BLOCK
+    limit = (budget or knobs.host_budget()) // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
     in_rows = isinstance(store, StoreInRows)
     planner = Planner(knobs.gap(), limit, verify, in_rows)

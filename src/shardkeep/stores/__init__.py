@@ -11,8 +11,8 @@ from shardkeep.stores.memory import MemoryStore
 __all__ = ["LocalStore", "MemoryStore", "store_at"]
 
 
-def store_at(path: str | os.PathLike[str] | Store) -> Store:
-    """The store of a local path; a store is returned as it is.
+def store_at(path: str | os.PathLike[str] | Store, *, budget: int | None = None) -> Store:
+    """The store of a local path, with a `budget` for its buffers; a store is returned as it is.
 
     Raises:
         ValueError: a URL, which no store here serves.
@@ -22,7 +22,7 @@ def store_at(path: str | os.PathLike[str] | Store) -> Store:
         text = os.fspath(path)
         if "://" in text:
             raise ValueError(f"no store serves {text!r}: give a local path or a Store")
-        return LocalStore(text)
+        return LocalStore(text, budget=budget)
     if isinstance(path, Store):
         return path
     raise TypeError(f"expected a path or a Store, not {type(path).__name__}")

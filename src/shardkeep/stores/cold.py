@@ -35,10 +35,12 @@ class ColdReads:
     """The buffers of one store, and whether its file system takes such reads at all.
 
     That is found out by trying: after the first refusal there are no more of them. All buffers of
-    a store together take half of `knobs.host_budget()` at most (the other half is its callers').
+    a store together take half of `budget` bytes at most (the other half is its callers'), by
+    default of `knobs.host_budget()`.
     """
 
-    def __init__(self, wanted: bool = True) -> None:
+    def __init__(self, wanted: bool = True, budget: int | None = None) -> None:
+        self._budget = budget
         self.works = wanted and bool(FLAG)
         self._lock = Lock()
         self._free: list[mmap.mmap] = []
@@ -125,7 +127,7 @@ class ColdReads:
         with self._lock:
             if self._free:
                 return self._free.pop()
-            budget = knobs.host_budget() // 2
+            budget = (self._budget or knobs.host_budget()) // 2
             size = min(PIECE, budget // knobs.threads()) // PAGE * PAGE
             if size < _LEAST or (self._taken + 1) * size > budget:
                 return None

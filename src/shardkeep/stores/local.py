@@ -49,20 +49,25 @@ class LocalStore(Store):
 
     Bytes that are in the page cache are copied out of it; others come past it, where the kernel
     tells which is which and the file system lets. Files of known size are written past it, too.
-    Neither is so if `direct` is False.
+    Neither is so if `direct` is False. The buffers for it take half of `budget` bytes at most.
 
     Closing it (or leaving its `with` block) closes the files and frees the buffers; it can be used
     again afterwards.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, open_files: int = 64, direct: bool = True
+        self,
+        path: str | os.PathLike[str],
+        *,
+        open_files: int = 64,
+        direct: bool = True,
+        budget: int | None = None,
     ) -> None:
         self._root = os.fspath(path) or "."
         self._limit = max(1, open_files)
         self._lock = Lock()
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
-        self._cold = cold.ColdReads(direct)
+        self._cold = cold.ColdReads(direct, budget)
         self._unsynced: set[str] = set()
         self._direct = Direct(direct)
 

@@ -14,14 +14,7 @@ from shardkeep.plan.cutting import cut
 from shardkeep.tensors.pieces import Described
 from shardkeep.types import DTYPES, I64, Box, Tensors
 
-__all__ = ["CODES", "Pieces", "Rows", "aliases", "cut_large"]
-
-CODES: dict[torch.dtype, int] = {
-    getattr(torch, dtype.name): dtype.code
-    for dtype in DTYPES
-    if hasattr(torch, dtype.name) and not dtype.name.startswith("q")
-}
-"""The code of each dtype that plain memory can have (so not of quantized ones)."""
+__all__ = ["Pieces", "Rows", "aliases", "cut_large"]
 
 _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
 

@@ -12,15 +12,16 @@ import torch
 from shardkeep import knobs
 from shardkeep.format import values
 from shardkeep.tensors.pieces import (
-    PLAIN,
+    CODES,
     Described,
     describe,
-    describe_all,
+    described_plainly,
     is_any_tensor,
     is_tensor,
+    lies_plainly,
     refuse_twice,
 )
-from shardkeep.tensors.rows import CODES, Rows, aliases, cut_large
+from shardkeep.tensors.rows import Rows, aliases, cut_large
 from shardkeep.tensors.stateful import expand
 from shardkeep.tree import Flat, flatten
 from shardkeep.types import Claim, Path, Structure
@@ -92,23 +93,13 @@ def _collect(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
     rows, objects, inner = Rows(), dict[str, Any](), False
     names, codes, shapes = rows.names, rows.codes, rows.shapes
     memory, pointers = rows.memory, rows.pointers
-    strided = torch.strided
     for name, value in flat.items():
-        # What nearly every leaf is: `describe` would say the same, in ten times the time. Without
-        # memory a tensor is empty, or can't be saved.
-        if (
-            type(value) in PLAIN
-            and (code := CODES.get(value.dtype)) is not None
-            and value.layout is strided
-            and not value.is_nested
-            and not hasattr(value, "global_shape")
-            and (pointer := value.data_ptr())
-        ):
+        if lies_plainly(value):
             names.append(name)
-            codes.append(code)
+            codes.append(CODES[value.dtype])
             shapes.append(value.shape)
             memory.append(value)
-            pointers.append(pointer)
+            pointers.append(value.data_ptr())
         elif is_tensor(value):
             for described in describe(name, value):
                 rows.add(described)
@@ -120,9 +111,19 @@ def _collect(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
 
 def describe_tensors(flat: Flat) -> tuple[list[Described], dict[str, Any]]:
     """The tensors of a flat state, described, and its objects by name."""
-    objects = {name: value for name, value in flat.items() if not is_tensor(value)}
-    tensors = (item for item in flat.items() if item[0] not in objects)
-    return describe_all(tensors, taken=objects), objects
+    tensors, objects, inner = list[Described](), dict[str, Any](), False
+    for name, value in flat.items():
+        if lies_plainly(value):
+            tensors.append(described_plainly(name, value))
+        elif is_tensor(value):
+            found = describe(name, value)
+            inner = inner or [one.name for one in found] != [name]
+            tensors += found
+        else:
+            objects[name] = value
+    if inner:
+        refuse_twice([*objects, *(tensor.name for tensor in tensors)])
+    return tensors, objects
 
 
 def _top_level(state: Mapping[Any, Any]) -> Flat:
