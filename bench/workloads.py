@@ -1,0 +1,423 @@
+"""The workloads, by name: each makes one result or several, in processes of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench import solo
+from bench.measure import Result, Sample, Series, percentile
+from bench.race import Act, Bench, Entry, Race, fresh
+from bench.ranks import Crew, RankError
+
+__all__ = ["WORKLOADS"]
+
+Variants = tuple[Mapping[str, Any], ...]
+
+OURS = Entry("shardkeep", "Shardkeep", role="ours")
+UNVERIFIED = Entry(
+    "unverified",
+    "Shardkeep, verify=False",
+    who="shardkeep",
+    role="ours",
+    variants=({"verify": False},),
+)
+STOCK = Entry("stock", "stock DCP", role="stock")
+TORCH = Entry("torch", "torch.save, one file a rank")
+TENSORS = Entry("safetensors", "safetensors, one file a rank")
+SNAPSHOT = Entry("torchsnapshot", "torchsnapshot")
+META = Entry("torch_checkpointing", "torch_checkpointing")
+
+STOCK_SAVES: Variants = (
+    {"threads": 1},
+    {"threads": 2},
+    {"threads": 4},
+    {"threads": 4, "caching": True},
+)
+STOCK_BEGINS: Variants = (
+    {"threads": 4},
+    {"threads": 4, "stager": "kept"},
+    {"threads": 4, "stager": "kept", "process": True},
+)
+
+
+def writing(ranks: int) -> Entry:
+    threads: Variants = ({"threads": 2}, {"threads": 3}) if ranks == 1 else ({"threads": 1},)
+    return Entry("direct_write", "raw direct write", role="limit", variants=threads)
+
+
+def reading(ranks: int, cold: bool) -> Entry:
+    """The limit of reading what `direct_write` wrote. Nobody can check noise."""
+    if cold:
+        several: Variants = ({"threads": 1}, {"threads": 4})
+        threads: Variants = ({"threads": 4},) if ranks == 1 else several
+        entry = Entry("direct_read", "raw direct read", variants=threads)
+    else:
+        threads = ({"threads": 2},) if ranks == 1 else ({"threads": 1},)
+        entry = Entry("preadv", "raw preadv, touched memory", variants=threads)
+    return replace(entry, role="limit", uses="direct_write", checked=False)
+
+
+def saves(
+    bench: Bench, name: str, kind: str, ranks: int, title: str, others: Sequence[Entry]
+) -> Iterator[Result]:
+    entries = (OURS, replace(STOCK, variants=STOCK_SAVES), *others, writing(ranks))
+    with Crew(ranks, bench.folder) as crew:
+        result = started(bench, crew, name, title, "save", kind, bench.nbytes)
+        result.limit = "direct_write"
+        yield Race(bench, crew, result, entries).run(saving(bench, crew))
+
+
+def loads(
+    bench: Bench,
+    name: str,
+    kind: str,
+    ranks: int,
+    title: str,
+    others: Sequence[Entry],
+    cold: bool = False,
+) -> Iterator[Result]:
+    entries = (OURS, UNVERIFIED, STOCK, *others, reading(ranks, cold))
+    with Crew(ranks, bench.folder) as crew:
+        result = started(bench, crew, name, title, "load", kind, bench.nbytes)
+        result.limit = entries[-1].key
+        race = Race(bench, crew, result, entries)
+        files = written(race, entries)
+        yield race.run(loading(bench, crew, files, result, cold), trials=1)
+
+
+def reshard(bench: Bench) -> Iterator[Result]:
+    """Rows into columns: every rank needs a part of what every other one wrote."""
+    straight = Entry(
+        "straight",
+        "Shardkeep, verify=False, straight: rows as rows",
+        who="shardkeep",
+        role="limit",
+        state="rows",
+        variants=UNVERIFIED.variants,
+    )
+    entries = (OURS, UNVERIFIED, STOCK, META, straight)
+    with Crew(bench.ranks, bench.folder) as crew:
+        title = f"Load rows as columns, {bench.ranks} ranks, cached"
+        result = started(
+            bench, crew, "reshard", title, "load", "adamw", bench.nbytes, split="columns"
+        )
+        crew.keep("build", "rows", "adamw", bench.nbytes)
+        result.limit = "straight"
+        race = Race(bench, crew, result, entries)
+        files = written(race, entries, state="rows")
+        yield race.run(loading(bench, crew, files, result), trials=1)
+
+
+def other_ranks(bench: Bench, name: str, before: int, after: int) -> Iterator[Result]:
+    """Saved by so many ranks, loaded by another number."""
+    title = f"Load what {before} ranks saved on {after}, cached"
+    limit = reading(after, cold=False)
+    entries = (OURS, UNVERIFIED, STOCK, META, limit)
+    result = Result(name, title, name, "load", after, 0, limit=limit.key)
+    with Crew(before, bench.folder) as crew:
+        crew.keep("build", "state", "adamw", bench.nbytes)
+        race = Race(bench, crew, result, entries[:-1])
+        files = written(race, entries[:-1])
+    with Crew(after, bench.folder) as crew:
+        built = crew.keep("build", "state", "adamw", bench.nbytes)
+        result.nbytes = sum(nbytes for nbytes, _ in built)
+        race = Race(bench, crew, result, entries)
+        files |= written(race, entries[-1:])
+        yield race.run(loading(bench, crew, files, result), trials=1)
+
+
+def column_slice(bench: Bench) -> Iterator[Result]:
+    """A quarter of one tensor's columns, as the second of four tensor-parallel ranks wants it."""
+    entries = (OURS, UNVERIFIED, STOCK, TORCH, TENSORS)
+    with Crew(1, bench.folder) as crew:
+        title = "A quarter of one tensor's columns, 1 process, cached"
+        amount = min(bench.nbytes // 4, 1 << 28)
+        result = started(bench, crew, "slice", title, "load", "one", amount)
+        result.nbytes //= 4
+        result.notes.append(
+            f"The tensor has {amount / 1e6:.0f} MB; stock DCP has no call that reads a part of a "
+            "tensor in one process, so it reads all of it."
+        )
+        race = Race(bench, crew, result, entries)
+        files = written(race, entries)
+
+        def act(entry: Entry, trial: bool) -> list[Sample]:
+            crew.all("warm", files[entry.source])
+            work = ("do", solo.slice_of, entry.key, "state", files[entry.source])
+            return crew.all(*work, check=trial)
+
+        yield race.run(act, trials=1)
+
+
+def small(bench: Bench, count: int) -> Iterator[Result]:
+    """Many tensors of 64 bytes: nothing but the cost of each."""
+    plans: Variants = ({"threads": 1}, {"threads": 1, "caching": True})
+    stock = replace(STOCK, variants=plans[:1] if count > 50_000 else plans)
+    with Crew(1, bench.folder) as crew:
+        crew.keep("build", "state", "small", count)
+        for work in ("save", "load"):
+            title = f"{count:,} tensors of 64 bytes: {work}, 1 process"
+            result = Result(f"small-{count}-{work}", title, "small", work, 1, count * 64, count)
+            entries = (OURS, stock, TORCH, TENSORS, SNAPSHOT, META)
+            race = Race(bench, crew, result, entries)
+            if work == "save":
+                yield race.run(saving(bench, crew), trials=1 if count > 50_000 else 2)
+            else:
+                entries = race.entries = tuple(replace(one, variants=({},)) for one in entries)
+                files = written(race, entries)
+                yield race.run(loading(bench, crew, files, result), trials=1)
+
+
+def asynchronous(bench: Bench, name: str, ranks: int) -> Iterator[Result]:
+    """How long the caller waits, and how long until the checkpoint is durable."""
+    stock = replace(STOCK, variants=STOCK_BEGINS)
+    limit = Entry("copy", "raw copy, warm to warm", role="limit")
+    entries = (OURS, stock, SNAPSHOT, META, limit)
+    with Crew(ranks, bench.folder) as crew:
+        title = f"Background save, {_many(ranks)}: until the caller goes on"
+        result = started(bench, crew, name, title, "stall", "adamw", bench.nbytes)
+        result.limit = "copy"
+
+        def act(entry: Entry, trial: bool) -> list[Sample]:
+            path = fresh(bench.folder, f"async-{entry.key}")
+            crew.one("settle")
+            try:
+                return crew.all("begin", entry.key, "state", path)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+        yield Race(bench, crew, result, entries).run(act)
+
+
+def checksums(bench: Bench) -> Iterator[Result]:
+    """Processor time of a save, and of the digests in it."""
+    crc = Entry("crc", "CRC-32 of every block", role="other")
+    with Crew(1, bench.folder) as crew:
+        title = "Digests on saving, in processor time, 1 process"
+        result = started(bench, crew, "checksums", title, "save", "adamw", bench.nbytes)
+        result.notes.append(
+            "The digests' share is derived: blocks of 256 KiB are copied to a small buffer and "
+            "checked there, as in a save, less the same copies without the check."
+        )
+        yield Race(bench, crew, result, (OURS, crc)).run(saving(bench, crew))
+
+
+def memory(bench: Bench) -> Iterator[Result]:
+    """Resident memory over many small saves."""
+    result = Result(
+        "memory", f"Memory over {bench.saves} small saves", "memory", "leak", 1, 0, limit=""
+    )
+    result.notes.append(
+        "The slope is that of a straight line through the resident memory after each save of the "
+        "second half."
+    )
+    with Crew(1, bench.folder) as crew:
+        crew.keep("build", "state", "bf16", min(bench.nbytes, 4 << 20))
+        for entry, verb in ((OURS, "save"), (replace(OURS, key="async"), "begin"), (STOCK, "save")):
+            label = f"{entry.label}, async_save" if verb == "begin" else entry.label
+            series = result.series[entry.key] = Series(label, entry.role)
+            path = fresh(bench.folder, f"memory-{entry.key}")
+            try:
+                crew.all("enter", entry.key, entry.contestant, {})
+                found = crew.one(
+                    "do", solo.memory_over, entry.key, "state", verb, path, bench.saves
+                )
+                series.add(found)
+                bench.say(f"  {label}: {found.figures['slope']:.0f} bytes a save")
+            except RankError as error:
+                series.error = str(error)
+                bench.say(f"  {label}: {error}")
+    yield result
+
+
+def interpreter(bench: Bench) -> Iterator[Result]:
+    """A training loop in Python beside a save in the background."""
+    kept = {"threads": 4, "stager": "kept"}
+    entries = (
+        Entry("alone", "no save running", who="nobody", role="limit"),
+        OURS,
+        Entry(
+            "gentle",
+            "Shardkeep, gentle",
+            who="shardkeep",
+            role="ours",
+            variants=({"gentle": True},),
+        ),
+        replace(STOCK, key="stock", label="stock DCP, thread", variants=(kept,)),
+        replace(
+            STOCK,
+            key="stock_process",
+            who="stock",
+            label="stock DCP, process",
+            variants=(kept | {"process": True},),
+        ),
+    )
+    steps: dict[str, list[float]] = {entry.key: [] for entry in entries}
+    with Crew(1, bench.folder) as crew:
+        title = "A step of a training loop in Python while a save is running, 1 process"
+        result = started(bench, crew, "interpreter", title, "step", "adamw", bench.nbytes // 2)
+        result.limit = "alone"
+        result.notes.append(
+            "Saves follow each other without a pause; the stalls themselves are not in the steps. "
+            "Times are the 99th percentile of each round's steps; p50 and p99 those of all steps."
+        )
+
+        def act(entry: Entry, trial: bool) -> list[Sample]:
+            path = fresh(bench.folder, f"loop-{entry.key}")
+            count = bench.steps // 10 if trial else bench.steps
+            try:
+                sample, found = crew.one("do", solo.loop, entry.key, "state", path, count)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+            if not trial:
+                steps[entry.key] += found
+            return [sample]
+
+        Race(bench, crew, result, entries).run(act, trials=1)
+        for key, found in steps.items():
+            if found:
+                result.series[key].figures |= {
+                    "p50": [percentile(found, 0.5)],
+                    "p99": [percentile(found, 0.99)],
+                    "steps": [len(found)],
+                }
+        yield result
+
+
+def started(
+    bench: Bench,
+    crew: Crew,
+    name: str,
+    title: str,
+    work: str,
+    kind: str,
+    amount: int,
+    split: str = "rows",
+) -> Result:
+    """Have the ranks make the state; a result that knows its size."""
+    built = crew.keep("build", "state", kind, amount, split)
+    nbytes = sum(nbytes for nbytes, _ in built)
+    return Result(name, title, name.partition("-")[0], work, crew.ranks, nbytes, built[0][1])
+
+
+def saving(bench: Bench, crew: Crew) -> Act:
+    """A save to where nothing is, with nothing else on its way to the disk."""
+
+    def act(entry: Entry, trial: bool) -> list[Sample]:
+        path = fresh(bench.folder, f"save-{entry.key}")
+        crew.one("settle")
+        try:
+            return crew.all("save", entry.key, entry.state, path)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    return act
+
+
+def written(race: Race, entries: Sequence[Entry], state: str = "state") -> dict[str, Path]:
+    """Have each source that entries load from saved once; who can't be is out with its error."""
+    files: dict[str, Path] = {}
+    failed: dict[str, str] = {}
+    for source in dict.fromkeys(entry.source for entry in entries):
+        path = fresh(race.bench.folder, f"files-{source}")
+        key = f"writer-{source}"
+        try:
+            race.crew.all("enter", key, source, {})
+            race.crew.all("save", key, state, path)
+            race.crew.all("leave", key)
+            files[source] = path
+        except RankError as error:
+            failed[source] = str(error)
+            race.bench.say(f"  {source} can't be saved: {error}")
+            files[source] = path
+    for entry in entries:
+        if entry.source in failed:
+            series = race.result.series.setdefault(entry.key, Series(entry.label, entry.role))
+            series.error = failed[entry.source]
+    return files
+
+
+def loading(
+    bench: Bench, crew: Crew, files: Mapping[str, Path], result: Result, cold: bool = False
+) -> Act:
+    """A load of files that are in the page cache, or that are not."""
+
+    def act(entry: Entry, trial: bool) -> list[Sample]:
+        if cold:
+            how = crew.one("cool", list(files.values()))
+            note = f"Before each load the page cache is emptied by {how}."
+            if note not in result.notes:
+                result.notes.append(note)
+        else:
+            crew.all("warm", files[entry.source])
+        check = trial and entry.checked
+        return crew.all("load", entry.key, entry.state, files[entry.source], check=check)
+
+    return act
+
+
+def _many(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} ranks"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What `python -m bench NAME` runs."""
+
+    about: str
+    run: Callable[[Bench], Iterator[Result]]
+
+
+EVERYONE = (TORCH, TENSORS, SNAPSHOT, META)
+FEW = (TORCH, TENSORS)
+
+
+def _workloads() -> dict[str, Workload]:
+    found: dict[str, Workload] = {}
+
+    def add(name: str, about: str, run: Callable[..., Iterator[Result]], *args: Any) -> None:
+        found[name] = Workload(about, lambda bench: run(bench, *args))
+
+    def ranks(call: Callable[..., Iterator[Result]], *args: Any) -> Callable[..., Any]:
+        """With the bench's number of ranks."""
+        return lambda bench: call(bench, *[bench.ranks if one is MANY else one for one in args])
+
+    for name, kind, many, others, state in (
+        ("1", "adamw", 1, EVERYONE, "AdamW state"),
+        ("4", "adamw", MANY, EVERYONE, "AdamW state"),
+        ("bf16", "bf16", 1, FEW, "bf16 model"),
+    ):
+        who = "1 process" if many == 1 else "4 ranks"
+        about = f"{state}, {who}"
+        call = (kind, many, f"Durable save, {about}", others)
+        add(f"save-{name}", f"durable save: {about}", ranks(saves, f"save-{name}", *call))
+        call = (kind, many, f"Cached load, {about}", others)
+        add(f"load-{name}", f"cached load: {about}", ranks(loads, f"load-{name}", *call))
+    for name, many, who in (("1", 1, "1 process"), ("4", MANY, "4 ranks")):
+        call = ("adamw", many, f"Cold load, AdamW state, {who}", EVERYONE, True)
+        add(f"cold-{name}", f"cold load: {who}", ranks(loads, f"cold-{name}", *call))
+    add("reshard", "rows to columns on 4 ranks", reshard)
+    add("ranks-4-2", "saved by 4 ranks, loaded by 2", other_ranks, "ranks-4-2", 4, 2)
+    add("ranks-2-4", "saved by 2 ranks, loaded by 4", other_ranks, "ranks-2-4", 2, 4)
+    add("slice", "a part of one tensor", column_slice)
+    for number, name in enumerate(("small-20000", "small-100000")):
+        found[name] = Workload(
+            "many tensors of 64 bytes",
+            lambda bench, number=number: small(bench, bench.counts[number]),
+        )
+    for name, many, who in (("async-1", 1, "1 process"), ("async-4", MANY, "4 ranks")):
+        add(name, f"background save: {who}", ranks(asynchronous, name, many))
+    add("checksums", "processor time of the digests", checksums)
+    add("memory", "resident memory over 200 saves", memory)
+    add("interpreter", "a training loop beside a save", interpreter)
+    return found
+
+
+MANY = "bench.ranks"
+"""Stands for the number of ranks that the bench was told."""
+
+WORKLOADS = _workloads()
