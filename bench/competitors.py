@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ class Stock:
     ) -> None:
         import torch.distributed.checkpoint as dcp
 
-        self.dcp, self.alone = dcp, ranks == 1
+        self.dcp, self.alone = dcp, not torch.distributed.is_initialized()
         self.threads, self.caching = threads, caching
         self.process, self.stager = process, self._stager(process) if stager == "kept" else None
 
@@ -232,11 +233,13 @@ class TorchCheckpointing:
     """torch_checkpointing.
 
     Its direct writes fail where the file system wants them aligned (EINVAL on ext4), so they are
-    off; it syncs nothing, so that is done after it.
+    off; it syncs nothing, so that is done after it. What it needs for resharding it gathers on
+    CUDA devices alone, so several ranks save without, unless `reshard` insists.
     """
 
-    def __init__(self, rank: int, ranks: int) -> None:
+    def __init__(self, rank: int, ranks: int, *, reshard: bool = False) -> None:
         self.turn = (rank, ranks)
+        self.reshard = reshard or ranks == 1
         self._managers: dict[str, Any] = {}
 
     def _manager(self, kind: str) -> Any:
@@ -251,7 +254,7 @@ class TorchCheckpointing:
                 "sync": SyncCheckpointSaverConfig(),
                 "async": library.AsyncCheckpointSaverConfig(staging_config=staging),
             }
-            spec = library.ItemSpec(resharder=DefaultResharder())
+            spec = library.ItemSpec(resharder=DefaultResharder() if self.reshard else None)
             self._managers[kind] = library.CheckpointManager(
                 library.CheckpointManager.Config(
                     items={"state": spec},
@@ -322,6 +325,16 @@ MAKERS: dict[str, Callable[..., Contestant]] = {
 
 
 def make(who: str, rank: int, ranks: int, settings: Mapping[str, Any]) -> Contestant:
-    """Its warnings about being used alone, or about what it deprecates, are no news here."""
+    """Its warnings about being used alone, or about what it deprecates, are no news here.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message ends with what the installation said.
+    """
     warnings.simplefilter("ignore")
-    return MAKERS[who](rank, ranks, **settings)
+    try:
+        return MAKERS[who](rank, ranks, **settings)
+    except ModuleNotFoundError as error:
+        log = Path(sys.prefix) / f"{error.name}.log"
+        said = log.read_text().strip().splitlines() if log.exists() else []
+        why = f"not installed: {said[-1]}" if said else f"not installed: {error}"
+        raise ModuleNotFoundError(why, name=error.name) from None

@@ -59,7 +59,7 @@ class Preadv(_Raw):
     def load(self, state: State, path: Path) -> dict[str, float]:
         file = os.open(self.file(path), os.O_RDONLY)
         try:
-            _in_threads(self.threads, _segments(state), lambda s: _fill(file, *s))
+            in_threads(self.threads, _segments(state), lambda s: _fill(file, *s))
         finally:
             os.close(file)
         return {}
@@ -190,10 +190,10 @@ def _with_buffers(
         call(mine.buffer, at)
 
     taken = itertools.count()
-    _in_threads(threads, starts, one)
+    in_threads(threads, starts, one)
 
 
-def _in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) -> None:
+def in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) -> None:
     """Each job once, by whichever thread is free."""
     waiting, errors = iter(list(jobs)), []
 

@@ -122,7 +122,8 @@ class Series:
     Attributes:
         label: who, for people; settings: how it was set, as found by trying.
         role: "ours", "stock", "other" or "limit".
-        seconds: of each round, None where it did not take part; first: of its first call ever.
+        seconds: of each round, None where it did not take part.
+        first, first_peak: seconds and peak memory of its first call, before the rounds.
         figures: name -> a value for each of its rounds.
         error: why it has no, or no more, samples.
     """
@@ -131,6 +132,7 @@ class Series:
     role: str = "other"
     settings: str = ""
     first: float | None = None
+    first_peak: int = 0
     seconds: list[float | None] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     peak: list[int] = field(default_factory=list)

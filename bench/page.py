@@ -84,9 +84,9 @@ def ordered(results: Mapping[str, Result]) -> list[Result]:
     """In the order in which they are run."""
     names = list(WORKLOADS)
 
-    def place(result: Result) -> tuple[int, str]:
+    def place(result: Result) -> tuple[int, bool, str]:
         fitting = [row for row, name in enumerate(names) if result.name.startswith(name)]
-        return (fitting[0] if fitting else len(names), result.name)
+        return (fitting[0] if fitting else len(names), result.work != "save", result.name)
 
     return sorted(results.values(), key=place)
 
@@ -245,7 +245,7 @@ def _cell(
         case "CPU s":
             return f"{statistics.median(series.cpu):.3g}" if series.cpu else "-"
         case "peak MB":
-            return f"{statistics.median(series.peak) / 1e6:,.0f}" if series.peak else "-"
+            return f"{max(series.first_peak, *series.peak) / 1e6:,.0f}" if series.peak else "-"
         case "read / needed":
             return _read_over_needed(result, series)
         case "digests' CPU s":

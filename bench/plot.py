@@ -93,8 +93,6 @@ def _panel(axes: Axes, result: Result) -> None:
         )
     axes.set_yticks(range(len(bars)), [NAMES.get(key, key) for key in bars])
     axes.invert_yaxis()
-    axes.margins(x=0.14)
-    axes.set_xlim(left=0)
     axes.set_xlabel("tensors/s" if small else "GB/s", fontsize=8)
     _limit(axes, result, amount)
     axes.set_title(_title(result), loc="left", fontsize=9, fontweight="bold")
@@ -103,23 +101,29 @@ def _panel(axes: Axes, result: Result) -> None:
 
 
 def _limit(axes: Axes, result: Result, amount: float) -> None:
+    """The machine's own rate as a line, and room for it and for the longest bar's number."""
+    rates = [amount / seconds for series in _bars(result).values() for seconds in series.times]
     series = result.series.get(result.limit)
-    if series is None or series.median is None:
+    limit = amount / series.median if series is not None and series.median else 0.0
+    axes.set_xlim(0, max(1.18 * max(rates), 1.05 * limit))
+    if series is None or not limit:
         return
-    rate = amount / series.median
-    axes.axvline(rate, color=LIMIT, linewidth=1.8, linestyle="--")
+    axes.axvline(limit, color=LIMIT, linewidth=1.8, linestyle="--")
+    right = limit > axes.get_xlim()[1] / 2
     axes.annotate(
-        f"{series.label.partition(',')[0]} {rate:.2f}",
-        (rate, 1.0),
+        f"{series.label.partition(', ')[0]} {limit:.2f}",
+        (limit, 1.0),
         xycoords=("data", "axes fraction"),
         xytext=(0, 1),
         textcoords="offset points",
-        ha="right" if rate > sum(axes.get_xlim()) / 2 else "left",
+        ha="right" if right else "left",
         va="bottom",
         color=LIMIT,
-        fontsize=7,
+        fontsize=7.5,
     )
 
 
 def _title(result: Result) -> str:
-    return f"{result.title}\n"
+    """In two lines at most, with room below for the limit's name."""
+    head, comma, rest = result.title.partition(", ")
+    return f"{head}{comma}\n{rest}\n" if rest else f"{head}\n"

@@ -118,17 +118,17 @@ class Race:
         series = self.result.series.setdefault(entry.key, Series(entry.label, entry.role))
         if series.error:
             return False
-        best: tuple[float, float, Mapping[str, Any]] | None = None
+        best: tuple[list[Sample], Mapping[str, Any]] | None = None
         for settings in entry.variants:
             found = self._try(
                 entry, lambda settings=settings: self._trial(entry, settings, act, trials)
             )
-            if found is not None and (best is None or found[1] < best[1]):
-                best = (*found, settings)
+            if found is not None and (best is None or found[-1].seconds < best[0][-1].seconds):
+                best = found, settings
         if best is None:
             return False
-        series.first, _, settings = best
-        series.error = ""
+        (first, *_), settings = best
+        series.first, series.first_peak, series.error = first.seconds, first.peak, ""
         series.settings = ", ".join(f"{name}={value}" for name, value in settings.items())
         if len(entry.variants) > 1:
             self._take(entry, settings)
@@ -136,11 +136,9 @@ class Race:
 
     def _trial(
         self, entry: Entry, settings: Mapping[str, Any], act: Act, trials: int
-    ) -> tuple[float, float]:
-        """Seconds of the first call with these settings, and of the last one."""
+    ) -> list[Sample]:
         self._take(entry, settings)
-        seconds = [join(act(entry, True)).seconds for _ in range(trials)]
-        return seconds[0], seconds[-1]
+        return [join(act(entry, True)) for _ in range(trials)]
 
     def _take(self, entry: Entry, settings: Mapping[str, Any]) -> None:
         self.crew.drop("enter", entry.key)

@@ -31,23 +31,30 @@ class RankError(RuntimeError):
 class Crew:
     """`ranks` processes, one thread each; a single one has as many threads as there are cores.
 
-    Use it as a context: leaving it ends the processes, and those that they started.
+    Use it as a context: leaving it ends the processes, and those that they started. A single one is
+    in a process group only if `group` says so; several always are.
     """
 
-    def __init__(self, ranks: int, folder: Path, *, patience: float = 150.0) -> None:
-        self.ranks, self.patience = ranks, patience
+    def __init__(
+        self, ranks: int, folder: Path, *, group: bool = False, patience: float = 150.0
+    ) -> None:
+        self.ranks, self.group, self.patience = ranks, group or ranks > 1, patience
         self._folder = folder
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         self._kept: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     def __enter__(self) -> Crew:
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         with suppress(RankError):
-            if self._processes:
+            if self.processes:
                 self.all("close")
         self._end()
 
@@ -82,7 +89,7 @@ class Crew:
         kwargs: dict[str, Any],
         patience: float | None = None,
     ) -> list[Any]:
-        if not self._processes:
+        if not self.processes:
             self._start()
             for kept in self._kept:
                 self._call(range(self.ranks), *kept)
@@ -108,7 +115,7 @@ class Crew:
                     errors.append(str(answers[rank]))
                     deadline = min(deadline, time.monotonic() + GRACE)
         if errors:
-            if self.ranks > 1 or len(answers) < len(ranks) or self._processes[0].poll() is not None:
+            if self.ranks > 1 or len(answers) < len(ranks) or self.processes[0].poll() is not None:
                 self._end()
             raise RankError(errors[0])
         return [answers[rank] for rank in ranks]
@@ -131,9 +138,10 @@ class Crew:
         with self._log.open("wb") as log:
             for rank in range(self.ranks):
                 ours, theirs = Pipe()
-                self._processes.append(
+                how = [str(rank), "group" if self.group else "alone"]
+                self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "bench.ranks", str(theirs.fileno()), str(rank)],
+                        [sys.executable, "-m", "bench.ranks", str(theirs.fileno()), *how],
                         cwd=ROOT,
                         env=os.environ | variables | {"RANK": str(rank)},
                         stdin=subprocess.DEVNULL,
@@ -149,14 +157,14 @@ class Crew:
         self._call(range(self.ranks), "settle", (), {}, STARTING)
 
     def _end(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             with suppress(ProcessLookupError):  # the whole session: stock torch starts helpers
                 os.killpg(process.pid, signal.SIGKILL)
-        for process in self._processes:
+        for process in self.processes:
             process.wait()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self.processes, self._pipes = [], []
 
     @property
     def _log(self) -> Path:
@@ -176,14 +184,14 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
-def main(pipe: Connection, rank: int) -> None:
+def main(pipe: Connection, rank: int, how: str) -> None:
     """The life of a rank: join the others, then answer calls until the pipe closes."""
     import torch.distributed as dist
 
     from bench.seat import Seat
 
     ranks = int(os.environ["WORLD_SIZE"])
-    if ranks > 1:
+    if how == "group":
         dist.init_process_group("gloo")
     seat = Seat(rank, ranks)
     while True:
@@ -201,4 +209,4 @@ def main(pipe: Connection, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    main(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ UNVERIFIED = Entry(
     role="ours",
     variants=({"verify": False},),
 )
+BACKGROUND = Entry("async", "Shardkeep, async_save", who="shardkeep", role="ours")
 STOCK = Entry("stock", "stock DCP", role="stock")
 TORCH = Entry("torch", "torch.save, one file a rank")
 TENSORS = Entry("safetensors", "safetensors, one file a rank")
 SNAPSHOT = Entry("torchsnapshot", "torchsnapshot")
 META = Entry("torch_checkpointing", "torch_checkpointing")
+RESHARDING = replace(META, variants=({"reshard": True},))
 
 STOCK_SAVES: Variants = (
     {"threads": 1},
@@ -93,13 +96,13 @@ def reshard(bench: Bench) -> Iterator[Result]:
     """Rows into columns: every rank needs a part of what every other one wrote."""
     straight = Entry(
         "straight",
-        "Shardkeep, verify=False, straight: rows as rows",
+        "straight load, rows as rows, verify=False",
         who="shardkeep",
         role="limit",
         state="rows",
         variants=UNVERIFIED.variants,
     )
-    entries = (OURS, UNVERIFIED, STOCK, META, straight)
+    entries = (OURS, UNVERIFIED, STOCK, RESHARDING, straight)
     with Crew(bench.ranks, bench.folder) as crew:
         title = f"Load rows as columns, {bench.ranks} ranks, cached"
         result = started(
@@ -116,7 +119,7 @@ def other_ranks(bench: Bench, name: str, before: int, after: int) -> Iterator[Re
     """Saved by so many ranks, loaded by another number."""
     title = f"Load what {before} ranks saved on {after}, cached"
     limit = reading(after, cold=False)
-    entries = (OURS, UNVERIFIED, STOCK, META, limit)
+    entries = (OURS, UNVERIFIED, STOCK, RESHARDING, limit)
     result = Result(name, title, name, "load", after, 0, limit=limit.key)
     with Crew(before, bench.folder) as crew:
         crew.keep("build", "state", "adamw", bench.nbytes)
@@ -177,7 +180,7 @@ def asynchronous(bench: Bench, name: str, ranks: int) -> Iterator[Result]:
     stock = replace(STOCK, variants=STOCK_BEGINS)
     limit = Entry("copy", "raw copy, warm to warm", role="limit")
     entries = (OURS, stock, SNAPSHOT, META, limit)
-    with Crew(ranks, bench.folder) as crew:
+    with Crew(ranks, bench.folder, group=True) as crew:
         title = f"Background save, {_many(ranks)}: until the caller goes on"
         result = started(bench, crew, name, title, "stall", "adamw", bench.nbytes)
         result.limit = "copy"
@@ -217,9 +220,8 @@ def memory(bench: Bench) -> Iterator[Result]:
     )
     with Crew(1, bench.folder) as crew:
         crew.keep("build", "state", "bf16", min(bench.nbytes, 4 << 20))
-        for entry, verb in ((OURS, "save"), (replace(OURS, key="async"), "begin"), (STOCK, "save")):
-            label = f"{entry.label}, async_save" if verb == "begin" else entry.label
-            series = result.series[entry.key] = Series(label, entry.role)
+        for entry, verb in ((OURS, "save"), (BACKGROUND, "begin"), (STOCK, "save")):
+            series = result.series[entry.key] = Series(entry.label, entry.role)
             path = fresh(bench.folder, f"memory-{entry.key}")
             try:
                 crew.all("enter", entry.key, entry.contestant, {})
@@ -227,10 +229,10 @@ def memory(bench: Bench) -> Iterator[Result]:
                     "do", solo.memory_over, entry.key, "state", verb, path, bench.saves
                 )
                 series.add(found)
-                bench.say(f"  {label}: {found.figures['slope']:.0f} bytes a save")
+                bench.say(f"  {entry.label}: {found.figures['slope']:.0f} bytes a save")
             except RankError as error:
                 series.error = str(error)
-                bench.say(f"  {label}: {error}")
+                bench.say(f"  {entry.label}: {error}")
     yield result
 
 
@@ -257,7 +259,7 @@ def interpreter(bench: Bench) -> Iterator[Result]:
         ),
     )
     steps: dict[str, list[float]] = {entry.key: [] for entry in entries}
-    with Crew(1, bench.folder) as crew:
+    with Crew(1, bench.folder, group=True) as crew:
         title = "A step of a training loop in Python while a save is running, 1 process"
         result = started(bench, crew, "interpreter", title, "step", "adamw", bench.nbytes // 2)
         result.limit = "alone"
@@ -322,11 +324,11 @@ def written(race: Race, entries: Sequence[Entry], state: str = "state") -> dict[
     """Have each source that entries load from saved once; who can't be is out with its error."""
     files: dict[str, Path] = {}
     failed: dict[str, str] = {}
-    for source in dict.fromkeys(entry.source for entry in entries):
+    for source, entry in {entry.source: entry for entry in reversed(entries)}.items():
         path = fresh(race.bench.folder, f"files-{source}")
         key = f"writer-{source}"
         try:
-            race.crew.all("enter", key, source, {})
+            race.crew.all("enter", key, source, entry.variants[0])
             race.crew.all("save", key, state, path)
             race.crew.all("leave", key)
             files[source] = path
@@ -386,20 +388,21 @@ def _workloads() -> dict[str, Workload]:
         """With the bench's number of ranks."""
         return lambda bench: call(bench, *[bench.ranks if one is MANY else one for one in args])
 
-    for name, kind, many, others, state in (
-        ("1", "adamw", 1, EVERYONE, "AdamW state"),
-        ("4", "adamw", MANY, EVERYONE, "AdamW state"),
-        ("bf16", "bf16", 1, FEW, "bf16 model"),
+    sizes = (
+        ("1", "adamw", 1, EVERYONE, "AdamW state, 1 process"),
+        ("4", "adamw", MANY, EVERYONE, "AdamW state, 4 ranks"),
+        ("bf16", "bf16", 1, FEW, "bf16 model, 1 process"),
+    )
+    for verb, call, title in (
+        ("save", saves, "Durable save"),
+        ("load", loads, "Cached load"),
+        ("cold", partial(loads, cold=True), "Cold load"),
     ):
-        who = "1 process" if many == 1 else "4 ranks"
-        about = f"{state}, {who}"
-        call = (kind, many, f"Durable save, {about}", others)
-        add(f"save-{name}", f"durable save: {about}", ranks(saves, f"save-{name}", *call))
-        call = (kind, many, f"Cached load, {about}", others)
-        add(f"load-{name}", f"cached load: {about}", ranks(loads, f"load-{name}", *call))
-    for name, many, who in (("1", 1, "1 process"), ("4", MANY, "4 ranks")):
-        call = ("adamw", many, f"Cold load, AdamW state, {who}", EVERYONE, True)
-        add(f"cold-{name}", f"cold load: {who}", ranks(loads, f"cold-{name}", *call))
+        for size, kind, many, others, about in sizes:
+            name = f"{verb}-{size}"
+            title_of = f"{title}, {about}"
+            add(name, title_of.lower(), ranks(call, name, kind, many, title_of, others))
+    del found["cold-bf16"]
     add("reshard", "rows to columns on 4 ranks", reshard)
     add("ranks-4-2", "saved by 4 ranks, loaded by 2", other_ranks, "ranks-4-2", 4, 2)
     add("ranks-2-4", "saved by 2 ranks, loaded by 4", other_ranks, "ranks-2-4", 2, 4)
