@@ -8,11 +8,12 @@ columns of one tensor. A verb that is missing is one that a contestant does not 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,7 +146,8 @@ class Stock:
 class Torch:
     """torch.save of what each rank holds, one file a rank; mapped and copied on loading."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
+    def __init__(self, rank: int, ranks: int, *, threads: int = 1) -> None:
+        self.threads = threads
         self.name = f"{rank}.pt"
 
     def save(self, state: State, path: Path) -> None:
@@ -156,8 +158,9 @@ class Torch:
 
     def load(self, state: State, path: Path) -> None:
         stored = torch.load(path / self.name, mmap=True, weights_only=True)
-        for name, tensor in locals_of(state).items():
-            tensor.copy_(stored[name])
+        with copying(self.threads):
+            for name, tensor in locals_of(state).items():
+                tensor.copy_(stored[name])
 
     def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
         stored = torch.load(path / self.name, mmap=True, weights_only=True)
@@ -170,9 +173,10 @@ class Torch:
 class Safetensors:
     """safetensors of what each rank holds, one file a rank; mapped and copied on loading."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
+    def __init__(self, rank: int, ranks: int, *, threads: int = 1) -> None:
         import safetensors.torch
 
+        self.threads = threads
         self.library, self.name = safetensors, f"{rank}.safetensors"
 
     def save(self, state: State, path: Path) -> None:
@@ -181,7 +185,10 @@ class Safetensors:
         sync(path / self.name)
 
     def load(self, state: State, path: Path) -> None:
-        with self.library.safe_open(path / self.name, framework="pt") as stored:
+        with (
+            self.library.safe_open(path / self.name, framework="pt") as stored,
+            copying(self.threads),
+        ):
             for name, tensor in locals_of(state).items():
                 tensor.copy_(stored.get_tensor(name))
 
@@ -283,6 +290,17 @@ class TorchCheckpointing:
     def close(self) -> None:
         for manager in self._managers.values():
             manager.close()
+
+
+@contextlib.contextmanager
+def copying(threads: int) -> Iterator[None]:
+    """torch copies with so many threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Nobody:

@@ -166,7 +166,7 @@ def _table(result: Result) -> Iterator[str]:
         return
     if result.nbytes:
         rounds = max((len(series.seconds) for series in result.series.values()), default=0)
-        tensors = f", {result.items:,} tensors" if result.items else ""
+        tensors = f", {result.items:,} tensors" if result.items > 1 else ""
         yield f"{_size(result.nbytes)}{tensors}, {rounds} rounds, {result.date}."
         yield ""
     columns = _columns(result)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ __all__ = ["Act", "Bench", "Entry", "Race"]
 
 SLOW = 45.0
 """Seconds after which an entry that no target is about sits out the rounds that are left."""
-LONG = 400.0
-"""Seconds after which no further round of a workload begins."""
+LONG = 240.0
+"""Seconds after which no further round begins."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,15 @@ class Race:
     bench: Bench
     crew: Crew
     result: Result
-    entries: Iterable[Entry]
-    began: float = field(default_factory=time.monotonic)
+    entries: Sequence[Entry]
 
     def run(self, act: Act, *, trials: int = 2) -> Result:
         """Trials, then the rounds. What fails is told in its series, and the rest goes on."""
         left = [entry for entry in self.entries if self._enter(entry, act, trials)]
         # Every run shuffles in the same way: reruns differ by the machine alone.
-        order = random.Random(self.result.name)
+        order, began = random.Random(self.result.name), time.monotonic()
         for number in range(self.bench.rounds):
-            if number and time.monotonic() - self.began > LONG:
+            if number and time.monotonic() - began > LONG:
                 self.result.notes.append(f"Stopped after {number} rounds: the time was up.")
                 break
             turn = [entry for entry in left if not self._too_slow(entry)]

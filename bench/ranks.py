@@ -36,7 +36,7 @@ class Crew:
     """
 
     def __init__(
-        self, ranks: int, folder: Path, *, group: bool = False, patience: float = 150.0
+        self, ranks: int, folder: Path, *, group: bool = False, patience: float = 240.0
     ) -> None:
         self.ranks, self.group, self.patience = ranks, group or ranks > 1, patience
         self._folder = folder
@@ -98,6 +98,7 @@ class Crew:
                 self._pipes[rank].send((method, args, kwargs))
         answers: dict[int, Any] = {}
         errors: list[str] = []
+        useless = self.ranks > 1  # after an error: others may wait for the one that has it
         deadline = time.monotonic() + (patience or self.patience)
         while len(answers) < len(ranks):
             missing = [self._pipes[rank] for rank in ranks if rank not in answers]
@@ -110,12 +111,13 @@ class Crew:
                 try:
                     fine, answers[rank] = pipe.recv()
                 except (EOFError, OSError):
+                    useless = True
                     fine, answers[rank] = False, f"rank {rank} ended in {method}{self._said()}"
                 if not fine:
                     errors.append(str(answers[rank]))
                     deadline = min(deadline, time.monotonic() + GRACE)
         if errors:
-            if self.ranks > 1 or len(answers) < len(ranks) or self.processes[0].poll() is not None:
+            if useless or len(answers) < len(ranks):
                 self._end()
             raise RankError(errors[0])
         return [answers[rank] for rank in ranks]
