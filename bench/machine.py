@@ -11,6 +11,7 @@ from pathlib import Path
 __all__ = ["file_system", "machine", "versions"]
 
 LIBRARIES = (
+    "shardkeep",
     "torch",
     "numpy",
     "isal",
@@ -29,6 +30,7 @@ def machine(folder: Path) -> Mapping[str, str]:
         "file system": file_system(folder),
         "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "Python": platform.python_version(),
+        "knobs": _knobs(),
         "load before the run": f"{os.getloadavg()[0]:.1f}",
     }
 
@@ -52,6 +54,12 @@ def file_system(folder: Path) -> str:
         if resolved.startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
             best, kind = mount, name
     return kind
+
+
+def _knobs() -> str:
+    """Of Shardkeep, that the environment turns."""
+    turned = sorted(name for name in os.environ if name.startswith("SHARDKEEP_"))
+    return ", ".join(f"{name}={os.environ[name]}" for name in turned) or "as they are"
 
 
 def _processor() -> str:

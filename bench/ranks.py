@@ -21,6 +21,8 @@ __all__ = ["Crew", "RankError"]
 ROOT = Path(__file__).parent.parent
 STARTING, GRACE = 120.0, 15.0
 """Seconds that ranks may take to start, and that the others have once one has failed."""
+SOCKET = 70
+"""Letters of a folder's name that leave room for a socket's in it; the kernel takes 108."""
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
 
@@ -134,8 +136,9 @@ class Crew:
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(self.ranks),
             "PYTHONWARNINGS": "ignore",
-            "TMPDIR": str(self._folder),
         }
+        if len(str(self._folder)) < SOCKET:
+            variables["TMPDIR"] = str(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as log:
             for rank in range(self.ranks):

@@ -72,12 +72,16 @@ class Seat:
         )
 
     def check_saved(self, state: str, path: Path) -> None:
-        """What any contestant in DCP's format saved is what the state holds (by Shardkeep)."""
+        """Raise unless what was saved in DCP's format is what the state holds, and holds again."""
         import shardkeep
 
-        states.clear(self.states[state])
-        shardkeep.load(self.states[state], path)
-        states.check(self.states[state], self.rank)
+        try:
+            states.clear(self.states[state])
+            shardkeep.load(self.states[state], path)
+            states.check(self.states[state], self.rank)
+        except BaseException:
+            states.fill(self.states[state], self.rank)
+            raise
 
     def warm(self, path: Path) -> None:
         """Have this rank's share of a folder's files in the page cache."""

@@ -15,7 +15,18 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-__all__ = ["KINDS", "ONE", "State", "build", "check", "clear", "locals_of", "nbytes_of", "shapes"]
+__all__ = [
+    "KINDS",
+    "ONE",
+    "State",
+    "build",
+    "check",
+    "clear",
+    "fill",
+    "locals_of",
+    "nbytes_of",
+    "shapes",
+]
 
 State = dict[str, torch.Tensor]
 
@@ -98,9 +109,14 @@ def build(
             )
         else:
             state[name] = local
+    fill(state, rank)
+    return state
+
+
+def fill(state: State, rank: int) -> None:
+    """Give every element what belongs there."""
     for local, expected in _expected(state, rank):
         local.copy_(expected)
-    return state
 
 
 def locals_of(state: State) -> State:

@@ -34,6 +34,9 @@ SNAPSHOT = Entry("torchsnapshot", "torchsnapshot")
 META = Entry("torch_checkpointing", "torch_checkpointing")
 RESHARDING = replace(META, variants=({"reshard": True},))
 
+DCP = (OURS.contestant, STOCK.contestant)
+"""Who writes what Shardkeep reads."""
+
 STOCK_SAVES: Variants = (
     {"threads": 1},
     {"threads": 2},
@@ -317,7 +320,10 @@ def saving(bench: Bench, crew: Crew) -> Act:
         path = fresh(bench.folder, f"save-{entry.key}")
         crew.one("settle")
         try:
-            return crew.all("save", entry.key, entry.state, path)
+            samples = crew.all("save", entry.key, entry.state, path)
+            if trial and entry.contestant in DCP:
+                crew.all("check_saved", entry.state, path)
+            return samples
         finally:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -262,6 +262,24 @@ def test_contestants_load_what_they_saved(who, tmp_path):
 
 
 @pytest.mark.torch
+def test_saves_are_checked_and_the_state_survives_it(tmp_path):
+    states = pytest.importorskip("bench.states", exc_type=ImportError)
+    from bench.seat import Seat
+
+    seat = Seat(0, 1)
+    seat.build("state", "small", 5)
+    seat.enter("stock", "stock", {"threads": 2, "caching": True})
+    seat.save("stock", "state", tmp_path / "right")
+    seat.check_saved("state", tmp_path / "right")
+    states.check(seat.states["state"], 0)
+    seat.states["state"]["t000003"][7] += 1
+    seat.save("stock", "state", tmp_path / "wrong")
+    with pytest.raises(AssertionError, match="1 of 5 tensors"):
+        seat.check_saved("state", tmp_path / "wrong")
+    states.check(seat.states["state"], 0)
+
+
+@pytest.mark.torch
 def test_limits_move_every_byte(tmp_path):
     states = pytest.importorskip("bench.states", exc_type=ImportError)
     from bench import limits
