@@ -83,6 +83,7 @@ class Stock:
         caching: of the plans of earlier saves.
         stager: "own" is the writer's, into fresh memory; "kept" one that uses its memory again.
         process: whether a process writes in the background instead of a thread.
+        copying: threads of torch's copies in a load.
     """
 
     def __init__(
@@ -94,11 +95,13 @@ class Stock:
         caching: bool = False,
         stager: str = "own",
         process: bool = False,
+        copying: int | None = None,
     ) -> None:
         import torch.distributed.checkpoint as dcp
 
         self.dcp, self.alone = dcp, not torch.distributed.is_initialized()
         self.threads, self.caching = threads, caching
+        self.copying = copying or torch.get_num_threads()
         self.process, self.stager = process, self._stager(process) if stager == "kept" else None
 
     def _stager(self, shared: bool) -> Any:
@@ -123,7 +126,8 @@ class Stock:
 
     def load(self, state: State, path: Path) -> None:
         reader = self.dcp.FileSystemReader(path)
-        self.dcp.load(state, storage_reader=reader, no_dist=self.alone)
+        with copies_by(self.copying):
+            self.dcp.load(state, storage_reader=reader, no_dist=self.alone)
 
     def begin(self, state: State, path: Path) -> Callable[[], Any]:
         from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -146,8 +150,8 @@ class Stock:
 class Torch:
     """torch.save of what each rank holds, one file a rank; mapped and copied on loading."""
 
-    def __init__(self, rank: int, ranks: int, *, threads: int = 1) -> None:
-        self.threads = threads
+    def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
+        self.copying = copying
         self.name = f"{rank}.pt"
 
     def save(self, state: State, path: Path) -> None:
@@ -158,7 +162,7 @@ class Torch:
 
     def load(self, state: State, path: Path) -> None:
         stored = torch.load(path / self.name, mmap=True, weights_only=True)
-        with copying(self.threads):
+        with copies_by(self.copying):
             for name, tensor in locals_of(state).items():
                 tensor.copy_(stored[name])
 
@@ -173,10 +177,10 @@ class Torch:
 class Safetensors:
     """safetensors of what each rank holds, one file a rank; mapped and copied on loading."""
 
-    def __init__(self, rank: int, ranks: int, *, threads: int = 1) -> None:
+    def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
         import safetensors.torch
 
-        self.threads = threads
+        self.copying = copying
         self.library, self.name = safetensors, f"{rank}.safetensors"
 
     def save(self, state: State, path: Path) -> None:
@@ -187,7 +191,7 @@ class Safetensors:
     def load(self, state: State, path: Path) -> None:
         with (
             self.library.safe_open(path / self.name, framework="pt") as stored,
-            copying(self.threads),
+            copies_by(self.copying),
         ):
             for name, tensor in locals_of(state).items():
                 tensor.copy_(stored.get_tensor(name))
@@ -293,7 +297,7 @@ class TorchCheckpointing:
 
 
 @contextlib.contextmanager
-def copying(threads: int) -> Iterator[None]:
+def copies_by(threads: int) -> Iterator[None]:
     """torch copies with so many threads, and with as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

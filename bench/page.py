@@ -27,8 +27,9 @@ METHOD = """\
 ## How it is measured
 
 - **Contestants** are at their best settings: those that the tables name were tried before the
-  rounds, and the fastest was taken. Stock DCP is `torch.distributed.checkpoint`; its files are
-  read as one writing thread laid them out.
+  rounds, and the fastest was taken. `threads` are those that write or read, `copying` those of
+  torch's copies. Stock DCP is `torch.distributed.checkpoint`; its files are read as one writing
+  thread laid them out.
 - **A save is durable** when it returns, for everyone: files and folder are synced inside the
   timed part. What does not sync by itself is synced after it (`torch.save`, safetensors,
   torchsnapshot, torch_checkpointing). Old files are deleted outside of it.

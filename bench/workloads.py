@@ -86,10 +86,12 @@ def loads(
     others: Sequence[Entry],
     cold: bool = False,
 ) -> Iterator[Result]:
+    entries = (OURS, UNVERIFIED, STOCK, *others)
     if ranks == 1:
-        mapped = (TORCH.key, TENSORS.key)
-        others = [replace(one, variants=MAPPED) if one.key in mapped else one for one in others]
-    entries = (OURS, UNVERIFIED, STOCK, *others, reading(ranks, cold))
+        entries = tuple(
+            replace(one, variants=COPIES) if one.key in COPIERS else one for one in entries
+        )
+    entries = (*entries, reading(ranks, cold))
     with Crew(ranks, bench.folder) as crew:
         result = started(bench, crew, name, title, "load", kind, bench.nbytes)
         result.limit = entries[-1].key
@@ -384,8 +386,9 @@ class Workload:
     run: Callable[[Bench], Iterator[Result]]
 
 
-MAPPED: Variants = ({"threads": 2}, {"threads": 1})
-"""Of torch, that copies from a mapped file. Ranks have one each."""
+COPIES: Variants = ({"copying": 2}, {"copying": 1})
+"""Threads of torch's own copies in a load. Ranks have one each."""
+COPIERS = (STOCK.key, TORCH.key, TENSORS.key)
 
 EVERYONE = (TORCH, TENSORS, SNAPSHOT, META)
 FEW = (TORCH, TENSORS)
