@@ -38,7 +38,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="workloads; without any: all")
     parser.add_argument("--list", action="store_true", help="name the workloads")
-    parser.add_argument("--rounds", type=int, help="of each workload (default: 6)")
+    parser.add_argument("--rounds", type=int, help="of each workload (default: 5)")
     parser.add_argument("--size", type=float, metavar="GB", help="of a state (default: 2)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into build/bench")
     parser.add_argument("--out", type=Path, help="results/ and the page go here")
@@ -64,7 +64,7 @@ def bench_of(chosen: argparse.Namespace, folder: Path, say: Console) -> Bench:
     sized = {name: quick[name] for name in ("counts", "steps", "saves") if name in quick}
     return Bench(
         folder,
-        rounds=chosen.rounds or quick.get("rounds", 6),
+        rounds=chosen.rounds or quick.get("rounds", 5),
         nbytes=int(1e9 * (chosen.size or quick.get("size", 2.0))),
         say=lambda line: say.print(line, highlight=False, markup=False, soft_wrap=True),
         **sized,

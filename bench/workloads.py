@@ -34,6 +34,9 @@ SNAPSHOT = Entry("torchsnapshot", "torchsnapshot")
 META = Entry("torch_checkpointing", "torch_checkpointing")
 RESHARDING = replace(META, variants=({"reshard": True},))
 
+EVERYONE = (TORCH, TENSORS, SNAPSHOT, META)
+FEW = (TORCH, TENSORS)
+
 DCP = (OURS.contestant, STOCK.contestant)
 """Who writes what Shardkeep reads."""
 
@@ -48,6 +51,13 @@ STOCK_BEGINS: Variants = (
     {"threads": 4, "stager": "kept"},
     {"threads": 4, "stager": "kept", "process": True},
 )
+
+
+COPIES: Variants = ({"copying": 2}, {"copying": 1})
+"""Threads of torch's own copies in a load. Ranks have one each."""
+COPIERS = (STOCK.key, TORCH.key, TENSORS.key)
+
+STATES = {"adamw": "AdamW state", "bf16": "bf16 model"}
 
 
 def writing(ranks: int) -> Entry:
@@ -68,8 +78,15 @@ def reading(ranks: int, cold: bool) -> Entry:
 
 
 def saves(
-    bench: Bench, name: str, kind: str, ranks: int, title: str, others: Sequence[Entry]
+    bench: Bench,
+    name: str,
+    kind: str = "adamw",
+    many: bool = False,
+    others: Sequence[Entry] = EVERYONE,
 ) -> Iterator[Result]:
+    """Until everything is durable."""
+    ranks = bench.ranks if many else 1
+    title = f"Durable save, {STATES[kind]}, {_many(ranks)}"
     entries = (OURS, replace(STOCK, variants=STOCK_SAVES), *others, writing(ranks))
     with Crew(ranks, bench.folder) as crew:
         result = started(bench, crew, name, title, "save", kind, bench.nbytes)
@@ -80,12 +97,14 @@ def saves(
 def loads(
     bench: Bench,
     name: str,
-    kind: str,
-    ranks: int,
-    title: str,
-    others: Sequence[Entry],
+    kind: str = "adamw",
+    many: bool = False,
+    others: Sequence[Entry] = EVERYONE,
     cold: bool = False,
 ) -> Iterator[Result]:
+    """Into tensors that are there, from files that are in the page cache or are not."""
+    ranks = bench.ranks if many else 1
+    title = f"{'Cold' if cold else 'Cached'} load, {STATES[kind]}, {_many(ranks)}"
     entries = (OURS, UNVERIFIED, STOCK, *others)
     if ranks == 1:
         entries = tuple(
@@ -164,8 +183,9 @@ def column_slice(bench: Bench) -> Iterator[Result]:
         yield race.run(act, trials=1)
 
 
-def small(bench: Bench, count: int) -> Iterator[Result]:
+def small(bench: Bench, number: int) -> Iterator[Result]:
     """Many tensors of 64 bytes: nothing but the cost of each."""
+    count = bench.counts[number]
     plans: Variants = ({"threads": 1}, {"threads": 1, "caching": True})
     long = count > 50_000  # minutes for a trial: settings are not tried, slow ones left out
     stock = replace(STOCK, variants=plans[1:] if long else plans)
@@ -184,8 +204,9 @@ def small(bench: Bench, count: int) -> Iterator[Result]:
                 yield race.run(loading(bench, crew, files, result), trials=1)
 
 
-def asynchronous(bench: Bench, name: str, ranks: int) -> Iterator[Result]:
+def asynchronous(bench: Bench, name: str, many: bool = False) -> Iterator[Result]:
     """How long the caller waits, and how long until the checkpoint is durable."""
+    ranks = bench.ranks if many else 1
     stock = replace(STOCK, variants=STOCK_BEGINS)
     limit = Entry("copy", "raw copy, warm to warm", role="limit")
     entries = (OURS, stock, SNAPSHOT, META, limit)
@@ -346,7 +367,7 @@ def written(race: Race, entries: Sequence[Entry], state: str = "state") -> dict[
             files[source] = path
         except RankError as error:
             failed[source] = str(error)
-            race.bench.say(f"  {source} can't be saved: {error}")
+            race.bench.say(f"  {source} can't save: {error}")
             files[source] = path
     for entry in entries:
         if entry.source in failed:
@@ -386,61 +407,45 @@ class Workload:
     run: Callable[[Bench], Iterator[Result]]
 
 
-COPIES: Variants = ({"copying": 2}, {"copying": 1})
-"""Threads of torch's own copies in a load. Ranks have one each."""
-COPIERS = (STOCK.key, TORCH.key, TENSORS.key)
-
-EVERYONE = (TORCH, TENSORS, SNAPSHOT, META)
-FEW = (TORCH, TENSORS)
-
-
-def _workloads() -> dict[str, Workload]:
-    found: dict[str, Workload] = {}
-
-    def add(name: str, about: str, run: Callable[..., Iterator[Result]], *args: Any) -> None:
-        found[name] = Workload(about, lambda bench: run(bench, *args))
-
-    def ranks(call: Callable[..., Iterator[Result]], *args: Any) -> Callable[..., Any]:
-        """With the bench's number of ranks."""
-        return lambda bench: call(bench, *[bench.ranks if one is MANY else one for one in args])
-
-    sizes = (
-        ("1", "adamw", 1, EVERYONE, "AdamW state, 1 process"),
-        ("4", "adamw", MANY, EVERYONE, "AdamW state, 4 ranks"),
-        ("bf16", "bf16", 1, FEW, "bf16 model, 1 process"),
-    )
-    for verb, call, title in (
-        ("save", saves, "Durable save"),
-        ("load", loads, "Cached load"),
-        ("cold", partial(loads, cold=True), "Cold load"),
-    ):
-        for size, kind, many, others, about in sizes:
-            name = f"{verb}-{size}"
-            title_of = f"{title}, {about}"
-            add(
-                name,
-                title_of[0].lower() + title_of[1:],
-                ranks(call, name, kind, many, title_of, others),
-            )
-    del found["cold-bf16"]
-    add("reshard", "rows to columns on 4 ranks", reshard)
-    add("ranks-4-2", "saved by 4 ranks, loaded by 2", other_ranks, "ranks-4-2", 4, 2)
-    add("ranks-2-4", "saved by 2 ranks, loaded by 4", other_ranks, "ranks-2-4", 2, 4)
-    add("slice", "a part of one tensor", column_slice)
-    for number, name in enumerate(("small-20000", "small-100000")):
-        found[name] = Workload(
-            "many tensors of 64 bytes",
-            lambda bench, number=number: small(bench, bench.counts[number]),
-        )
-    for name, many, who in (("async-1", 1, "1 process"), ("async-4", MANY, "4 ranks")):
-        add(name, f"background save: {who}", ranks(asynchronous, name, many))
-    add("checksums", "processor time of the digests", checksums)
-    add("memory", "resident memory over 200 saves", memory)
-    add("interpreter", "a training loop beside a save", interpreter)
-    return found
-
-
-MANY = "bench.ranks"
-"""Stands for the number of ranks that the bench was told."""
-
-WORKLOADS = _workloads()
+WORKLOADS = {
+    "save-1": Workload("durable save, AdamW state, 1 process", partial(saves, name="save-1")),
+    "save-4": Workload(
+        "durable save, AdamW state, 4 ranks", partial(saves, name="save-4", many=True)
+    ),
+    "save-bf16": Workload(
+        "durable save, bf16 model, 1 process",
+        partial(saves, name="save-bf16", kind="bf16", others=FEW),
+    ),
+    "load-1": Workload("cached load, AdamW state, 1 process", partial(loads, name="load-1")),
+    "load-4": Workload(
+        "cached load, AdamW state, 4 ranks", partial(loads, name="load-4", many=True)
+    ),
+    "load-bf16": Workload(
+        "cached load, bf16 model, 1 process",
+        partial(loads, name="load-bf16", kind="bf16", others=FEW),
+    ),
+    "cold-1": Workload(
+        "cold load, AdamW state, 1 process", partial(loads, name="cold-1", others=FEW, cold=True)
+    ),
+    "cold-4": Workload(
+        "cold load, AdamW state, 4 ranks",
+        partial(loads, name="cold-4", many=True, others=FEW, cold=True),
+    ),
+    "reshard": Workload("rows to columns on 4 ranks", reshard),
+    "ranks-4-2": Workload(
+        "saved by 4 ranks, loaded by 2", partial(other_ranks, name="ranks-4-2", before=4, after=2)
+    ),
+    "ranks-2-4": Workload(
+        "saved by 2 ranks, loaded by 4", partial(other_ranks, name="ranks-2-4", before=2, after=4)
+    ),
+    "slice": Workload("a part of one tensor", column_slice),
+    "small-20000": Workload("20,000 tensors of 64 bytes", partial(small, number=0)),
+    "small-100000": Workload("100,000 tensors of 64 bytes", partial(small, number=1)),
+    "async-1": Workload("background save, 1 process", partial(asynchronous, name="async-1")),
+    "async-4": Workload(
+        "background save, 4 ranks", partial(asynchronous, name="async-4", many=True)
+    ),
+    "checksums": Workload("processor time of the digests", checksums),
+    "memory": Workload("resident memory over 200 saves", memory),
+    "interpreter": Workload("a training loop beside a save", interpreter),
+}
