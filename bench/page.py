@@ -45,7 +45,7 @@ METHOD = """\
   cache into the tensors; `O_DIRECT` reads of 2 MiB; torch's copy between tensors that are there.
 - **Time** is from the first rank's begin to the last one's end. **CPU** and **memory** are those
   of all ranks together; memory is the peak of what is resident beyond what was before the call,
-  pages of mapped files included, helper processes not.
+  pages of mapped files included. Helper processes are in neither.
 - **Read / needed** counts the bytes that read calls asked the kernel for; mapped files are not
   seen by it.
 - **First** is the first call in its process, where buffers are made and modules are imported.
@@ -183,9 +183,8 @@ def _table(result: Result) -> Iterator[str]:
             continue
         yield f"| {label} | " + " | ".join(_row(result, key, columns)) + " |"
     for series in result.series.values():
-        if series.settings and series.role != "ours":
-            result_note = f"{series.label}: {series.settings}."
-            yield from ("", result_note)
+        if series.settings and series.role != "ours" and series.settings not in series.label:
+            yield from ("", f"{series.label}: {series.settings}.")
         if series.error and series.times:
             yield from ("", f"{series.label} stopped early: `{_escaped(series.error)}`")
     for note in result.notes:
@@ -240,7 +239,7 @@ def _cell(
         case "× stock":
             return _ratio(result, "stock", key)
         case "until durable":
-            return _median(series, "durable")
+            return "-" if series.role == "limit" else _median(series, "durable")
         case "first":
             return "-" if series.first is None else f"{series.first:.3g}"
         case "CPU s":

@@ -90,6 +90,7 @@ def _panel(axes: Axes, result: Result) -> None:
             textcoords="offset points",
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
         )
     axes.set_yticks(range(len(bars)), [NAMES.get(key, key) for key in bars])
     axes.invert_yaxis()

@@ -110,6 +110,7 @@ class Race:
             self.bench.say(f"  round {number + 1}: {self._told(samples)}")
         for entry in left:
             self._quietly("leave", entry.key)
+        self.result.series = {entry.key: self.result.series[entry.key] for entry in self.entries}
         return self.result
 
     def _enter(self, entry: Entry, act: Act, trials: int) -> bool:
