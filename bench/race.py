@@ -13,12 +13,12 @@ from typing import Any
 from bench.measure import Result, Sample, Series, join
 from bench.ranks import Crew, RankError
 
-__all__ = ["Act", "Bench", "Entry", "Race"]
+__all__ = ["LONG", "Act", "Bench", "Entry", "Race", "fresh"]
 
 SLOW = 45.0
 """Seconds after which an entry that no target is about sits out the rounds that are left."""
 LONG = 240.0
-"""Seconds after which no further round begins."""
+"""Seconds that the rounds of a workload may take, about."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,17 @@ Act = Callable[[Entry, bool], list[Sample]]
 
 @dataclass
 class Race:
-    """The entries of one workload, and what they did."""
+    """The entries of one workload, and what they did.
+
+    Attributes:
+        seconds: after which no further round begins.
+    """
 
     bench: Bench
     crew: Crew
     result: Result
     entries: Sequence[Entry]
+    seconds: float = LONG
 
     def run(self, act: Act, *, trials: int = 2) -> Result:
         """Trials, then the rounds. What fails is told in its series, and the rest goes on."""
@@ -93,7 +98,7 @@ class Race:
         # Every run shuffles in the same way: reruns differ by the machine alone.
         order, began = random.Random(self.result.name), time.monotonic()
         for number in range(self.bench.rounds):
-            if number and time.monotonic() - began > LONG:
+            if number and time.monotonic() - began > self.seconds:
                 self.result.notes.append(f"Stopped after {number} rounds: the time was up.")
                 break
             turn = [entry for entry in left if not self._too_slow(entry)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench import solo
 from bench.measure import Result, Sample, Series, percentile
-from bench.race import Act, Bench, Entry, Race, fresh
+from bench.race import LONG, Act, Bench, Entry, Race, fresh
 from bench.ranks import Crew, RankError
 
 __all__ = ["WORKLOADS"]
@@ -196,10 +196,10 @@ def small(bench: Bench, number: int) -> Iterator[Result]:
             title = f"{count:,} tensors of 64 bytes: {work}, 1 process"
             result = Result(f"small-{count}-{work}", title, "small", work, 1, count * 64, count)
             if work == "save":
-                race = Race(bench, crew, result, (OURS, stock, *others))
+                race = Race(bench, crew, result, (OURS, stock, *others), LONG / 2)
                 yield race.run(saving(bench, crew), trials=1 if long else 2)
             else:
-                race = Race(bench, crew, result, (OURS, STOCK, *others))
+                race = Race(bench, crew, result, (OURS, STOCK, *others), LONG / 2)
                 files = written(race, race.entries)
                 yield race.run(loading(bench, crew, files, result), trials=1)
 

@@ -197,6 +197,19 @@ def test_fastest_settings_are_taken_as_last_tried():
     assert result.series["a"].seconds == [2.0]
 
 
+def test_no_round_begins_when_the_time_is_up():
+    race = Race(
+        Bench(Path(), rounds=4, nbytes=1, say=lambda line: None),
+        Told(),
+        Result("race", "Race", "race", "save", 1, 1),
+        [Entry("a", "a")],
+        seconds=-1.0,
+    )
+    result = race.run(lambda entry, trial: [Sample(0.0, 1.0)])
+    assert result.series["a"].seconds == [1.0]
+    assert result.notes == ["Stopped after 1 rounds: the time was up."]
+
+
 @pytest.mark.parametrize("fails_at", [0, 3])
 def test_entry_that_fails_is_out_and_the_others_go_on(fails_at):
     calls = []
@@ -211,6 +224,7 @@ def test_entry_that_fails_is_out_and_the_others_go_on(fails_at):
     result = raced([Entry("a", "a"), Entry("b", "b")], act)
     assert result.series["a"].seconds == [1.0] * 4
     assert result.series["b"].error == "ValueError: b is broken"
+    assert list(result.series) == ["a", "b"]
     assert result.series["b"].seconds == [1.0] * (fails_at == 3) + [None] * (4 - (fails_at == 3))
 
 
