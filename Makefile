@@ -2,18 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 CORE := .venv-core
+BENCH := .venv-bench
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 export GLOO_SOCKET_IFNAME ?= lo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-core test-torch check compat drop-in clean
+.PHONY: help demo test test-core test-torch check compat drop-in bench clean
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
 	@echo "make test                all tests, with torch and without (12 minutes)"
 	@echo "make check               ruff, mypy, import-linter"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
+	@echo "make bench               docs/performance.md: beside others and the machine's limits (40 minutes)"
+	@echo "make bench QUICK=1       the same with tiny sizes, into build/bench (5 minutes)"
 	@echo "make drop-in             docs/drop-in.md: shardkeep.dcp beside torch's package, name by name"
 
 # One environment for development; the constraints file says which torch.
@@ -26,6 +29,19 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(CORE)/ready: pyproject.toml
 	$(PYTHON) -m venv $(CORE)
 	$(CORE)/bin/pip install $(PIP_FLAGS) -e '.[test]'
+	@touch $@
+
+# One for the bench, with the other engines. One that can't be installed is named on the page, with
+# the last line of its log.
+OTHERS := torchsnapshot torch_checkpointing
+
+$(BENCH)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[torch,bench]'
+	@for other in $(OTHERS); do \
+		$(BENCH)/bin/pip install $(PIP_FLAGS) -c constraints.txt $$other \
+			> $(BENCH)/$$other.log 2>&1 || tail -n 1 $(BENCH)/$$other.log; \
+	done
 	@touch $@
 
 demo: $(VENV)/ready
@@ -52,5 +68,8 @@ compat: $(VENV)/ready
 drop-in: $(VENV)/ready
 	$(VENV)/bin/python -m compat.names
 
+bench: $(BENCH)/ready
+	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick)
+
 clean:
-	rm -rf $(VENV) $(CORE) build demo/out
+	rm -rf $(VENV) $(CORE) $(BENCH) build demo/out

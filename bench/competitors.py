@@ -1,0 +1,362 @@
+"""Who takes part, each behind the same few verbs, at its best settings.
+
+`save` returns once the checkpoint is durable: files and folder synced. `load` fills a state that
+is there already. `begin` starts a save in the background and returns once the caller may change
+its tensors again; what it returns waits until the checkpoint is durable. `columns` reads some
+columns of one tensor. A verb that is missing is one that a contestant does not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+
+from bench import limits
+from bench.limits import sync_folder
+from bench.states import ONE, State, locals_of
+
+__all__ = ["MAKERS", "Contestant", "make"]
+
+Array = NDArray[Any]
+Figures = Mapping[str, float] | None
+
+
+class Contestant(Protocol):
+    """All have `close`, and some of the other verbs."""
+
+    def save(self, state: State, path: Path) -> Figures: ...
+
+    def load(self, state: State, path: Path) -> Figures: ...
+
+    def begin(self, state: State, path: Path) -> Callable[[], Any]: ...
+
+    def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
+        """Of the tensor `ONE`; one like it is given."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Shardkeep:
+    """This engine. A version that lacks a verb or an option says so by its error."""
+
+    def __init__(self, rank: int, ranks: int, *, verify: bool = True, gentle: bool = False) -> None:
+        import shardkeep
+
+        self.engine, self.verify = shardkeep, verify
+        self.options = {"gentle": True} if gentle else {}
+
+    def save(self, state: State, path: Path) -> None:
+        self.engine.save(state, path, overwrite=True)
+
+    def load(self, state: State, path: Path) -> Figures:
+        report = self.engine.load(state, path, verify=self.verify)
+        return {"bytes_read": report.read, "bytes_needed": report.nbytes}
+
+    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+        return self.engine.async_save(state, path, overwrite=True, **self.options).result
+
+    def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
+        box = self.engine.Box((0, first), (tensor.shape[0], last - first))
+        return self.engine.open(path).read(ONE, box=box, verify=self.verify)
+
+    def close(self) -> None:
+        release = getattr(self.engine, "release_memory", None)
+        if release is not None:
+            release()
+
+
+class Stock:
+    """torch.distributed.checkpoint.
+
+    Args:
+        threads: of its writer.
+        caching: of the plans of earlier saves.
+        stager: "own" is the writer's, into fresh memory; "kept" one that uses its memory again.
+        process: whether a process writes in the background instead of a thread.
+        copying: threads of torch's copies in a load.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        *,
+        threads: int = 1,
+        caching: bool = False,
+        stager: str = "own",
+        process: bool = False,
+        copying: int | None = None,
+    ) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        self.dcp, self.alone = dcp, not torch.distributed.is_initialized()
+        self.threads, self.caching = threads, caching
+        self.copying = copying or torch.get_num_threads()
+        self.process, self.stager = process, self._stager(process) if stager == "kept" else None
+
+    def _stager(self, shared: bool) -> Any:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        return DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=shared,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
+
+    def _how(self, path: Path) -> dict[str, Any]:
+        writer = self.dcp.FileSystemWriter(path, thread_count=self.threads, sync_files=True)
+        planner = self.dcp.DefaultSavePlanner(enable_plan_caching=self.caching)
+        return {"storage_writer": writer, "planner": planner, "no_dist": self.alone}
+
+    def save(self, state: State, path: Path) -> None:
+        self.dcp.save(state, **self._how(path))
+
+    def load(self, state: State, path: Path) -> None:
+        reader = self.dcp.FileSystemReader(path)
+        with copies_by(self.copying):
+            self.dcp.load(state, storage_reader=reader, no_dist=self.alone)
+
+    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        kind = AsyncCheckpointerType.PROCESS if self.process else AsyncCheckpointerType.THREAD
+        kept = {"async_stager": self.stager} if self.stager else {}
+        future = self.dcp.async_save(state, async_checkpointer_type=kind, **kept, **self._how(path))
+        return future.result
+
+    def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
+        whole = {ONE: torch.empty_like(tensor)}
+        self.load(whole, path)
+        return whole[ONE][:, first:last].numpy()
+
+    def close(self) -> None:
+        if self.stager:
+            self.stager.close()
+
+
+class Torch:
+    """torch.save of what each rank holds, one file a rank; mapped and copied on loading."""
+
+    def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
+        self.copying = copying
+        self.name = f"{rank}.pt"
+
+    def save(self, state: State, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        with (path / self.name).open("wb") as file:
+            torch.save(locals_of(state), file)
+        sync(path / self.name)
+
+    def load(self, state: State, path: Path) -> None:
+        stored = torch.load(path / self.name, mmap=True, weights_only=True)
+        with copies_by(self.copying):
+            for name, tensor in locals_of(state).items():
+                tensor.copy_(stored[name])
+
+    def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
+        stored = torch.load(path / self.name, mmap=True, weights_only=True)
+        return stored[ONE][:, first:last].contiguous().numpy()
+
+    def close(self) -> None:
+        pass
+
+
+class Safetensors:
+    """safetensors of what each rank holds, one file a rank; mapped and copied on loading."""
+
+    def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
+        import safetensors.torch
+
+        self.copying = copying
+        self.library, self.name = safetensors, f"{rank}.safetensors"
+
+    def save(self, state: State, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        self.library.torch.save_file(locals_of(state), path / self.name)
+        sync(path / self.name)
+
+    def load(self, state: State, path: Path) -> None:
+        with (
+            self.library.safe_open(path / self.name, framework="pt") as stored,
+            copies_by(self.copying),
+        ):
+            for name, tensor in locals_of(state).items():
+                tensor.copy_(stored.get_tensor(name))
+
+    def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
+        with self.library.safe_open(path / self.name, framework="pt") as stored:
+            return stored.get_slice(ONE)[:, first:last].contiguous().numpy()
+
+    def close(self) -> None:
+        pass
+
+
+class Torchsnapshot:
+    """torchsnapshot, whose release knows no DTensor: each rank's tensors are its own."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        import torchsnapshot
+
+        self.library, self.turn = torchsnapshot, (rank, ranks)
+
+    def save(self, state: State, path: Path) -> None:
+        self.library.Snapshot.take(str(path), self._app(state))
+        sync(path, *self.turn)
+
+    def load(self, state: State, path: Path) -> None:
+        app = self._app(state)
+        self.library.Snapshot(str(path)).restore(app)
+        filled = app["state"]
+        for name, tensor in locals_of(state).items():
+            if filled[name].data_ptr() != tensor.data_ptr():
+                tensor.copy_(filled[name])
+
+    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+        pending = self.library.Snapshot.async_take(str(path), self._app(state))
+
+        def wait() -> None:
+            pending.wait()
+            sync(path, *self.turn)
+
+        return wait
+
+    def _app(self, state: State) -> dict[str, Any]:
+        return {"state": self.library.StateDict(**locals_of(state))}
+
+    def close(self) -> None:
+        pass
+
+
+class TorchCheckpointing:
+    """torch_checkpointing.
+
+    Its direct writes fail where the file system wants them aligned (EINVAL on ext4), so they are
+    off; it syncs nothing, so that is done after it. What it needs for resharding it gathers on
+    CUDA devices alone, so several ranks save without, unless `reshard` insists.
+    """
+
+    def __init__(self, rank: int, ranks: int, *, reshard: bool = False) -> None:
+        self.turn = (rank, ranks)
+        self.reshard = reshard or ranks == 1
+        self._managers: dict[str, Any] = {}
+
+    def _manager(self, kind: str) -> Any:
+        if kind not in self._managers:
+            import torch_checkpointing as library
+            from torch_checkpointing.config import SyncCheckpointSaverConfig
+            from torch_checkpointing.default_resharder import DefaultResharder
+            from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+            staging = library.CheckpointStagerConfig(use_async_staging=False)
+            kinds = {
+                "sync": SyncCheckpointSaverConfig(),
+                "async": library.AsyncCheckpointSaverConfig(staging_config=staging),
+            }
+            spec = library.ItemSpec(resharder=DefaultResharder() if self.reshard else None)
+            self._managers[kind] = library.CheckpointManager(
+                library.CheckpointManager.Config(
+                    items={"state": spec},
+                    save=kinds[kind],
+                    storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+                )
+            )
+        return self._managers[kind]
+
+    def save(self, state: State, path: Path) -> None:
+        self._manager("sync").save(str(path), {"state": state})
+        sync(path, *self.turn)
+
+    def load(self, state: State, path: Path) -> None:
+        self._manager("sync").load(str(path), into={"state": state})
+
+    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+        future = self._manager("async").save(str(path), {"state": state})
+
+        def wait() -> None:
+            future.result()
+            sync(path, *self.turn)
+
+        return wait
+
+    def close(self) -> None:
+        for manager in self._managers.values():
+            manager.close()
+
+
+@contextlib.contextmanager
+def copies_by(threads: int) -> Iterator[None]:
+    """torch copies with so many threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Nobody:
+    """Does nothing: what a training loop takes by itself."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def sync(path: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Make a file, or this rank's share of a folder's files, durable, and the names of them."""
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    for one in itertools.islice(files, rank, None, ranks):
+        file = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    for folder in {one.parent for one in files} | {path.parent}:
+        sync_folder(folder)
+
+
+MAKERS: dict[str, Callable[..., Contestant]] = {
+    "shardkeep": Shardkeep,
+    "stock": Stock,
+    "torch": Torch,
+    "safetensors": Safetensors,
+    "torchsnapshot": Torchsnapshot,
+    "torch_checkpointing": TorchCheckpointing,
+    "nobody": Nobody,
+    "crc": limits.Crc,
+    "direct_write": limits.DirectWrite,
+    "direct_read": limits.DirectRead,
+    "preadv": limits.Preadv,
+    "copy": limits.Copy,
+}
+
+
+def make(who: str, rank: int, ranks: int, settings: Mapping[str, Any]) -> Contestant:
+    """Its warnings about being used alone, or about what it deprecates, are no news here.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message ends with what the installation said.
+    """
+    warnings.simplefilter("ignore")
+    try:
+        return MAKERS[who](rank, ranks, **settings)
+    except ModuleNotFoundError as error:
+        log = Path(sys.prefix) / f"{error.name}.log"
+        said = log.read_text().strip().splitlines() if log.exists() else []
+        why = f"not installed: {said[-1]}" if said else f"not installed: {error}"
+        raise ModuleNotFoundError(why, name=error.name) from None

@@ -1,0 +1,232 @@
+"""What the machine can do with the same bytes: nothing but the system calls, or the copy.
+
+The same interface as the contestants' (see `competitors`), so that limits run in the same rounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.states import State, locals_of, nbytes_of
+
+__all__ = ["Copy", "Crc", "DirectRead", "DirectWrite", "Preadv"]
+
+PAGE = 4096
+WRITE, READ, CACHED = 8 << 20, 2 << 20, 4 << 20
+"""Bytes of one system call."""
+
+
+class _Raw:
+    """A file of as many bytes as the state has here, one a rank."""
+
+    label = ""
+
+    def __init__(self, rank: int, ranks: int, *, threads: int = 2) -> None:
+        self.rank, self.threads = rank, threads
+
+    def file(self, path: Path) -> Path:
+        return path / f"raw-{self.rank}"
+
+    def save(self, state: State, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        direct_write(self.file(path), nbytes_of(state), self.threads)
+
+    def close(self) -> None:
+        pass
+
+
+class DirectWrite(_Raw):
+    """O_DIRECT writes of memory that is ready, into room that was set aside in one call."""
+
+    label = "raw direct write"
+
+
+class Preadv(_Raw):
+    """Reads from the page cache, straight into the tensors."""
+
+    label = "raw preadv"
+
+    def load(self, state: State, path: Path) -> dict[str, float]:
+        file = os.open(self.file(path), os.O_RDONLY)
+        try:
+            in_threads(self.threads, _segments(state), lambda s: _fill(file, *s))
+        finally:
+            os.close(file)
+        return {}
+
+
+class DirectRead(_Raw):
+    """Reads from the disk itself, into buffers that are used again and again."""
+
+    label = "raw direct read"
+
+    def load(self, state: State, path: Path) -> dict[str, float]:
+        file = os.open(self.file(path), os.O_RDONLY | _direct())
+        try:
+            starts = range(0, os.fstat(file).st_size, READ)
+            _with_buffers(self.threads, READ, starts, lambda b, at: os.preadv(file, [b], at))
+        finally:
+            os.close(file)
+        return {}
+
+
+class Copy:
+    """A copy into memory that is there already, by torch, with as many threads as it has."""
+
+    label = "raw copy, warm to warm"
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._twin: State = {}
+
+    def begin(self, state: State, path: Path) -> Callable[[], None]:
+        source = locals_of(state)
+        if not self._twin:
+            self._twin = {name: tensor.clone() for name, tensor in source.items()}
+        for name, tensor in source.items():
+            self._twin[name].copy_(tensor)
+        return lambda: None
+
+    def close(self) -> None:
+        self._twin.clear()
+
+
+class Crc:
+    """Digests of what a save writes, as it takes them: on blocks that have just been copied."""
+
+    label = "CRC-32 of every block"
+    block = 256 * 1024
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._buffer = np.zeros(self.block, np.uint8)
+
+    def save(self, state: State, path: Path) -> dict[str, float]:
+        """Figure: seconds that all blocks take at the speed of most. Some are interrupted."""
+        from isal import isal_zlib
+
+        speeds, nbytes = [], 0
+        for memory, _ in _segments(state, self.block):
+            hot = self._buffer[: len(memory)]
+            hot[:] = memory
+            began = time.perf_counter()
+            isal_zlib.crc32(hot)
+            if len(memory) == self.block:
+                speeds.append((time.perf_counter() - began) / self.block)
+            nbytes += len(memory)
+        return {"crc": statistics.median(speeds) * nbytes} if speeds else {}
+
+    def close(self) -> None:
+        pass
+
+
+def direct_write(path: Path, nbytes: int, threads: int) -> None:
+    """Write a file of so many bytes, durably. The buffers are made before (see `_buffers`)."""
+    whole = -(-nbytes // PAGE) * PAGE
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | _direct(), 0o644)
+    try:
+        if whole:
+            os.posix_fallocate(file, 0, whole)
+
+        def write(buffer: memoryview, at: int) -> None:
+            part = buffer[: min(len(buffer), whole - at)]
+            while part:
+                written = os.pwrite(file, part, at)
+                at, part = at + written, part[written:]
+
+        _with_buffers(threads, WRITE, range(0, whole, WRITE), write)
+        os.ftruncate(file, nbytes)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _direct() -> int:
+    return getattr(os, "O_DIRECT", 0)
+
+
+_ready: dict[tuple[int, int], memoryview] = {}
+
+
+def _buffers(count: int, size: int) -> list[memoryview]:
+    """Page-aligned, and full of noise: a disk may store zeros, or twins, in no time."""
+    for number in range(count):
+        if (number, size) not in _ready:
+            buffer = memoryview(mmap.mmap(-1, size))
+            buffer[:] = np.random.default_rng(number).bytes(size)
+            _ready[number, size] = buffer
+    return [_ready[number, size] for number in range(count)]
+
+
+def _with_buffers(
+    threads: int, size: int, starts: Iterable[int], call: Callable[[memoryview, int], Any]
+) -> None:
+    free = _buffers(threads, size)
+    mine = threading.local()
+
+    def one(at: int) -> None:
+        if not hasattr(mine, "buffer"):
+            mine.buffer = free[next(taken)]
+        call(mine.buffer, at)
+
+    taken = itertools.count()
+    in_threads(threads, starts, one)
+
+
+def in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) -> None:
+    """Each job once, by whichever thread is free."""
+    waiting, errors = iter(list(jobs)), []
+
+    def work() -> None:
+        try:
+            for job in waiting:
+                call(job)
+        except BaseException as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=work) for _ in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _segments(state: State, size: int = CACHED) -> Sequence[tuple[memoryview, int]]:
+    """The memory of the tensors, in parts, and where in a file each one's bytes lie."""
+    segments, at = [], 0
+    for tensor in locals_of(state).values():
+        memory = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+        for start in range(0, len(memory), size):
+            part = memory[start : start + size]
+            segments.append((part, at))
+            at += len(part)
+    return segments
+
+
+def _fill(file: int, memory: memoryview, at: int) -> None:
+    while memory:
+        count = os.preadv(file, [memory], at)
+        if not count:
+            raise EOFError(f"the file ends at {at}")
+        at, memory = at + count, memory[count:]

@@ -1,0 +1,69 @@
+"""The machine, in a few words."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["file_system", "machine", "versions"]
+
+LIBRARIES = (
+    "shardkeep",
+    "torch",
+    "numpy",
+    "isal",
+    "safetensors",
+    "torchsnapshot",
+    "torch_checkpointing",
+)
+
+
+def machine(folder: Path) -> Mapping[str, str]:
+    """What a reader needs to judge the figures; `folder` is where the checkpoints go."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "memory": f"{memory / 2**30:.0f} GiB",
+        "file system": file_system(folder),
+        "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "Python": platform.python_version(),
+        "knobs": _knobs(),
+        "load before the run": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def versions() -> Mapping[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def file_system(folder: Path) -> str:
+    """Its kind, as the kernel calls it, of the mount that the folder is on."""
+    best, kind = "", "unknown"
+    resolved = f"{folder.resolve()}/"
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mount, name, *_ = line.split()
+        if resolved.startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
+            best, kind = mount, name
+    return kind
+
+
+def _knobs() -> str:
+    """Of Shardkeep, that the environment turns."""
+    turned = sorted(name for name in os.environ if name.startswith("SHARDKEEP_"))
+    return ", ".join(f"{name}={os.environ[name]}" for name in turned) or "as they are"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return " ".join(line.partition(":")[2].split())
+    return platform.machine()

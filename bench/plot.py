@@ -1,0 +1,130 @@
+"""One picture: what each contestant reaches, workload by workload, and the machine's limit."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from bench.measure import Result, Series
+from bench.page import ordered
+
+__all__ = ["draw"]
+
+COLORS = {
+    "shardkeep": "#2a5d9f",
+    "unverified": "#8db4e2",
+    "stock": "#d9731a",
+}
+OTHER, LIMIT = "#b9b9b9", "#c0202a"
+NAMES = {
+    "shardkeep": "Shardkeep",
+    "unverified": "Shardkeep,\nunverified",
+    "stock": "stock DCP",
+    "torch": "torch.save",
+    "safetensors": "safetensors",
+    "torchsnapshot": "torchsnapshot",
+    "torch_checkpointing": "torch_check-\npointing",
+}
+WORKS = ("save", "load", "stall")
+COLUMNS = 4
+
+
+def draw(results: Mapping[str, Result], path: Path) -> None:
+    """Bars of median GB/s (tensors a second for many small ones) with the spread of the rounds."""
+    shown = [result for result in ordered(results) if _drawn(result)]
+    if not shown:
+        return
+    rows = -(-len(shown) // COLUMNS)
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure, grid = plt.subplots(
+            rows, COLUMNS, figsize=(16, 3.1 * rows + 0.6), layout="constrained", squeeze=False
+        )
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+        for axes, result in zip(grid.flat, shown, strict=False):
+            _panel(axes, result)
+        for axes in list(grid.flat)[len(shown) :]:
+            axes.set_visible(False)
+        figure.suptitle(
+            "Longer is faster. Red: what the machine itself can do. Thin lines: all rounds.",
+            fontsize=12,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+
+
+def _drawn(result: Result) -> bool:
+    return result.work in WORKS and result.name != "checksums" and bool(_bars(result))
+
+
+def _bars(result: Result) -> dict[str, Series]:
+    return {
+        key: series
+        for key, series in result.series.items()
+        if series.times and series.role != "limit"
+    }
+
+
+def _panel(axes: Axes, result: Result) -> None:
+    bars = _bars(result)
+    small = result.group == "small"
+    amount = result.items if small else result.nbytes / 1e9
+    for row, (key, series) in enumerate(bars.items()):
+        rates = [amount / seconds for seconds in series.times]
+        middle = amount / statistics.median(series.times)
+        axes.barh(row, middle, color=COLORS.get(key, OTHER), height=0.72)
+        axes.plot([min(rates), max(rates)], [row, row], color="#333333", linewidth=1.2)
+        label = f"{middle:,.0f}" if small else f"{middle:.2f}"
+        axes.annotate(
+            label,
+            (max(*rates, middle), row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        )
+    axes.set_yticks(range(len(bars)), [NAMES.get(key, key) for key in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("tensors/s" if small else "GB/s", fontsize=8)
+    _limit(axes, result, amount)
+    axes.set_title(_title(result), loc="left", fontsize=9, fontweight="bold")
+    axes.grid(axis="x", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _limit(axes: Axes, result: Result, amount: float) -> None:
+    """The machine's own rate as a line, and room for it and for the longest bar's number."""
+    rates = [amount / seconds for series in _bars(result).values() for seconds in series.times]
+    series = result.series.get(result.limit)
+    limit = amount / series.median if series is not None and series.median else 0.0
+    axes.set_xlim(0, max(1.18 * max(rates), 1.05 * limit))
+    if series is None or not limit:
+        return
+    axes.axvline(limit, color=LIMIT, linewidth=1.8, linestyle="--")
+    right = limit > axes.get_xlim()[1] / 2
+    axes.annotate(
+        f"{series.label.partition(', ')[0]} {limit:.2f}",
+        (limit, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 1),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="bottom",
+        color=LIMIT,
+        fontsize=7.5,
+    )
+
+
+def _title(result: Result) -> str:
+    """In two lines at most, with room below for the limit's name."""
+    head, comma, rest = result.title.partition(", ")
+    return f"{head}{comma}\n{rest}\n" if rest else f"{head}\n"

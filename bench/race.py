@@ -1,0 +1,179 @@
+"""Rounds: every entry once a round, in another order each time, all against the same clock."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure import Result, Sample, Series, join
+from bench.ranks import Crew, RankError
+
+__all__ = ["LONG", "Act", "Bench", "Entry", "Race", "fresh"]
+
+SLOW = 45.0
+"""Seconds after which an entry that no target is about sits out the rounds that are left."""
+LONG = 240.0
+"""Seconds that the rounds of a workload may take, about."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How everything is run.
+
+    Attributes:
+        folder: for temporary files, on the disk that is measured.
+        rounds: of each workload; nbytes: of a state, about.
+        ranks: processes of the distributed workloads.
+        counts: tensors of the workloads of many small ones.
+        steps: of the training loop in each round; saves: of the memory workload.
+        say: tells the person who watches.
+    """
+
+    folder: Path
+    rounds: int
+    nbytes: int
+    ranks: int = 4
+    counts: tuple[int, ...] = (20_000, 100_000)
+    steps: int = 250
+    saves: int = 200
+    say: Callable[[str], None] = print
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant in one workload.
+
+    Attributes:
+        key: of its series; who: of `competitors.MAKERS`; label: for people.
+        role: "ours", "stock", "limit" (these take part in every round) or "other".
+        state: which of the seats' states it saves or fills.
+        uses: whose checkpoint it loads, if not its own.
+        variants: settings that are tried before the rounds; the fastest is taken.
+    """
+
+    key: str
+    label: str
+    who: str = ""
+    role: str = "other"
+    state: str = "state"
+    uses: str = ""
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    checked: bool = True
+
+    @property
+    def contestant(self) -> str:
+        return self.who or self.key
+
+    @property
+    def source(self) -> str:
+        return self.uses or self.contestant
+
+
+Act = Callable[[Entry, bool], list[Sample]]
+"""Have an entry do its work once, given whether this is a trial; the samples of all ranks."""
+
+
+@dataclass
+class Race:
+    """The entries of one workload, and what they did.
+
+    Attributes:
+        seconds: after which no further round begins.
+    """
+
+    bench: Bench
+    crew: Crew
+    result: Result
+    entries: Sequence[Entry]
+    seconds: float = LONG
+
+    def run(self, act: Act, *, trials: int = 2) -> Result:
+        """Trials, then the rounds. What fails is told in its series, and the rest goes on."""
+        left = [entry for entry in self.entries if self._enter(entry, act, trials)]
+        # Every run shuffles in the same way: reruns differ by the machine alone.
+        order, began = random.Random(self.result.name), time.monotonic()
+        for number in range(self.bench.rounds):
+            if number and time.monotonic() - began > self.seconds:
+                self.result.notes.append(f"Stopped after {number} rounds: the time was up.")
+                break
+            turn = [entry for entry in left if not self._too_slow(entry)]
+            order.shuffle(turn)
+            samples: dict[str, Sample] = {}
+            for entry in turn:
+                found = self._try(entry, lambda entry=entry: act(entry, False))
+                if found is None:
+                    left.remove(entry)
+                else:
+                    samples[entry.key] = join(found)
+            for key, series in self.result.series.items():
+                series.add(samples.get(key))
+            self.bench.say(f"  round {number + 1}: {self._told(samples)}")
+        for entry in left:
+            self._quietly("leave", entry.key)
+        self.result.series = {entry.key: self.result.series[entry.key] for entry in self.entries}
+        return self.result
+
+    def _enter(self, entry: Entry, act: Act, trials: int) -> bool:
+        """Find an entry's best settings; whether it works."""
+        series = self.result.series.setdefault(entry.key, Series(entry.label, entry.role))
+        if series.error:
+            return False
+        best: tuple[list[Sample], Mapping[str, Any]] | None = None
+        for settings in entry.variants:
+            found = self._try(
+                entry, lambda settings=settings: self._trial(entry, settings, act, trials)
+            )
+            if found is not None and (best is None or found[-1].seconds < best[0][-1].seconds):
+                best = found, settings
+        if best is None:
+            return False
+        (first, *_), settings = best
+        series.first, series.first_peak, series.error = first.seconds, first.peak, ""
+        series.settings = ", ".join(f"{name}={value}" for name, value in settings.items())
+        if len(entry.variants) > 1:
+            self._take(entry, settings)
+        return True
+
+    def _trial(
+        self, entry: Entry, settings: Mapping[str, Any], act: Act, trials: int
+    ) -> list[Sample]:
+        self._take(entry, settings)
+        return [join(act(entry, True)) for _ in range(trials)]
+
+    def _take(self, entry: Entry, settings: Mapping[str, Any]) -> None:
+        self.crew.drop("enter", entry.key)
+        self.crew.keep("enter", entry.key, entry.contestant, settings)
+
+    def _try(self, entry: Entry, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except RankError as error:
+            self.result.series[entry.key].error = str(error)
+            self.bench.say(f"  {entry.label}: {error}")
+            self.crew.drop("enter", entry.key)
+            return None
+
+    def _quietly(self, method: str, *args: Any) -> None:
+        try:
+            self.crew.all(method, *args)
+        except RankError as error:
+            self.bench.say(f"  {method} {args}: {error}")
+
+    def _too_slow(self, entry: Entry) -> bool:
+        times = self.result.series[entry.key].times
+        return entry.role == "other" and len(times) > 1 and sum(times) > SLOW
+
+    def _told(self, samples: Mapping[str, Sample]) -> str:
+        return "  ".join(f"{key} {sample.seconds:.3f}" for key, sample in samples.items())
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """A path at which nothing is."""
+    path = folder / name
+    shutil.rmtree(path, ignore_errors=True)
+    return path
