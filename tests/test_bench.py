@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -70,13 +71,21 @@ def test_ranks_are_timed_from_the_first_begin_to_the_last_end(ranks):
     assert whole.figures["durable"] == max(d for _, d, _ in ranks)
 
 
+def fresh(nbytes):
+    """Memory that this process did not have before, touched."""
+    block = mmap.mmap(-1, max(nbytes, 1))
+    for at in range(0, nbytes, 4096):
+        block[at] = 1
+    return block
+
+
 def test_timed_sees_memory_and_reads(tmp_path):
     size = 32 << 20
     (tmp_path / "file").write_bytes(bytes(1 << 20))
 
     def work():
         (tmp_path / "file").read_bytes()
-        bytearray(b"x") * size
+        fresh(size)
         return {"told": 7}
 
     sample = timed(work)
@@ -388,7 +397,7 @@ def test_memory_over_saves_sees_what_is_kept(tmp_path):
             self.kept, self.nbytes = [], nbytes
 
         def save(self, state, path):
-            self.kept.append(bytearray(b"x") * self.nbytes)
+            self.kept.append(fresh(self.nbytes))
 
     entries = {"leaks": Keeper(1 << 20), "does not": Keeper(0)}
     seat = SimpleNamespace(states={"state": {}}, entries=entries)

@@ -163,7 +163,12 @@ def test_a_thousand_tensors_are_few_reads_and_no_copies(monkeypatch):
     sk.save(many(1000), store)
     copies = []
     plan = loading._plan
-    monkeypatch.setattr(loading, "_plan", lambda *args: copies.append(plan(*args)) or copies[-1])
+
+    def planned(*args, **more):
+        copies.append(plan(*args, **more))
+        return copies[-1]
+
+    monkeypatch.setattr(loading, "_plan", planned)
     template = many(1000, 0.0)
     store.reads = 0
     told = []
@@ -205,7 +210,7 @@ def test_one_more_small_tensor_costs_next_to_no_call():
             def load(store=store, flat=flat):
                 source = checkpoint.open(store)
                 match = loading._match(flat, loading._Contents(source, ()))
-                _, filling = loading._plan(match.stored, source)
+                _, filling = loading._plan(match.stored, source, together=False)
                 filling.run(store, verify=True, threads=1, progress=None)
                 match.report(())
 
