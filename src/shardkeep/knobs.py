@@ -41,7 +41,7 @@ def _number(name: str, default: float) -> float:
 
 
 def threads() -> int:
-    """Threads that read or write files, in one process (SHARDKEEP_THREADS)."""
+    """Threads that read files, in one process (SHARDKEEP_THREADS)."""
     return max(1, int(_number("SHARDKEEP_THREADS", 4)))
 
 
