@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 
 from shardkeep.contracts import Session
+from shardkeep.format import columns
 
-__all__ = ["Clock"]
+__all__ = ["Clock", "slowest"]
 
 
 class Clock:
@@ -43,3 +44,15 @@ class Clock:
             self._seconds[self._name] = spent
         self._since = now
         return dict(self._seconds)
+
+
+def slowest(session: Session, seconds: float) -> tuple[int, float]:
+    """The rank that took the longest, and how long; all ranks learn it."""
+    told = session.gather(columns.pack({"seconds": seconds}, {}))
+    answer = None
+    if told is not None:
+        every = [columns.unpack(message)[0]["seconds"] for message in told]
+        rank = max(range(len(every)), key=every.__getitem__)
+        answer = columns.pack({"rank": rank, "seconds": every[rank]}, {})
+    found, _ = columns.unpack(session.broadcast(answer))
+    return found["rank"], found["seconds"]

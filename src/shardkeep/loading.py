@@ -14,11 +14,10 @@ import torch
 
 from shardkeep import checkpoint, collector, knobs
 from shardkeep.checkpoint import Checkpoint
-from shardkeep.clock import Clock
+from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
 from shardkeep.filling import Filling
-from shardkeep.format import columns
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.stores import store_at
@@ -169,7 +168,7 @@ def load(
             nbytes=stats.bytes_needed,
             read=stats.bytes_read,
             seconds=seconds,
-            slowest=_slowest(session, sum(seconds.values())),
+            slowest=slowest(session, sum(seconds.values())),
         )
 
 
@@ -243,18 +242,6 @@ def _resharded(tensors: Sequence[Described], filling: Filling) -> tuple[str, ...
     names = [piece.name for tensor in tensors for piece in tensor.pieces]
     rows = np.flatnonzero(filling.resharded).tolist()
     return tuple(dict.fromkeys(names[row] for row in rows))
-
-
-def _slowest(session: Session, seconds: float) -> tuple[int, float]:
-    """The rank that took the longest, and how long; all ranks learn it."""
-    told = session.gather(columns.pack({"seconds": seconds}, {}))
-    answer = None
-    if told is not None:
-        every = [columns.unpack(message)[0]["seconds"] for message in told]
-        rank = max(range(len(every)), key=every.__getitem__)
-        answer = columns.pack({"rank": rank, "seconds": every[rank]}, {})
-    found, _ = columns.unpack(session.broadcast(answer))
-    return found["rank"], found["seconds"]
 
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:

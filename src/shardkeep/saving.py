@@ -22,7 +22,7 @@ import shardkeep
 from shardkeep import collector, commit, knobs
 from shardkeep.agreement import Order, own, report
 from shardkeep.background import line_of, simulated
-from shardkeep.clock import Clock
+from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
@@ -205,7 +205,7 @@ def life(
         clock.phase("write")
         with _removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                _give_way()
             telling = shown(options.progress, rank=session.rank)
             with placed(store, images) as targets, telling as tell:
                 if in_memory is None:
@@ -217,7 +217,7 @@ def life(
             store.sync()
 
             clock.phase("report")
-            spent = session.gather(repr(sum(clock.seconds().values())).encode())
+            last = slowest(session, sum(clock.seconds().values()))
             with quiet():
                 index = report(session, order, written_in(images))
             if index is not None and session.size > 1:
@@ -227,7 +227,7 @@ def life(
         if index is not None:
             with quiet():
                 commit.publish(store, order.save_id, index, header(session.size))
-        totals, _ = columns.unpack(session.broadcast(_totals(index, spent) if index else None))
+        totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
             sweep(store, old[0])
         return SaveReport(
@@ -235,9 +235,15 @@ def life(
             save_id=order.save_id,
             written=sum(image.layout.nbytes for image in images),
             seconds=clock.seconds(),
-            slowest=(totals.pop("slowest"), totals.pop("longest")),
+            slowest=last,
             **totals,
         )
+
+
+def _give_way() -> None:
+    """Give this thread, and those that it starts, the lowest priority, where threads have one."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _set(future: Future[None] | None) -> None:
@@ -354,19 +360,16 @@ def header(ranks: int) -> dict[str, Any]:
     }
 
 
-def _totals(index: Index, spent: Sequence[bytes] | None) -> bytes:
+def _totals(index: Index) -> bytes:
     twins = len(index.twins)
     chunks = index.chunks
     _, items = distinct([chunks.file, chunks.item, chunks.length])
     nbytes = int(chunks.length[items].sum()) + int(index.objects.length.sum())
-    longest, slowest = max((float(text), -rank) for rank, text in enumerate(spent or ()))
     return columns.pack(
         {
             "tensors": len(index.tensors.names),
             "objects": len(index.objects.names) - twins,
             "nbytes": nbytes,
-            "slowest": -slowest,
-            "longest": longest,
         },
         {},
     )
