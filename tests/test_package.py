@@ -10,7 +10,16 @@ import pytest
 
 import shardkeep as sk
 
-WITH_TORCH = {"LoadReport", "SaveReport", "Shards", "load", "save"}
+WITH_TORCH = {
+    "LoadReport",
+    "SaveHandle",
+    "SaveReport",
+    "Shards",
+    "async_save",
+    "load",
+    "release_memory",
+    "save",
+}
 
 
 def run(code: str) -> str:
