@@ -14,15 +14,20 @@ __all__ = ["Arena", "aligned", "roomy"]
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:
     """New memory that starts at a page, as direct I/O wants it; freed with the array."""
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=np.uint8, count=nbytes)
+    return np.frombuffer(_mapped(nbytes), dtype=np.uint8, count=nbytes)
 
 
 def roomy(nbytes: int) -> NDArray[np.uint8]:
     """The same, in huge pages where the system has them: 512 times fewer to touch at first."""
-    block = mmap.mmap(-1, max(nbytes, 1))
+    block = _mapped(nbytes)
     with suppress(OSError, AttributeError):
         block.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(block, dtype=np.uint8, count=nbytes)
+
+
+def _mapped(nbytes: int) -> mmap.mmap:
+    # Private: a forked process must not write into it, and only such memory gets huge pages.
+    return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Arena:

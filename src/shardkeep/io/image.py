@@ -19,10 +19,8 @@ from shardkeep.types import I64, Framing
 
 __all__ = ["Image", "images_of", "written_in"]
 
-
 _STEP = 2 * BLOCK
 """Bytes that are copied at once: as large as a core's own cache may be."""
-
 
 _LIGHT = 16 * 1024
 """Bytes of a payload up to which an item is put together with its neighbours."""
