@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.errors import Conflict, FormatError, Mismatch
-from shardkeep.tree import MAX_DEPTH, Flat, flatten, get, merge, put, unflatten
+from shardkeep.plan.merging import merge
+from shardkeep.tree import MAX_DEPTH, Flat, flatten, get, put, unflatten
 from shardkeep.types import Structure
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Untrusted,
     )
     from shardkeep.loading import LoadReport, load
+    from shardkeep.marks import PerRank, Replicated
     from shardkeep.saving import SaveReport, save
     from shardkeep.tensors.shards import Shards
     from shardkeep.types import Box, DType, ObjectInfo, Opaque, TensorInfo
@@ -46,6 +47,7 @@ _ROOMS = {
         "Untrusted",
     ),
     "loading": ("LoadReport", "load"),
+    "marks": ("PerRank", "Replicated"),
     "saving": ("SaveReport", "save"),
     "tensors.shards": ("Shards",),
     "types": ("Box", "DType", "ObjectInfo", "Opaque", "TensorInfo"),
@@ -66,7 +68,9 @@ __all__ = [
     "NotACheckpoint",
     "ObjectInfo",
     "Opaque",
+    "PerRank",
     "RankFailed",
+    "Replicated",
     "SaveHandle",
     "SaveReport",
     "ShardkeepError",

@@ -18,8 +18,10 @@ from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
 from shardkeep.filling import Filling
+from shardkeep.marks import Unwrapped, unwrap
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
+from shardkeep.resizing import Chooser, OwnValues
 from shardkeep.stores import store_at
 from shardkeep.tensors.memory import Landings
 from shardkeep.tensors.objects import MAKERS, from_bytes
@@ -39,6 +41,7 @@ _PARTS = {"open": "plan", "describe": "plan", "match": "plan"}
 
 Strict = bool | Mapping[str, bool]
 DtypePolicy = str | Mapping[str, str]
+PerRankPolicy = str | Chooser | Mapping[str, str | Chooser]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class LoadReport:
         missing: wanted by the template, not in the checkpoint (left untouched).
         unexpected: in the checkpoint, not wanted by the template.
         cast: loaded tensors whose dtype differs: name -> (stored, wanted).
+        skipped: values of single ranks (`PerRank`) that another number of ranks saved, left as they
+            are, as the caller wanted.
         refused: name -> why it can't be loaded; empty unless carried by a `Mismatch`.
         nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them.
         seconds: phase -> seconds that this rank spent in it: "plan" (open the checkpoint, describe
@@ -67,6 +72,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     cast: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     nbytes: int = 0
     read: int = 0
@@ -104,6 +110,7 @@ def load(
     strict: Strict = True,
     dtype: DtypePolicy = "error",
     trust: Sequence[str] = (),
+    per_rank: PerRankPolicy = "error",
     verify: bool = True,
     host_budget: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
@@ -123,6 +130,10 @@ def load(
         dtype: what to do where the stored dtype differs: "error", "cast", or "upcast" (only where
             no value can change); also per name pattern.
         trust: classes, as "module.Class", that objects may be built of; otherwise only plain ones.
+        per_rank: what to do with a `PerRank` value that another number of ranks saved: "error",
+            "skip" (leave it as it is), "modulo" (take that of this rank's number modulo theirs), or
+            a function (name, rank, ranks that load, ranks that saved) -> rank or None; also per
+            name pattern.
         verify: check the digests of everything that is read.
         host_budget: bytes of memory that the reading may take, besides what objects take; by
             default `SHARDKEEP_HOST_BUDGET`.
@@ -142,7 +153,7 @@ def load(
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
         with collector.paused():  # what is made for each tensor is gone again when this ends
-            planned = _planned(state, store, session, clock, strict, dtype, trust)
+            planned = _planned(state, store, session, clock, strict, dtype, trust, per_rank)
 
         clock.part("read")
         with shown(progress, rank=session.rank) as tell:
@@ -159,7 +170,8 @@ def load(
         for tensor, value in planned.inside:
             _copy(tensor, value)
         for leaf, value in planned.values:
-            put(planned.template, leaf.path, value)
+            put(planned.marked.state, leaf.path, value)
+        planned.marked.put_back()
         restore(state, planned.template, planned.statefuls)
 
         seconds = clock.seconds()
@@ -177,7 +189,7 @@ class _Planned:
     """What there is to do: nothing can be refused any more.
 
     Attributes:
-        template, statefuls: as from `expand`.
+        template, statefuls: as from `expand`; `marked`: what `unwrap` made of the template.
         landings, filling: the tensors that are read, and how.
         inside: tensors that the checkpoint has inside an object, and their values.
         values: the other leaves, and their values.
@@ -186,6 +198,7 @@ class _Planned:
 
     template: Mapping[Any, Any]
     statefuls: Statefuls
+    marked: Unwrapped
     landings: Landings
     filling: Filling
     inside: list[tuple[Described, torch.Tensor]]
@@ -201,6 +214,7 @@ def _planned(
     strict: Strict,
     dtype: DtypePolicy,
     trust: Sequence[str],
+    per_rank: PerRankPolicy,
 ) -> _Planned:
     clock.phase("open")
     source = checkpoint.open(store, rank=(session.rank, session.size))
@@ -208,18 +222,24 @@ def _planned(
     clock.phase("describe")
     template, statefuls = expand(state)
     make_room(template, statefuls, _stored(source))
-    flat = flatten(template, is_any_tensor)
+    policy = partial(_policy, per_rank, default="error")
+    own = OwnValues(source, session.rank, session.size, policy)
+    marked = unwrap(template, own.key)
+    flat = flatten(marked.state, is_any_tensor)
 
     clock.phase("match")
     contents = _Contents(source, tuple(trust))
-    match = _match(flat, contents)
+    match = _match(flat, contents, own)
     match.refuse(strict, dtype)
 
     clock.phase("read")
     clock.part("plan")
     landings, filling = _plan(match.stored, source, together=knobs.ranks_here(session.size) > 1)
     report = match.report(_resharded(match.stored, filling))
-    return _Planned(template, statefuls, landings, filling, match.inside, match.values, report)
+    report = replace(report, skipped=tuple(own.skipped))
+    return _Planned(
+        template, statefuls, marked, landings, filling, match.inside, match.values, report
+    )
 
 
 def _plan(
@@ -375,12 +395,12 @@ def _widens(stored: str, wanted: str) -> bool:
     return bool(torch.promote_types(getattr(torch, stored), target) == target)
 
 
-def _match(flat: Flat, contents: _Contents) -> _Match:
+def _match(flat: Flat, contents: _Contents, own: OwnValues) -> _Match:
     """Compare names, shapes and dtypes; nothing is read but objects."""
     source = contents.source
     tensors, objects = describe_tensors(flat)
     paths = flat.structure.leaves
-    match = _Match(source.url, [], [], [], [], [], {}, {})
+    match = _Match(source.url, [], [], [], [], [], {}, dict(own.refused))
     used: set[str] = set()
     kinds = source.kinds
     for tensor in tensors:
@@ -410,7 +430,8 @@ def _match(flat: Flat, contents: _Contents) -> _Match:
         else:
             used.add(found[0])
             match.values.append((leaf, found[1]))
-    match.unexpected.extend(name for name in source if name not in used)
+    left = (name for name in source if name not in used)
+    match.unexpected.extend(name for name in left if not own.others(name))
     return match
 
 

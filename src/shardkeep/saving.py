@@ -176,7 +176,9 @@ def life(
         quiet = collector.paused if arena is None else contextlib.nullcontext
         with collector.paused():
             clock.phase("describe")
-            local = describe_state(given.pop(), nested=options.flatten)
+            local = describe_state(
+                given.pop(), nested=options.flatten, rank=(session.rank, session.size)
+            )
 
             clock.phase("own")
             order = own(

@@ -11,6 +11,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import (
     Callable,
+    Collection,
     Iterable,
     Iterator,
     Mapping,
@@ -18,13 +19,13 @@ from collections.abc import (
     MutableSequence,
     Sequence,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shardkeep.errors import Conflict, FormatError, Mismatch
 from shardkeep.types import Path, Structure
 
-__all__ = ["MAX_DEPTH", "Flat", "Leaf", "flatten", "get", "merge", "put", "show", "unflatten"]
+__all__ = ["MAX_DEPTH", "Flat", "Leaf", "flatten", "get", "put", "show", "unflatten"]
 
 MAX_DEPTH = 64
 """Containers inside one another at most: as many as values and readers of pickles take."""
@@ -75,7 +76,7 @@ def show(path: Path) -> str:
     return "".join(f"[{key!r}]" for key in path) or "the state itself"
 
 
-def flatten(state: Mapping[Any, Any], is_tensor: IsTensor) -> Flat:
+def flatten(state: Mapping[Any, Any], is_tensor: IsTensor, spread: Collection[Path] = ()) -> Flat:
     """Give every leaf of `state` its name.
 
     Args:
@@ -83,6 +84,8 @@ def flatten(state: Mapping[Any, Any], is_tensor: IsTensor) -> Flat:
             these; they keep their type in paths.
         is_tensor: whether a value is a tensor of any kind: DCP walks the lists that hold one. The
             value's class decides.
+        spread: containers whose entries are on different ranks: no rank has a twin of those, or of
+            what is around them, but of what is in them.
 
     Raises:
         TypeError: `state` is not a mapping.
@@ -91,14 +94,14 @@ def flatten(state: Mapping[Any, Any], is_tensor: IsTensor) -> Flat:
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"a state is a mapping of names to values, not a {type(state).__name__}")
-    return _Flattening(is_tensor).run(state)
+    return _Flattening(is_tensor, spread).run(state)
 
 
 class _Flattening:
     """The state of one walk."""
 
-    def __init__(self, is_tensor: IsTensor) -> None:
-        self.is_tensor = is_tensor
+    def __init__(self, is_tensor: IsTensor, spread: Collection[Path]) -> None:
+        self.is_tensor, self.spread = is_tensor, spread
         self.values: list[Any] = []
         self.paths: dict[str, Path] = {}
         self.containers: dict[Path, str] = {}
@@ -140,6 +143,7 @@ class _Flattening:
         tensor, bare = self.entries(row, path, f"{name}." if path else "", entries)
         if (row + 1, leaves) == (len(self.containers), len(self.values)):
             self.empties[path] = leaves
+        tensor = tensor or path in self.spread
         if tensor or not path:
             self.twins += bare
         self.around.remove(id(value))
@@ -388,114 +392,3 @@ def put(state: Any, path: Path, value: Any) -> None:
         raise Mismatch(f"{show(path)} is no place of a list of {len(holder)}")
     holder.extend([None] * (key + 1 - len(holder)))
     holder[key] = value
-
-
-@dataclass(slots=True)
-class _Node:
-    """A place of the merged state: a container (with its kind), or a leaf (with its name)."""
-
-    rank: int
-    kind: str | None = None
-    name: str = ""
-    children: list[Path] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"a {self.kind}" if self.kind else "a value"
-
-
-def merge(structures: Sequence[Structure]) -> Structure:
-    """What all ranks hold together; `structures` are in rank order.
-
-    Order is that of first appearance. A dict on one rank may be an OrderedDict on another.
-
-    Raises:
-        Conflict: a path is a leaf on one rank and a container on another, or a mapping here and a
-            list there; or one name stands for two paths.
-    """
-    # Most ranks of a job have the same structure, and then it is one object: no walk is needed.
-    distinct = [
-        (rank, structure)
-        for rank, structure in enumerate(structures)
-        if not rank or structure is not structures[rank - 1]
-    ]
-    if len(distinct) == 1:
-        return structures[0]
-    nodes: dict[Path, _Node] = {(): _Node(0, "dict")}
-    names: dict[str, Path] = {}
-    if structures:
-        nodes[()].kind = structures[0].containers[()]
-    for rank, structure in distinct:
-        for path, kind in structure.containers.items():
-            if path in nodes and nodes[path].kind != kind:
-                _agree(path, nodes[path], _Node(rank, kind))
-        for path, event in _events(structure):
-            if event is not None:
-                if names.get(event) == path:
-                    continue
-                if event in names:
-                    raise Conflict(
-                        f"{show(names[event])} and {show(path)} (rank {rank}) would both be saved "
-                        f"under the name {event!r}"
-                    )
-                names[event] = path
-            _graft(nodes, path, event, rank, structure.containers)
-    return _linear(nodes)
-
-
-def _events(structure: Structure) -> Iterator[tuple[Path, str | None]]:
-    """Leaves (with their names) and empty containers, in the order of the state."""
-    empties = sorted(structure.empties.items(), key=lambda item: item[1])[::-1]
-    for count, (name, path) in enumerate(structure.leaves.items()):
-        while empties and empties[-1][1] <= count:
-            yield empties.pop()[0], None
-        yield path, name
-    while empties:
-        yield empties.pop()[0], None
-
-
-def _graft(
-    nodes: dict[Path, _Node], path: Path, name: str | None, rank: int, kinds: Mapping[Path, str]
-) -> None:
-    """Add a leaf, or a container (no name), and those around it as far as they are not there."""
-    node = _Node(rank, kinds[path]) if name is None else _Node(rank, name=name)
-    child: Path | None = None
-    while True:
-        known = nodes.setdefault(path, node)
-        if known is not node:
-            _agree(path, known, node)
-        if child is not None:
-            known.children.append(child)
-        if known is not node:
-            return
-        child, path = path, path[:-1]
-        node = _Node(rank, kinds[path])
-
-
-def _agree(path: Path, known: _Node, node: _Node) -> None:
-    if known.kind is None and node.kind is None:
-        raise Conflict(f"{known.name!r} and {node.name!r} (rank {node.rank}) are at one place")
-    if None in (known.kind, node.kind) or (known.kind == "list") != (node.kind == "list"):
-        raise Conflict(
-            f"{show(path)} is {known} on rank {known.rank}, but {node} on rank {node.rank}"
-        )
-
-
-def _linear(nodes: Mapping[Path, _Node]) -> Structure:
-    leaves: dict[str, Path] = {}
-    containers: dict[Path, str] = {}
-    empties: dict[Path, int] = {}
-    stack: list[Path] = [()]
-    while stack:
-        path = stack.pop()
-        node = nodes[path]
-        if node.kind is None:
-            leaves[node.name] = path
-            continue
-        containers[path] = node.kind
-        if not node.children:
-            empties[path] = len(leaves)
-        ordered = (
-            sorted(node.children, key=lambda p: p[-1]) if node.kind == "list" else node.children
-        )
-        stack += reversed(ordered)
-    return Structure(leaves, containers, empties)

@@ -414,3 +414,7 @@ class Claim:
     """Object's name -> its value as typed JSON, of those that are small and have one."""
     structure: Structure
     twins: Mapping[str, Path]
+    marks: Mapping[Path, str] = field(default_factory=dict)
+    """Where a value is marked (`marks`) -> "PerRank" or "Replicated"."""
+    content: Mapping[str, bytes] = field(default_factory=dict)
+    """What is marked "Replicated", in words -> a digest of what this rank has."""

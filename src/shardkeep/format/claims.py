@@ -41,6 +41,8 @@ def outline(claim: Claim) -> bytes:
             "empties": [[_path(path), count] for path, count in structure.empties.items()],
             "twins": to_json(list(claim.twins)),
             "twin paths": [_path(path) for path in claim.twins.values()],
+            "marks": [[_path(path), kind] for path, kind in claim.marks.items()],
+            "content": [[what, digest.hex()] for what, digest in claim.content.items()],
         },
         {
             "dtype": dtypes,
@@ -83,6 +85,8 @@ def unpack_claim(block: bytes, lead: Claim) -> Claim:
         values=head.values,
         structure=head.structure,
         twins=head.twins,
+        marks=head.marks,
+        content=head.content,
     )
 
 
@@ -101,6 +105,8 @@ def _read_outline(block: bytes) -> Claim:
         values={objects[row]: value for row, value in head["values"]},
         structure=_read_structure(head, columns, names + objects),
         twins=dict(zip(from_json(head["twins"]), map(_keys, head["twin paths"]), strict=True)),
+        marks={_keys(path): kind for path, kind in head["marks"]},
+        content={what: bytes.fromhex(digest) for what, digest in head["content"]},
     )
 
 

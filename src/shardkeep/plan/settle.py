@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from shardkeep.errors import Conflict
 from shardkeep.plan.coverage import coverage
 from shardkeep.plan.distinct import distinct
+from shardkeep.plan.marks import ranks_text, refuse_marks
+from shardkeep.plan.merging import merge
 from shardkeep.plan.ownership import lowest, owners
-from shardkeep.tree import merge
 from shardkeep.types import DTYPES, I64, Box, Claim, Path, Structure, Tensors
 
 __all__ = ["Settlement", "settle"]
@@ -94,9 +95,10 @@ def settle(
         same_objects: refuse objects that differ between ranks; else the lowest rank's counts.
 
     Raises:
-        Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes. It names the
-            tensor and the ranks.
+        Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes; replicas that
+            differ where they are marked. It names the tensor and the ranks.
     """
+    refuse_marks(claims)
     structure = merge([claim.structure for claim in claims])
     tensors, rows = _merge_tensors(claims)
     objects, object_rank, values, differing = _merge_objects(claims)
@@ -270,8 +272,8 @@ def _refuse_two_kinds(
     as_tensor = [rank for rank, claim in enumerate(claims) if name in claim.tensors.names]
     as_object = [rank for rank, claim in enumerate(claims) if name in claim.objects]
     raise Conflict(
-        f"{name!r} is a tensor on {_ranks(as_tensor)} and an object on {_ranks(as_object)}; "
-        f"nothing was written"
+        f"{name!r} is a tensor on {ranks_text(as_tensor)} and an object on "
+        f"{ranks_text(as_object)}; nothing was written"
     )
 
 
@@ -315,16 +317,13 @@ def _describe(problem: Any, tensors: Tensors, pieces: _Pieces, first: I64) -> st
     name = f"tensor {tensors.names[row]!r} {_kind(tensors, row)}"
     if problem.kind == "hole":
         holders = sorted(set(pieces.rank[pieces.tensor == row].tolist()))
-        have = f"{_ranks(holders)} hold other parts of it" if holders else "no rank has any of it"
+        have = (
+            f"{ranks_text(holders)} hold other parts of it" if holders else "no rank has any of it"
+        )
         return f"{name}: no rank holds {box} ({have})"
     ranks = sorted({int(pieces.rank[first[r]]) for r in problem.rows})
     word = "overlap at" if problem.kind == "overlap" else "lie outside of it at"
-    return f"{name}: boxes of {_ranks(ranks)} {word} {box}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"
+    return f"{name}: boxes of {ranks_text(ranks)} {word} {box}"
 
 
 def _share_payloads(key: I64, alias: I64) -> I64:

@@ -17,6 +17,7 @@ import torch
 from shardkeep.errors import Conflict, FormatError, Untrusted
 from shardkeep.format import container
 from shardkeep.format.inert import Limits, Registry, check_nesting, opaque_classes
+from shardkeep.marks import PerRank, Replicated
 from shardkeep.tensors.builders import TORCH, Maker, device, dtype
 from shardkeep.tensors.pieces import is_sharded
 from shardkeep.tensors.trusted import Trusted
@@ -46,6 +47,11 @@ def to_bytes(value: Any, *, name: str) -> bytes:
         raise Conflict(
             f"object {name!r} holds a {error}, which each rank has only a part of; tensors are "
             "found in dicts and lists: use a list in place of a tuple, set or class"
+        ) from None
+    except _Marked as error:
+        raise Conflict(
+            f"object {name!r} holds a {error} inside, which would be saved as it is: marks are "
+            "found in dicts and lists of a state that is flattened"
         ) from None
     except FormatError as error:
         raise Conflict(f"object {name!r} can't be saved: {error.what}") from None
@@ -88,11 +94,17 @@ class _Spread(Exception):
     """A tensor inside the object belongs to several ranks."""
 
 
+class _Marked(Exception):
+    """What marks a value stands where nobody looks for it."""
+
+
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         """Tensors go as plain ones, on the CPU, without the rest of a larger storage."""
         if is_sharded(value):
             raise _Spread(type(value).__name__)
+        if isinstance(value, PerRank | Replicated):
+            raise _Marked(type(value).__name__)
         if type(value) is not torch.Tensor:
             return NotImplemented
         if value.is_meta:

@@ -11,6 +11,8 @@ import torch
 
 from shardkeep import knobs
 from shardkeep.format import values
+from shardkeep.marks import Unwrapped, key_of, unwrap
+from shardkeep.tensors.content import contents
 from shardkeep.tensors.pieces import (
     CODES,
     Described,
@@ -51,8 +53,10 @@ class Local:
     objects: Mapping[str, Any]
 
 
-def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
-    """Flatten and describe; no tensor data moves.
+def describe_state(
+    state: Mapping[Any, Any], *, nested: bool = True, rank: tuple[int, int] = (0, 1)
+) -> Local:
+    """Flatten and describe; no tensor data moves. What is marked `Replicated` is digested.
 
     Pieces of more than `knobs.part()` bytes are cut, so that ranks that hold the same can share
     them out.
@@ -60,17 +64,21 @@ def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
     Args:
         state: what `save` is given.
         nested: False takes each top-level value as one leaf.
+        rank: which one this is, of so many.
 
     Raises:
         Conflict: two things under one name, or something that can't be saved; it names it.
     """
     plain, _ = expand(state)
-    flat = flatten(plain, is_any_tensor) if nested else _top_level(plain)
+    marked = unwrap(plain, lambda _: key_of(*rank)) if nested else Unwrapped(plain)
+    plain = marked.state
+    flat = flatten(plain, is_any_tensor, marked.places("PerRank")) if nested else _top_level(plain)
     rows, objects, inner = _collect(flat)
     if inner:
         refuse_twice([*objects, *rows.names])
     tensors = rows.tensors()
     pieces = cut_large(tensors, rows.pieces(tensors), knobs.part())
+    structure = _structure(flat.structure, rows.names) if inner else flat.structure
     return Local(
         claim=Claim(
             tensors=tensors,
@@ -80,8 +88,10 @@ def describe_state(state: Mapping[Any, Any], *, nested: bool = True) -> Local:
             alias=aliases(tensors, pieces),
             objects=tuple(objects),
             values=_small_values(objects),
-            structure=_structure(flat.structure, rows.names) if inner else flat.structure,
+            structure=structure,
             twins={twin.name: twin.path for twin in flat.twins},
+            marks=marked.marks,
+            content=contents(marked.places("Replicated"), structure, tensors, pieces, objects),
         ),
         memory=pieces.memory,
         objects={**objects, **{twin.name: twin.value for twin in flat.twins}},

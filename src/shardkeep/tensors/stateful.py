@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shardkeep.marks import has_state
 from shardkeep.types import DType, Path
 
 __all__ = ["Statefuls", "Stored", "expand", "make_room", "restore"]
@@ -26,7 +27,7 @@ def expand(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Statefuls]:
     An object has one if it has both `state_dict` and `load_state_dict`, as in DCP. The order of the
     keys stays. Without such an object, this is the state itself; else a shallow copy.
     """
-    statefuls = {key: value for key, value in state.items() if _has_state(value)}
+    statefuls = {key: value for key, value in state.items() if has_state(value)}
     if not statefuls:
         return state, {}
     kind = OrderedDict if isinstance(state, OrderedDict) else dict
@@ -83,7 +84,3 @@ def restore(state: MutableMapping[Any, Any], plain: Mapping[Any, Any], found: St
             found[key].load_state_dict(value)
         elif plain is not state:
             state[key] = value
-
-
-def _has_state(value: Any) -> bool:
-    return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
