@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Untrusted,
     )
     from shardkeep.loading import LoadReport, load
+    from shardkeep.manager.policies import KeepBest, KeepEvery, KeepLast
     from shardkeep.marks import PerRank, Replicated
     from shardkeep.saving import SaveReport, save
     from shardkeep.tensors.shards import Shards
@@ -47,6 +48,7 @@ _ROOMS = {
         "Untrusted",
     ),
     "loading": ("LoadReport", "load"),
+    "manager.policies": ("KeepBest", "KeepEvery", "KeepLast"),
     "marks": ("PerRank", "Replicated"),
     "saving": ("SaveReport", "save"),
     "tensors.shards": ("Shards",),
@@ -63,6 +65,9 @@ __all__ = [
     "DType",
     "Damaged",
     "FormatError",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLast",
     "LoadReport",
     "Mismatch",
     "NotACheckpoint",

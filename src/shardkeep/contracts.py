@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.types import I64
+from shardkeep.types import I64, Step
 
 __all__ = [
     "Codec",
+    "Folders",
+    "KeepPolicy",
     "Payloads",
     "Placing",
     "Progress",
@@ -69,7 +71,7 @@ class Store(Protocol):
         ...
 
     def sync(self) -> None:
-        """Make the names of all files created so far durable (on POSIX: fsync the folders)."""
+        """Make durable which files were created and removed so far (POSIX: fsync the folders)."""
         ...
 
 
@@ -98,6 +100,26 @@ class StoreInRows(Store, Protocol):
         False if that can't be done, or costs more than one read of all between the rows: the caller
         does that, and `into` may hold anything.
         """
+        ...
+
+
+@runtime_checkable
+class Folders(Protocol):
+    """A store with folders that are there by themselves. In others, names alone make them."""
+
+    def folders(self, *, links: bool = True) -> Iterator[str]:
+        """The names of the folders right below, in no order; `links`: those that lead to one, too.
+
+        Empty if there is none.
+        """
+        ...
+
+    def below(self, folder: str) -> Store:
+        """One of them, which need not exist yet, as a store of its own."""
+        ...
+
+    def drop(self, folder: str) -> None:
+        """Remove one of them if it is a folder and empty; anything else stays as it is."""
         ...
 
 
@@ -240,4 +262,15 @@ class Progress(Protocol):
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """`done` of `total` bytes of this phase; may be called from several threads."""
+        ...
+
+
+class KeepPolicy(Protocol):
+    """Which steps of a run stay."""
+
+    def keep(self, steps: Sequence[Step]) -> Collection[int]:
+        """The numbers of those to keep, of all that are committed, which come in ascending order.
+
+        The step that was just saved and the newest whole one stay in any case.
+        """
         ...

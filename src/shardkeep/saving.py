@@ -31,6 +31,7 @@ from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.digest import crc32
 from shardkeep.io.image import Image, images_of, written_in
 from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
+from shardkeep.manager.metrics import HEADER as METRICS
 from shardkeep.plan.distinct import distinct
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
@@ -99,6 +100,7 @@ class Options:
     host_budget: int | None = None
     progress: Progress | bool | None = None
     gentle: bool = False
+    metrics: Mapping[str, float] | None = None
 
 
 def save(
@@ -228,7 +230,8 @@ def life(
         clock.phase("commit")
         if index is not None:
             with quiet():
-                commit.publish(store, order.save_id, index, header(session.size))
+                said = header(session.size, options.metrics)
+                commit.publish(store, order.save_id, index, said)
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
             sweep(store, old[0])
@@ -352,9 +355,10 @@ def sweep(store: Store, old: frozenset[str]) -> None:
         warnings.warn(f"files of the overwritten checkpoint stay behind: {error}", stacklevel=3)
 
 
-def header(ranks: int) -> dict[str, Any]:
+def header(ranks: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
     """What a manifest says of the save that so many ranks made."""
     return {
+        **({METRICS: dict(metrics)} if metrics else {}),
         "shardkeep": shardkeep.__version__,
         "torch": str(torch.__version__),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

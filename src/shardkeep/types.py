@@ -36,6 +36,7 @@ __all__ = [
     "ObjectInfo",
     "Objects",
     "Opaque",
+    "Step",
     "Structure",
     "TensorInfo",
     "Tensors",
@@ -418,3 +419,16 @@ class Claim:
     """Where a value is marked (`marks`) -> "PerRank" or "Replicated"."""
     content: Mapping[str, bytes] = field(default_factory=dict)
     """What is marked "Replicated", in words -> a digest of what this rank has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A committed checkpoint of a run.
+
+    Attributes:
+        number: the training step, 0 or more.
+        metrics: what was measured there, as saved with it: finite numbers by name.
+    """
+
+    number: int
+    metrics: Mapping[str, float] = field(default_factory=dict)

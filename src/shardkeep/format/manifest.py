@@ -29,7 +29,7 @@ from shardkeep.types import (
     Tensors,
 )
 
-__all__ = ["Outline", "read_manifest", "read_outline", "write_manifest"]
+__all__ = ["Outline", "read_header", "read_manifest", "read_outline", "write_manifest"]
 
 _MAX_BYTES = 2.0**62
 """Bytes of a tensor at most, so that no sum of offsets and sizes overflows."""
@@ -111,6 +111,17 @@ def read_manifest(
     return read_outline(read_at, size, file=file, save_id=save_id).index()
 
 
+def read_header(
+    read_at: ReadAt,
+    size: int,
+    *,
+    file: str,
+    save_id: str | None = None,
+) -> Mapping[str, Any]:
+    """What `write_manifest` was told to say, alone. Arguments and errors are `read_outline`'s."""
+    return _Reader(Archive(read_at, size, file=file), file).header(save_id)
+
+
 class _Reader:
     """Reads the columns, checks each one, and names the member that is wrong."""
 
@@ -118,12 +129,16 @@ class _Reader:
         self._archive, self._file = archive, file
         self._head: dict[str, Json] = {}
 
-    def outline(self, save_id: str | None) -> Outline:
-        self._head = self._header(save_id)
-        header, extra = self._mapping("header"), self._mapping("extra")
+    def header(self, save_id: str | None) -> Mapping[str, Any]:
+        self._head = self._header()
+        header = self._mapping("header")
         found = header.get("save_id")
         if save_id is not None and found != save_id:
             self._refuse("header.json", f"belongs to save {found!r:.80}, not {save_id!r}")
+        return header
+
+    def outline(self, save_id: str | None) -> Outline:
+        header, extra = self.header(save_id), self._mapping("extra")
         names = self._names()
         count = self._count("tensors")
         tensors = self._tensors(names[:count])
@@ -187,7 +202,7 @@ class _Reader:
             column("chunks.digests", digests, dtype=np.uint32),
         )
 
-    def _header(self, save_id: str | None) -> dict[str, Json]:
+    def _header(self) -> dict[str, Json]:
         head = self._archive.json("header")
         if not isinstance(head, dict) or head.get("format") != FORMAT:
             self._refuse("header.json", "is not the header of a manifest")

@@ -24,6 +24,9 @@ from shardkeep.types import I64
 
 __all__ = ["LocalStore"]
 
+_NO_EMPTY_FOLDER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
+"""What removing a folder says of one that is not empty, is gone, or is a link or a file."""
+
 
 class _Open:
     """A file open for reading. Closed with its last reference, so never under a reader's feet."""
@@ -183,7 +186,12 @@ class LocalStore(Store):
     def remove(self, name: str) -> None:
         path = self.path_of(name)
         self._forget(path)
-        Path(path).unlink(missing_ok=True)
+        try:
+            os.unlink(path)  # noqa: PTH108
+        except FileNotFoundError:
+            return
+        with self._lock:
+            self._unsynced.add(os.path.dirname(path))  # noqa: PTH120
 
     def sync(self) -> None:
         with self._lock:
@@ -195,6 +203,23 @@ class LocalStore(Store):
             with self._lock:
                 self._unsynced |= folders
             raise
+
+    def folders(self, *, links: bool = True) -> Iterator[str]:
+        with suppress(FileNotFoundError), os.scandir(self._root) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=links):
+                    yield entry.name
+
+    def below(self, folder: str) -> LocalStore:
+        return LocalStore(self.path_of(folder))
+
+    def drop(self, folder: str) -> None:
+        path = self.path_of(folder)
+        try:
+            os.rmdir(path)  # noqa: PTH106
+        except OSError as error:
+            if error.errno not in _NO_EMPTY_FOLDER:
+                raise
 
     def close(self) -> None:
         """Close the files that are open for reading, and free the buffers."""
