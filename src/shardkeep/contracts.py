@@ -215,7 +215,18 @@ class Session(Protocol):
     def size(self) -> int: ...
 
     def phase(self, name: str) -> None:
-        """From now on, errors say that they happened in this phase. Sends nothing."""
+        """From now on, errors say that they happened in this phase. Waits for nobody."""
+        ...
+
+    def check(self) -> None:
+        """Raise `RankFailed` if another rank is known to have failed.
+
+        For long work between two calls: it costs next to nothing, and waits for nobody.
+        """
+        ...
+
+    def host(self, rank: int) -> str:
+        """The name of the host that a rank of this session runs on."""
         ...
 
     def gather(self, message: bytes) -> list[bytes] | None:

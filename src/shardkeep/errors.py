@@ -117,6 +117,9 @@ class RankFailed(ShardkeepError):
         self.rank, self.host, self.phase, self.path, self.cause = rank, host, phase, path, cause
         last = cause.strip().splitlines()[-1] if cause.strip() else "unknown error"
         super().__init__(f"rank {rank} on {host} failed in phase {phase!r} of {path}: {last}")
+        if len(cause.strip().splitlines()) > 1:
+            # Shown below a traceback, from Python 3.11 on.
+            self.__notes__ = [f"On rank {rank}:\n{cause.rstrip()}"]
 
 
 def _made_again(kind: Any, args: tuple[Any, ...], state: dict[str, Any]) -> Any:

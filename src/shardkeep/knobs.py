@@ -94,12 +94,13 @@ def deadline() -> float:
 
 def heartbeat() -> float:
     """Seconds between two signs of life of a rank; 0 sends none (SHARDKEEP_HEARTBEAT)."""
-    return max(0.0, _number("SHARDKEEP_HEARTBEAT", 2.0))
+    return max(0.0, _number("SHARDKEEP_HEARTBEAT", 1.5))
 
 
 def missed() -> int:
     """Signs of life that a rank may miss, one after the other, before it counts as dead.
 
-    A busy interpreter can delay some of them (SHARDKEEP_MISSED).
+    A busy interpreter can delay some of them (SHARDKEEP_MISSED). One more heartbeat passes until
+    the first is missed: with the defaults a death is known after 9 s at most.
     """
     return max(1, int(_number("SHARDKEEP_MISSED", 5)))

@@ -156,7 +156,7 @@ def load(
             planned = _planned(state, store, session, clock, strict, dtype, trust, per_rank)
 
         clock.part("read")
-        with shown(progress, rank=session.rank) as tell:
+        with shown(progress, session) as tell:
             stats = planned.filling.run(
                 store,
                 verify=verify,

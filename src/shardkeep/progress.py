@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from shardkeep.contracts import Progress
+from shardkeep.contracts import Progress, Session
 
 __all__ = ["bar", "shown"]
 
@@ -38,10 +38,22 @@ def bar(*, show: bool = True) -> Iterator[Progress]:
         yield show_done
 
 
-def shown(
-    progress: Progress | bool | None, *, rank: int
-) -> AbstractContextManager[Progress | None]:
-    """What a caller of `save` or `load` asks for: True is a bar, on the first rank alone."""
+@contextmanager
+def shown(progress: Progress | bool | None, session: Session) -> Iterator[Progress]:
+    """What a caller of `save` or `load` asks for: True is a bar, on the first rank alone.
+
+    Whoever tells it of progress hears, by `RankFailed`, of other ranks that have failed meanwhile:
+    a rank that has much to do does not go on for minutes before it asks.
+    """
+    showing: AbstractContextManager[Progress]
     if isinstance(progress, bool):
-        return bar(show=progress and rank == 0)
-    return nullcontext(progress)
+        showing = bar(show=progress and session.rank == 0)
+    else:
+        showing = nullcontext(progress or _silent)
+    with showing as tell:
+
+        def told(phase: str, done: int, total: int) -> None:
+            session.check()
+            tell(phase, done, total)
+
+        yield told

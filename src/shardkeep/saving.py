@@ -210,7 +210,7 @@ def life(
         with _removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
                 _give_way()
-            telling = shown(options.progress, rank=session.rank)
+            telling = shown(options.progress, session)
             with placed(store, images) as targets, telling as tell:
                 if in_memory is None:
                     taken = partial(_set, staged)

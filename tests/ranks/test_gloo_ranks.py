@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -68,14 +69,17 @@ def test_killed_or_frozen_rank_is_named(
         assert end["took"] < 5
 
 
-def test_killed_store_is_explained(gloo: Pool) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_killed_or_frozen_store_is_explained(gloo: Pool, number: signal.Signals) -> None:
     with pytest.raises(Failed) as caught:
-        gloo.ranks(gone, 0, "write", signal.SIGKILL, env=QUICK)
+        gloo.ranks(gone, 0, "write", number, env=QUICK, limit=15.0)
     assert list(caught.value.errors) == [0]
     for end in caught.value.results.values():
         assert (end["end"], end["rank"]) == ("told", 0)
         assert "the job's store, which lives beside it, is out of reach" in end["cause"]
-        assert end["took"] < 5
+        assert ("no answer for 4 s" in end["cause"]) == (number == signal.SIGSTOP)
+        assert end["host"] == socket.gethostname()
+        assert end["took"] < 10
 
 
 def in_halves(rank: int, size: int) -> list[str]:
@@ -128,12 +132,12 @@ def test_others_may_block_the_shared_client(gloo: Pool) -> None:
 def clients(rank: int, size: int) -> bool:
     from torch import distributed as dist
 
-    from shardkeep.ranks import store
+    from shardkeep.ranks import clients as ours
 
     gc.collect()  # what earlier jobs of these processes have left
-    first, second = take_part()._keys._store, take_part([1, 0])._keys._store
-    assert len(store._clients) == 1
-    assert first is not dist.distributed_c10d._get_default_store()
+    first, second = take_part()._keys._client, take_part([1, 0])._keys._client
+    assert len(ours._clients) == 1
+    assert first.store is not dist.distributed_c10d._get_default_store()
     return first is second
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from pathlib import Path
@@ -303,3 +304,46 @@ def test_no_torch_is_imported() -> None:
     assert room.is_dir()
     for file in room.glob("*.py"):
         assert "import torch" not in file.read_text(), file
+
+
+# --- between two calls ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timing", [CALM, QUICK])
+def test_long_work_hears_of_failures_by_asking(timing: Timing) -> None:
+    def scenario(ranks: Ranks) -> str:
+        with ranks.session("save", "x") as session:
+            session.phase("write")
+            session.check()
+            if ranks.rank == 1:
+                raise ValueError("boom")
+            for _ in range(1000):
+                time.sleep(0.01)
+                session.check()
+        return "never heard"
+
+    def told(ranks: Ranks) -> str:
+        try:
+            return scenario(ranks)
+        except RankFailed as error:
+            return f"{error.rank} {error.phase}"
+        except ValueError:
+            return "raised"
+
+    assert run(3, told, timing=timing) == ["1 write", "raised", "1 write"]
+
+
+def test_a_phase_is_known_as_soon_as_it_begins() -> None:
+    """A rank that is killed at once is not said to have been in the phase before."""
+
+    def scenario(ranks: Ranks) -> list[tuple[str, str]]:
+        with ranks.session("save", "x") as session:
+            session.phase(f"phase of {ranks.rank}")
+            if session.gather(b"") is None:
+                return []
+            everyone = range(ranks.size)
+            return [(session._sign_of(rank).phase, session.host(rank)) for rank in everyone]
+
+    slow = Timing(deadline=20, heartbeat=60, missed=5)
+    host = socket.gethostname()
+    assert run(3, scenario, timing=slow)[0] == [(f"phase of {rank}", host) for rank in range(3)]

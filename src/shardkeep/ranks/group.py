@@ -54,6 +54,7 @@ class GroupSession(Session):
         self._work, self._path = work, path
         self._phase = "enter"
         self._over = False
+        self._hosts: list[str] = []
 
     @property
     def rank(self) -> int:
@@ -65,6 +66,12 @@ class GroupSession(Session):
 
     def phase(self, name: str) -> None:
         self._phase = name
+
+    def check(self) -> None:
+        """Nothing is known between two rounds."""
+
+    def host(self, rank: int) -> str:
+        return self._hosts[rank]
 
     def gather(self, message: bytes) -> list[bytes] | None:
         self._round("gather")
@@ -116,6 +123,7 @@ class GroupSession(Session):
         except RuntimeError:
             self._over = True
             raise
+        self._hosts = [said[1] for said in told]
         failed = [said for said in told if said[3] is not None]
         if not failed:
             failed = [said for said in told if said[4:] != told[0][4:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from shardkeep import knobs
 from shardkeep.ranks.keys import KeyValue
@@ -55,7 +55,9 @@ class Sign:
 
 
 class Heart:
-    """Sends this rank's signs of life and watches those of one other rank, in its own thread.
+    """Sends this rank's signs of life, watches those of one other rank, and hears of failures.
+
+    All that in a thread of its own, so that long work between two messages can ask what is known.
 
     Rank r watches rank r + 1, the last one watches rank 0: whoever dies has someone alive before
     him in the ring, and no rank has more than one other to look at.
@@ -63,8 +65,14 @@ class Heart:
     Args:
         keys: where the signs are.
         own, watched: their keys.
+        failed: the key of what all ranks are told of a failure.
         sign: makes the next sign of this rank.
-        lost: called once with the last sign of the watched rank, when it has stopped.
+        lost: called once with the last sign of the watched rank, when it has stopped; posts it
+            under `failed`.
+
+    Attributes:
+        failure: what was found under `failed`; None so far.
+        unreachable: why the store can't be reached; None if it can.
     """
 
     def __init__(
@@ -72,22 +80,31 @@ class Heart:
         keys: KeyValue,
         own: str,
         watched: str,
+        failed: str,
         sign: Callable[[], Sign],
         lost: Callable[[Sign], None],
         timing: Timing,
     ) -> None:
-        self._keys, self._own, self._watched = keys, own, watched
+        self._keys, self._own, self._watched, self._failed = keys, own, watched, failed
         self._sign, self._lost, self._timing = sign, lost, timing
         self._last = b""
         self._missed = 0
+        self.failure: bytes | None = None
+        self.unreachable: ConnectionError | None = None
+        self._telling = Lock()
         self._stop = Event()
         self._thread = Thread(target=self._run, name="shardkeep-heart", daemon=True)
 
     def start(self) -> None:
         """The first sign is there on return: it says that this rank has entered."""
-        self._keys.set(self._own, self._sign().encode())
+        self.tell()
         if self._timing.heartbeat:
             self._thread.start()
+
+    def tell(self) -> None:
+        """Send a sign of life now: nobody's thread comes between its making and its sending."""
+        with self._telling:
+            self._keys.set(self._own, self._sign().encode())
 
     def stop(self) -> None:
         self._stop.set()
@@ -98,19 +115,23 @@ class Heart:
     def _run(self) -> None:
         while not self._stop.wait(self._timing.heartbeat):
             try:
-                self._keys.set(self._own, self._sign().encode())
-                if self._stopped():
-                    self._lost(Sign.decode(self._last))
-                    return
-            except ConnectionError:
-                return  # the session's next call meets the same error, and tells it better
+                self.tell()
+                self._look()
+            except ConnectionError as error:
+                self.unreachable = error
+                return
             except KeyError:
                 continue  # the watched rank left in between
 
+    def _look(self) -> None:
+        found = self._keys.wait([self._failed, self._watched], 0)
+        if found == self._failed:
+            self.failure = self._keys.get(found)
+        elif found is not None and self._stopped():  # else not entered yet, or all are leaving
+            self._lost(Sign.decode(self._last))
+
     def _stopped(self) -> bool:
         """Counted in looks, not in seconds: while this process is suspended, nobody misses any."""
-        if self._keys.wait([self._watched], 0) is None:
-            return False  # not entered yet, or all are leaving
         sign = self._keys.get(self._watched)
         self._missed = self._missed + 1 if sign == self._last else 0
         self._last = sign

@@ -52,6 +52,8 @@ _LATER = 0.5
 """Seconds by which the others wait longer than the coordinator."""
 _AGAIN = 1.0
 """Seconds after which the coordinator looks who else has come, or has come anew."""
+_GLANCE = 0.5
+"""Seconds between two looks for failures of others, where no heart looks for them."""
 
 
 class _Answered(NamedTuple):
@@ -95,7 +97,9 @@ class KeySession(Session):
         self._phase = "enter"
         self._waits: int | None = None
         self._host = socket.gethostname()
+        self._first_host = _NOWHERE
         self._beat = 0
+        self._glance = 0.0
         self._step = 0
         self._posted: list[str] = []
         self._answered: dict[int, _Answered] = {}
@@ -112,6 +116,29 @@ class KeySession(Session):
 
     def phase(self, name: str) -> None:
         self._phase = name
+        # At once, or a rank that is killed soon would be said to have been in an earlier one.
+        if self._heart is not None and self._timing.heartbeat:
+            with suppress(ConnectionError):  # the next call meets it, too
+                self._heart.tell()
+
+    def check(self) -> None:
+        heart = self._heart
+        if heart is None:
+            return
+        with self._reporting():
+            if heart.unreachable is not None:
+                raise heart.unreachable
+            if heart.failure is not None:
+                raise self._told(heart.failure)
+            if not self._timing.heartbeat and monotonic() >= self._glance:
+                self._glance = monotonic() + _GLANCE
+                self._check()
+
+    def host(self, rank: int) -> str:
+        with suppress(ConnectionError, KeyError):
+            if (sign := self._sign_of(rank)) is not None:
+                return sign.host
+        return _NOWHERE
 
     # --- talking ---------------------------------------------------------------------------------
 
@@ -239,7 +266,7 @@ class KeySession(Session):
             raise
         except ConnectionError as error:
             cause = f"the job's store, which lives beside it, is out of reach: {error}"
-            raise RankFailed(0, _NOWHERE, self._phase, self._path, cause) from error
+            raise RankFailed(0, self._first_host, self._phase, self._path, cause) from error
 
     # --- meeting ---------------------------------------------------------------------------------
 
@@ -272,7 +299,9 @@ class KeySession(Session):
             self._keys.delete([own, answer, missed])
         if found == missed:
             raise self._told(said)
-        self._id = said.decode()
+        self._id, host = json.loads(said)
+        if self._members[0] == 0:  # the rank that hosts the store, where a rank does
+            self._first_host = host
         self._live()
         self._check()
 
@@ -307,7 +336,7 @@ class KeySession(Session):
         if word is None or (answered is not None and answered.word == word):
             return
         answer = f"{self._base}/answer/{word.decode()}"
-        self._keys.set(answer, self._id.encode())
+        self._keys.set(answer, json.dumps([self._id, self._host]).encode())
         self._posted.append(answer)
         self._answered[rank] = _Answered(word, monotonic())
 
@@ -329,7 +358,8 @@ class KeySession(Session):
         watched = (self._rank + 1) % self.size
         alive = f"{self._id}/alive"
         own, other = f"{alive}/{self._rank}", f"{alive}/{watched}"
-        self._heart = Heart(self._keys, own, other, sign, lost, self._timing)
+        failed = f"{self._id}/failed"
+        self._heart = Heart(self._keys, own, other, failed, sign, lost, self._timing)
         self._heart.start()
 
     # --- parting ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -28,6 +29,12 @@ class SoloSession(Session):
 
     def phase(self, name: str) -> None:
         """Errors of this rank are raised as they are: no one else needs to know the phase."""
+
+    def check(self) -> None:
+        """Nobody else can fail."""
+
+    def host(self, rank: int) -> str:
+        return socket.gethostname()
 
     def gather(self, message: bytes) -> list[bytes]:
         return [message]
