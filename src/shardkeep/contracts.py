@@ -15,6 +15,7 @@ __all__ = [
     "Codec",
     "Folders",
     "KeepPolicy",
+    "Meeting",
     "Payloads",
     "Placing",
     "Progress",
@@ -265,6 +266,32 @@ class Ranks(Protocol):
 
     def session(self, work: str, path: str) -> Session:
         """Begin `work` ("save" or "load") on `path` with all the others."""
+        ...
+
+    def meeting(self, path: str) -> Meeting | None:
+        """A meeting of all ranks, about `path`; None where they have no way to agree on a step."""
+        ...
+
+
+class Meeting(Protocol):
+    """Ranks that go from step to step agree on one at which all of them stop."""
+
+    def request(self) -> None:
+        """Ask for it, on any rank. Does no more than set a flag: safe in a signal handler."""
+        ...
+
+    def at(self, step: int) -> bool:
+        """Whether this is the step; every rank asks at the same steps, again and again if it likes.
+
+        Waits only once someone has asked, for the others' answers, not for their training.
+
+        Raises:
+            RankFailed: a rank does not answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave: no step can be agreed on any more."""
         ...
 
 

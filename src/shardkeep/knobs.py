@@ -17,6 +17,7 @@ __all__ = [
     "ranks_here",
     "small",
     "threads",
+    "watch",
     "write_threads",
 ]
 
@@ -104,3 +105,11 @@ def missed() -> int:
     the first is missed: with the defaults a death is known after 9 s at most.
     """
     return max(1, int(_number("SHARDKEEP_MISSED", 5)))
+
+
+def watch() -> float:
+    """Seconds between two looks of a rank whether any has asked for a save (SHARDKEEP_WATCH).
+
+    Jobs of more than 1,024 ranks look less often, in proportion.
+    """
+    return max(0.001, _number("SHARDKEEP_WATCH", 0.5))

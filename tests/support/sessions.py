@@ -168,3 +168,75 @@ def training() -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join(30)
+
+
+# --- meetings ------------------------------------------------------------------------------------
+
+
+def stops(
+    ranks: Ranks, rounds: int, seed: int, asking: Sequence[int], collective: bool
+) -> list[tuple[int, int]]:
+    """Steps at which this rank stopped and at which it had asked, over some rounds of one meeting.
+
+    Every step takes each rank a time of its own. With `collective`, no rank is done with a step
+    before all have begun it; without, they drift apart. `asking` are the ranks that ask.
+    """
+    meeting = ranks.meeting("run")
+    assert meeting is not None
+    chance, found, step = random.Random(f"{seed} {ranks.rank}"), [], 0
+    for _ in range(rounds):
+        asks, asked = step + chance.randrange(1, 12), -1
+        while True:
+            step += 1
+            time.sleep(chance.random() * 0.01)
+            if collective:
+                with ranks.session("collective", f"{step}") as session:
+                    session.broadcast(None if session.rank else b"")
+            if step == asks and ranks.rank in asking:
+                meeting.request()
+                asked = step
+            stop = meeting.at(step)
+            assert meeting.at(step) == stop
+            if stop:
+                break
+            assert step < 10_000
+        found.append((step, asked))
+    meeting.close()
+    return found
+
+
+def asked_and_left(ranks: Ranks, leaver: int) -> int:
+    """One rank leaves after three steps; then another asks. How many steps the others make."""
+    meeting = ranks.meeting("run")
+    assert meeting is not None
+    for step in range(3):
+        assert not meeting.at(step)
+    if ranks.rank == leaver:
+        meeting.close()
+        return 3
+    time.sleep(0.5)
+    meeting.request()
+    for step in range(3, 60):
+        time.sleep(0.01)
+        assert not meeting.at(step)
+    meeting.close()
+    return 60
+
+
+def nobody_answers(ranks: Ranks, silent: int) -> dict[str, Any] | None:
+    """The thread of one rank answers no more; what the others are told."""
+    meeting: Any = ranks.meeting("run")
+    if ranks.rank == silent:
+        meeting._watch = lambda: None
+    meeting.at(0)
+    meeting.request()
+    try:
+        for step in range(1, 40):
+            time.sleep(0.02)
+            if ranks.rank != silent:
+                meeting.at(step)
+    except RankFailed as error:
+        return {"rank": error.rank, "text": str(error)}
+    finally:
+        meeting.close()
+    return None

@@ -44,6 +44,10 @@ class GroupRanks(Ranks):
     def session(self, work: str, path: str) -> GroupSession:
         return GroupSession(self._dist, self._group, self._members, work, path)
 
+    def meeting(self, path: str) -> None:
+        """Without a store, only a collective at every step could tell what one rank asks for."""
+        return None
+
 
 class GroupSession(Session):
     """One rank's end of a session; see the module."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shardkeep.contracts import Ranks
 from shardkeep.ranks.heart import Timing
 from shardkeep.ranks.keys import KeyValue
+from shardkeep.ranks.meeting import KeyMeeting
 from shardkeep.ranks.session import KeySession
 
 __all__ = ["KeyRanks"]
@@ -50,5 +51,15 @@ class KeyRanks(Ranks):
             path,
             scope=self._scope,
             by_path=self._by_path,
+            timing=self._timing,
+        )
+
+    def meeting(self, path: str) -> KeyMeeting:
+        return KeyMeeting(
+            self._keys,
+            self._rank,
+            self._members,
+            lambda: self.session("meeting", path),
+            path,
             timing=self._timing,
         )

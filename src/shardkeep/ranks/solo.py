@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from shardkeep.contracts import Ranks, Session
+from shardkeep.ranks.meeting import Alone
 
 __all__ = ["Solo"]
 
@@ -19,6 +20,9 @@ class Solo(Ranks):
 
     def session(self, work: str, path: str) -> SoloSession:
         return SoloSession()
+
+    def meeting(self, path: str) -> Alone:
+        return Alone()
 
 
 class SoloSession(Session):
