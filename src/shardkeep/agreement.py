@@ -53,6 +53,7 @@ def own(
     claim: Claim,
     admit: Callable[[], None],
     *,
+    begin: Callable[[], None] = lambda: None,
     save_id: str | None = None,
     spread: bool = True,
     same_objects: bool = True,
@@ -62,6 +63,7 @@ def own(
     Args:
         claim: what this rank has to save.
         admit: called on the coordinator before anything is settled; raises what forbids the save.
+        begin: called on the coordinator when all is settled, before any rank learns what to write.
         save_id: the save's id, if the coordinator's caller has one; never used before.
         spread, same_objects: as of `plan.settle`.
 
@@ -88,6 +90,7 @@ def own(
     except tuple(_REFUSALS.values()) as error:
         refusal = pack({"refused": type(error).__name__, "why": str(error)}, {})
         return _order(session.scatter([refusal] * session.size))
+    begin()
     orders = [
         pack({"save_id": known["save_id"], "objects": to_json(objects)}, {"pieces": pieces})
         for pieces, objects in settlement.orders(session.size)

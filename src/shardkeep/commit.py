@@ -28,6 +28,7 @@ from shardkeep.types import Index
 __all__ = [
     "METADATA",
     "Found",
+    "committed_files",
     "data_file",
     "find",
     "headers",
@@ -141,12 +142,17 @@ def files_of(store: Store) -> frozenset[str]:
     What can't be read is not understood, and what is not understood is never removed.
     """
     try:
-        found = find(store)
-        if found.kind == "safetensors":
-            return frozenset()
-        files = set(found.index().files)
+        return committed_files(store)
     except ShardkeepError:
         return frozenset()
+
+
+def committed_files(store: Store) -> frozenset[str]:
+    """As `files_of`, but raises as `find` and reading the index do."""
+    found = find(store)
+    if found.kind == "safetensors":
+        return frozenset()
+    files = set(found.index().files)
     if found.trailer is not None:
         files.add(manifest_name(found.trailer.save_id))
     if found.kind == "dcp-per-rank":

@@ -25,6 +25,7 @@ __all__ = [
     "Store",
     "StoreInRows",
     "StoreInSteps",
+    "StoreWithTimes",
     "Target",
 ]
 
@@ -121,6 +122,15 @@ class Folders(Protocol):
 
     def drop(self, folder: str) -> None:
         """Remove one of them if it is a folder and empty; anything else stays as it is."""
+        ...
+
+
+@runtime_checkable
+class StoreWithTimes(Store, Protocol):
+    """A store that tells when it wrote a file. Nobody needs to be one; see `leases`."""
+
+    def modified(self, name: str) -> float:
+        """When a file was last written, in seconds, by the store's own clock."""
         ...
 
 

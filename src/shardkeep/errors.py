@@ -9,6 +9,7 @@ __all__ = [
     "Conflict",
     "Damaged",
     "FormatError",
+    "LeaseLost",
     "Mismatch",
     "NotACheckpoint",
     "RankFailed",
@@ -74,6 +75,10 @@ class Damaged(ShardkeepError):
 
 class Conflict(ShardkeepError):
     """The state to save contradicts itself: two things under one name, overlaps or holes."""
+
+
+class LeaseLost(ShardkeepError):
+    """A save gave no sign of life for so long that another one took it for dead. Save again."""
 
 
 class Mismatch(ShardkeepError):

@@ -12,6 +12,7 @@ __all__ = [
     "gap",
     "heartbeat",
     "host_budget",
+    "lease",
     "missed",
     "part",
     "ranks_here",
@@ -96,6 +97,13 @@ def deadline() -> float:
 def heartbeat() -> float:
     """Seconds between two signs of life of a rank; 0 sends none (SHARDKEEP_HEARTBEAT)."""
     return max(0.0, _number("SHARDKEEP_HEARTBEAT", 1.5))
+
+
+def lease() -> float:
+    """Seconds without a sign of life after which a save on another machine counts as dead, and its
+    files may be removed (SHARDKEEP_LEASE). It gives four signs in that time.
+    """
+    return max(1.0, _number("SHARDKEEP_LEASE", 300.0))
 
 
 def missed() -> int:

@@ -24,17 +24,19 @@ from shardkeep.agreement import Order, own, report
 from shardkeep.background import line_of, simulated
 from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Progress, Ranks, Store
-from shardkeep.errors import AlreadyExists, NotACheckpoint, ShardkeepError
+from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
 from shardkeep.format.container_write import TensorFraming
 from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.digest import crc32
 from shardkeep.io.image import Image, images_of, written_in
 from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
+from shardkeep.leases import Lease
 from shardkeep.manager.metrics import HEADER as METRICS
 from shardkeep.plan.distinct import distinct
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
+from shardkeep.remains import collect
 from shardkeep.stores import store_at
 from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
@@ -171,7 +173,10 @@ def life(
 
     Raises: as `save`.
     """
-    with job.session("save", store.url) as session:
+    with (
+        job.session("save", store.url) as session,
+        Lease(store, options.save_id or commit.new_id()) as lease,
+    ):
         clock = Clock(session, _PARTS)
         old: list[frozenset[str]] = []
         # The collector is one for all threads: it goes on where a training loop does.
@@ -187,7 +192,8 @@ def life(
                 session,
                 local.claim,
                 lambda: old.append(_admit(store, options.overwrite)),
-                save_id=options.save_id,
+                begin=lease.take,
+                save_id=lease.save_id,
                 spread=options.spread,
                 same_objects=options.same_objects,
             )
@@ -230,11 +236,10 @@ def life(
         clock.phase("commit")
         if index is not None:
             with quiet():
-                said = header(session.size, options.metrics)
-                commit.publish(store, order.save_id, index, said)
+                _commit(store, lease, index, header(session.size, options.metrics))
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
-            sweep(store, old[0])
+            sweep(store, old[0], lease)
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
@@ -326,6 +331,11 @@ def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]
         raise
 
 
+def _commit(store: Store, lease: Lease, index: Index, about: Mapping[str, Any]) -> None:
+    lease.confirm()
+    commit.publish(store, lease.save_id, index, about)
+
+
 def _check_there(store: Store, index: Index) -> None:
     """Refuse what could never be read: ranks may have disks of their own under one path."""
     for file in index.files:
@@ -347,12 +357,17 @@ def _warn_of(differing: Sequence[str]) -> None:
     )
 
 
-def sweep(store: Store, old: frozenset[str]) -> None:
-    """Remove the files of the overwritten checkpoint; the new one is committed, come what may."""
+def sweep(store: Store, old: frozenset[str], lease: Lease) -> None:
+    """Remove the files of the overwritten checkpoint, and what dead saves left.
+
+    The new checkpoint is committed, come what may.
+    """
     try:
         commit.sweep(store, old)
-    except OSError as error:
-        warnings.warn(f"files of the overwritten checkpoint stay behind: {error}", stacklevel=3)
+        collect(store, lease)
+    except (OSError, LeaseLost) as error:
+        what = "files of the overwritten checkpoint, or of dead saves, stay behind"
+        warnings.warn(f"{what}: {error}", stacklevel=3)
 
 
 def header(ranks: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:

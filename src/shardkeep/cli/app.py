@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import gc as collector
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -158,6 +158,32 @@ def verify(
     return verifying.verify(lambda: _open(path), path, Output(), as_json=as_json, quiet=quiet)
 
 
+@app.command(epilog="**Exit code**: 0 done; 2 no such folder, or wrong arguments.")
+def gc(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="Folder of a checkpoint, or of many: those below it are looked into, too.",
+            show_default=False,
+        ),
+    ],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove the files; without it, they are listed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
+) -> int:
+    """List, or remove, the files of saves that were killed.
+
+    Only files that no commit names and whose save is dead: its process is gone or, if it ran on
+    another machine, its lease was not renewed for SHARDKEEP_LEASE seconds (300). Names that
+    Shardkeep does not give are never touched.
+    """
+    from shardkeep.cli import collecting
+
+    return collecting.gc(path, Output(), delete=delete, as_json=as_json)
+
+
 def _open(path: str) -> Checkpoint:
     from shardkeep import checkpoint
 
@@ -188,13 +214,13 @@ def run(argv: Sequence[str] | None) -> int:
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """No search for garbage: with a million live objects, it takes longer than all other work."""
-    enabled = gc.isenabled()
-    gc.disable()
+    enabled = collector.isenabled()
+    collector.disable()
     try:
         yield
     finally:
         if enabled:
-            gc.enable()
+            collector.enable()
 
 
 def _run(argv: Sequence[str] | None) -> int:

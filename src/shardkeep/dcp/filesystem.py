@@ -34,6 +34,7 @@ from shardkeep.dcp.bridge.unpickle import metadata_in
 from shardkeep.dcp.handed import rest_of
 from shardkeep.errors import AlreadyExists, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.format.metadata import merge_metadata
+from shardkeep.leases import Lease
 from shardkeep.sources import Sources
 
 __all__ = ["FileSystemReader", "FileSystemWriter"]
@@ -82,6 +83,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         super().__init__(*args, **kwargs)
         self.save_id = commit.new_id()
         self._begun = ""
+        self._lease: Lease | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin another save, elsewhere if that is said."""
@@ -90,6 +92,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Begin a save, as `rank`, with metadata of this rank's own if not `use_collectives`."""
+        self.let_go()
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
         if self._begun == self.save_id:  # A second save without a reset.
@@ -108,14 +111,17 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
             )
         if self._own_rank is None:
             return plan
-        return replace(plan, storage_data=_Prefix(f"__{self._own_rank}_", self._new_id))
+        return replace(plan, storage_data=_Prefix(f"__{self._own_rank}_", self._take_lease()))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Give each rank what its files are called by."""
+        if all(plan.storage_data is not None for plan in plans):
+            return plans
+        new_id = self._take_lease()
         return [
             plan
             if plan.storage_data is not None
-            else replace(plan, storage_data=_Prefix(f"__{rank}_", self._new_id))
+            else replace(plan, storage_data=_Prefix(f"__{rank}_", new_id))
             for rank, plan in enumerate(plans)
         ]
 
@@ -153,11 +159,33 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         metadata.storage_data = {index: one.storage_data for index, one in written.items()}
         metadata.storage_meta = self.storage_meta()
         store, name = store_of(self), self._metadata_name
-        if self._own_rank is not None:
-            publish_own(store, metadata, written, rank=self._own_rank, name=name)
-            return
-        ranks = len(results)
-        publish(store, metadata, written, save_id=self._new_id, ranks=ranks, name=name)
+        if self._lease is None:  # a subclass has named the files
+            self._take_lease()
+        lease, self._lease = self._lease, None
+        assert lease is not None
+        with lease:
+            lease.confirm()
+            if self._own_rank is not None:
+                publish_own(store, metadata, written, rank=self._own_rank, name=name)
+            else:
+                publish(store, metadata, written, lease, ranks=len(results), name=name)
+
+    def let_go(self) -> None:
+        """End the lease of a save that will not be finished."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def _take_lease(self) -> str:
+        """Say that this save is alive, before any of its files is made; what they are called by.
+
+        Under another name than `.metadata` nobody else finds the commit record. Files that it
+        names are then called so that nobody takes them for what a dead save left.
+        """
+        self._lease = Lease(store_of(self), self._new_id)
+        self._lease.take()
+        standard = self._metadata_name in (commit.METADATA, f"__{self._own_rank}.metadata")
+        return self._lease.save_id if standard else f"{self._lease.save_id}_own"
 
     @property
     def _own_rank(self) -> int | None:

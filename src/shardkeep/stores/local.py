@@ -104,6 +104,9 @@ class LocalStore(Store):
             raise OSError(errno.EINVAL, "not a regular file", path)
         return found.st_size
 
+    def modified(self, name: str) -> float:
+        return os.stat(self.path_of(name)).st_mtime  # noqa: PTH116 - over a network, the server's
+
     def read(self, name: str, offset: int, length: int) -> bytes:
         checked_range(offset, length)
         path = self.path_of(name)

@@ -14,6 +14,7 @@ from shardkeep.dcp.bridge.metadata import index_of, is_whole, pickled, says_no_m
 from shardkeep.errors import FormatError
 from shardkeep.format.metadata import read_metadata
 from shardkeep.format.metadata_write import metadata_bytes
+from shardkeep.leases import Lease
 from shardkeep.types import Index
 
 __all__ = ["publish", "publish_own"]
@@ -22,7 +23,7 @@ Results = Mapping[MetadataIndex, WriteResult]
 
 
 def publish(
-    store: Store, metadata: Any, results: Results, *, save_id: str, ranks: int, name: str
+    store: Store, metadata: Any, results: Results, lease: Lease, *, ranks: int, name: str
 ) -> None:
     """Commit what all ranks wrote, in one step, then remove what it replaced.
 
@@ -33,18 +34,18 @@ def publish(
         store: where everything is already, durably.
         metadata: with `storage_data`.
         results: those of all ranks.
-        save_id: of 32 hexadecimal digits, never used before.
+        lease: the save's.
         ranks: how many wrote.
         name: the file, `.metadata` unless a writer of the user's own says otherwise.
     """
     old = commit.files_of(store)
     index = _index(metadata, results)
     if index is not None and is_whole(index) and name == commit.METADATA:
-        commit.publish(store, save_id, index, saving.header(ranks))
+        commit.publish(store, lease.save_id, index, saving.header(ranks))
     else:
         store.publish(name, pickled(metadata) if index is None else metadata_bytes(index))
     if index is not None or commit.files_of(store):
-        saving.sweep(store, old - {name})
+        saving.sweep(store, old - {name}, lease)
 
 
 def publish_own(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:

@@ -10,8 +10,8 @@ import inspect
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -87,13 +87,23 @@ def save_by_steps(
         saved: Metadata = metadata
         return saved
 
-    with _Steps(job.session("save", _where(writer, use_collectives)), rank) as steps:
+    session = job.session("save", _where(writer, use_collectives))
+    with _letting_go(writer), _Steps(session, rank) as steps:
         lead = steps.session.rank == 0
         if not use_collectives:
             written = steps.each("write", lambda: write(plan_global([plan_local()])[0]))
             return steps.each("write", lambda: finish([written]))
         plan = steps.scatter("plan", plan_local, plan_global)
         return steps.share("write", lambda: write(plan), finish)
+
+
+@contextmanager
+def _letting_go(writer: Any) -> Iterator[None]:
+    """A writer of ours is told when its save is over, well or not; others know no such call."""
+    try:
+        yield
+    finally:
+        getattr(writer, "let_go", lambda: None)()
 
 
 def load_by_steps(
