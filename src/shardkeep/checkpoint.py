@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -270,10 +271,22 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         if name in known:
             return values.decode(known[name], *([makers] if makers else []))
         data = self.item(name, limit=limit)
-        if decode is not None:
-            return decode(data)
-        where = self.sources.object(self._objects[name])
-        return container.value(data, file=where.file, place=name)
+        with self.naming(name):
+            return container.value(data, file="", place=name) if decode is None else decode(data)
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Errors in the bytes of an item name it, and its file, whoever decodes them."""
+        try:
+            yield
+        except (Damaged, FormatError) as error:
+            if name in self._tensors:
+                where = self.sources.item(self._rows(name)[0])
+            else:
+                where = self.sources.object(self._objects[name])
+            if isinstance(error, FormatError):
+                raise error.within(file=where.file) from None
+            raise Damaged(error.what, file=where.file, name=name, block=error.block) from None
 
     def item(self, name: str, *, limit: int | None = None) -> bytes:
         """The bytes of the one item that holds an object, or a tensor that is one chunk.

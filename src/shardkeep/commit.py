@@ -100,9 +100,7 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
     if trailer is not None and manifest:
         return _with_manifest(store, trailer)
     if trailer is not None or exists(store, METADATA):
-        return _found(
-            "dcp", METADATA, lambda: read_metadata(_whole(store, METADATA), file=METADATA)
-        )
+        return _found("dcp", METADATA, lambda: _metadata(store, trailer))
     names = sorted(store.names())
     per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
     if per_rank and rank is not None and [n for n, _ in per_rank] == list(range(rank[1])):
@@ -200,6 +198,14 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
             f"the manifest has {size} bytes, not {trailer.manifest_length}{_HINT}", file=name
         )
     return Found("shardkeep", name, outline, whole, trailer)
+
+
+def _metadata(store: Store, trailer: Trailer | None) -> Index:
+    """The pickle's index; a trailer has its digest, whoever reads it."""
+    data = _whole(store, METADATA)
+    if trailer is not None:
+        trailer.check_pickle(data[: trailer.pickle_length])
+    return read_metadata(data, file=METADATA)
 
 
 _HINT = "; open(path, manifest=False) reads .metadata alone, as stock torch does"

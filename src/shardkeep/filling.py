@@ -87,8 +87,15 @@ class Filling:
             threads=threads,
             progress=told.small,
         )
-        needed = stats.bytes_needed + int(self.small.nbytes.sum())
-        return ReadStats(stats.bytes_read + nbytes, needed)
+        open_ = self.small.crc < 0 if verify else np.ones(len(self.small.crc), dtype=np.bool_)
+        rows = dict.fromkeys(self.small.tensor[open_].tolist())
+        names = dict.fromkeys([*stats.unchecked, *(self.small.names[row] for row in rows)])
+        return ReadStats(
+            stats.bytes_read + nbytes,
+            stats.bytes_needed + int(self.small.nbytes.sum()),
+            tuple(names),
+            stats.bytes_unchecked + int(self.small.nbytes[open_].sum()),
+        )
 
 
 class _Told:

@@ -59,7 +59,10 @@ class LoadReport:
         skipped: values of single ranks (`PerRank`) that another number of ranks saved, left as they
             are, as the caller wanted.
         refused: name -> why it can't be loaded; empty unless carried by a `Mismatch`.
-        nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them.
+        unchecked: tensors of which this rank read something that no digest covers: all of it, or a
+            part of a payload whose only digest is one of the whole. It may be damaged or not.
+        nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them;
+            `bytes_unchecked`: how many of those that it needed are unchecked.
         seconds: phase -> seconds that this rank spent in it: "plan" (open the checkpoint, describe
             the template, match them, decide what to read), "read" (read, check, put in place), and
             "restore" (cast, replace values, `load_state_dict`).
@@ -74,8 +77,10 @@ class LoadReport:
     cast: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
     nbytes: int = 0
     read: int = 0
+    bytes_unchecked: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     slowest: tuple[int, float] = (0, 0.0)
 
@@ -91,8 +96,13 @@ class LoadReport:
         rank, longest = self.slowest
         return (
             f"loaded {_size(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
-            f"slowest rank {rank}, {longest:.2f} s"
+            f"slowest rank {rank}, {longest:.2f} s" + self._doubt()
         )
+
+    def _doubt(self) -> str:
+        count = len(self.unchecked)
+        of = f"{_size(self.bytes_unchecked)} of {count} tensor{'' if count == 1 else 's'}"
+        return f"; unchecked: {of}" if count else ""
 
 
 def _size(nbytes: int) -> str:
@@ -179,6 +189,8 @@ def load(
             planned.report,
             nbytes=stats.bytes_needed,
             read=stats.bytes_read,
+            unchecked=stats.unchecked,
+            bytes_unchecked=stats.bytes_unchecked,
             seconds=seconds,
             slowest=slowest(session, sum(seconds.values())),
         )
@@ -294,7 +306,9 @@ class _Contents:
 
     def whole(self, name: str) -> Any:
         """A tensor that is one chunk, as its item describes it."""
-        return from_bytes(self.source.item(name), name=name, trust=self._trust)
+        item = self.source.item(name)
+        with self.source.naming(name):
+            return from_bytes(item, name=name, trust=self._trust)
 
     def find(self, name: str, path: Path) -> tuple[str, Any] | None:
         """The object that holds what a template has at `path`, and the value there.

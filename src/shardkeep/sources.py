@@ -16,7 +16,9 @@ from shardkeep import knobs
 from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError, ShardkeepError
 from shardkeep.format import container, transforms
-from shardkeep.io.fetch import Read, Want, gather
+from shardkeep.io.digest import crc32
+from shardkeep.io.fetch import Read, Want, gather, mismatch
+from shardkeep.knobs import BLOCK
 from shardkeep.plan.reads import Source
 from shardkeep.types import DTYPES, I64, ByteRange, DType, Index
 
@@ -232,18 +234,22 @@ class Sources:
             source = _source(stored, item, dtype, sizes, name)
             if stored.conj or stored.neg:
                 record = read_at(stored.record.offset, stored.record.nbytes)
-                return _resolved(stored, source, record)
-            return source
+                return _resolved(stored, source, record, name)
+            return _digested(source)
         limit = unpacked_limit(item.length, prod(sizes) * dtype.itemsize)
         packed = read_range(self.store, item, name) if data is None else data
         data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
         stored = container.tensor(inside(data), len(data), file=item.file, place=name)
         unpacked = ByteRange(item.file, 0, len(data))
         source = _source(stored, unpacked, dtype, sizes, name, data=memoryview(data))
+        first = stored.record.offset
+        record = data[first : first + stored.record.nbytes]
         if stored.conj or stored.neg:
-            first = stored.record.offset
-            return _resolved(stored, source, data[first : first + stored.record.nbytes])
-        return replace(source, digests=self._digests(row))
+            return _resolved(stored, source, record, name)
+        digests = self._digests(row)
+        if digests is None:
+            _check_record(stored, source, record, name)
+        return replace(source, digests=digests)
 
     def _check_inside(self, item: ByteRange, name: str) -> None:
         try:
@@ -316,11 +322,27 @@ def _source(
         payload=(item.offset + stored.record.offset, stored.record.nbytes),
         digests=None,
         data=data,
+        crc=stored.record.crc32,
     )
 
 
-def _resolved(stored: container.StoredTensor, source: Source, record: bytes) -> Source:
+def _digested(source: Source) -> Source:
+    """The CRC-32 of a payload that is not larger than a block is that block's digest."""
+    if source.crc is None or not 0 < source.payload[1] <= BLOCK:
+        return source
+    return replace(source, digests=np.array([source.crc], dtype=np.uint32))
+
+
+def _check_record(stored: container.StoredTensor, source: Source, record: bytes, name: str) -> None:
+    """Compare the bytes of a record, which are in memory, with its CRC-32."""
+    found = crc32(record)
+    if found != stored.record.crc32:
+        raise Damaged(mismatch(found, stored.record.crc32), file=source.file, name=name)
+
+
+def _resolved(stored: container.StoredTensor, source: Source, record: bytes, name: str) -> Source:
     """A source whose elements are stored conjugated or negated: what they mean, in memory."""
+    _check_record(stored, source, record, name)
     array = container.array(stored, memoryview(record))
     data = memoryview(array.tobytes())
     strides = _c_strides(source.sizes, source.itemsize)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardkeep.errors import FormatError
+from shardkeep.errors import Damaged, FormatError
 from shardkeep.format import container
 from shardkeep.format.unpickle import opaque_classes
 from shardkeep.types import DType, Opaque
@@ -118,19 +118,28 @@ def test_errors_name_item_and_place(item: bytes, what: str) -> None:
     assert str(info.value).startswith("__0_0.distcp, w")
 
 
-def test_mutations_give_a_tensor_or_a_format_error() -> None:
+def mutated(data: bytes, source: random.Random) -> bytes:
+    broken = bytearray(data)
+    for _ in range(source.randint(1, 3)):
+        broken[source.randrange(len(broken))] = source.randrange(256)
+    return bytes(broken)
+
+
+def test_mutations_give_a_tensor_or_an_error() -> None:
     source = random.Random(11)
-    item = p.container(p.tensor_pickle())
-    errors = 0
-    for _ in range(4000):
-        broken = bytearray(item)
-        for _ in range(source.randint(1, 3)):
-            broken[source.randrange(len(broken))] = source.randrange(256)
+    pickle = p.tensor_pickle()
+    item = p.container(pickle)
+    errors = {FormatError: 0, Damaged: 0}
+    for number in range(4000):
+        # A wrong CRC-32 ends it soon: only pickles with a right one get any further.
+        broken = p.container(mutated(pickle, source)) if number % 2 else mutated(item, source)
         try:
-            as_array(bytes(broken))
-        except FormatError:
-            errors += 1
-    assert 1000 < errors < 4000
+            as_array(broken)
+        except (FormatError, Damaged) as error:
+            errors[type(error)] += 1
+    assert errors[FormatError] > 1000
+    assert errors[Damaged] > 100
+    assert sum(errors.values()) < 4000
 
 
 @pytest.mark.torch

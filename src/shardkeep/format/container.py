@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.errors import FormatError
+from shardkeep.errors import Damaged, FormatError
 from shardkeep.format.builders import CORE
 from shardkeep.format.inert import Builder
 from shardkeep.format.rebuild import Record, StoredTensor, persistent_storage
@@ -24,6 +25,8 @@ _MAX_PICKLE = 1 << 20
 
 _EXPANDED = 64 << 20
 """Bytes that the tensors of one object may take beyond its own: expanded and shared ones do."""
+
+Bytes = TypeVar("Bytes", bytes, memoryview)
 
 
 class _Archive:
@@ -61,6 +64,13 @@ class _Archive:
         data = self._read_at(record.offset, record.nbytes)
         if len(data) != record.nbytes:
             raise self.error(f"record {shown(record.name)} is cut short")
+        return self.checked(record, data)
+
+    def checked(self, record: Record, data: Bytes) -> Bytes:
+        """The bytes of a record, if they have its CRC-32. Raises Damaged."""
+        if crc32(data) != record.crc32:
+            what = f"record {shown(record.name)} does not match its CRC-32"
+            raise Damaged(what, file=self.file, name=self.place)
         return data
 
     def data(self, key: str) -> Record:
@@ -103,6 +113,7 @@ def tensor(
 
     Raises:
         FormatError: it is no such zip, holds no plain tensor, or elements beyond its record.
+        Damaged: its pickle does not match its CRC-32.
     """
     archive = _Archive(read_at, length, file=file, place=place)
     if archive.pickle.nbytes > _MAX_PICKLE:
@@ -145,6 +156,7 @@ def value(
     Raises:
         FormatError: it is no such zip, its pickle is broken or hostile, or its tensors take much
             more memory than the item.
+        Damaged: a record that is needed does not match its CRC-32.
     """
     view = memoryview(data)
     archive = _Archive(
@@ -159,7 +171,8 @@ def value(
         if room < 0:
             raise FormatError("its tensors take much more memory than there are bytes")
         start = stored.record.offset
-        return make(stored, view[start : start + stored.record.nbytes])
+        record = view[start : start + stored.record.nbytes]
+        return make(stored, archive.checked(stored.record, record))
 
     return archive.load(builders, finish)
 

@@ -14,10 +14,11 @@ from shardkeep.contracts import Progress, Store, StoreInRows
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.arena import aligned
 from shardkeep.io.check import Payload, verify_payloads
-from shardkeep.io.digest import crc32_at
+from shardkeep.io.digest import crc32, crc32_at
 from shardkeep.io.fetch import MISSING, Read, Want, fetch_steps, mismatch, too_short
 from shardkeep.io.jobs import Copy, Planner, Rows, Straight, Use, uses_in
 from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.sums import Sums
 from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.plan.reads import block_range, runs
 
@@ -39,10 +40,17 @@ _Job = Straight | Rows | Read | Copy
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """Bytes read from the store, and bytes that the boxes have."""
+    """Bytes read from the store, and bytes that the boxes have.
+
+    Attributes:
+        unchecked: tensors of which something was read that could not be compared with a digest (or
+            should not be), and `bytes_unchecked`: how much of what the boxes have.
+    """
 
     bytes_read: int
     bytes_needed: int
+    unchecked: tuple[str, ...] = ()
+    bytes_unchecked: int = 0
 
 
 def read_copies(
@@ -61,8 +69,9 @@ def read_copies(
     destinations is undefined, and no thread goes on.
 
     Raises:
-        Damaged: a block does not match its digest, or a file is missing or too short; the error
-            names file and tensor.
+        Damaged: a block does not match its digest, or a payload its CRC-32 where blocks have none
+            and it was read in full, or a file is missing or too short; the error names file and
+            tensor.
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
@@ -84,23 +93,26 @@ def read_copies(
                 raise error.within(place=f"tensor {copy.name!r}") from None
     jobs += planner.jobs()
     meter = Meter(progress, "read", sum(map(_nbytes, jobs)))
+    sums = Sums(copies, verify)
     read: list[int] = []
 
     def worker(mine: Iterator[_Job]) -> None:
-        hand = _Worker(store, verify, limit)
+        hand = _Worker(store, verify, limit, sums)
         for job in mine:
             read.append(hand.do(job, planner.uses))
             meter.add(_nbytes(job))
 
     parallel(jobs, worker, threads)
-    return ReadStats(sum(read), needed)
+    left = [copy for copy in sums.compare() if copy.into.nbytes]
+    names = tuple(dict.fromkeys(copy.name for copy in left))
+    return ReadStats(sum(read), needed, names, sum(copy.into.nbytes for copy in left))
 
 
 class _Worker:
     """One thread's work, and its buffer."""
 
-    def __init__(self, store: Store, verify: bool, limit: int) -> None:
-        self._store, self._verify, self._limit = store, verify, limit
+    def __init__(self, store: Store, verify: bool, limit: int, sums: Sums) -> None:
+        self._store, self._verify, self._limit, self._sums = store, verify, limit, sums
         self._space: NDArray[np.uint8] | None = None
 
     def do(self, job: _Job, uses: Sequence[Use]) -> int:
@@ -109,9 +121,10 @@ class _Worker:
             _take_from_memory(job, self._verify)
             return 0
         if isinstance(job, Straight):
-            _read_straight(self._store, job, self._verify)
+            _read_straight(self._store, job, self._verify, self._sums)
         elif isinstance(job, Read):
-            _read(self._store, job, uses, self._buffer(job.low, job.high), self._verify)
+            space = self._buffer(job.low, job.high)
+            _read(self._store, job, uses, space, self._verify, self._sums)
         elif not _read_rows(self._store, job):
             planner = Planner(knobs.gap(), self._limit, self._verify)
             planner.add(job.copy)
@@ -154,14 +167,17 @@ def _check(copy: Copy) -> int:
     return into.nbytes
 
 
-def _read_straight(store: Store, job: Straight, verify: bool) -> None:
+def _read_straight(store: Store, job: Straight, verify: bool, sums: Sums) -> None:
     """Read, and check each block as soon as it is there: it is in the core's own cache then."""
     copy, checked, end = job.copy, job.low, job.low
     checks = verify and copy.source.digests is not None
-    step = _STEP if checks else job.high - job.low
+    summed, crc = sums.wants(copy.source), 0
+    step = _STEP if checks or summed else job.high - job.low
     for done in fetch_steps(
         store, job.file, job.low, job.into.data, copy.name, step=step, keep=copy.shared
     ):
+        if summed:
+            crc = crc32(job.into[end - job.low : done], crc)
         end = job.low + done
         whole = end if end == job.high else end - done % BLOCK
         if checks and whole > checked:
@@ -169,6 +185,8 @@ def _read_straight(store: Store, job: Straight, verify: bool) -> None:
             checked = whole
     if end < job.high:
         raise Damaged(too_short(end, job.high), file=job.file, name=copy.name)
+    if summed:
+        sums.add(copy.source, job.low, job.high, crc)
 
 
 def _read_rows(store: Store, job: Rows) -> bool:
@@ -180,7 +198,12 @@ def _read_rows(store: Store, job: Rows) -> bool:
 
 
 def _read(
-    store: Store, job: Read, uses: Sequence[Use], space: NDArray[np.uint8], verify: bool
+    store: Store,
+    job: Read,
+    uses: Sequence[Use],
+    space: NDArray[np.uint8],
+    verify: bool,
+    sums: Sums,
 ) -> None:
     """Read once, check every block once, as soon as it is there, and hand out the bytes."""
     waiting = iter(job.wants)
@@ -203,6 +226,9 @@ def _read(
                     checked[payload] = high
             if want.high > end:
                 break
+            if sums.wants(use.copy.source):
+                crc = crc32(space[want.low - job.low : want.high - job.low])
+                sums.add(use.copy.source, want.low, want.high, crc)
             _place(use, space, job.low)
             want = next(waiting, None)
     if want is not None:

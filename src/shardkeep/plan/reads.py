@@ -32,6 +32,8 @@ class Source:
         digests: CRC-32 of each block of the payload, if known.
         data: bytes that are in memory already (a decompressed item): `start` and `payload` count
             from their first one then, not from the file's.
+        crc: CRC-32 of the whole payload, if that is known but not those of its blocks; of `data`,
+            it was compared when they came.
     """
 
     file: str
@@ -42,6 +44,7 @@ class Source:
     payload: tuple[int, int]
     digests: NDArray[np.uint32] | None = None
     data: memoryview | None = None
+    crc: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
