@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,31 @@ from shardkeep.stores import LocalStore, kernel
 from shardkeep.stores import files as module
 
 TMPFS = Path("/dev/shm")
+
+
+def test_who_finds_nothing_to_sync_waits_for_who_syncs_it(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    with store.create("x"):
+        pass
+    begun, goes, done = threading.Event(), threading.Event(), threading.Event()
+    real = os.fsync
+
+    def slow(fd):
+        begun.set()
+        assert goes.wait(30)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    first = threading.Thread(target=store.sync)
+    first.start()
+    assert begun.wait(30)
+    second = threading.Thread(target=lambda: (store.sync(), done.set()))
+    second.start()
+    assert not done.wait(0.3)  # the folder is not synced yet
+    goes.set()
+    first.join()
+    second.join()
+    assert done.is_set()
 
 
 def page(*values: int) -> np.ndarray:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 from shardkeep.contracts import Buffer
@@ -84,7 +83,8 @@ class _NewFile:
         with suppress(OSError):
             if fd >= 0:
                 os.close(fd)
-        Path(self._path).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)  # noqa: PTH108
 
 
 class LocalSink(_NewFile):

@@ -72,6 +72,8 @@ class LocalStore(Store):
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
         self._cold = cold.ColdReads(direct, budget)
         self._unsynced: set[str] = set()
+        self._syncing = Lock()
+        self._anchored = False
         self._direct = Direct(direct)
 
     @property
@@ -179,12 +181,26 @@ class LocalStore(Store):
         temporary = f"{checked(name)}.{token_hex(8)}.tmp"
         with self.create(temporary) as sink:
             sink.write(data)
+        self._anchor()
         try:
             os.replace(self.path_of(temporary), path)  # noqa: PTH105
         except BaseException:
             self.remove(temporary)
             raise
         self.sync()
+
+    def _anchor(self) -> None:
+        """Make durable what leads to the folder, once.
+
+        A save that was killed, or the caller, may have made it and those above it, and not have
+        synced them: then a power loss would take the folder away with all that is in it.
+        """
+        if not self._anchored:
+            for folder in _above(self._root):
+                # What may not be opened is not this job's, so it was not made for it just now.
+                with suppress(PermissionError):
+                    _sync_folder(folder)
+            self._anchored = True
 
     def remove(self, name: str) -> None:
         path = self.path_of(name)
@@ -197,15 +213,17 @@ class LocalStore(Store):
             self._unsynced.add(os.path.dirname(path))  # noqa: PTH120
 
     def sync(self) -> None:
-        with self._lock:
-            folders, self._unsynced = self._unsynced, set()
-        try:
-            for folder in sorted(folders):
-                _sync_folder(folder)
-        except BaseException:
+        # One after the other: who finds nothing to sync must know that it is synced.
+        with self._syncing:
             with self._lock:
-                self._unsynced |= folders
-            raise
+                folders, self._unsynced = self._unsynced, set()
+            try:
+                for folder in sorted(folders):
+                    _sync_folder(folder)
+            except BaseException:
+                with self._lock:
+                    self._unsynced |= folders
+                raise
 
     def folders(self, *, links: bool = True) -> Iterator[str]:
         with suppress(FileNotFoundError), os.scandir(self._root) as entries:
@@ -273,10 +291,22 @@ class LocalStore(Store):
             return
         above = os.path.dirname(folder)  # noqa: PTH120
         self._make(above)
+        with self._lock:  # before it is made: another thread may find it, and sync what it uses
+            self._unsynced.add(above)
         with suppress(FileExistsError):  # made by another rank at the same time: it syncs it
             os.mkdir(folder)  # noqa: PTH102
-        with self._lock:
-            self._unsynced.add(above)
+
+
+def _above(folder: str) -> list[str]:
+    """The folders above it, up to the root of its file system, nearest first; links followed."""
+    found, inner = [], os.path.realpath(folder)
+    device = os.stat(inner).st_dev  # noqa: PTH116
+    while (above := os.path.dirname(inner)) != inner:  # noqa: PTH120
+        if os.stat(above).st_dev != device:  # noqa: PTH116
+            break
+        found.append(above)
+        inner = above
+    return found
 
 
 def _sync_folder(folder: str) -> None:

@@ -1,0 +1,111 @@
+"""The system calls of `LocalStore`, as they are made: real files, and a list of what was done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from support.disk import Folder, Link, Operation, Rename, Sync, Truncate, Unlink, Write
+
+__all__ = ["recorded"]
+
+_CALLS = "open close write pwrite ftruncate fsync mkdir replace rename unlink".split()
+
+
+class _Recorder:
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.operations: list[Operation] = []
+        self.files: dict[int, int | str] = {}
+        self.real = {name: getattr(os, name) for name in _CALLS}
+        self.count = 0
+
+    def inner(self, path: Any) -> str | None:
+        """The path below the root; "." for the root itself."""
+        if isinstance(path, int):
+            return None
+        text = os.path.relpath(os.path.realpath(os.fspath(path)), self.root)
+        return None if text.startswith("..") else text
+
+    def open(self, path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        inner = self.inner(path)
+        fd = self.real["open"](path, flags, *args, **kwargs)
+        if inner is not None and flags & os.O_DIRECTORY:
+            self.files[fd] = inner
+        elif inner is not None and flags & os.O_CREAT:
+            assert flags & os.O_EXCL, "a file that may exist is no new file"
+            self.count += 1
+            self.files[fd] = self.count
+            self.operations.append(Link(inner, self.count))
+        return fd
+
+    def close(self, fd: int) -> None:
+        self.files.pop(fd, None)
+        self.real["close"](fd)
+
+    def write(self, fd: int, data: Any) -> int:
+        if fd not in self.files:
+            return self.real["write"](fd, data)
+        offset = os.lseek(fd, 0, os.SEEK_CUR)
+        done = self.real["write"](fd, data)
+        self._wrote(fd, offset, data, done)
+        return done
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        done = self.real["pwrite"](fd, data, offset)
+        self._wrote(fd, offset, data, done)
+        return done
+
+    def _wrote(self, fd: int, offset: int, data: Any, done: int) -> None:
+        file = self.files.get(fd)
+        if isinstance(file, int):
+            self.operations.append(Write(file, offset, bytes(memoryview(data).cast("B")[:done])))
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        self.real["ftruncate"](fd, size)
+        file = self.files.get(fd)
+        if isinstance(file, int):
+            self.operations.append(Truncate(file, size))
+
+    def fsync(self, fd: int) -> None:
+        self.real["fsync"](fd)
+        if fd in self.files:
+            self.operations.append(Sync(self.files[fd]))
+
+    def mkdir(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        self.real["mkdir"](path, *args, **kwargs)
+        if (inner := self.inner(path)) is not None:
+            self.operations.append(Folder(inner))
+
+    def replace(self, source: Any, target: Any, **kwargs: Any) -> None:
+        self.real["replace"](source, target, **kwargs)
+        inner, to = self.inner(source), self.inner(target)
+        if inner is not None and to is not None:
+            self.operations.append(Rename(inner, to))
+
+    def rename(self, source: Any, target: Any, **kwargs: Any) -> None:
+        raise AssertionError("a rename that is not `replace`")
+
+    def unlink(self, path: Any, **kwargs: Any) -> None:
+        self.real["unlink"](path, **kwargs)
+        if (inner := self.inner(path)) is not None:
+            self.operations.append(Unlink(inner))
+
+
+@contextmanager
+def recorded(root: Path) -> Iterator[list[Operation]]:
+    """What this process does to files below `root`, in order, while the block lasts.
+
+    By one thread at a time: what several do at once has no order.
+    """
+    recorder = _Recorder(root)
+    for name in _CALLS:
+        setattr(os, name, getattr(recorder, name))
+    try:
+        yield recorder.operations
+    finally:
+        for name, call in recorder.real.items():
+            setattr(os, name, call)
