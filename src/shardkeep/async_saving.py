@@ -48,14 +48,17 @@ def async_save(
         state, path, overwrite, flatten, files, spread, same_objects, ranks, progress: as of `save`.
 
     Raises: what `save` raises before anything is written. What fails later, `SaveHandle.result`
-        raises.
+        raises; if nobody asks for it, the next save does.
     """
     options = Options(
         overwrite, flatten, files, spread, same_objects, None, host_budget, progress, gentle
     )
-    given, job, store = [state], take_part(ranks), store_at(path)
+    job, store, rank = take_part(ranks), store_at(path), simulated(ranks)
+    line = line_of(rank)
+    line.finish()
+    given = [line.owed(state)]
     staged, future = in_background(
-        lambda arena, staged: life(given, store, job, options, arena, staged), simulated(ranks)
+        lambda arena, staged: life(given, store, job, options, arena, staged), store.url, rank
     )
     if not staged.done():
         future.result()
@@ -63,12 +66,13 @@ def async_save(
 
 
 def in_background(
-    save: Callable[[Arena, Future[None]], T], rank: int | None = None
+    save: Callable[[Arena, Future[None]], T], path: str, rank: int | None = None
 ) -> tuple[Future[None], Future[T]]:
     """Begin a save on a thread of its own, as soon as the one before is done.
 
     Args:
         save: given the memory to stage in, and what to set as soon as that is done.
+        path: where it saves to.
         rank: which one it is of those that are simulated in this process.
 
     Returns:
@@ -79,9 +83,14 @@ def in_background(
     line.finish()  # Its memory is used again.
     arena = _arenas.setdefault(rank, Arena())
     staged: Future[None] = Future()
-    work = Job(lambda: _in_a_thread(lambda: save(arena, staged)), owed=True)
-    line.put(work)
-    wait([staged, work.future], return_when=FIRST_COMPLETED)
+    work = Job(lambda: _in_a_thread(lambda: save(arena, staged)), owed=True, path=path)
+    try:
+        line.put(work)
+        wait([staged, work.future], return_when=FIRST_COMPLETED)
+    except BaseException:
+        # A Ctrl-C: the caller may change now what was not copied so far, so it must not be saved.
+        work.owed = not staged.cancel()
+        raise
     return staged, work.future
 
 

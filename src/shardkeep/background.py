@@ -3,6 +3,9 @@
 All ranks ask in the same order, so they meet in the same sessions, and two saves to one path never
 meet each other. The thread ends when there is nothing left to do. A program that ends waits for
 what it has asked for.
+
+What fails is never lost: if nobody has asked for the result by then, the next save raises it
+(`Line.owed`), and a program that ends says so.
 """
 
 from __future__ import annotations
@@ -13,14 +16,53 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from shardkeep.contracts import Ranks
+from shardkeep.errors import AsyncSaveFailed
 from shardkeep.ranks.heart import Timing
 
-__all__ = ["Job", "Line", "line_of", "simulated"]
+__all__ = ["Job", "Line", "Outcome", "Withheld", "line_of", "simulated"]
 
 _log = logging.getLogger(__name__)
+
+
+class Outcome(Future[Any]):
+    """What work will give. It knows whether anybody has asked, once it is there."""
+
+    asked = False
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return super().result(timeout)
+        finally:
+            self.asked |= self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        try:
+            return super().exception(timeout)
+        finally:
+            self.asked |= self.done()
+
+    def unasked(self) -> BaseException | None:
+        """The error that nobody knows of; asking so does not count."""
+        return None if self.asked or not self.done() else super().exception()
+
+
+class Withheld(dict[str, Any]):
+    """In place of a state that can't be saved: who looks at it is told why.
+
+    So a save of it fails as any other: where all other ranks hear of it.
+    """
+
+    def __init__(self, why: BaseException) -> None:
+        self._why = why
+
+    def _tell(self, *_: Any) -> NoReturn:
+        raise self._why
+
+    keys = values = items = get = copy = _tell
+    __iter__ = __len__ = __getitem__ = __contains__ = _tell
 
 
 class Job:
@@ -29,13 +71,14 @@ class Job:
     Args:
         work: raises what the future will raise.
         owed: False for what only tells other ranks of a failure that is known here: a program that
-            ends does not wait long for it.
+            ends does not wait long for it, and nobody needs to be told.
+        path: where it saves to.
     """
 
-    def __init__(self, work: Callable[[], Any], owed: bool) -> None:
+    def __init__(self, work: Callable[[], Any], owed: bool, path: str) -> None:
         self.work: Callable[[], Any] | None = work
-        self.owed = owed
-        self.future: Future[Any] = Future()
+        self.owed, self.path = owed, path
+        self.future = Outcome()
         self.future.set_running_or_notify_cancel()
 
     def run(self) -> None:
@@ -45,8 +88,7 @@ class Job:
             result = work()
         except BaseException as error:
             if self.owed:  # Nobody may ever ask the future.
-                last = (str(error).strip() or repr(error)).splitlines()[-1]
-                _log.warning("An asynchronous save failed: %s", last)
+                _log.warning("An asynchronous save failed: %s", _in_a_line(error))
             self.future.set_exception(error)
         else:
             self.future.set_result(result)
@@ -57,6 +99,7 @@ class Line:
 
     def __init__(self) -> None:
         self._jobs: deque[Job] = deque()
+        self._failed: list[Job] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -78,11 +121,37 @@ class Line:
         with self._lock:
             # A job leaves the line when it is done: it is waited for until then.
             while self._jobs and self._jobs[0].future.done():
-                self._jobs.popleft()
+                self._leave(self._jobs.popleft())
             if self._jobs:
                 return self._jobs[0]
             self._thread = None
             return None
+
+    def _leave(self, job: Job) -> None:
+        if job.owed and job.future.unasked() is not None:
+            self._failed.append(job)
+
+    def failures(self) -> list[Job]:
+        """Those that failed and nobody has asked for; told once."""
+        with self._lock:
+            while self._jobs and self._jobs[0].future.done():
+                self._leave(self._jobs.popleft())
+            failed, self._failed = self._failed, []
+        return [job for job in failed if not job.future.asked]
+
+    def owed(self, state: Any) -> Any:
+        """The state, for the next save; if one before it failed unheard, what raises that instead.
+
+        It is raised where the state is looked at: within that save, so that all ranks hear of it.
+        """
+        failed = self.failures()
+        if not failed:
+            return state
+        error = failed[0].future.exception()
+        assert error is not None
+        told = AsyncSaveFailed(failed[0].path, _in_a_line(error))
+        told.__cause__ = error
+        return Withheld(told)
 
     def waiting(self) -> list[Job]:
         with self._lock:
@@ -91,6 +160,10 @@ class Line:
     def finish(self) -> None:
         """Wait until all that is in the line now is done, well or not."""
         wait([job.future for job in self.waiting()])
+
+
+def _in_a_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 _lines: dict[int | None, Line] = {}
@@ -119,6 +192,11 @@ def _last() -> None:
                 wait([job.future for job in jobs], Timing.from_knobs().patience)
                 break
             wait([jobs[0].future])
+        for job in line.failures():
+            error = job.future.exception()
+            assert error is not None
+            what = "The program ends, and nobody asked for a failed asynchronous save to %s: %s"
+            _log.error(what, job.path, _in_a_line(error))
 
 
 # Before thread pools refuse to work, where Python has a place for it.

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "headers",
     "new_id",
     "publish",
+    "rank_of",
     "remove_files",
     "sweep",
     "weights",
@@ -53,6 +55,14 @@ def new_id() -> str:
 def data_file(rank: int, number: int, save_id: str) -> str:
     """The name of a data file, never used before. Stock torch loads any name."""
     return f"__{rank}_{number}_{save_id}.distcp"
+
+
+def rank_of(file: str) -> int:
+    """The rank that wrote a data file."""
+    parts = _DATA_FILE.fullmatch(file)
+    if parts is None:
+        raise ValueError(f"{file!r} is not the name of a data file")
+    return int(parts[1])
 
 
 def remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
@@ -122,16 +132,36 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
 def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any]) -> None:
     """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
 
-    The data files that `index` names are durable already, names and all.
+    The data files that `index` names are durable already, names and all. If it fails, and nothing
+    was committed, they are removed.
     """
     paths = paths_of(index.structure, names_of(index)) if index.structure else None
     manifest = write_manifest(index, {"save_id": save_id, **header}, paths)
     pickle = metadata_bytes(index, paths)
     trailer = Trailer.of(save_id, pickle, manifest)
-    with store.create(manifest_name(save_id)) as sink:
-        sink.write(manifest)
-    store.sync()
-    store.publish(METADATA, pickle + trailer.to_bytes())
+    with _removed_on_failure(store, save_id):
+        with store.create(manifest_name(save_id)) as sink:
+            sink.write(manifest)
+        store.sync()
+        store.publish(METADATA, pickle + trailer.to_bytes())
+
+
+@contextmanager
+def _removed_on_failure(store: Store, save_id: str) -> Iterator[None]:
+    """What was not committed does not stay, or a full disk would stay full.
+
+    The commit record itself says whether it came about: an error of its publishing does not, as
+    one over a network may come after the fact, and so does that of a folder's sync.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            trailer = _trailer(store)
+            if trailer is None or trailer.save_id != save_id:
+                remove_files(store, save_id)
+                store.remove(manifest_name(save_id))
+        raise
 
 
 def files_of(store: Store) -> frozenset[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 __all__ = [
     "AlreadyExists",
+    "AsyncSaveFailed",
     "Conflict",
     "Damaged",
     "FormatError",
@@ -33,6 +34,24 @@ class NotACheckpoint(ShardkeepError):
 
 class AlreadyExists(ShardkeepError):
     """The path already holds a checkpoint, and `overwrite` was not asked for."""
+
+
+class AsyncSaveFailed(ShardkeepError):
+    """An asynchronous save failed, and nobody had asked for its result until the next save.
+
+    That one was not begun; the error itself is the cause.
+
+    Args:
+        path: where the failed save went.
+        why: its error, in a line.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        self.path, self.why = path, why
+        super().__init__(
+            f"an asynchronous save to {path} failed, and nobody asked for its result: {why}; "
+            "the save that was called now was not begun"
+        )
 
 
 class FormatError(ShardkeepError):

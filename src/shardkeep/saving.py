@@ -23,7 +23,7 @@ from shardkeep import collector, commit, knobs
 from shardkeep.agreement import Order, own, report
 from shardkeep.background import line_of, simulated
 from shardkeep.clock import Clock, slowest
-from shardkeep.contracts import Progress, Ranks, Store
+from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
 from shardkeep.format.container_write import TensorFraming
@@ -45,6 +45,9 @@ from shardkeep.tensors.state import Local, describe_state
 from shardkeep.types import DTYPES, Index
 
 __all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
+
+_SHOWN = 8
+"""Ranks that a message names."""
 
 _PARTS = {"describe": "plan", "own": "plan", "report": "commit"}
 """What a report calls the phases that errors name in more detail."""
@@ -146,13 +149,16 @@ def save(
     Raises:
         AlreadyExists: there is a checkpoint, and `overwrite` is False.
         Conflict: two things under one name, overlapping or missing boxes; nothing was written.
+        AsyncSaveFailed: an asynchronous save failed before, and nobody asked for its result; this
+            one was not begun.
         RankFailed: another rank failed; nothing was committed.
     """
-    line_of(simulated(ranks)).finish()  # One of them may be on its way to the same place.
+    line = line_of(simulated(ranks))
+    line.finish()  # One of them may be on its way to the same place.
     options = Options(
         overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
     )
-    return life([state], store_at(path), take_part(ranks), options)
+    return life([line.owed(state)], store_at(path), take_part(ranks), options)
 
 
 def life(
@@ -230,8 +236,8 @@ def life(
             last = slowest(session, sum(clock.seconds().values()))
             with quiet():
                 index = report(session, order, written_in(images))
-            if index is not None and session.size > 1:
-                _check_there(store, index)
+            if index is not None:
+                _check_there(store, index, session)
 
         clock.phase("commit")
         if index is not None:
@@ -257,8 +263,16 @@ def _give_way() -> None:
 
 
 def _set(future: Future[None] | None) -> None:
-    if future is not None:
-        future.set_result(None)
+    """Tell the caller that the state is not looked at any more.
+
+    Raises:
+        KeyboardInterrupt: the caller has stopped waiting for that, and may have changed the state.
+    """
+    if future is None:
+        return
+    if not future.set_running_or_notify_cancel():
+        raise KeyboardInterrupt("the save was interrupted while its state was copied")
+    future.set_result(None)
 
 
 class _Payloads:
@@ -336,16 +350,24 @@ def _commit(store: Store, lease: Lease, index: Index, about: Mapping[str, Any]) 
     commit.publish(store, lease.save_id, index, about)
 
 
-def _check_there(store: Store, index: Index) -> None:
-    """Refuse what could never be read: ranks may have disks of their own under one path."""
-    for file in index.files:
-        try:
-            store.size(file)
-        except FileNotFoundError:
-            raise NotACheckpoint(
-                f"{store.url}: {file} was written by another rank, but is not there: do all ranks "
-                "save to the same place? nothing was committed"
-            ) from None
+def _check_there(store: Store, index: Index, session: Session) -> None:
+    """Refuse what could never be read: a folder that has gone, or one on a disk of each rank's."""
+    gone = [file for file in index.files if not commit.exists(store, file)]
+    if not gone:
+        return
+    away = sorted(set(map(commit.rank_of, gone)) - {session.rank})
+    if not away:
+        raise NotACheckpoint(
+            f"{store.url}: {gone[0]} was written, but has gone: was the folder removed or replaced "
+            "meanwhile? nothing was committed"
+        )
+    hosts = [f"rank {rank} on {session.host(rank)}" for rank in away[:_SHOWN]]
+    hosts += [f"{len(away) - _SHOWN} more ranks"] if len(away) > _SHOWN else []
+    raise NotACheckpoint(
+        f"{store.url}: what {', '.join(hosts)} wrote there is not there for rank {session.rank} on "
+        f"{session.host(session.rank)}: ranks must save to one place that all of them see; "
+        "nothing was committed"
+    )
 
 
 def _warn_of(differing: Sequence[str]) -> None:

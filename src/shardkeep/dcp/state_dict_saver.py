@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
@@ -18,12 +19,14 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
 from shardkeep import async_saving, checkpoint, commit, saving
+from shardkeep.background import Withheld
 from shardkeep.contracts import Ranks
 from shardkeep.dcp.bridge import processes
 from shardkeep.dcp.bridge.background import (
+    after_saves,
     copied_here,
-    finish_saves,
     nothing_put_off,
+    owed,
     put_off,
     stage,
     stager_of,
@@ -93,7 +96,7 @@ def save(
         CheckpointException: the save failed, and nothing was committed. It is also of the class
             that `shardkeep.save` raises, and an `Exception`.
     """
-    finish_saves()  # One of them may be on its way to the same place.
+    state_dict = after_saves(state_dict)  # One of them may be on its way to the same place.
     writer = writer_for(storage_writer, checkpoint_id)
     return _save_state_dict(
         state_dict, writer, process_group, 0, no_dist, planner, use_collectives, stateful=True
@@ -137,11 +140,10 @@ def async_save(
     job = take_part(ranks, by_path=False)
     what = processes.Save(checkpoint_id, storage_writer, planner, use_collectives)
     stager = stager_of(async_stager, storage_writer)
+    path = str(checkpoint_id or getattr(storage_writer, "path", type(storage_writer).__qualname__))
     in_thread = async_checkpointer_type == AsyncCheckpointerType.THREAD
     if in_thread and copied_here(stager) and what.is_plain() and nothing_put_off():
-        given = [_stateful_to_state_dict(state_dict)]
-        save_at_once = partial(_save_from_arena, given, what, job)
-        return async_saving.in_background(save_at_once)[1]
+        return _save_now(lambda: _stateful_to_state_dict(owed(state_dict)), what, job, path)
     save, allocate = partial(_save_put_off, what=what, job=job), None
     if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
         blocks = Blocks()
@@ -149,9 +151,30 @@ def async_save(
         save = partial(processes.save, what=what, job=job, where=where, blocks=blocks)
         allocate = blocks.take
     staging, upload = put_off(
-        lambda: stage(_stateful_to_state_dict(state_dict), stager, allocate), save, stager
+        lambda: stage(_stateful_to_state_dict(owed(state_dict)), stager, allocate),
+        save,
+        stager,
+        path,
     )
     return upload if staging is None else AsyncSaveResponse(staging, upload)
+
+
+def _save_now(
+    state: Callable[[], Any], what: processes.Save, job: Ranks, path: str
+) -> Future[Metadata]:
+    """Stage and save; if there is no state on this rank, the others hear of that."""
+    why = None
+    try:
+        given = [state()]
+    except BaseException as error:
+        why = error
+        given = [Withheld(why)]
+    save = partial(_save_from_arena, given, what, job)
+    future = async_saving.in_background(save, path)[1]
+    if why is not None:
+        future.exception()  # It is known.
+        raise why
+    return future
 
 
 def _save_from_arena(
@@ -182,7 +205,7 @@ def save_state_dict(
     planner: SavePlanner | None = None,
 ) -> Metadata:
     """Save a state. Deprecated in torch; `save` does more."""
-    finish_saves()
+    state_dict = after_saves(state_dict)
     storage_writer.reset()
     return _save_state_dict(
         state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner

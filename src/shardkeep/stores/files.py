@@ -53,7 +53,7 @@ class _NewFile:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path, self._fd = path, -1
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def _end(self) -> None:
@@ -77,6 +77,11 @@ class _NewFile:
             raise
         if kind is not None:
             self._discard()
+
+    def __del__(self) -> None:
+        # Where a Ctrl-C came before its block was entered.
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def _discard(self) -> None:
         fd, self._fd = self._fd, -1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,32 +17,16 @@ import torch.distributed.checkpoint.filesystem as stock
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from shardkeep.background import Job, line_of
+from shardkeep.background import Job, Withheld, line_of
 from shardkeep.dcp.handed import theirs
 from shardkeep.tensors.copies import Allocate, copy_state
 
-__all__ = ["copied_here", "finish_saves", "nothing_put_off", "put_off", "stage", "stager_of"]
+__all__ = ["after_saves", "copied_here", "nothing_put_off", "owed", "put_off", "stage", "stager_of"]
 
 T = TypeVar("T")
 
 _TORCHS = [BlockingAsyncStager.stage, stock.FileSystemWriter.stage]
 """What torch does by default in some release: Shardkeep's own copy promises more."""
-
-
-class _Unstaged(dict[str, Any]):
-    """In place of a state that could not be staged: who looks at it is told why.
-
-    So a save of it fails as any other: where all other ranks hear of it.
-    """
-
-    def __init__(self, why: BaseException) -> None:
-        self._why = why
-
-    def _tell(self, *_: Any) -> NoReturn:
-        raise self._why
-
-    keys = values = items = get = copy = _tell
-    __iter__ = __len__ = __getitem__ = __contains__ = _tell
 
 
 def stager_of(given: AsyncStager | None, writer: StorageWriter | None) -> AsyncStager | None:
@@ -125,7 +109,7 @@ _line = line_of()
 
 
 def put_off(
-    staging: Callable[[], Any], save: Callable[[Any], T], stager: Any
+    staging: Callable[[], Any], save: Callable[[Any], T], stager: Any, path: str
 ) -> tuple[Future[None] | None, Future[T]]:
     """Stage now, and save what was staged when all saves are done that were put off before.
 
@@ -133,6 +117,7 @@ def put_off(
         staging: gives the state, or a future of it.
         save: saves it.
         stager: what stages, for `stage` to know.
+        path: where it saves to.
 
     Returns:
         When the staging is done, unless it is; and what the save gives or raises. Neither future
@@ -145,9 +130,9 @@ def put_off(
     except BaseException as error:
         why = RuntimeError(f"the state was not staged: {type(error).__name__}: {error}")
         why.__cause__ = error
-        _line.put(Job(lambda: save(_Unstaged(why)), owed=False))
+        _line.put(Job(lambda: save(Withheld(why)), owed=False, path=path))
         raise
-    job = Job(lambda: save(_had(staged)), owed=True)
+    job = Job(lambda: save(_had(staged)), owed=True, path=path)
     if _keeps_memory(stager):
         _uses[stager] = job.future
     _line.put(job)
@@ -158,7 +143,7 @@ def _had(staged: Any) -> Any:
     try:
         return staged.result() if isinstance(staged, Future) else staged
     except BaseException as error:
-        return _Unstaged(error)
+        return Withheld(error)
 
 
 def _told(staged: Future[Any]) -> Future[None]:
@@ -174,6 +159,15 @@ def _told(staged: Future[Any]) -> Future[None]:
     return told
 
 
-def finish_saves() -> None:
-    """Wait until all that was put off is done, well or not."""
+def owed(state: Any) -> Any:
+    """The state; if a save failed behind the caller's back, what raises that when it is looked at.
+
+    Raises: nothing, or the other ranks would not hear of it.
+    """
+    return _line.owed(state)
+
+
+def after_saves(state: Any) -> Any:
+    """The same, once all that was put off is done."""
     _line.finish()
+    return owed(state)
