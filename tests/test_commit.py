@@ -112,6 +112,8 @@ def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(whole, before, kin
         assert there == ("new" if committed else before), store.log[at]
         if not failed:
             assert there == "new"
+        elif kind == "error" and not committed:
+            assert files(inner) == start  # nothing of it is left
         ends.append(there)
         if len(store.log) <= at:
             break
