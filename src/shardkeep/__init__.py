@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from shardkeep.loading import LoadReport, load
     from shardkeep.manager.policies import KeepBest, KeepEvery, KeepLast
+    from shardkeep.managing import Manager
     from shardkeep.marks import PerRank, Replicated
     from shardkeep.saving import SaveReport, save
     from shardkeep.tensors.shards import Shards
@@ -51,6 +52,7 @@ _ROOMS = {
     ),
     "loading": ("LoadReport", "load"),
     "manager.policies": ("KeepBest", "KeepEvery", "KeepLast"),
+    "managing": ("Manager",),
     "marks": ("PerRank", "Replicated"),
     "saving": ("SaveReport", "save"),
     "tensors.shards": ("Shards",),
@@ -72,6 +74,7 @@ __all__ = [
     "KeepLast",
     "LeaseLost",
     "LoadReport",
+    "Manager",
     "Mismatch",
     "NotACheckpoint",
     "ObjectInfo",

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from os import PathLike
 from typing import Any, TypeVar
 
-from shardkeep.background import Job, line_of, simulated
+from shardkeep.background import Handle, Job, line_of, simulated
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.io.arena import Arena
 from shardkeep.ranks import take_part
@@ -56,13 +56,48 @@ def async_save(
     job, store, rank = take_part(ranks), store_at(path), simulated(ranks)
     line = line_of(rank)
     line.finish()
-    given = [line.owed(state)]
-    staged, future = in_background(
-        lambda arena, staged: life(given, store, job, options, arena, staged), store.url, rank
-    )
+    return SaveHandle(begin([line.owed(state)], store, job, options, rank))
+
+
+def begin(
+    given: list[Mapping[Any, Any]],
+    store: Store,
+    job: Ranks,
+    options: Options,
+    rank: int | None = None,
+    ended: Callable[[SaveReport | None], None] = lambda _: None,
+    *,
+    behind: bool = True,
+) -> Future[Any]:
+    """Begin a save; returns when the state is copied. The future gives its `SaveReport`.
+
+    Args:
+        given, store, job, options: as of `life`.
+        rank: as of `in_background`.
+        ended: called on the thread that saves, with the report once the checkpoint is committed, or
+            None once it has failed.
+        behind: False makes the whole save before it returns, without a copy.
+
+    Raises: what `life` raises before that.
+    """
+
+    def save(arena: Arena | None, staged: Future[None] | None) -> SaveReport:
+        report = None
+        try:
+            report = life(given, store, job, options, arena, staged)
+        finally:
+            ended(report)
+        return report
+
+    if not behind:
+        line_of(rank).finish()
+        now: Future[Any] = Future()
+        now.set_result(save(None, None))
+        return now
+    staged, future = in_background(save, store.url, rank)
     if not staged.done():
         future.result()
-    return SaveHandle(future)
+    return future
 
 
 def in_background(
@@ -94,32 +129,8 @@ def in_background(
     return staged, work.future
 
 
-class SaveHandle:
+class SaveHandle(Handle[SaveReport]):
     """A save that goes on in the background."""
-
-    def __init__(self, future: Future[SaveReport]) -> None:
-        self._future = future
-
-    def result(self, timeout: float | None = None) -> SaveReport:
-        """Wait until the checkpoint is durable.
-
-        Args:
-            timeout: seconds to wait at most.
-
-        Raises:
-            TimeoutError: it is not durable yet; the save goes on.
-            ShardkeepError, OSError: why it failed; nothing was committed.
-        """
-        try:
-            return self._future.result(timeout)
-        except TimeoutError:
-            if self._future.done():
-                raise
-            raise TimeoutError(f"the save is not durable after {timeout} s; it goes on") from None
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._future.done()
 
 
 _arenas: dict[int | None, Arena] = {}

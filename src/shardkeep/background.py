@@ -16,15 +16,45 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
 from shardkeep.contracts import Ranks
 from shardkeep.errors import AsyncSaveFailed
 from shardkeep.ranks.heart import Timing
 
-__all__ = ["Job", "Line", "Outcome", "Withheld", "line_of", "simulated"]
+__all__ = ["Handle", "Job", "Line", "Outcome", "Withheld", "line_of", "simulated"]
 
 _log = logging.getLogger(__name__)
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Handle(Generic[T_co]):
+    """A save that goes on in the background."""
+
+    def __init__(self, future: Future[T_co]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> T_co:
+        """Wait until the checkpoint is durable.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Raises:
+            TimeoutError: it is not durable yet; the save goes on.
+            ShardkeepError, OSError: why it failed; nothing was committed.
+        """
+        try:
+            return self._future.result(timeout)
+        except TimeoutError:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"the save is not durable after {timeout} s; it goes on") from None
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
 
 
 class Outcome(Future[Any]):
