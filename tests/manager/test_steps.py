@@ -14,7 +14,9 @@ pytestmark = pytest.mark.torch
 
 import shardkeep as sk
 from shardkeep import commit
+from shardkeep.leases import Lease
 from shardkeep.manager import Steps
+from shardkeep.manager.keeper import Keeper
 from shardkeep.manager.removal import remove
 from shardkeep.ranks import take_part
 from shardkeep.saving import Options, life
@@ -199,3 +201,64 @@ def test_the_commit_record_is_gone_durably_before_anything_else(tmp_path, monkey
     assert remove(LocalStore(tmp_path), "step_1")
     assert log[:2] == [commit.METADATA, str(tmp_path / "step_1")]
     assert len(log) == 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_crash_leaves_of_a_removal_goes_with_the_next(tmp_path, when):
+    """Also where others have put something into the folder: that stays."""
+    start = MemoryStore("run")
+    for step in (1, 2, 3):
+        sk.save(state(step), below(start, f"step_{step}"))
+    start.publish("step_1/notes.txt", b"mine")
+    files = {name: start.read(name, 0, start.size(name)) for name in start.names()}
+    halves = set()
+    for at in range(100):
+        inner = MemoryStore("run")
+        for name, data in files.items():
+            inner.publish(name, data)
+        store = FaultyStore(inner, at, "crash", when)
+        with contextlib.suppress(Died):
+            Keeper(Steps(store), sk.KeepLast(1)).prune(())
+        halves.add(len(list(inner.names())))
+        Keeper(Steps(inner), sk.KeepLast(1)).prune(())
+        assert Steps(inner).numbers() == [3]
+        left = {name for name in inner.names() if not name.startswith("step_3/")}
+        assert left == {"step_1/notes.txt"}
+        if len(store.log) <= at:
+            break
+    assert halves == set(range(len(files) // 3 + 1, len(files) + 1))
+
+
+def test_folders_that_a_crash_emptied_go(tmp_path):
+    sk.save(state(2), tmp_path / "step_2")
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_x").mkdir()
+    Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_x"]
+
+
+def test_a_step_that_another_job_is_writing_stays(tmp_path):
+    sk.save(state(2), tmp_path / "step_2")
+    store = below(LocalStore(tmp_path), "step_1")
+    lease = Lease(store, "a" * 32)
+    lease.take()
+    names = {f"__0_0_{'a' * 32}.distcp", f"__1_0_{'b' * 32}.distcp"}
+    for name in names:
+        with store.create(name) as sink:
+            sink.write(b"x")
+    Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(())
+    assert f"__0_0_{'a' * 32}.distcp" in set(store.names())
+    lease.release()
+    Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(())
+    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
+
+
+def test_nothing_is_removed_where_no_step_is_whole(tmp_path):
+    for step in (1, 2):
+        sk.save(state(step), tmp_path / f"step_{step}")
+        next((tmp_path / f"step_{step}").glob("*.distcp")).unlink()
+    assert Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(()) == ()
+    assert Steps(tmp_path).numbers() == [1, 2]
+    sk.save(state(0), tmp_path / "step_0")
+    assert Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(()) == (1,)
+    assert Steps(tmp_path).numbers() == [0, 2]  # the one that is whole, and the last one

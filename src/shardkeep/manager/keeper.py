@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from shardkeep.background import Job, Line
-from shardkeep.contracts import KeepPolicy
+from shardkeep.contracts import KeepPolicy, Store
 from shardkeep.manager.policies import doomed
-from shardkeep.manager.removal import remove
+from shardkeep.manager.removal import clear, remove
 from shardkeep.manager.steps import Steps
 
 __all__ = ["Keeper"]
@@ -89,17 +89,22 @@ class Keeper:
         folders = self._steps.folders(links=False)
         gone = []
         for number in doomed(known, self._policy, whole):
-            if number in folders and self._remove(number, folders[number]):
+            if number in folders and self._alone(number, remove, folders[number]):
                 gone.append(number)
+        for number in folders.keys() - {step.number for step in known} - {*spared}:
+            self._alone(number, clear, folders[number])
         return tuple(gone)
 
-    def _remove(self, number: int, folder: str) -> bool:
+    def _alone(
+        self, number: int, act: Callable[[Store, str], bool | None], folder: str
+    ) -> bool | None:
+        """Remove something of a step, unless it is being written or was, since it was listed."""
         with self._changed:
             if number in self._touched:
                 return False
             self._removing = number
         try:
-            return remove(self._steps.root, folder)
+            return act(self._steps.root, folder)
         finally:
             with self._changed:
                 self._removing = None

@@ -1,16 +1,20 @@
 """Steps go in an order in which no crash leaves half of one that looks whole.
 
 First the commit record, durably; only then what it names. So what a crash leaves behind is a folder
-in which nothing is committed.
+in which nothing is committed: what is in it belongs to nobody, and goes like what dead saves left.
 """
 
 from __future__ import annotations
 
+import math
+
 from shardkeep import commit
 from shardkeep.contracts import Store
+from shardkeep.leases import Lease
+from shardkeep.remains import collect, remains
 from shardkeep.stores.folders import below, drop
 
-__all__ = ["remove"]
+__all__ = ["clear", "remove"]
 
 
 def remove(root: Store, folder: str) -> bool:
@@ -33,3 +37,20 @@ def remove(root: Store, folder: str) -> bool:
         store.remove(name)
     drop(root, folder)
     return True
+
+
+def clear(root: Store, folder: str) -> None:
+    """Remove what dead saves and removals left in a folder in which nothing is committed.
+
+    Files of saves that are alive stay, and so does what no save of ours made.
+
+    Args:
+        root, folder: as of `remove`.
+    """
+    store = below(root, folder)
+    # As if it were the end of all time, when every lease is over: is there anything at all?
+    if remains(store, lambda: math.inf):
+        with Lease(store, commit.new_id()) as lease:
+            lease.take()
+            collect(store, lease)
+    drop(root, folder)
