@@ -317,7 +317,7 @@ class Manager:
         options = Options(overwrite=replaces, metrics=metrics, **self._how)
         store, behind = self._steps.store(step), self._asynchronous
         try:
-            future = begin(state, store, self._job, options, self._rank, ended, behind=behind)
+            future = begin([state], store, self._job, options, self._rank, ended, behind=behind)
         except Exception as error:
             if self._on_error == "raise":
                 raise

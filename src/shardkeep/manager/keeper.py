@@ -57,7 +57,7 @@ class Keeper:
                 warnings.warn(f"{self._steps.root.url}: old steps stay: {error}", stacklevel=2)
 
         if self._policy is not None:
-            self._line.put(Job(work, owed=False))
+            self._line.put(Job(work, owed=False, path=self._steps.root.url))
 
     def finish(self) -> None:
         """Wait until all is deleted that was asked for."""
