@@ -8,13 +8,14 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export GLOO_SOCKET_IFNAME ?= lo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-core test-torch check compat drop-in bench clean
+.PHONY: help demo test test-core test-torch check compat crash drop-in bench clean
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
 	@echo "make test                all tests, with torch and without (15 minutes)"
 	@echo "make check               ruff, mypy, import-linter"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
+	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
 	@echo "make bench               docs/performance.md: beside others and the machine's limits (40 minutes)"
 	@echo "make bench QUICK=1       the same with tiny sizes, into build/bench (5 minutes)"
 	@echo "make drop-in             docs/drop-in.md: shardkeep.dcp beside torch's package, name by name"
@@ -67,6 +68,9 @@ compat: $(VENV)/ready
 
 drop-in: $(VENV)/ready
 	$(VENV)/bin/python -m compat.names
+
+crash: $(VENV)/ready
+	$(VENV)/bin/python -m crash --moments $(or $(N),1000)
 
 bench: $(BENCH)/ready
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick)

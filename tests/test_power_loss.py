@@ -6,8 +6,9 @@ that loses whatever POSIX lets it lose.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ import shardkeep as sk
 from shardkeep.commit import data_file
 from shardkeep.format.trailer import manifest_name
 from shardkeep.leases import Holder
+from shardkeep.ranks import threads
 from shardkeep.stores import LocalStore, MemoryStore
 from support import disk, recording
 from support.disk import Link, Operation, Rename, Sync, Unlink
+from support.objects import Change, ObjectStore, cuts
 
 OLD = {"w": torch.arange(3.0), "tied": torch.ones(2), "note": "old", "set": {1, 2}}
 NEW = {"w": torch.arange(4.0) + 1, "tied": torch.ones(2), "note": "new", "set": {3}}
@@ -286,3 +289,44 @@ def test_row_37_after_any_power_loss_the_next_save_leaves_its_own_files_only(tmp
         own = {data_file(0, 0, save_id), manifest_name(save_id), ".metadata"}
         assert set(store.names()) == own, set(files)
         assert Judge()({name: store.read(name, 0, 1 << 20) for name in own}) == "old"
+
+
+def save_to_objects(ranks: int, before: dict[str, bytes], state: dict, **more) -> list[Change]:
+    store = ObjectStore(before)
+
+    def one(job):
+        threading.current_thread().name = f"rank {job.rank}"
+        mine = {
+            name: value for n, (name, value) in enumerate(state.items()) if n % ranks == job.rank
+        }
+        sk.save(mine, store, ranks=job, **more)
+
+    threads.run(ranks, one)
+    return store.changes
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("old", [False, True])
+def test_row_02_on_an_object_store_too(old, ranks):
+    before: dict[str, bytes] = {}
+    if old:
+        for change in save_to_objects(2, {}, OLD):
+            before[change.name] = change.data
+    before = {name: data for name, data in before.items() if data is not None}
+    changes = save_to_objects(ranks, before, NEW, overwrite=old, files=2)
+    judge, count = Judge(), 0
+    for done, files in cuts(changes, before):
+        committed = any(one.name == ".metadata" for one in done)
+        assert judge(files) == ("new" if committed else "old" if old else "none"), done[-1]
+        count += 1
+    assert count >= (len(changes) + 1 if ranks == 1 else 30)
+
+
+def test_row_02_the_model_of_objects_finds_a_wrong_order():
+    changes = save_to_objects(1, {}, NEW)
+    for first in (".manifest-", "__0_"):
+        (at,) = [n for n, one in enumerate(changes) if one.name.startswith(first)]
+        late = replace(changes[at], round=2)
+        wrong = [*changes[:at], *changes[at + 1 : -1], late, changes[-1]]
+        found = {Judge()(files)[:6] for _, files in cuts(wrong, {})}
+        assert found - {"none", "new"}, first

@@ -1,0 +1,193 @@
+"""One rank of a job that does nothing but save, until it is killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import shardkeep as sk
+from crash.notes import PHASES, Notes, Outcome
+from crash.plans import Plan
+from crash.state import RANKS, state
+from shardkeep.async_saving import async_save
+from shardkeep.contracts import Ranks
+from shardkeep.ranks.keyed import KeyRanks
+from shardkeep.ranks.session import KeySession
+from shardkeep.ranks.store import StoreKeys
+from shardkeep.saving import save as save_now
+from shardkeep.stores import LocalStore
+
+__all__ = ["SPANS", "run"]
+
+SPANS = "spans.json"
+
+SAVES = 5
+"""In one life, unless it is killed before."""
+
+
+def run(rank: int, plan: Plan, notes: Notes, first: int) -> None:
+    """Save steps `first`, `first` + 1, ...; never returns.
+
+    The process is a fork of one that has imported everything.
+    """
+    logging.disable()  # what fails here is counted
+    outcome = Outcome.OTHER
+    try:
+        _Rank(rank, plan, notes).live(first)
+        outcome = Outcome.FINISHED
+    except sk.RankFailed:
+        outcome = Outcome.TOLD
+    except BaseException:
+        traceback.print_exc()
+    notes.put(rank, "outcome", outcome)
+    os._exit(0)
+
+
+class _Rank:
+    def __init__(self, rank: int, plan: Plan, notes: Notes) -> None:
+        self.rank, self.plan, self.notes = rank, plan, notes
+        self.number = 0
+        self.armed = plan.rank != rank or plan.whom == "none"
+        self.spent: dict[str, list[float]] = {}
+        self.phase, self.since = "start", time.monotonic()
+
+    def live(self, first: int) -> None:
+        is_host = self.rank == 0
+        store = dist.TCPStore(
+            "127.0.0.1",
+            0 if is_host else self.notes.port,
+            is_master=is_host,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=10),
+        )
+        if is_host:
+            self.notes.port = store.port
+        ranks = KeyRanks(StoreKeys(store, RANKS), self.rank, range(RANKS))
+        self.watch()
+        if self.plan.phase is None:
+            self.arm()
+        save = _SAVES[self.plan.mode](self.plan.folder, ranks, self.note)
+        for step in range(first, first + SAVES):
+            self.number += 1
+            self.notes.put(self.rank, "begun", step)
+            self.note("between")
+            save(step, state(step, self.rank))
+            self.notes.put(self.rank, "done", step)
+        self.note("between")
+        if self.plan.whom == "none" and is_host:
+            self.tell_spans()
+
+    def tell_spans(self) -> None:
+        """How long each phase took, and all together, of a life that was not cut short."""
+        spans = {phase: max(some) for phase, some in self.spent.items()}
+        spans["life"] = sum(map(sum, self.spent.values()))
+        (self.plan.folder / SPANS).write_text(json.dumps(spans))
+
+    def note(self, phase: str) -> None:
+        """Enter a phase; if it is the one to die in, death comes soon."""
+        now = time.monotonic()
+        self.spent.setdefault(self.phase, []).append(now - self.since)
+        self.phase, self.since = phase, now
+        if phase in PHASES:
+            self.notes.put(self.rank, "phase", PHASES.index(phase))
+        if (self.number, phase) == (self.plan.save, self.plan.phase):
+            self.arm()
+
+    def arm(self) -> None:
+        if not self.armed:
+            self.armed = True
+            threading.Thread(target=self._strike, daemon=True).start()
+
+    def _strike(self) -> None:
+        time.sleep(self.plan.delay)
+        if self.plan.whom == "all":
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self) -> None:
+        """Be told of phases. What is changed here is this process's own."""
+        enter, phase, leave = KeySession.__enter__, KeySession.phase, KeySession.__exit__
+
+        def entering(session: Any) -> Any:
+            self.note("enter")
+            return enter(session)
+
+        def begin(session: Any, name: str) -> Any:
+            self.note(name)
+            return phase(session, name)
+
+        def leaving(session: Any, *error: Any) -> Any:
+            self.note("part")
+            return leave(session, *error)
+
+        KeySession.__enter__ = entering  # type: ignore[method-assign]
+        KeySession.phase = begin  # type: ignore[method-assign]
+        KeySession.__exit__ = leaving  # type: ignore[method-assign]
+
+
+class _Watched(LocalStore):
+    """Tells what the coordinator does to files."""
+
+    def __init__(self, path: str | Path, note: Callable[[str], None]) -> None:
+        super().__init__(path)
+        self._note = note
+
+    def create(self, name: str) -> Any:
+        if name.startswith(".lease_"):
+            self._note("lease")
+        elif name.startswith(".manifest-"):
+            self._note("manifest")
+        return super().create(name)
+
+    def publish(self, name: str, data: Any) -> None:
+        self._note("publish")
+        super().publish(name, data)
+
+    def remove(self, name: str) -> None:
+        self._note("clean")
+        super().remove(name)
+
+    def below(self, folder: str) -> _Watched:
+        return _Watched(self.path_of(folder), self._note)
+
+
+Note = Callable[[str], None]
+Save = Callable[[int, dict[str, Any]], None]
+
+
+def _sync(folder: Path, ranks: Ranks, note: Note) -> Save:
+    def save(step: int, what: dict[str, Any]) -> None:
+        save_now(what, _Watched(folder / f"step_{step}", note), ranks=ranks)
+
+    return save
+
+
+def _async(folder: Path, ranks: Ranks, note: Note) -> Save:
+    def save(step: int, what: dict[str, Any]) -> None:
+        handle = async_save(what, _Watched(folder / f"step_{step}", note), ranks=ranks)
+        what["shared"]["weight"].zero_()  # training goes on
+        handle.result()
+
+    return save
+
+
+def _overwrite(folder: Path, ranks: Ranks, note: Note) -> Save:
+    def save(step: int, what: dict[str, Any]) -> None:
+        store = _Watched(folder / "last", note)
+        save_now(what, store, overwrite=True, ranks=ranks)
+
+    return save
+
+
+_SAVES = {"sync": _sync, "async": _async, "overwrite": _overwrite}

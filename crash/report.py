@@ -1,0 +1,76 @@
+"""The figures, for docs/reliability.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from crash.notes import PHASES
+from crash.plans import MODES
+from crash.state import RANKS
+from crash.trial import Result
+
+__all__ = ["BEGIN", "END", "summary", "write"]
+
+BEGIN, END = "<!-- crash runs: begin -->", "<!-- crash runs: end -->"
+
+
+def summary(results: Sequence[Result], seed: int) -> str:
+    """All results as a few tables."""
+    return "\n".join([*_head(results, seed), "", *_modes(results), "", *_phases(results)])
+
+
+def write(page: Path, text: str) -> None:
+    """Put the text between the markers of a page."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def _head(results: Sequence[Result], seed: int) -> Iterator[str]:
+    wrong = [one for one in results if one.wrong]
+    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}"
+    yield (
+        f"**{len(results):,} moments, {len(wrong)} failures** ({date.today().isoformat()}, seed "
+        f"{seed}, {RANKS} ranks, {machine}, Python {platform.python_version()}, torch "
+        f"{torch.__version__})."
+    )
+    told = sorted(one.told for one in results if one.told is not None)
+    if told:
+        median = told[len(told) // 2]
+        yield (
+            f"Where one rank was killed, the last of the others knew after {median:.1f} s (median; "
+            f"{told[-1]:.1f} s at most), with a sign of life every 0.1 s."
+        )
+    in_between = sum(one.newest > one.acknowledged for one in results)
+    yield (
+        f"In {in_between} cases the step under way was committed, but no rank had been told yet."
+    )
+    for one in wrong:
+        yield f"- moment {one.number} ({one.mode}, {one.whom}, {one.fell}): {'; '.join(one.wrong)}"
+
+
+def _modes(results: Sequence[Result]) -> Iterator[str]:
+    yield "| Save | Moments | One rank killed | All killed | Failures |"
+    yield "|---|---|---|---|---|"
+    for mode in MODES:
+        some = [one for one in results if one.mode == mode]
+        whom = Counter(one.whom for one in some)
+        wrong = sum(bool(one.wrong) for one in some)
+        yield f"| {mode} | {len(some)} | {whom['one']} | {whom['all']} | {wrong} |"
+
+
+def _phases(results: Sequence[Result]) -> Iterator[str]:
+    yield "| Killed in phase | " + " | ".join(MODES) + " | Failures |"
+    yield "|---" * (len(MODES) + 2) + "|"
+    for phase in PHASES:
+        some = [one for one in results if one.fell == phase]
+        if some:
+            count = Counter(one.mode for one in some)
+            cells = " | ".join(str(count[mode]) for mode in MODES)
+            yield f"| {phase} | {cells} | {sum(bool(one.wrong) for one in some)} |"

@@ -1,0 +1,194 @@
+"""One moment: four ranks save, a kill, and a look at what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import rmtree
+
+import shardkeep as sk
+from crash import rank
+from crash.notes import PHASES, Notes, Outcome
+from crash.plans import Plan
+from crash.state import RANKS, differences, template
+
+__all__ = ["Result", "attempt", "spans_of"]
+
+_SOON = 10.0
+"""Seconds in which those that are left must know that one has died."""
+_STEP = re.compile(r"step_([1-9][0-9]*)")
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one moment.
+
+    Attributes:
+        number, mode, whom: of the plan.
+        fell: the phase in which the rank died whose clock it was.
+        acknowledged: the last step that a rank was told of; 0 for none.
+        newest: the step that is there; 0 for none.
+        told: seconds until the last of the others knew; None where all were killed.
+        wrong: what should not be so.
+    """
+
+    number: int
+    mode: str
+    whom: str
+    fell: str
+    acknowledged: int
+    newest: int
+    told: float | None
+    wrong: list[str]
+
+    def line(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def of(line: str) -> Result:
+        return Result(**json.loads(line))
+
+
+def spans_of(mode: str, root: Path, notes: Notes) -> dict[tuple[str, str], float]:
+    """How long each phase takes when nobody is killed."""
+    plan = Plan(-1, mode, root / f"{mode}_whole", "none", 0, 0, None, 0.0)
+    plan.folder.mkdir()
+    pids = _begin(plan, notes, 1)
+    _wait(pids, 60.0)
+    told = json.loads((plan.folder / rank.SPANS).read_text())
+    rmtree(plan.folder)
+    return {(mode, phase): seconds for phase, seconds in told.items()}
+
+
+def attempt(plan: Plan, notes: Notes) -> Result | None:
+    """Kill, and look. None if the job was over, or had failed, before the kill came."""
+    plan.folder.mkdir(exist_ok=True)
+    before, _ = _newest(plan)
+    pids = _begin(plan, notes, before + 1)
+    ended = _wait(pids[plan.rank : plan.rank + 1], 60.0)
+    died = time.monotonic()
+    rest = [pid for pid in pids if pid not in ended]
+    ended |= _wait(rest, _SOON)
+    told = time.monotonic() - died if plan.whom == "one" else None
+    outcomes = [Outcome(value) for value in notes.every("outcome")]
+    killed = [os.WIFSIGNALED(status) and os.WTERMSIG(status) == 9 for status in ended.values()]
+    if not killed or outcomes[plan.rank] is not Outcome.NONE:
+        _kill([pid for pid in pids if pid not in ended])
+        return None
+    wrong = [f"rank {r} {what}" for r, what in _bad(plan, pids, ended, outcomes)]
+    _kill([pid for pid in pids if pid not in ended])
+    done, begun = max(before, *notes.every("done")), max(before, *notes.every("begun"))
+    newest, problems = _newest(plan)
+    wrong += problems
+    if not done <= newest <= begun:
+        wrong.append(f"step {newest} is there: steps up to {done} were durable, {begun} begun")
+    wrong += _foreign(plan)
+    _keep_only(plan, newest)
+    fell = PHASES[notes.get(plan.rank, "phase")]
+    return Result(plan.number, plan.mode, plan.whom, fell, done, newest, told, wrong)
+
+
+def _begin(plan: Plan, notes: Notes, first: int) -> list[int]:
+    """The ranks' processes, in a group of their own."""
+    notes.clear()
+    pids: list[int] = []
+    for number in range(RANKS):
+        pid = os.fork()
+        if not pid:
+            with suppress(OSError):
+                os.setpgid(0, pids[0] if pids else 0)
+            rank.run(number, plan, notes, first)
+        with suppress(OSError):  # it has done so itself
+            os.setpgid(pid, pids[0] if pids else pid)
+        pids.append(pid)
+    return pids
+
+
+def _wait(pids: list[int], seconds: float) -> dict[int, int]:
+    """Wait for processes to end, but not for ever; the status of those that did."""
+    ended: dict[int, int] = {}
+    end = time.monotonic() + seconds
+    while len(ended) < len(pids) and time.monotonic() < end:
+        for pid in pids:
+            if pid not in ended:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    ended[pid] = status
+        time.sleep(0.002)
+    return ended
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _bad(
+    plan: Plan, pids: list[int], ended: dict[int, int], outcomes: list[Outcome]
+) -> Iterator[tuple[int, str]]:
+    """Ranks that live on and do not know."""
+    if plan.whom == "all":
+        return
+    for number, pid in enumerate(pids):
+        if number == plan.rank:
+            continue
+        if pid not in ended:
+            yield number, f"did not know after {_SOON:g} s"
+        elif outcomes[number] not in (Outcome.TOLD, Outcome.FINISHED):
+            yield number, "raised something else than RankFailed"
+
+
+def _folders(plan: Plan) -> list[tuple[int, Path]]:
+    """Steps and their folders, the newest first."""
+    found = [(int(m[1]), one) for one in plan.folder.iterdir() if (m := _STEP.fullmatch(one.name))]
+    return sorted(found, reverse=True)
+
+
+def _newest(plan: Plan) -> tuple[int, list[str]]:
+    """The newest step that is committed, 0 if there is none; and what is wrong with it."""
+    paths = [plan.folder / "last"] if plan.mode == "overwrite" else [p for _, p in _folders(plan)]
+    for path in paths:
+        try:
+            checkpoint = sk.open(path)
+        except sk.NotACheckpoint:
+            continue
+        except sk.ShardkeepError as error:
+            return 0, [f"{path.name} does not open: {error}"]
+        step = checkpoint.read("step")
+        report = checkpoint.verify()
+        wrong = [str(one) for one in report.damaged] + [f"{n}: unchecked" for n in report.unchecked]
+        if not wrong:
+            loaded = template()
+            sk.load(loaded, path)
+            wrong = [f"{name} is not what was saved" for name in differences(loaded, step)]
+        if plan.mode != "overwrite" and path.name != f"step_{step}":
+            wrong.append(f"step {step} is in {path.name}")
+        return step, wrong
+    return 0, []
+
+
+def _foreign(plan: Plan) -> list[str]:
+    """Each save collects what the ones before left: files of more than these are one too many."""
+    folder = plan.folder / "last"
+    if plan.mode != "overwrite" or not folder.is_dir():
+        return []
+    ids = {m[0] for one in folder.iterdir() if (m := _ID.search(one.name))}
+    few = 3  # the newest, the one before, the one that was killed
+    return [f"files of {len(ids)} saves are there"] if len(ids) > few else []
+
+
+def _keep_only(plan: Plan, newest: int) -> None:
+    """Steps are small, but many."""
+    for step, path in _folders(plan):
+        if step != newest:
+            rmtree(path)

@@ -1,0 +1,112 @@
+"""The crash runs, few of them, and that they can fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.torch, pytest.mark.gloo]
+
+from crash import report, trial
+from crash.notes import PHASES
+from crash.plans import MODES, Plan, draw
+from crash.state import RANKS, differences, state
+from crash.trial import Result
+
+import shardkeep as sk
+from shardkeep.ranks import threads
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_row_02_after_a_kill_at_any_moment_the_newest_committed_step_is_whole(tmp_path):
+    results = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "crash", "--results", str(results), "--moments"]
+    for moments in (9, 12):  # the second run goes on where the first one was
+        done = subprocess.run(
+            [*command, str(moments)],
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = [Result.of(line) for line in results.read_text().splitlines()]
+        assert len(found) == moments
+        assert not any(one.wrong for one in found)
+        assert f"**{moments} moments, 0 failures**" in done.stdout
+    assert {one.mode for one in found} == set(MODES)
+    assert len({one.number for one in found}) == moments
+
+
+def saved(folder: Path, step: int, **changed) -> None:
+    threads.run(RANKS, lambda job: sk.save({**state(step, job.rank), **changed}, folder, ranks=job))
+
+
+def test_a_step_that_is_not_what_was_saved_is_seen(tmp_path):
+    plan = Plan(0, "sync", tmp_path, "all", 0, 1, None, 0.0)
+    assert trial._newest(plan) == (0, [])
+    saved(tmp_path / "step_1", 1)
+    saved(tmp_path / "step_2", 2)
+    assert trial._newest(plan) == (2, [])
+    (data,) = tmp_path.glob("step_2/__3_0_*")
+    content = bytearray(data.read_bytes())
+    content[5000] ^= 1
+    data.write_bytes(content)
+    step, wrong = trial._newest(plan)
+    assert step == 2
+    assert data.name in wrong[0]
+    (tmp_path / "step_2" / ".metadata").unlink()
+    assert trial._newest(plan) == (1, [])
+    saved(tmp_path / "step_3", 2)
+    assert trial._newest(plan) == (2, ["step 2 is in step_3"])
+    saved(tmp_path / "step_4", 3, step=4)
+    assert trial._newest(plan)[1][0] == "shared is not what was saved"
+
+
+def test_single_bits_are_seen():
+    whole: dict = {}
+    for rank in range(RANKS):
+        whole |= state(7, rank)
+    assert differences(whole, 7) == []
+    whole["rank_2"]["weight"].view(torch.int32)[17] ^= 1
+    assert differences(whole, 7) == ["rank_2"]
+
+
+def test_files_of_too_many_saves_are_seen(tmp_path):
+    plan = Plan(0, "overwrite", tmp_path, "all", 0, 1, None, 0.0)
+    (tmp_path / "last").mkdir()
+    for digit in "abc":
+        (tmp_path / "last" / f"__0_0_{digit * 32}.distcp").touch()
+    assert trial._foreign(plan) == []
+    (tmp_path / "last" / f"__0_0_{'d' * 32}.distcp").touch()
+    assert trial._foreign(plan) == ["files of 4 saves are there"]
+
+
+def test_moments_spread_over_phases_ranks_and_ways_to_save():
+    spans = {(mode, phase): 1.0 for mode in MODES for phase in (*PHASES[1:], "life")}
+    plans = [draw(1, number, Path(), RANKS, spans) for number in range(1000)]
+    assert {plan.mode for plan in plans} == set(MODES)
+    assert {plan.whom for plan in plans} == {"one", "all"}
+    assert {plan.rank for plan in plans} == set(range(RANKS))
+    assert {plan.phase for plan in plans} == {None, *PHASES[1:]}
+    assert plans == [draw(1, number, Path(), RANKS, spans) for number in range(1000)]
+    assert plans != [draw(2, number, Path(), RANKS, spans) for number in range(1000)]
+
+
+def test_a_failure_is_in_the_report(tmp_path):
+    good = Result(0, "sync", "one", "write", 1, 1, 0.5, [])
+    bad = Result(1, "async", "all", "publish", 3, 2, None, ["step 2 is there"])
+    text = report.summary([good, bad], seed=5)
+    assert "**2 moments, 1 failures**" in text
+    assert "- moment 1 (async, all, publish): step 2 is there" in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write(page, text)
+    assert page.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
