@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -32,6 +34,8 @@ __all__ = ["SPANS", "run"]
 
 SPANS = "spans.json"
 
+_SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
+
 SAVES = 5
 """In one life, unless it is killed before."""
 
@@ -41,6 +45,8 @@ def run(rank: int, plan: Plan, notes: Notes, first: int) -> None:
 
     The process is a fork of one that has imported everything.
     """
+    if sys.platform == "linux":  # nobody is left behind if the one who counts is killed
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     logging.disable()  # what fails here is counted
     outcome = Outcome.OTHER
     try:
@@ -186,6 +192,17 @@ def _overwrite(folder: Path, ranks: Ranks, note: Note) -> Save:
     def save(step: int, what: dict[str, Any]) -> None:
         store = _Watched(folder / "last", note)
         save_now(what, store, overwrite=True, ranks=ranks)
+
+    return save
+
+
+def _manager(folder: Path, ranks: Ranks, note: Note) -> Save:
+    manager = sk.Manager(_Watched(folder, note), keep=sk.KeepLast(2), ranks=ranks)
+
+    def save(step: int, what: dict[str, Any]) -> None:
+        handle = manager.save(step, what)
+        what["shared"]["weight"].zero_()  # training goes on
+        handle.result()
 
     return save
 
