@@ -33,7 +33,7 @@ def run(moments: int, seed: int, file: Path, *, seconds: float) -> list[Result]:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     results = [Result.of(line) for line in file.read_text().splitlines()] if file.exists() else []
-    number = results[-1].number + 1 if results else 0
+    number = 1 + max((one.number for one in results if one.seed == seed), default=-1)
     notes, begun = Notes(RANKS), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="crash-") as folder, file.open("a") as log:
         root = Path(folder)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = run(args.moments, args.seed, args.results, seconds=args.seconds)
     from crash import report
 
-    text = report.summary(results, args.seed)
+    text = report.summary(results)
     print(text)
     if args.page:
         report.write(args.page, text)

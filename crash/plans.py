@@ -14,7 +14,7 @@ __all__ = ["KNOBS", "MODES", "Plan", "draw"]
 KNOBS = {
     "SHARDKEEP_HEARTBEAT": "0.1",
     "SHARDKEEP_MISSED": "6",
-    "SHARDKEEP_DEADLINE": "3",
+    "SHARDKEEP_DEADLINE": "2",
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
@@ -28,6 +28,7 @@ class Plan:
     """One kill.
 
     Attributes:
+        seed: what all is drawn from.
         number: of the moment, from 0.
         mode: how is saved.
         folder: where to; its name is the mode's.
@@ -38,6 +39,7 @@ class Plan:
         delay: seconds from then on.
     """
 
+    seed: int
     number: int
     mode: str
     folder: Path
@@ -68,5 +70,5 @@ def draw(
         phase = chance.choice([one for one in PHASES[1:] if (mode, one) in spans])
         if phase in ("lease", "manifest", "publish", "clean"):
             rank = 0
-    delay = chance.uniform(0.0, 1.2 * spans[mode, phase or "life"])
-    return Plan(number, mode, root / mode, whom, rank, chance.randint(1, 3), phase, delay)
+    delay = chance.uniform(0.0, spans[mode, phase or "life"])
+    return Plan(seed, number, mode, root / mode, whom, rank, chance.randint(1, 3), phase, delay)

@@ -21,9 +21,9 @@ __all__ = ["BEGIN", "END", "summary", "write"]
 BEGIN, END = "<!-- crash runs: begin -->", "<!-- crash runs: end -->"
 
 
-def summary(results: Sequence[Result], seed: int) -> str:
+def summary(results: Sequence[Result]) -> str:
     """All results as a few tables."""
-    return "\n".join([*_head(results, seed), "", *_modes(results), "", *_phases(results)])
+    return "\n".join([*_head(results), "", *_modes(results), "", *_phases(results)])
 
 
 def write(page: Path, text: str) -> None:
@@ -32,12 +32,13 @@ def write(page: Path, text: str) -> None:
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
-def _head(results: Sequence[Result], seed: int) -> Iterator[str]:
+def _head(results: Sequence[Result]) -> Iterator[str]:
     wrong = [one for one in results if one.wrong]
+    seeds = ", ".join(map(str, sorted({one.seed for one in results})))
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}"
     yield (
         f"**{len(results):,} moments, {len(wrong)} failures** ({date.today().isoformat()}, seed "
-        f"{seed}, {RANKS} ranks, {machine}, Python {platform.python_version()}, torch "
+        f"{seeds}, {RANKS} ranks, {machine}, Python {platform.python_version()}, torch "
         f"{torch.__version__})."
     )
     told = sorted(one.told for one in results if one.told is not None)
@@ -52,7 +53,8 @@ def _head(results: Sequence[Result], seed: int) -> Iterator[str]:
         f"In {in_between} cases the step under way was committed, but no rank had been told yet."
     )
     for one in wrong:
-        yield f"- moment {one.number} ({one.mode}, {one.whom}, {one.fell}): {'; '.join(one.wrong)}"
+        where = f"moment {one.number} of seed {one.seed} ({one.mode}, {one.whom}, {one.fell})"
+        yield f"- {where}: {'; '.join(one.wrong)}"
 
 
 def _modes(results: Sequence[Result]) -> Iterator[str]:

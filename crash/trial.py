@@ -32,7 +32,7 @@ class Result:
     """What came of one moment.
 
     Attributes:
-        number, mode, whom: of the plan.
+        seed, number, mode, whom: of the plan.
         fell: the phase in which the rank died whose clock it was.
         acknowledged: the last step that a rank was told of; 0 for none.
         newest: the step that is there; 0 for none.
@@ -40,6 +40,7 @@ class Result:
         wrong: what should not be so.
     """
 
+    seed: int
     number: int
     mode: str
     whom: str
@@ -59,7 +60,7 @@ class Result:
 
 def spans_of(mode: str, root: Path, notes: Notes) -> dict[tuple[str, str], float]:
     """How long each phase takes when nobody is killed."""
-    plan = Plan(-1, mode, root / f"{mode}_whole", "none", 0, 0, None, 0.0)
+    plan = Plan(0, -1, mode, root / f"{mode}_whole", "none", 0, 0, None, 0.0)
     plan.folder.mkdir()
     pids = _begin(plan, notes, 1)
     _wait(pids, 60.0)
@@ -93,7 +94,8 @@ def attempt(plan: Plan, notes: Notes) -> Result | None:
     wrong += _foreign(plan)
     _keep_only(plan, newest)
     fell = PHASES[notes.get(plan.rank, "phase")]
-    return Result(plan.number, plan.mode, plan.whom, fell, done, newest, told, wrong)
+    of = plan.seed, plan.number, plan.mode, plan.whom
+    return Result(*of, fell, done, newest, told, wrong)
 
 
 def _begin(plan: Plan, notes: Notes, first: int) -> list[int]:
