@@ -60,10 +60,10 @@ def crc32(data: Bytes, value: int = 0) -> int:
     return found
 
 
-def crc32_at(address: int, data: memoryview) -> int:
-    """CRC-32 of bytes, for who knows where they are in memory."""
+def crc32_at(address: int, data: memoryview, value: int = 0) -> int:
+    """CRC-32 of bytes, going on from `value`, for who knows where they are in memory."""
     worth = _at is not None and len(data) >= _WORTH
-    found: int = _at(0, address, len(data)) if worth else _zlib.crc32(data)
+    found: int = _at(value, address, len(data)) if worth else _zlib.crc32(data, value)
     return found
 
 
