@@ -8,6 +8,7 @@ __all__ = [
     "ALIGNMENT",
     "BLOCK",
     "PAGE",
+    "cores",
     "deadline",
     "gap",
     "heartbeat",
@@ -42,9 +43,19 @@ def _number(name: str, default: float) -> float:
         raise ValueError(f"{name} must be a number, not {text!r}") from None
 
 
-def threads() -> int:
-    """Threads that read files, in one process (SHARDKEEP_THREADS)."""
-    return max(1, int(_number("SHARDKEEP_THREADS", 4)))
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(ranks_here: int = 1) -> int:
+    """Threads that read files, in one process of `ranks_here` on this machine (SHARDKEEP_THREADS).
+
+    By default (0) two for each of its cores, 4 at most: enough for a disk, and no more than the
+    interpreter serves well.
+    """
+    wanted = int(_number("SHARDKEEP_THREADS", 0))
+    return max(1, wanted or min(4, 2 * cores() // ranks_here))
 
 
 def part() -> int:

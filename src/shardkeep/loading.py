@@ -170,7 +170,7 @@ def load(
             stats = planned.filling.run(
                 store,
                 verify=verify,
-                threads=knobs.threads(),
+                threads=knobs.threads(knobs.ranks_here(session.size)),
                 budget=host_budget,
                 progress=tell,
             )
@@ -246,7 +246,7 @@ def _planned(
 
     clock.phase("read")
     clock.part("plan")
-    landings, filling = _plan(match.stored, source, together=knobs.ranks_here(session.size) > 1)
+    landings, filling = _plan(match.stored, source, knobs.ranks_here(session.size))
     report = match.report(_resharded(match.stored, filling))
     report = replace(report, skipped=tuple(own.skipped))
     return _Planned(
@@ -255,7 +255,7 @@ def _planned(
 
 
 def _plan(
-    tensors: Sequence[Described], source: Checkpoint, *, together: bool
+    tensors: Sequence[Described], source: Checkpoint, ranks_here: int
 ) -> tuple[Landings, Filling]:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     pieces = [piece for tensor in tensors for piece in tensor.pieces]
@@ -266,7 +266,8 @@ def _plan(
         [box.sizes for box in boxes],
     )
     wanted = source.boxes(names, boxes)
-    return landings, source.plan(wanted, landings, threads=knobs.threads(), together=together)
+    threads, together = knobs.threads(ranks_here), ranks_here > 1
+    return landings, source.plan(wanted, landings, threads=threads, together=together)
 
 
 def _resharded(tensors: Sequence[Described], filling: Filling) -> tuple[str, ...]:

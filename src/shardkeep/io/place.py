@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -49,7 +48,7 @@ def writers(ranks_here: int, budget: int) -> Writers:
 
     As measured on 2 cores: 3 threads with 2 MiB in one process, 1 with 4 MiB in each of 4.
     """
-    threads = knobs.write_threads() or _clamp(round(1.5 * _cores() / ranks_here), 1, 4)
+    threads = knobs.write_threads() or _clamp(round(1.5 * knobs.cores() / ranks_here), 1, 4)
     threads = _clamp(budget // smallest_window, 1, threads)
     window = (2 << 20) if threads > 1 else (4 << 20)
     return Writers(threads, _clamp(budget // threads // PAGE * PAGE, smallest_window, window))
@@ -57,11 +56,7 @@ def writers(ranks_here: int, budget: int) -> Writers:
 
 def copiers(ranks_here: int) -> int:
     """Threads that fill the memory's bandwidth, together with those of the other ranks here."""
-    return _clamp(_cores() // ranks_here, 1, 8)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _clamp(knobs.cores() // ranks_here, 1, 8)
 
 
 def _clamp(value: int, low: int, high: int) -> int:

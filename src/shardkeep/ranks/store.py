@@ -51,7 +51,7 @@ class StoreKeys(KeyValue):
             if left <= 0:
                 return None
             sleep(min(pause, left))
-            pause = min(pause * 1.5, self._longest)
+            pause = min(pause * 1.15, self._longest)  # late by a seventh of the wait at most
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:

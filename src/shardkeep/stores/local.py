@@ -261,9 +261,10 @@ class LocalStore(Store):
         key = path, flags
         with self._lock:
             file = self._open.get(key)
-            if file is not None and not file.replaced():
+            if file is not None:
                 self._open.move_to_end(key)
-                return file
+        if file is not None and not file.replaced():
+            return file
         file = _Open(path, flags)
         with self._lock:
             self._open[key] = file

@@ -176,9 +176,15 @@ def refuse_twice(names: Sequence[str]) -> None:
     )
 
 
-def _is(value: Any, places: Sequence[tuple[str, str]]) -> bool:
+def _is(value: Any, places: tuple[tuple[str, str], ...]) -> bool:
     """Whether the value is of one of these classes, without importing a module for the question."""
-    return any(isinstance(value, kind) for kind in _known(places))
+    return _derives(value.__class__, places)
+
+
+@lru_cache(maxsize=1024)
+def _derives(kind: type, places: tuple[tuple[str, str], ...]) -> bool:
+    """Cached: what a class derives from was imported before it was made."""
+    return any(issubclass(kind, base) for base in _known(places))
 
 
 def _known(places: Sequence[tuple[str, str]]) -> list[Any]:
@@ -256,7 +262,7 @@ def _sharded(name: str, value: Any) -> Described:
 
 def _dtensor(name: str, value: Any) -> Described:
     shape = tuple(int(size) for size in value.shape)
-    given = [_placement(name, placement, len(shape)) for placement in value.placements]
+    given = tuple(_placement(name, placement, len(shape)) for placement in value.placements)
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -281,13 +287,13 @@ def _parts(
     shape: tuple[int, ...],
     mesh_shape: tuple[int, ...],
     coordinate: tuple[int, ...],
-    given: Sequence[Placement],
+    given: tuple[Placement, ...],
     value: Any,
 ) -> tuple[Part, ...]:
     """The parts that the local tensor consists of; its shape is held against them."""
     local = tuple(value._local_tensor.shape)
     for sequence in _sequences(name, given, value):
-        parts = placements.parts(shape, mesh_shape, coordinate, given, sequence)
+        parts = _parts_of(shape, mesh_shape, coordinate, given, sequence)
         if _fits(parts, local):
             break
     else:
@@ -299,6 +305,10 @@ def _parts(
     return parts
 
 
+_parts_of = lru_cache(maxsize=4096)(placements.parts)
+"""Most tensors of a state have the shape of others, and lie like them."""
+
+
 def _sequences(name: str, given: Sequence[Placement], value: Any) -> list[Sequence[int] | None]:
     """In which sequences the placements may cut, the likeliest first."""
     if not _known(_STRIDED_SHARD):
@@ -306,7 +316,7 @@ def _sequences(name: str, given: Sequence[Placement], value: Any) -> list[Sequen
     known = getattr(value._spec, "shard_order", None)  # 2.10 and later
     if known is None or any(isinstance(one, placements.StridedShard) for one in given):
         return [None, range(len(given))]
-    cuts = [axis for entry in known for axis in entry.mesh_dims]
+    cuts = tuple(axis for entry in known for axis in entry.mesh_dims)
     wanted = [axis for axis, one in enumerate(given) if not isinstance(one, placements.Replicate)]
     if sorted(cuts) != wanted:
         raise Conflict(f"tensor {name!r} has a shard order that is not understood: {known}")
