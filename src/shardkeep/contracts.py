@@ -134,6 +134,18 @@ class StoreWithTimes(Store, Protocol):
         ...
 
 
+@runtime_checkable
+class StoreMapped(Store, Protocol):
+    """A store that can show a file as memory."""
+
+    def mapped(self, name: str) -> memoryview | None:
+        """All bytes of the file; None where that can't be done, or would be slower than reading.
+
+        Whoever looks at bytes that were cut off the file meanwhile is killed (SIGBUS).
+        """
+        ...
+
+
 class Sink(Protocol):
     """A file being written, from front to back. Leaving the block in peace makes it durable."""
 

@@ -14,6 +14,7 @@ __all__ = [
     "heartbeat",
     "host_budget",
     "lease",
+    "mapping",
     "missed",
     "part",
     "ranks_here",
@@ -90,6 +91,14 @@ def ranks_here(size: int) -> int:
 def gap() -> int:
     """Bytes that are read and thrown away rather than starting a new read (SHARDKEEP_GAP)."""
     return max(0, int(_number("SHARDKEEP_GAP", 64 * 1024)))
+
+
+def mapping() -> bool:
+    """Whether scattered bytes of cached files are taken from a mapping of them (SHARDKEEP_MMAP).
+
+    It is the fastest way to reshard, but a file that is cut short meanwhile kills the process.
+    """
+    return bool(_number("SHARDKEEP_MMAP", 0))
 
 
 def small() -> int:

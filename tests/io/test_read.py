@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -63,6 +64,13 @@ class InSteps(Logging):
             if Logging.read_into(self, name, start, row.data) < len(row):
                 return False
         return True
+
+
+class Mapped(Logging):
+    """Shows files as memory."""
+
+    def mapped(self, name):
+        return memoryview(super().read(name, 0, super().size(name)))
 
 
 FILE = np.random.default_rng(0).bytes(16 * BLOCK)
@@ -149,9 +157,20 @@ def test_every_box_arrives(wanted, verify, threads, gap, steps):
     assert found.bytes_needed == sum(copy.into.nbytes for copy, _ in wanted)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(copies(), max_size=4), st.booleans(), st.integers(1, 3), st.sampled_from([0, 1]))
+def test_every_box_arrives_out_of_a_mapping(wanted, verify, threads, wish):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDKEEP_MMAP", str(wish))
+        store = Mapped(f=FILE)
+        read_copies(store, [copy for copy, _ in wanted], verify=verify, threads=threads)
+    for copy, first in wanted:
+        assert copy.into.tobytes() == expected(copy, first)
+
+
 @settings(max_examples=120, deadline=None)
-@given(copies(), st.integers(1, 3), st.booleans(), st.data())
-def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, steps, data):
+@given(copies(), st.integers(1, 3), st.sampled_from(["plain", "steps", "mapped"]), st.data())
+def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, kind, data):
     copy, first = wanted
     source, nbytes = copy.source, copy.source.payload[1]
     good = digests(first, nbytes)
@@ -173,9 +192,11 @@ def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, s
         "f", source.start, source.strides, source.sizes, source.itemsize, source.payload, good,
         memoryview(memory) if memory is not None else None,
     )  # fmt: skip
-    with pytest.raises(Damaged) as caught:
+    stores = {"plain": Logging, "steps": partial(InSteps, 0), "mapped": Mapped}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Damaged) as caught:
+        patch.setenv("SHARDKEEP_MMAP", str(int(kind == "mapped")))
         read_copies(
-            InSteps(0, f=broken) if steps else Logging(f=broken),
+            stores[kind](f=broken),
             [Copy("the.name", damaged, copy.box, copy.into)],
             threads=threads,
         )
@@ -462,6 +483,27 @@ def test_rows_that_are_cold_are_read_with_what_lies_between(tmp_path, monkeypatc
     found = read_copies(LocalStore(tmp_path), [copy], threads=2)
     assert copy.into.tobytes() == stored(copy.source)[:, 5000:12_000].tobytes()
     assert found.bytes_read == 99 * 40_000 + 7000
+
+
+@pytest.mark.parametrize("state", ["cached", "cold", "cut", "gone"])
+def test_columns_come_out_of_a_mapping_if_that_is_wanted(tmp_path, monkeypatch, state):
+    from shardkeep.stores import kernel
+
+    there = 0 if state == "cold" else 1
+    monkeypatch.setattr(kernel, "cached", lambda fd, offset, length: there * length)
+    monkeypatch.setenv("SHARDKEEP_MMAP", "1")
+    copy = columns(100, 4000, 500, 1200)
+    (tmp_path / "f").write_bytes(FILE[: 50 * 4000 if state == "cut" else None])
+    if state == "gone":
+        (tmp_path / "f").unlink()
+    if state in ("cut", "gone"):
+        told = "the file ends at byte 200000, but" if state == "cut" else "the file is missing"
+        with pytest.raises(Damaged, match=told):
+            read_copies(LocalStore(tmp_path), [copy], threads=2)
+        return
+    found = read_copies(LocalStore(tmp_path), [copy], threads=2)
+    assert copy.into.tobytes() == stored(copy.source)[:, 500:1200].tobytes()
+    assert (found.bytes_read == 0) == (state == "cached")
 
 
 def test_items_are_moved_as_they_are():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import knobs
-from shardkeep.contracts import Progress, Store, StoreInRows
+from shardkeep.contracts import Progress, Store, StoreInRows, StoreMapped
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.arena import aligned
 from shardkeep.io.check import Payload, verify_payloads
-from shardkeep.io.digest import crc32_at, whole_crc
+from shardkeep.io.digest import crc32, crc32_at, whole_crc
 from shardkeep.io.fetch import MISSING, Read, Want, fetch_steps, mismatch, too_short
 from shardkeep.io.jobs import Copy, Planner, Rows, Straight, Use, uses_in
 from shardkeep.io.pool import Meter, parallel
@@ -78,7 +79,8 @@ def read_copies(
     limit = (budget or knobs.host_budget()) // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
     in_rows = isinstance(store, StoreInRows)
-    planner = Planner(knobs.gap(), limit, verify, in_rows)
+    mapped = cache(store.mapped) if knobs.mapping() and isinstance(store, StoreMapped) else None
+    planner = Planner(knobs.gap(), limit, verify, in_rows, mapped)
     jobs: list[_Job] = []
     needed = 0
     for copy in copies:
@@ -91,6 +93,7 @@ def read_copies(
                 planner.add(copy)
             except FormatError as error:
                 raise error.within(place=f"tensor {copy.name!r}") from None
+    jobs += planner.in_memory
     jobs += planner.jobs()
     meter = Meter(progress, "read", sum(map(_nbytes, jobs)))
     sums = Sums(copies, verify)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,22 +83,36 @@ def runs(source: Source, box: Box, gap: int) -> Runs:
             empty).
     """
     base = _first_byte(source, box)
-    if _gapless(box.sizes, source.strides, source.itemsize):
-        span = prod(box.sizes) * source.itemsize
-        start = np.array([base], dtype=np.int64)
-        return Runs(start, span, (), box.sizes, source.strides, True)
-    span, inner = _inner(box.sizes, source.strides, source.itemsize, gap)
-    outer = tuple(d for d in range(box.ndim) if d not in inner)
-    if prod(box.sizes[d] for d in outer) > _MOST_RUNS:
-        raise FormatError("the chunk lies in too many scattered places", file=source.file)
     starts = np.array([base], dtype=np.int64)
-    for d in outer:
+    make = _make(box.sizes, source.strides, source.itemsize, gap)
+    if prod(box.sizes[d] for d in make.outer) > _MOST_RUNS:
+        raise FormatError("the chunk lies in too many scattered places", file=source.file)
+    for d in make.outer:
         steps = np.arange(box.sizes[d], dtype=np.int64) * source.strides[d]
         starts = (starts[:, None] + steps).reshape(-1)
-    kept = [d for d in range(box.ndim) if d in inner]
-    sizes = tuple(box.sizes[d] for d in kept)
-    strides = tuple(source.strides[d] for d in kept)
-    return Runs(starts, span, outer, sizes, strides, _gapless(sizes, strides, source.itemsize))
+    return Runs(starts, make.span, make.outer, make.sizes, make.strides, make.gapless)
+
+
+class _Make(NamedTuple):
+    """What the runs of a box have in common; see `Runs`."""
+
+    span: int
+    outer: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    gapless: bool
+
+
+@lru_cache(maxsize=1024)
+def _make(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int) -> _Make:
+    """Cached: most boxes of a state have the sizes of others."""
+    if _gapless(sizes, strides, itemsize):
+        return _Make(prod(sizes) * itemsize, (), sizes, strides, True)
+    span, inner = _inner(sizes, strides, itemsize, gap)
+    outer = tuple(d for d in range(len(sizes)) if d not in inner)
+    kept = tuple(sizes[d] for d in sorted(inner))
+    steps = tuple(strides[d] for d in sorted(inner))
+    return _Make(span, outer, kept, steps, _gapless(kept, steps, itemsize))
 
 
 def split(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from collections import OrderedDict
@@ -33,10 +34,17 @@ class _Open:
 
     def __init__(self, path: str, flags: int) -> None:
         self.fd = -1
+        self._map: mmap.mmap | None = None
         # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
         if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
+
+    def mapped(self) -> memoryview:
+        """Its bytes as memory."""
+        if self._map is None:
+            self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+        return memoryview(self._map)
 
     def replaced(self) -> bool:
         """Whether the name that it was opened by is gone, or leads to another file by now."""
@@ -160,6 +168,14 @@ class LocalStore(Store):
                 if os.preadv(file.fd, [row], start) != len(row):
                     return False
         return True
+
+    def mapped(self, name: str) -> memoryview | None:
+        try:
+            file = self._file(self.path_of(name))
+            size = os.fstat(file.fd).st_size
+            return None if self._cold.pays(file.fd, 0, size) else file.mapped()
+        except (OSError, ValueError):  # reading tells what is wrong with it
+            return None
 
     def create(self, name: str) -> LocalSink:
         return LocalSink(self._new(name))
