@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export GLOO_SOCKET_IFNAME ?= lo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-core test-torch check compat crash drop-in bench clean
+.PHONY: help demo test test-core test-torch check compat crash drop-in bench fuzz clean
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
 	@echo "make bench               docs/performance.md: beside others and the machine's limits (40 minutes)"
 	@echo "make bench QUICK=1       the same with tiny sizes, into build/bench (5 minutes)"
+	@echo "make fuzz CASES=100000   broken and hostile bytes for everything that reads (2 minutes)"
 	@echo "make drop-in             docs/drop-in.md: shardkeep.dcp beside torch's package, name by name"
 
 # One environment for development; the constraints file says which torch.
@@ -74,6 +75,9 @@ crash: $(VENV)/ready
 
 bench: $(BENCH)/ready
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick)
+
+fuzz: $(VENV)/ready
+	PYTHONPATH=. $(VENV)/bin/python -m fuzz --cases $(or $(CASES),100000) --seed $(or $(SEED),1)
 
 clean:
 	rm -rf $(VENV) $(CORE) $(BENCH) build demo/out

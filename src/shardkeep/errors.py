@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 __all__ = [
@@ -17,6 +18,9 @@ __all__ = [
     "ShardkeepError",
     "Untrusted",
 ]
+
+
+_DATA_FILE = re.compile(r"__(\d{1,9})_\d+(?:_[0-9a-f]+)?\.distcp")
 
 
 class ShardkeepError(Exception):
@@ -90,6 +94,12 @@ class Damaged(ShardkeepError):
         tensor = f", {name!r}" if name is not None else ""
         place = f", block {block}" if block is not None else ""
         super().__init__(f"{file}{tensor}{place}: {what}")
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that wrote the file, as data files are named; None for others."""
+        found = _DATA_FILE.match(self.file)
+        return int(found[1]) if found else None
 
 
 class Conflict(ShardkeepError):

@@ -31,8 +31,9 @@ class VerifyReport:
         kind: who wrote it, as `Checkpoint.kind`.
         files: how many files its metadata names.
         checked_bytes: bytes that were compared with a digest.
-        damaged: what is broken: file, tensor and block of each.
+        damaged: what is broken: file, tensor, rank and block of each.
         unchecked: tensors, objects and files that have no digest. They may be damaged or not.
+        unchecked_bytes: how many bytes those are.
     """
 
     path: str
@@ -41,6 +42,7 @@ class VerifyReport:
     checked_bytes: int
     damaged: tuple[Damaged, ...]
     unchecked: tuple[str, ...]
+    unchecked_bytes: int = 0
 
     @property
     def ok(self) -> bool:
@@ -76,6 +78,7 @@ def verify(
         checked_bytes=work.checked + sum(payload.nbytes for payload in work.payloads),
         damaged=(*work.damaged, *damaged),
         unchecked=tuple(work.unchecked),
+        unchecked_bytes=sum(work.unchecked.values()),
     )
 
 
@@ -90,7 +93,8 @@ class _Work:
         self._threads = threads
         self.payloads: list[Payload] = []
         self.damaged: list[Damaged] = []
-        self.unchecked: list[str] = []
+        self.unchecked: dict[str, int] = {}
+        """What has no digest -> its bytes."""
         self.checked = 0
 
     def shardkeep(self) -> None:
@@ -104,7 +108,12 @@ class _Work:
 
     def stock(self) -> None:
         """CRC-32 of every record of every item."""
-        self.unchecked.append(METADATA if self._found.kind == "dcp" else "__*.metadata")
+        one = self._found.kind == "dcp"
+        self.unchecked[METADATA if one else "__*.metadata"] = sum(
+            self._store.size(name)
+            for name in self._store.names()
+            if (name == METADATA if one else name.endswith(METADATA) and name != METADATA)
+        )
         chunks, objects = self._index.chunks, self._index.objects
         undo = self._index.transforms
         items: dict[ByteRange, tuple[str, tuple[str, ...], int | None]] = {
@@ -128,7 +137,7 @@ class _Work:
             name = self._sources.name(row)
             if item.offset + item.length > sizes[item.file]:
                 self.damaged.append(Damaged("the file is cut short", file=item.file, name=name))
-        self.unchecked.extend(self._index.tensors.names)
+            self.unchecked[name] = self.unchecked.get(name, 0) + item.length
 
     def _each(self, check: Callable[..., list[Payload]], things: Iterable[object]) -> None:
         """Check things in parallel, in order; what they leave to be read is collected."""
@@ -198,7 +207,7 @@ class _Work:
         """An item that stock torch wrote: a zip, perhaps inside a stream transform."""
         item, (name, undo, row) = entry
         if not undo and row is not None and self._sources.bare(row):
-            self.unchecked.append(name)
+            self.unchecked[name] = self.unchecked.get(name, 0) + item.length
             return []
         if not undo:
             found = container.records(

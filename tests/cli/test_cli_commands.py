@@ -395,14 +395,16 @@ def test_verify_names_what_is_damaged(ckpt: Path, run: Run) -> None:
     ran = run("verify", ckpt)
     assert ran.code == 1
     assert "damaged in 1 place; " in ran.lines[0]
-    assert ran.lines[1].startswith(f"  {file.name}, model.layers.0.weight, block 0: ")
+    assert ran.lines[1].startswith(
+        f"  {file.name}, model.layers.0.weight, block 0 (written by rank 1): "
+    )
     report = run("verify", ckpt, "--json")
     assert report.code == 1
     assert report.json["ok"] is False
     (damage,) = report.json["damaged"]
     assert damage["file"] == file.name
     assert damage["name"] == "model.layers.0.weight"
-    assert damage["block"] == 0
+    assert (damage["block"], damage["rank"]) == (0, 1)
     quiet = run("verify", ckpt, "--quiet")
     assert (quiet.code, quiet.out, quiet.err) == (1, "", "")
 

@@ -61,7 +61,9 @@ def _lines(report: VerifyReport, out: Output) -> Iterator[str]:
 
 def _place(damage: Damaged) -> str:
     name = f", {damage.name}" if damage.name is not None else ""
-    return damage.file + name + (f", block {damage.block}" if damage.block is not None else "")
+    block = f", block {damage.block}" if damage.block is not None else ""
+    writer = f" (written by rank {damage.rank})" if damage.rank is not None else ""
+    return damage.file + name + block + writer
 
 
 def _document(report: VerifyReport) -> dict[str, object]:
@@ -72,8 +74,9 @@ def _document(report: VerifyReport) -> dict[str, object]:
         "files": report.files,
         "checked_bytes": report.checked_bytes,
         "damaged": [
-            {"file": d.file, "name": d.name, "block": d.block, "what": d.what}
+            {"file": d.file, "name": d.name, "rank": d.rank, "block": d.block, "what": d.what}
             for d in report.damaged
         ],
         "unchecked": list(report.unchecked),
+        "unchecked_bytes": report.unchecked_bytes,
     }

@@ -304,7 +304,10 @@ def _take_tensor(name: str, entry: _Tensor, part: _Part, tensors: _Tensors) -> N
     if tensors.shapes.setdefault(name, shape) != shape:
         raise FormatError(f"ranks disagree on its shape: {shown(shape)}", place=_named(name))
     boxes = tensors.boxes.setdefault(name, {})
-    for chunk in state.get("chunks") or ():
+    chunks = state.get("chunks") or ()
+    if type(chunks) not in (list, tuple):
+        raise FormatError(f"chunks that are a {_kind(chunks)}", place=_named(name))
+    for chunk in chunks:
         if type(chunk) is not _Chunk:
             raise FormatError(f"a chunk that is a {_kind(chunk)}", place=_named(name))
         box = _state(chunk)

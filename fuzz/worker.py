@@ -1,0 +1,102 @@
+"""Runs many cases of one target in a process of its own; what it prints is one line of JSON."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import random
+import re
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from fuzz import guard
+from fuzz.mutators import MUTATORS
+from fuzz.targets import ALLOWED, TARGETS
+
+CORPUS = Path(__file__).with_name("corpus")
+_MOST = 64 * 1024
+"""Bytes of a case that is mutated further."""
+_POOL = 400
+_WORDS = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+")
+
+
+def seeds(target: str) -> list[bytes]:
+    """The corpus of a target. Names of folders have no spaces."""
+    folder = CORPUS / target.replace(" ", "-")
+    return [file.read_bytes() for file in sorted(folder.iterdir())]
+
+
+class Fuzzer:
+    """Cases of one target. Those that end in a new way are mutated further."""
+
+    def __init__(self, target: str, seed: int) -> None:
+        self.target = target
+        self.dice = random.Random(f"{target} {seed}")
+        self.first = seeds(target)
+        self.pool = list(self.first)
+        self.ways: Counter[str] = Counter()
+        self.found: list[str] = []
+        self.run = TARGETS[target]
+
+    def case(self) -> bytes:
+        mutate = self.dice.choice(MUTATORS[self.target])
+        # Half of them from the corpus: what is far from it is mostly refused early.
+        pool = self.first if self.dice.randrange(2) else self.pool
+        return mutate(self.dice.choice(pool), self.dice.choice(self.first), self.dice)
+
+    def check(self, data: bytes) -> bool:
+        """Whether the case ended as it may; remembers in what way."""
+        try:
+            with guard.within_time():
+                self.run(data)
+            way = "a value"
+        except ALLOWED as error:
+            way = f"{type(error).__name__}: {_WORDS.sub('_', str(error))[-100:]}"
+        except BaseException:
+            self.found.append(traceback.format_exc(limit=-6))
+            return False
+        self.ways[way] += 1
+        if self.ways[way] == 1 and len(data) <= _MOST and len(self.pool) < _POOL:
+            self.pool.append(data)
+        return True
+
+
+def main(target: str, cases: int, seed: int, last: str, keep: str) -> None:
+    """Run so many cases; the one under way is in the file `last`, what fails goes to `keep`."""
+    fuzzer = Fuzzer(target, seed)
+    for data in fuzzer.first:  # imports and caches are not a case's doing
+        fuzzer.run(data)
+    for codec in ("utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"):
+        codecs.lookup(codec)  # what json takes bytes for
+    began = time.process_time()
+    descriptor = os.open(last, os.O_RDWR | os.O_CREAT)
+    guard.limit_memory()
+    guard.watch()
+    for _ in range(cases):
+        data = fuzzer.case()
+        os.pwrite(descriptor, len(data).to_bytes(8, "little") + data, 0)
+        if not fuzzer.check(data):
+            Path(keep).mkdir(parents=True, exist_ok=True)
+            name = f"{target.replace(' ', '-')}-{seed}-{len(fuzzer.found)}"
+            (Path(keep) / name).write_bytes(data)
+            (Path(keep) / f"{name}.txt").write_text(fuzzer.found[-1])
+    values = fuzzer.ways.pop("a value", 0)
+    report = {
+        "target": target,
+        "cases": cases,
+        "values": values,
+        "refused": sum(fuzzer.ways.values()),
+        "ways": len(fuzzer.ways),
+        "found": fuzzer.found,
+        "seconds": time.process_time() - began,
+    }
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    name, cases, seed, last, keep = sys.argv[1:]
+    main(name, int(cases), int(seed), last, keep)
