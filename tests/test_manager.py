@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import threading
 import warnings
@@ -316,6 +317,78 @@ def test_row_24_failures_may_be_warnings(tmp_path):
     assert m.steps() == [3]
 
 
+class Shaky(LocalStore):
+    """A root whose files can't be written at some calls: those that `fails` says, by a count."""
+
+    def __init__(self, path, fails):
+        super().__init__(path)
+        self.fails, self.calls = fails, 0
+
+    def below(self, folder):
+        root = self
+
+        class Step(LocalStore):
+            def reserve(self, name, nbytes):
+                target = super().reserve(name, nbytes)
+                write_at = target.write_at
+
+                def shaky(offset, data):
+                    root.calls += 1
+                    if root.fails(root.calls):
+                        raise OSError(5, "Input/output error", self.path_of(name))
+                    write_at(offset, data)
+
+                target.write_at = shaky
+                return target
+
+        return Step(self.path_of(folder))
+
+
+@pytest.mark.parametrize("on_error", ["warn", 5])
+def test_row_24_a_job_with_shaky_storage_finishes_and_all_it_shows_is_whole(tmp_path, on_error):
+    chance = random.Random(24)
+    root = Shaky(tmp_path, lambda _: chance.random() < 0.2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with sk.Manager(root, on_error=on_error) as m:
+            for step in range(1, 31):
+                m.save(step, state(step))
+    failed = [one for one in caught if "was not saved: OSError" in str(one.message)]
+    assert len(m.steps()) == 30 - len(failed)
+    assert root.calls > 30 if on_error == 5 else 1 <= len(failed) <= 15
+    for step in m.steps():
+        assert sk.open(m.path(step)).verify().ok and same(restored(tmp_path, step=step)[1], step)
+        assert len(list((tmp_path / f"step_{step}").iterdir())) == 3  # nothing of failed tries
+    assert {path.name for path in tmp_path.iterdir()} >= {f"step_{step}" for step in m.steps()}
+
+
+def test_row_24_what_is_written_again_is_the_state_as_it_was(tmp_path):
+    first = threading.Event()
+
+    root = Shaky(tmp_path, lambda call: call <= 2 and first.wait(60))
+    with sk.Manager(root, on_error=2) as m:
+        mine = state(1)
+        handle = m.save(1, mine)
+        mine["w"].fill_(7)
+        first.set()
+        handle.result(60)
+        assert root.calls == 3
+    assert same(restored(tmp_path)[1], 1)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_row_24_tries_come_to_an_end(tmp_path, asynchronous):
+    root = Shaky(tmp_path, lambda call: True)
+    m = sk.Manager(root, on_error=1, asynchronous=asynchronous)
+    with pytest.raises(OSError, match="Input/output error"):
+        m.save(1, state(1)).result(60)
+    assert root.calls == 2 and m.steps() == []
+    root.fails = lambda call: False
+    m.save(1, state(1))
+    m.close()
+    assert m.steps() == [1]
+
+
 def failing_together(ranks, path, root):
     seen = []
     with sk.Manager(root if ranks.rank == 1 else path, ranks=ranks) as m:
@@ -411,6 +484,7 @@ def test_after_going_back_the_step_just_saved_stays(tmp_path):
     [
         ({"when_busy": "drop"}, "when_busy must be one of wait, skip, not 'drop'"),
         ({"on_error": "ignore"}, "on_error must be one of raise, warn, not 'ignore'"),
+        ({"on_error": -1}, "on_error must be one of raise, warn, not -1"),
         ({"every": 0}, "every=0 steps can't be: 1 or more"),
         ({"name": "step"}, "must have {step} in it"),
     ],

@@ -76,7 +76,7 @@ def begin(
         rank: as of `in_background`.
         ended: called on the thread that saves, with the report once the checkpoint is committed, or
             None once it has failed.
-        behind: False makes the whole save before it returns, without a copy.
+        behind: False makes the whole save before it returns; without a copy, if it is tried once.
 
     Raises: what `life` raises before that.
     """
@@ -89,13 +89,13 @@ def begin(
             ended(report)
         return report
 
-    if not behind:
+    if not behind and not options.retries:
         line_of(rank).finish()
         now: Future[Any] = Future()
         now.set_result(save(None, None))
         return now
     staged, future = in_background(save, store.url, rank)
-    if not staged.done():
+    if not staged.done() or not behind:
         future.result()
     return future
 

@@ -93,7 +93,9 @@ class Manager:
         asynchronous: `save` returns when the state is copied; otherwise when it is durable.
         when_busy: what a save does while the one before is still under way: "wait" for it, or
             "skip" this one. The ranks agree on it.
-        on_error: what a save that failed does to the next call: "raise", or "warn".
+        on_error: what a save that failed does to the next call: "raise", or "warn". A number
+            raises, too, but before that a rank writes its copy of the state so many times anew, if
+            storage fails (`OSError`); the other ranks wait for it.
         host_budget, gentle, progress: as of `async_save`.
         ranks: global ranks that take part (default: all of the default group, or this process).
 
@@ -110,25 +112,28 @@ class Manager:
         name: str = "step_{step}",
         asynchronous: bool = True,
         when_busy: Literal["wait", "skip"] = "wait",
-        on_error: Literal["raise", "warn"] = "raise",
+        on_error: Literal["raise", "warn"] | int = "raise",
         host_budget: int | None = None,
         gentle: bool = False,
         progress: Progress | bool | None = None,
         ranks: Sequence[int] | Ranks | None = None,
     ) -> None:
         _one_of("when_busy", when_busy, ("wait", "skip"))
-        _one_of("on_error", on_error, ("raise", "warn"))
+        retries = on_error if type(on_error) is int and on_error >= 0 else 0
+        if on_error != retries:
+            _one_of("on_error", on_error, ("raise", "warn"))
         if every is not None and every < 1:
             raise ValueError(f"every={every} steps can't be: 1 or more")
         self._steps = Steps(root, StepNames(name))
         self._job = take_part(ranks)
         self._every, self._asynchronous = every, asynchronous
-        self._when_busy, self._on_error = when_busy, on_error
+        self._when_busy, self._raises = when_busy, on_error != "warn"
         self._rank = simulated(ranks)
         self._how: dict[str, Any] = {
             "host_budget": host_budget,
             "gentle": gentle,
             "progress": progress,
+            "retries": retries,
         }
         self._keeper = Keeper(self._steps, keep)
         self._flight: StepHandle | None = None
@@ -292,7 +297,7 @@ class Manager:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._on_error = "warn"  # Not in place of what goes wrong already.
+            self._raises = False  # Not in place of what goes wrong already.
         self.close()
 
     def _arrive(self, step: int) -> bool:
@@ -319,7 +324,7 @@ class Manager:
         try:
             future = begin([state], store, self._job, options, self._rank, ended, behind=behind)
         except Exception as error:
-            if self._on_error == "raise":
+            if self._raises:
                 raise
             handle = StepHandle(step, _failed(error))
             self._tell_own(handle)
@@ -334,7 +339,7 @@ class Manager:
         if before.grade is Grade.FINE or self._flight is None:
             return
         self._tell_own(self._flight)
-        if self._on_error == "raise":
+        if self._raises:
             raise before.raised("save", self.path(self._flight.step))
 
     def _tell_own(self, flight: StepHandle) -> None:
@@ -343,7 +348,7 @@ class Manager:
         if error is None:
             return
         flight.told = True
-        if self._on_error == "raise":
+        if self._raises:
             raise error
         what = f"step {flight.step} was not saved: {type(error).__name__}: {error}"
         warnings.warn(f"{self._url}: {what}", stacklevel=3)
@@ -475,6 +480,6 @@ def _failed(error: Exception) -> Future[SaveReport | None]:
     return future
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,13 +30,23 @@ from shardkeep.format.container_write import TensorFraming
 from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.digest import crc32
 from shardkeep.io.image import Image, images_of, written_in
-from shardkeep.io.place import copiers, placed, room, stage, write_images, write_staged, writers
+from shardkeep.io.place import (
+    Staged,
+    copiers,
+    placed,
+    room,
+    stage,
+    write_images,
+    write_staged,
+    writers,
+)
 from shardkeep.leases import Lease
 from shardkeep.manager.metrics import HEADER as METRICS
 from shardkeep.plan.distinct import distinct
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.remains import collect
+from shardkeep.retries import tried
 from shardkeep.stores import store_at
 from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
@@ -106,6 +116,7 @@ class Options:
     progress: Progress | bool | None = None
     gentle: bool = False
     metrics: Mapping[str, float] | None = None
+    retries: int = 0
 
 
 def save(
@@ -222,15 +233,17 @@ def life(
         with _removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
                 _give_way()
-            telling = shown(options.progress, session)
-            with placed(store, images) as targets, telling as tell:
-                if in_memory is None:
-                    taken = partial(_set, staged)
-                    write_images(targets, images, threads=threads, progress=tell, made=taken)
-                else:
-                    write_staged(targets, in_memory, threads=threads, progress=tell)
-                clock.phase("sync")
-            store.sync()
+            _write(
+                store,
+                images,
+                in_memory,
+                order.save_id,
+                session,
+                clock,
+                options,
+                threads=threads,
+                made=partial(_set, staged),
+            )
 
             clock.phase("report")
             last = slowest(session, sum(clock.seconds().values()))
@@ -254,6 +267,39 @@ def life(
             slowest=last,
             **totals,
         )
+
+
+def _write(
+    store: Store,
+    images: Sequence[Image],
+    in_memory: Sequence[Staged] | None,
+    save_id: str,
+    session: Session,
+    clock: Clock,
+    options: Options,
+    *,
+    threads: int,
+    made: Callable[[], None],
+) -> None:
+    """Write this rank's files, durably: again under other names, if storage refuses what is staged.
+
+    The other ranks wait, and need not know.
+    """
+
+    def once(before: int) -> None:
+        clock.phase("write")
+        for number, image in enumerate(images, before * len(images)):
+            image.name = commit.data_file(session.rank, number, save_id)
+        telling = shown(options.progress, session)
+        with placed(store, images) as targets, telling as tell:
+            if in_memory is None:
+                write_images(targets, images, threads=threads, progress=tell, made=made)
+            else:
+                write_staged(targets, in_memory, threads=threads, progress=tell)
+            clock.phase("sync")
+        store.sync()
+
+    tried(once, 0 if in_memory is None else options.retries)
 
 
 def _give_way() -> None:
