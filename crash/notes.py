@@ -15,7 +15,7 @@ PHASES = (
 ).split()
 """In the order of a save. "between" is from one save to the next, "part" until all have left."""
 
-_FIELDS = ("phase", "begun", "done", "outcome")
+_FIELDS = ("phase", "ready", "begun", "done", "outcome")
 
 
 class Outcome(IntEnum):

@@ -13,14 +13,14 @@ __all__ = ["KNOBS", "MODES", "Plan", "draw"]
 
 KNOBS = {
     "SHARDKEEP_HEARTBEAT": "0.1",
-    "SHARDKEEP_MISSED": "6",
-    "SHARDKEEP_DEADLINE": "2",
+    "SHARDKEEP_MISSED": "5",
+    "SHARDKEEP_DEADLINE": "1.5",
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
 """The death of a rank is noticed sooner than by default, as there are many of them."""
 
-MODES = ("sync", "async", "overwrite")
+MODES = ("sync", "async", "overwrite", "manager")
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,16 @@ from shardkeep.ranks.store import StoreKeys
 from shardkeep.saving import save as save_now
 from shardkeep.stores import LocalStore
 
-__all__ = ["SPANS", "run"]
+__all__ = ["KEPT", "SPANS", "run"]
 
 SPANS = "spans.json"
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
-SAVES = 5
+KEPT = 2
+"""Steps that a manager keeps."""
+
+SAVES = 4
 """In one life, unless it is killed before."""
 
 
@@ -80,6 +83,9 @@ class _Rank:
         if is_host:
             self.notes.port = store.port
         ranks = KeyRanks(StoreKeys(store, RANKS), self.rank, range(RANKS))
+        self.notes.put(self.rank, "ready", 1)
+        while not all(self.notes.every("ready")):  # who still connects waits for a dead host
+            time.sleep(0.001)
         self.watch()
         if self.plan.phase is None:
             self.arm()
@@ -197,7 +203,7 @@ def _overwrite(folder: Path, ranks: Ranks, note: Note) -> Save:
 
 
 def _manager(folder: Path, ranks: Ranks, note: Note) -> Save:
-    manager = sk.Manager(_Watched(folder, note), keep=sk.KeepLast(2), ranks=ranks)
+    manager = sk.Manager(_Watched(folder, note), keep=sk.KeepLast(KEPT), ranks=ranks)
 
     def save(step: int, what: dict[str, Any]) -> None:
         handle = manager.save(step, what)
@@ -207,4 +213,4 @@ def _manager(folder: Path, ranks: Ranks, note: Note) -> Save:
     return save
 
 
-_SAVES = {"sync": _sync, "async": _async, "overwrite": _overwrite}
+_SAVES = {"sync": _sync, "async": _async, "overwrite": _overwrite, "manager": _manager}

@@ -92,7 +92,9 @@ def attempt(plan: Plan, notes: Notes) -> Result | None:
     if not done <= newest <= begun:
         wrong.append(f"step {newest} is there: steps up to {done} were durable, {begun} begun")
     wrong += _foreign(plan)
-    _keep_only(plan, newest)
+    wrong += _kept(plan, newest)
+    if plan.mode != "manager":
+        _keep_only(plan, newest)
     fell = PHASES[notes.get(plan.rank, "phase")]
     of = plan.seed, plan.number, plan.mode, plan.whom
     return Result(*of, fell, done, newest, told, wrong)
@@ -187,6 +189,17 @@ def _foreign(plan: Plan) -> list[str]:
     ids = {m[0] for one in folder.iterdir() if (m := _ID.search(one.name))}
     few = 3  # the newest, the one before, the one that was killed
     return [f"files of {len(ids)} saves are there"] if len(ids) > few else []
+
+
+def _kept(plan: Plan, newest: int) -> list[str]:
+    """A manager keeps few steps, and finds the newest."""
+    if plan.mode != "manager":
+        return []
+    latest = sk.Manager(plan.folder).latest() or 0
+    wrong = [] if latest == newest else [f"the manager finds step {latest}, not {newest}"]
+    # Besides those that are kept: one that is about to go, and the one that was killed.
+    steps = [step for step, _ in _folders(plan)]
+    return wrong + ([f"steps {steps} are there"] if len(steps) > rank.KEPT + 2 else [])
 
 
 def _keep_only(plan: Plan, newest: int) -> None:

@@ -24,6 +24,7 @@ from shardkeep.ranks import threads
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(300)
 def test_row_02_after_a_kill_at_any_moment_the_newest_committed_step_is_whole(tmp_path):
     results = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "crash", "--results", str(results), "--moments"]
@@ -110,3 +111,13 @@ def test_a_failure_is_in_the_report(tmp_path):
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.write(page, text)
     assert page.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+
+
+def test_a_manager_that_keeps_too_much_is_seen(tmp_path):
+    plan = Plan(1, 0, "manager", tmp_path, "all", 0, 1, None, 0.0)
+    for step in range(1, 5):
+        saved(tmp_path / f"step_{step}", step)
+    assert trial._kept(plan, 4) == []
+    assert trial._kept(plan, 3) == ["the manager finds step 4, not 3"]
+    (tmp_path / "step_5").mkdir()
+    assert trial._kept(plan, 4) == ["steps [5, 4, 3, 2, 1] are there"]

@@ -24,10 +24,12 @@ from shardkeep.ranks import threads
 from shardkeep.stores import LocalStore, MemoryStore
 from support import disk, recording
 from support.disk import Link, Operation, Rename, Sync, Unlink
+from support.judging import Judge
 from support.objects import Change, ObjectStore, cuts
 
 OLD = {"w": torch.arange(3.0), "tied": torch.ones(2), "note": "old", "set": {1, 2}}
 NEW = {"w": torch.arange(4.0) + 1, "tied": torch.ones(2), "note": "new", "set": {3}}
+STATES = {"old": OLD, "new": NEW}
 FOLDER = "run/step_1"
 
 
@@ -88,75 +90,6 @@ def save(root: Path, *, old: bool, act: Callable[[Path], None] | None = None) ->
     return Saved(before, operations)
 
 
-class Seen(MemoryStore):
-    """Notes what a reader looks at."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__()
-        self._files.update({name: bytearray(data) for name, data in files.items()})
-        self.looked: set[str] = set()
-        self.listed = False
-
-    def names(self) -> Iterator[str]:
-        self.listed = True
-        return super().names()
-
-    def _found(self, name: str) -> bytearray:
-        self.looked.add(name)
-        return super()._found(name)
-
-
-class Judge:
-    """Says what is there: "none", "old", "new", or what is wrong with it.
-
-    A reader that finds the same in all that it looks at comes to the same result, so most states
-    need not be read.
-    """
-
-    def __init__(self) -> None:
-        self.known: list[tuple[dict[str, bytes | None], frozenset[str] | None, str]] = []
-        self.read = 0
-
-    def __call__(self, files: dict[str, bytes]) -> str:
-        for looked, names, found in self.known:
-            if names in (None, files.keys()) and all(
-                files.get(name) == data for name, data in looked.items()
-            ):
-                return found
-        store = Seen(files)
-        found = self._look(store)
-        self.read += 1
-        looked = {name: files.get(name) for name in store.looked}
-        self.known.append((looked, frozenset(files) if store.listed else None, found))
-        return found
-
-    def _look(self, store: Seen) -> str:
-        try:
-            checkpoint = sk.open(store)
-        except sk.NotACheckpoint:
-            return "none"
-        except sk.ShardkeepError as error:
-            return f"broken: {error}"
-        try:
-            report = checkpoint.verify()
-        except sk.ShardkeepError as error:
-            return f"broken: {error}"
-        if not report.ok or report.unchecked:
-            return f"damaged: {report.damaged}"
-        for which, state in (("old", OLD), ("new", NEW)):
-            values = {
-                name: torch.from_numpy(value) if checkpoint.is_tensor(name) else value
-                for name in checkpoint
-                for value in [checkpoint.read(name)]
-            }
-            if values.keys() == state.keys() and all(
-                torch.equal(value, state[name]) if name in ("w", "tied") else value == state[name]
-                for name, value in values.items()
-            ):
-                return which
-        return "something else"
-
-
 @dataclass
 class Explored:
     """How many states there were, those that differ, and what was wrong with some."""
@@ -172,7 +105,7 @@ def explore(saved: Saved, *, without: Container[int] = ()) -> Explored:
     operations = [saved.operations[n] for n in kept]
     begins = sum(n < saved.publishes for n in kept)
     ends = sum(n <= saved.durable for n in kept)
-    judge, states, seen, wrong = Judge(), 0, {}, []
+    judge, states, seen, wrong = Judge(STATES), 0, {}, []
     for number, files in disk.states(operations, saved.before):
         states += 1
         inner = {
@@ -288,7 +221,7 @@ def test_row_37_after_any_power_loss_the_next_save_leaves_its_own_files_only(tmp
         save_id = sk.open(store).found.trailer.save_id
         own = {data_file(0, 0, save_id), manifest_name(save_id), ".metadata"}
         assert set(store.names()) == own, set(files)
-        assert Judge()({name: store.read(name, 0, 1 << 20) for name in own}) == "old"
+        assert Judge(STATES)({name: store.read(name, 0, 1 << 20) for name in own}) == "old"
 
 
 def save_to_objects(ranks: int, before: dict[str, bytes], state: dict, **more) -> list[Change]:
@@ -314,7 +247,7 @@ def test_row_02_on_an_object_store_too(old, ranks):
             before[change.name] = change.data
     before = {name: data for name, data in before.items() if data is not None}
     changes = save_to_objects(ranks, before, NEW, overwrite=old, files=2)
-    judge, count = Judge(), 0
+    judge, count = Judge(STATES), 0
     for done, files in cuts(changes, before):
         committed = any(one.name == ".metadata" for one in done)
         assert judge(files) == ("new" if committed else "old" if old else "none"), done[-1]
@@ -328,5 +261,5 @@ def test_row_02_the_model_of_objects_finds_a_wrong_order():
         (at,) = [n for n, one in enumerate(changes) if one.name.startswith(first)]
         late = replace(changes[at], round=2)
         wrong = [*changes[:at], *changes[at + 1 : -1], late, changes[-1]]
-        found = {Judge()(files)[:6] for _, files in cuts(wrong, {})}
+        found = {Judge(STATES)(files)[:6] for _, files in cuts(wrong, {})}
         assert found - {"none", "new"}, first

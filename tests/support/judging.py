@@ -1,0 +1,83 @@
+"""What is there, to the last bit, in very many states of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+import shardkeep as sk
+from shardkeep.stores import MemoryStore
+
+__all__ = ["Judge"]
+
+
+class Seen(MemoryStore):
+    """Notes what a reader looks at."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        super().__init__()
+        self._files.update({name: bytearray(data) for name, data in files.items()})
+        self.looked: set[str] = set()
+        self.listed = False
+
+    def names(self) -> Iterator[str]:
+        self.listed = True
+        return super().names()
+
+    def _found(self, name: str) -> bytearray:
+        self.looked.add(name)
+        return super()._found(name)
+
+
+class Judge:
+    """Says which of some states is there, whole; "none", or what is wrong with it.
+
+    A reader that finds the same in all that it looks at comes to the same result, so most states
+    need not be read.
+    """
+
+    def __init__(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        self.states = states
+        self.known: list[tuple[dict[str, bytes | None], frozenset[str] | None, str]] = []
+
+    def __call__(self, files: dict[str, bytes]) -> str:
+        for looked, names, found in self.known:
+            if names in (None, files.keys()) and all(
+                files.get(name) == data for name, data in looked.items()
+            ):
+                return found
+        store = Seen(files)
+        found = self._look(store)
+        looked = {name: files.get(name) for name in store.looked}
+        self.known.append((looked, frozenset(files) if store.listed else None, found))
+        return found
+
+    def _look(self, store: Seen) -> str:
+        try:
+            checkpoint = sk.open(store)
+        except sk.NotACheckpoint:
+            return "none"
+        except sk.ShardkeepError as error:
+            return f"broken: {error}"
+        try:
+            report = checkpoint.verify()
+        except sk.ShardkeepError as error:
+            return f"broken: {error}"
+        if not report.ok or report.unchecked:
+            return f"damaged: {report.damaged}"
+        for which, state in self.states.items():
+            values = {
+                name: torch.from_numpy(value) if checkpoint.is_tensor(name) else value
+                for name in checkpoint
+                for value in [checkpoint.read(name)]
+            }
+            if values.keys() == state.keys() and all(
+                torch.equal(value, state[name])
+                if isinstance(value, torch.Tensor)
+                else value == state[name]
+                for name, value in values.items()
+            ):
+                return which
+        return "something else"
