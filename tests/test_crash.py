@@ -27,23 +27,23 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.timeout(300)
 def test_row_02_after_a_kill_at_any_moment_the_newest_committed_step_is_whole(tmp_path):
     results = tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "crash", "--results", str(results), "--moments"]
-    for moments in (1, 8):  # the second run goes on where the first one was
-        done = subprocess.run(
-            [*command, str(moments)],
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = [Result.of(line) for line in results.read_text().splitlines()]
-        assert len(found) == moments
-        assert not any(one.wrong for one in found)
-        assert f"**{moments} moments, 0 failures**" in done.stdout
+    earlier = Result(2026, 0, "sync", "all", "write", 1, 1, None, [])
+    results.write_text(f"{earlier.line()}\n")  # it goes on where it was
+    done = subprocess.run(
+        [sys.executable, "-m", "crash", "--results", str(results), "--moments=9"],
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [Result.of(line) for line in results.read_text().splitlines()]
+    assert found[0] == earlier
+    assert not any(one.wrong for one in found)
+    assert "**9 moments, 0 failures**" in done.stdout
     assert {one.mode for one in found} == set(MODES)
-    assert len({one.number for one in found}) == moments
+    assert len({one.number for one in found}) == len(found) == 9
 
 
 def saved(folder: Path, of: int, **changed) -> None:
