@@ -8,7 +8,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export GLOO_SOCKET_IFNAME ?= lo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-core test-torch check compat crash drop-in bench fuzz clean
+.PHONY: help demo test test-core test-torch check compat crash drop-in bench faults fuzz clean
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench               docs/performance.md: beside others and the machine's limits (40 minutes)"
 	@echo "make bench QUICK=1       the same with tiny sizes, into build/bench (5 minutes)"
 	@echo "make fuzz CASES=100000   broken and hostile bytes for everything that reads (2 minutes)"
+	@echo "make faults              docs/reliability.md: errors of single system calls (needs strace; 3 minutes)"
 	@echo "make drop-in             docs/drop-in.md: shardkeep.dcp beside torch's package, name by name"
 
 # One environment for development; the constraints file says which torch.
@@ -72,6 +73,9 @@ drop-in: $(VENV)/ready
 
 crash: $(VENV)/ready
 	$(VENV)/bin/python -m crash --moments $(or $(N),1000)
+
+faults: $(VENV)/ready
+	PYTHONPATH=tests $(VENV)/bin/python -m support.injected docs/reliability.md
 
 bench: $(BENCH)/ready
 	$(BENCH)/bin/python -m bench $(if $(QUICK),--quick)

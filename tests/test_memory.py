@@ -32,14 +32,14 @@ def measured(kind: str, path: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_no_more_than_the_budget(tmp_path):
+def test_row_15_no_more_than_the_budget(tmp_path):
     found = measured("peaks", tmp_path)
     assert list(found) == ["save", "async", "load", "reshard True", "reshard False", "slice"]
     for what, extra in found.items():
         assert extra <= BUDGET * 1.05 + OVERHEAD, (what, extra / MIB, found)
 
 
-def test_nothing_stays_after_two_hundred_saves(tmp_path):
+def test_row_15_nothing_stays_after_two_hundred_saves(tmp_path):
     sizes = np.array(measured("growth", tmp_path)["sizes"])
     slope = np.polyfit(np.arange(len(sizes)), sizes, 1)[0]
     assert slope < 16 * 1024, f"{slope / 1024:.0f} KiB more after each save"

@@ -146,15 +146,18 @@ def release_memory() -> None:
 
 def _in_a_thread(work: Callable[[], T]) -> T:
     """Do it in a thread of its own, whose priority may be changed for good."""
-    done: Future[T] = Future()
+    results: list[T] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            done.set_result(work())
+            results.append(work())
         except BaseException as error:
-            done.set_exception(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, name="shardkeep-save", daemon=True)
     thread.start()
     thread.join()
-    return done.result()
+    if errors:
+        raise errors.pop()  # Kept here, it would hold itself, and what it had open.
+    return results.pop()

@@ -120,6 +120,7 @@ class Job:
             if self.owed:  # Nobody may ever ask the future.
                 _log.warning("An asynchronous save failed: %s", _in_a_line(error))
             self.future.set_exception(error)
+            del self  # Or the error would hold itself, by this frame, and with it what it had open.
         else:
             self.future.set_result(result)
 

@@ -38,6 +38,7 @@ __all__ = [
     "rank_of",
     "remove_files",
     "sweep",
+    "undone_on_failure",
     "weights",
 ]
 
@@ -139,7 +140,7 @@ def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any])
     manifest = write_manifest(index, {"save_id": save_id, **header}, paths)
     pickle = metadata_bytes(index, paths)
     trailer = Trailer.of(save_id, pickle, manifest)
-    with _removed_on_failure(store, save_id):
+    with undone_on_failure(store, save_id):
         with store.create(manifest_name(save_id)) as sink:
             sink.write(manifest)
         store.sync()
@@ -147,8 +148,10 @@ def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any])
 
 
 @contextmanager
-def _removed_on_failure(store: Store, save_id: str) -> Iterator[None]:
+def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iterator[None]:
     """What was not committed does not stay, or a full disk would stay full.
+
+    Only who commits can know: False for `leads` does nothing.
 
     The commit record itself says whether it came about: an error of its publishing does not, as
     one over a network may come after the fact, and so does that of a folder's sync.
@@ -157,8 +160,8 @@ def _removed_on_failure(store: Store, save_id: str) -> Iterator[None]:
         yield
     except BaseException:
         with suppress(OSError):
-            trailer = _trailer(store)
-            if trailer is None or trailer.save_id != save_id:
+            trailer = _trailer(store) if leads else None
+            if leads and (trailer is None or trailer.save_id != save_id):
                 remove_files(store, save_id)
                 store.remove(manifest_name(save_id))
         raise

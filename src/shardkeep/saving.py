@@ -47,7 +47,7 @@ from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.remains import collect
 from shardkeep.retries import tried
-from shardkeep.stores import store_at
+from shardkeep.stores import LocalStore, store_at
 from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
 from shardkeep.tensors.payloads import StatePayloads
@@ -193,6 +193,7 @@ def life(
     with (
         job.session("save", store.url) as session,
         Lease(store, options.save_id or commit.new_id()) as lease,
+        _closing(store),
     ):
         clock = Clock(session, _PARTS)
         old: list[frozenset[str]] = []
@@ -252,10 +253,11 @@ def life(
             if index is not None:
                 _check_there(store, index, session)
 
-        clock.phase("commit")
-        if index is not None:
-            with quiet():
-                _commit(store, lease, index, header(session.size, options.metrics))
+        with commit.undone_on_failure(store, order.save_id, leads=index is not None):
+            clock.phase("commit")
+            if index is not None:
+                with quiet():
+                    _commit(store, lease, index, header(session.size, options.metrics))
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
             sweep(store, old[0], lease)
@@ -300,6 +302,16 @@ def _write(
         store.sync()
 
     tried(once, 0 if in_memory is None else options.retries)
+
+
+@contextlib.contextmanager
+def _closing(store: Store) -> Iterator[None]:
+    """An error that somebody keeps holds what it met; no file shall be open for that."""
+    try:
+        yield
+    finally:
+        if isinstance(store, LocalStore):
+            store.close()
 
 
 def _give_way() -> None:
