@@ -123,18 +123,19 @@ def test_row_03_ranks_with_much_to_write_stop_writing(tmp_path):
 
 
 GONE = [
-    *[("save", phase, culprit, "killed") for phase, culprit in [
-        ("describe", 1), ("own", 0), ("write", 0), ("sync", 2), ("report", 1), ("commit", 0),
-        ("commit", 3),
-    ]],
+    ("save", "describe", 1, "killed"),
+    ("save", "own", 0, "killed"),
+    ("save", "write", 0, "killed"),
+    ("save", "sync", 2, "killed"),
+    ("save", "report", 1, "killed"),
+    ("save", "commit", 0, "killed"),
     ("async_save", "stage", 2, "killed"),
-    ("async_save", "write", 3, "killed"),
     ("load", "open", 3, "killed"),
     ("load", "read", 0, "killed"),
     ("save", "write", 0, "frozen"),
     ("save", "report", 2, "asleep"),
     ("load", "match", 1, "asleep"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.gloo
@@ -152,7 +153,7 @@ def test_row_03_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
         args = (work, phase, culprit, how, str(folder / "ckpt"))
         return forked.run(phases.gone, *args, folder=folder, env=env, limit=80)
 
-    with ThreadPoolExecutor(5) as pool:
+    with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(one, range(len(GONE))))
     for number, ends in enumerate(results):
         _, phase, culprit, how = GONE[number]
@@ -168,8 +169,7 @@ def test_row_03_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
             why = "did not answer within 4 s" if how == "asleep" else "no sign of life for 5 s"
             assert why in end["cause"]
             assert end["at"] - happened < 10, (GONE[number], rank)
-        late = phase == "commit" and culprit != 0
-        assert contents(path)[f"number{culprit}"] in (culprit, culprit + 0.5 * late)
+        assert contents(path)[f"number{culprit}"] == culprit  # the old one stands
 
 
 def on_a_disk_of_its_own(ranks: Ranks, path: str) -> dict:
