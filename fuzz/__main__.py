@@ -20,7 +20,7 @@ from typing import Any
 from fuzz.targets import SHARES, TARGETS
 
 KEPT = Path("build/fuzz")
-_BATCH = 2_000
+_BATCH = 100_000
 """Cases of one process."""
 _SLOW = 0.05
 """Seconds that a case may take on average before its process counts as hanging."""
@@ -57,17 +57,17 @@ def batches(cases: int, targets: list[str], seed: int) -> Iterator[tuple[str, in
         number += 1
 
 
-def run(batch: tuple[str, int, int]) -> dict[str, Any]:
-    """One process; if it dies or hangs, that is a finding, and the case is kept."""
+def run(batch: tuple[str, int, int], seconds: float) -> dict[str, Any]:
+    """One process, so long at most. That it dies or hangs is a finding, too: the case is kept."""
     target, cases, seed = batch
     with tempfile.TemporaryDirectory() as folder:
         last = Path(folder) / "case"
         command = [sys.executable, "-m", "fuzz.worker", target, str(cases), str(seed)]
-        limit = 60 + _SLOW * cases
+        limit = 60 + min(_SLOW * cases, 3 * seconds)
         settings = {**environ, "SHARDKEEP_THREADS": "1", "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
-                [*command, str(last), str(KEPT)],
+                [*command, str(seconds), str(last), str(KEPT)],
                 capture_output=True, text=True, timeout=limit, check=False, env=settings,
             )  # fmt: skip
             if done.returncode == 0:
@@ -86,7 +86,7 @@ def run(batch: tuple[str, int, int]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=100_000, help="in all (100,000)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no more after that")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="to take for it, about")
     parser.add_argument("--seed", type=int, default=1, help="other seeds, other cases")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only these")
     parser.add_argument("--jobs", type=int, default=cpu_count() or 1, help="processes at a time")
@@ -95,14 +95,11 @@ def main() -> int:
     if importlib.util.find_spec("torch") is None:
         targets = [target for target in targets if target != "torch object"]
     began, totals = time.monotonic(), {target: Total() for target in targets}
-
-    def in_time(batch: tuple[str, int, int]) -> dict[str, Any] | None:
-        return run(batch) if time.monotonic() - began < given.seconds else None
-
+    work = list(batches(given.cases, targets, given.seed))
+    each = given.seconds * given.jobs / len(work)
     with ThreadPoolExecutor(given.jobs) as pool:
-        for report in pool.map(in_time, batches(given.cases, targets, given.seed)):
-            if report is not None:
-                totals[report["target"]].add(report)
+        for report in pool.map(lambda batch: run(batch, each), work):
+            totals[report["target"]].add(report)
     print(f"{'target':20}{'cases':>10}{'values':>10}{'refused':>10}{'ways':>6}{'found':>7}")
     for target, one in totals.items():
         row = f"{one.cases:>10,}{one.values:>10,}{one.refused:>10,}{one.ways:>6}"

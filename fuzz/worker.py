@@ -65,18 +65,23 @@ class Fuzzer:
         return True
 
 
-def main(target: str, cases: int, seed: int, last: str, keep: str) -> None:
-    """Run so many cases; the one under way is in the file `last`, what fails goes to `keep`."""
+def main(target: str, cases: int, seed: int, seconds: float, last: str, keep: str) -> None:
+    """Run so many cases, or for so long.
+
+    The one under way is in the file `last`; what fails goes to the folder `keep`.
+    """
     fuzzer = Fuzzer(target, seed)
     for data in fuzzer.first:  # imports and caches are not a case's doing
         fuzzer.run(data)
     for codec in ("utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"):
         codecs.lookup(codec)  # what json takes bytes for
-    began = time.process_time()
+    began, end = time.process_time(), time.monotonic() + seconds
+    done = 0
     descriptor = os.open(last, os.O_RDWR | os.O_CREAT)
     guard.limit_memory()
     guard.watch()
-    for _ in range(cases):
+    while done < cases and time.monotonic() < end:
+        done += 1
         data = fuzzer.case()
         os.pwrite(descriptor, len(data).to_bytes(8, "little") + data, 0)
         if not fuzzer.check(data):
@@ -87,7 +92,7 @@ def main(target: str, cases: int, seed: int, last: str, keep: str) -> None:
     values = fuzzer.ways.pop("a value", 0)
     report = {
         "target": target,
-        "cases": cases,
+        "cases": done,
         "values": values,
         "refused": sum(fuzzer.ways.values()),
         "ways": len(fuzzer.ways),
@@ -98,5 +103,5 @@ def main(target: str, cases: int, seed: int, last: str, keep: str) -> None:
 
 
 if __name__ == "__main__":
-    name, cases, seed, last, keep = sys.argv[1:]
-    main(name, int(cases), int(seed), last, keep)
+    name, cases, seed, seconds, last, keep = sys.argv[1:]
+    main(name, int(cases), int(seed), float(seconds), last, keep)
