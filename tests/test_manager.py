@@ -18,6 +18,7 @@ pytestmark = pytest.mark.torch
 import shardkeep as sk
 from shardkeep.manager import Steps
 from shardkeep.ranks import threads
+from shardkeep.ranks.solo import Solo
 from shardkeep.stores import LocalStore, MemoryStore
 from support import managing
 from support.faults import WAYS, Died, FaultyStore
@@ -614,3 +615,18 @@ def test_a_handler_that_came_later_is_left_alone(tmp_path):
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_ranks_without_a_store_say_that_they_can_not_agree(tmp_path):
+    class Storeless(Solo):
+        def meeting(self, path):
+            return None
+
+    before = signal.getsignal(signal.SIGTERM)
+    with sk.Manager(tmp_path, ranks=Storeless(), every=2) as m:
+        for call in (m.request_save, m.save_on_signal):
+            with pytest.raises(sk.ShardkeepError, match="this job has no key-value store"):
+                call()
+        assert [m.should_save(step) for step in (1, 2)] == [False, True] and not m.preempted
+        m.save(2, state(2))
+    assert m.steps() == [2] and signal.getsignal(signal.SIGTERM) == before
