@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 
 
-def run(moments: int, seed: int, file: Path, *, seconds: float) -> list[Result]:
-    """Go on until there are so many results, or the time is up; all of them."""
+def run(moments: int, seed: int, file: Path, *, seconds: float) -> tuple[list[Result], list[str]]:
+    """Go on until there are so many results or the time is up; all, and what stays in the end."""
     from crash.notes import Notes
     from crash.state import RANKS
-    from crash.trial import Result, attempt, spans_of
+    from crash.trial import Result, attempt, settle, spans_of
 
     file.parent.mkdir(parents=True, exist_ok=True)
     results = [Result.of(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -49,7 +49,8 @@ def run(moments: int, seed: int, file: Path, *, seconds: float) -> list[Result]:
             log.write(f"{result.line()}\n")
             log.flush()
             _tell(results, moments)
-    return results
+        left = [what for mode in MODES for what in settle(mode, root, notes)]
+    return results, left
 
 
 def _tell(results: Sequence[Result], moments: int) -> None:
@@ -74,14 +75,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     os.environ.update(KNOBS)
-    results = run(args.moments, args.seed, args.results, seconds=args.seconds)
+    results, left = run(args.moments, args.seed, args.results, seconds=args.seconds)
     from crash import report
 
     text = report.summary(results)
-    print(text)
+    print(text, *(f"In the end: {what}" for what in left), sep="\n")
     if args.page:
         report.write(args.page, text)
-    return 1 if any(one.wrong for one in results) else 0
+    return 1 if left or any(one.wrong for one in results) else 0
 
 
 if __name__ == "__main__":

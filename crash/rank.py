@@ -30,7 +30,7 @@ from shardkeep.ranks.store import StoreKeys
 from shardkeep.saving import save as save_now
 from shardkeep.stores import LocalStore
 
-__all__ = ["KEPT", "SPANS", "run"]
+__all__ = ["KEPT", "SAVES", "SPANS", "run"]
 
 SPANS = "spans.json"
 
@@ -89,7 +89,7 @@ class _Rank:
         self.watch()
         if self.plan.phase is None:
             self.arm()
-        save = _SAVES[self.plan.mode](self.plan.folder, ranks, self.note)
+        save, finish = _SAVES[self.plan.mode](self.plan.folder, ranks, self.note)
         for step in range(first, first + SAVES):
             self.number += 1
             self.notes.put(self.rank, "begun", step)
@@ -97,6 +97,7 @@ class _Rank:
             save(step, state(step, self.rank))
             self.notes.put(self.rank, "done", step)
         self.note("between")
+        finish()
         if self.plan.whom == "none" and is_host:
             self.tell_spans()
 
@@ -176,33 +177,35 @@ class _Watched(LocalStore):
 
 Note = Callable[[str], None]
 Save = Callable[[int, dict[str, Any]], None]
+Saving = tuple[Save, Callable[[], None]]
+"""How to save, and how to end in peace."""
 
 
-def _sync(folder: Path, ranks: Ranks, note: Note) -> Save:
+def _sync(folder: Path, ranks: Ranks, note: Note) -> Saving:
     def save(step: int, what: dict[str, Any]) -> None:
         save_now(what, _Watched(folder / f"step_{step}", note), ranks=ranks)
 
-    return save
+    return save, lambda: None
 
 
-def _async(folder: Path, ranks: Ranks, note: Note) -> Save:
+def _async(folder: Path, ranks: Ranks, note: Note) -> Saving:
     def save(step: int, what: dict[str, Any]) -> None:
         handle = async_save(what, _Watched(folder / f"step_{step}", note), ranks=ranks)
         what["shared"]["weight"].zero_()  # training goes on
         handle.result()
 
-    return save
+    return save, lambda: None
 
 
-def _overwrite(folder: Path, ranks: Ranks, note: Note) -> Save:
+def _overwrite(folder: Path, ranks: Ranks, note: Note) -> Saving:
     def save(step: int, what: dict[str, Any]) -> None:
         store = _Watched(folder / "last", note)
         save_now(what, store, overwrite=True, ranks=ranks)
 
-    return save
+    return save, lambda: None
 
 
-def _manager(folder: Path, ranks: Ranks, note: Note) -> Save:
+def _manager(folder: Path, ranks: Ranks, note: Note) -> Saving:
     manager = sk.Manager(_Watched(folder, note), keep=sk.KeepLast(KEPT), ranks=ranks)
 
     def save(step: int, what: dict[str, Any]) -> None:
@@ -210,7 +213,7 @@ def _manager(folder: Path, ranks: Ranks, note: Note) -> Save:
         what["shared"]["weight"].zero_()  # training goes on
         handle.result()
 
-    return save
+    return save, manager.wait
 
 
 _SAVES = {"sync": _sync, "async": _async, "overwrite": _overwrite, "manager": _manager}

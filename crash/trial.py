@@ -19,7 +19,7 @@ from crash.notes import PHASES, Notes, Outcome
 from crash.plans import Plan
 from crash.state import RANKS, differences, template
 
-__all__ = ["Result", "attempt", "spans_of"]
+__all__ = ["Result", "attempt", "settle", "spans_of"]
 
 _SOON = 10.0
 """Seconds in which those that are left must know that one has died."""
@@ -91,8 +91,6 @@ def attempt(plan: Plan, notes: Notes) -> Result | None:
     wrong += problems
     if not done <= newest <= begun:
         wrong.append(f"step {newest} is there: steps up to {done} were durable, {begun} begun")
-    wrong += _foreign(plan)
-    wrong += _kept(plan, newest)
     if plan.mode != "manager":
         _keep_only(plan, newest)
     fell = PHASES[notes.get(plan.rank, "phase")]
@@ -181,25 +179,31 @@ def _newest(plan: Plan) -> tuple[int, list[str]]:
     return 0, []
 
 
-def _foreign(plan: Plan) -> list[str]:
-    """Each save collects what the ones before left: files of more than these are one too many."""
-    folder = plan.folder / "last"
-    if plan.mode != "overwrite" or not folder.is_dir():
-        return []
-    ids = {m[0] for one in folder.iterdir() if (m := _ID.search(one.name))}
-    few = 3  # the newest, the one before, the one that was killed
-    return [f"files of {len(ids)} saves are there"] if len(ids) > few else []
+def settle(mode: str, root: Path, notes: Notes) -> list[str]:
+    """What is wrong after a last life in peace: it leaves nothing of those that were cut short."""
+    plan = Plan(0, -1, mode, root / mode, "none", 0, 0, None, 0.0)
+    plan.folder.mkdir(exist_ok=True)
+    before, _ = _newest(plan)
+    pids = _begin(plan, notes, before + 1)
+    ended = _wait(pids, 60.0)
+    _kill([pid for pid in pids if pid not in ended])
+    newest, wrong = _newest(plan)
+    if newest != before + rank.SAVES:
+        wrong.append(f"after a life in peace, step {newest} is there, not {before + rank.SAVES}")
+    return [f"{mode}: {what}" for what in wrong + _left_over(plan, newest)]
 
 
-def _kept(plan: Plan, newest: int) -> list[str]:
-    """A manager keeps few steps, and finds the newest."""
-    if plan.mode != "manager":
-        return []
-    latest = sk.Manager(plan.folder).latest() or 0
-    wrong = [] if latest == newest else [f"the manager finds step {latest}, not {newest}"]
-    # Besides those that are kept: one that is about to go, and the one that was killed.
-    steps = [step for step, _ in _folders(plan)]
-    return wrong + ([f"steps {steps} are there"] if len(steps) > rank.KEPT + 2 else [])
+def _left_over(plan: Plan, newest: int) -> list[str]:
+    """What earlier saves left that the last ones should have removed."""
+    if plan.mode == "overwrite":
+        folder = plan.folder / "last"
+        ids = {m[0] for one in folder.iterdir() if (m := _ID.search(one.name))}
+        return [f"files of {len(ids)} saves are there"] if len(ids) != 1 else []
+    if plan.mode == "manager":
+        steps = [step for step, _ in _folders(plan)]
+        kept = [newest - n for n in range(rank.KEPT)]
+        return [f"steps {steps} are there, not {kept}"] if steps != kept else []
+    return []
 
 
 def _keep_only(plan: Plan, newest: int) -> None:

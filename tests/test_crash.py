@@ -80,14 +80,13 @@ def test_single_bits_are_seen():
     assert differences(whole, 7) == ["rank_2"]
 
 
-def test_files_of_too_many_saves_are_seen(tmp_path):
+def test_what_stays_behind_is_seen(tmp_path):
     plan = Plan(1, 0, "overwrite", tmp_path, "all", 0, 1, None, 0.0)
     (tmp_path / "last").mkdir()
-    for digit in "abc":
-        (tmp_path / "last" / f"__0_0_{digit * 32}.distcp").touch()
-    assert trial._foreign(plan) == []
-    (tmp_path / "last" / f"__0_0_{'d' * 32}.distcp").touch()
-    assert trial._foreign(plan) == ["files of 4 saves are there"]
+    (tmp_path / "last" / f"__0_0_{'a' * 32}.distcp").touch()
+    assert trial._left_over(plan, 1) == []
+    (tmp_path / "last" / f".lease_{'d' * 32}.json").touch()
+    assert trial._left_over(plan, 1) == ["files of 2 saves are there"]
 
 
 def test_moments_spread_over_phases_ranks_and_ways_to_save():
@@ -115,9 +114,8 @@ def test_a_failure_is_in_the_report(tmp_path):
 
 def test_a_manager_that_keeps_too_much_is_seen(tmp_path):
     plan = Plan(1, 0, "manager", tmp_path, "all", 0, 1, None, 0.0)
-    for step in range(1, 5):
-        saved(tmp_path / f"step_{step}", step)
-    assert trial._kept(plan, 4) == []
-    assert trial._kept(plan, 3) == ["the manager finds step 4, not 3"]
-    (tmp_path / "step_5").mkdir()
-    assert trial._kept(plan, 4) == ["steps [5, 4, 3, 2, 1] are there"]
+    for step in (4, 5):
+        (tmp_path / f"step_{step}").mkdir()
+    assert trial._left_over(plan, 5) == []
+    (tmp_path / "step_3").mkdir()
+    assert trial._left_over(plan, 5) == ["steps [5, 4, 3] are there, not [5, 4]"]

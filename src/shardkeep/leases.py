@@ -145,8 +145,14 @@ class Lease:
         Raises:
             OSError: from the store.
         """
-        with self._store.create(self._name) as sink:
-            sink.write(_content(self.save_id))
+        try:
+            with self._store.create(self._name) as sink:
+                sink.write(_content(self.save_id))
+        except BaseException:
+            # Over a network, an error may come after the fact.
+            with suppress(OSError):
+                self._store.remove(self._name)
+            raise
         self._written = _now()
         self._thread.start()
 
