@@ -17,6 +17,8 @@ from fuzz import guard
 from fuzz.mutators import MUTATORS
 from fuzz.targets import ALLOWED, TARGETS
 
+_CODECS = "raw_unicode_escape utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be".split()
+"""What texts of pickles and of JSON may be in: Python imports these when they are met first."""
 CORPUS = Path(__file__).with_name("corpus")
 _MOST = 64 * 1024
 """Bytes of a case that is mutated further."""
@@ -73,8 +75,8 @@ def main(target: str, cases: int, seed: int, seconds: float, last: str, keep: st
     fuzzer = Fuzzer(target, seed)
     for data in fuzzer.first:  # imports and caches are not a case's doing
         fuzzer.run(data)
-    for codec in ("utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be"):
-        codecs.lookup(codec)  # what json takes bytes for
+    for codec in _CODECS:
+        codecs.lookup(codec)
     began, end = time.process_time(), time.monotonic() + seconds
     done = 0
     descriptor = os.open(last, os.O_RDWR | os.O_CREAT)
