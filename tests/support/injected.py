@@ -53,7 +53,6 @@ CALLS = [
     Call("commit", "write", "new .metadata"),
     Call("commit", "fsync", "new .metadata"),
     Call("commit", "rename", "new .metadata"),
-    *[Call("", "fsync", "folder", number) for number in range(1, 8)],
     Call("after", "unlink", "old data"),
 ]
 """Data files are those of rank 1; the coordinator does the rest."""
@@ -224,10 +223,7 @@ checked in each case: both ranks raised, the one with the error as it is, naming
 as `RankFailed` with rank and phase; the old checkpoint loads, every byte of it checked; the folder
 holds the same files as before; no file is left open; the next save works. `saved`: the call is not
 needed, or the file counts as removed, and the new checkpoint is whole. `kept`: it is, and an old
-file stayed behind, with a warning; `shardkeep gc` finds it. `new`: both ranks raised, but the
-`.metadata` was replaced already: the new checkpoint is what loads, whole, and all of its files
-stay; that its name outlives a loss of power is all that is not known. `make faults` writes this
-section.
+file stayed behind, with a warning; `shardkeep gc` finds it. `make faults` writes this section.
 
 """
 
