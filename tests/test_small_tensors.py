@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 import shardkeep as sk
 from shardkeep import checkpoint, loading
 from shardkeep.format import container
+from shardkeep.resizing import OwnValues
 from shardkeep.sources import inside
 from shardkeep.stores import MemoryStore
+from shardkeep.tree import flatten
 from support.scenarios import bits, values
 
 DTYPES = "float32 bfloat16 int8 bool complex64 float8_e4m3fn uint16 complex128 float64".split()
@@ -202,15 +204,16 @@ def test_one_more_small_tensor_costs_next_to_no_call():
     calls = {}
     for count, store in stores.items():
         sk.save(many(count), store)
-        flat = loading.flatten(many(count, 0.0), loading.is_any_tensor)
+        flat = flatten(many(count, 0.0), loading.is_any_tensor)
         described = loading.describe_tensors(flat)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loading, "describe_tensors", lambda _, known=described: known)
 
             def load(store=store, flat=flat):
                 source = checkpoint.open(store)
-                match = loading._match(flat, loading._Contents(source, ()))
-                _, filling = loading._plan(match.stored, source, together=False)
+                own = OwnValues(source, 0, 1, str)
+                match = loading._match(flat, loading._Contents(source, ()), own)
+                _, filling = loading._plan(match.stored, source, 1)
                 filling.run(store, verify=True, threads=1, progress=None)
                 match.report(())
 
@@ -304,7 +307,7 @@ def parsed(data, known=None):
     """What an item holds, or what is wrong with it."""
     try:
         return container.tensor(inside(data), len(data), file="f", place="t", known=known)
-    except sk.errors.FormatError as error:
+    except (sk.errors.FormatError, sk.errors.Damaged) as error:
         return str(error)
 
 

@@ -18,7 +18,7 @@ from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
 from shardkeep.filling import Filling
-from shardkeep.marks import Unwrapped, unwrap
+from shardkeep.marks import Unwrapped, unmarked
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.resizing import Chooser, OwnValues
@@ -28,7 +28,7 @@ from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.state import describe_tensors
 from shardkeep.tensors.stateful import Statefuls, Stored, expand, make_room, restore
-from shardkeep.tree import Flat, Leaf, flatten, put
+from shardkeep.tree import Flat, Leaf, put
 from shardkeep.types import Path
 
 __all__ = ["LoadReport", "load"]
@@ -201,7 +201,7 @@ class _Planned:
     """What there is to do: nothing can be refused any more.
 
     Attributes:
-        template, statefuls: as from `expand`; `marked`: what `unwrap` made of the template.
+        template, statefuls: as from `expand`; `marked`: the template without its marks.
         landings, filling: the tensors that are read, and how.
         inside: tensors that the checkpoint has inside an object, and their values.
         values: the other leaves, and their values.
@@ -236,8 +236,7 @@ def _planned(
     make_room(template, statefuls, _stored(source))
     policy = partial(_policy, per_rank, default="error")
     own = OwnValues(source, session.rank, session.size, policy)
-    marked = unwrap(template, own.key)
-    flat = flatten(marked.state, is_any_tensor)
+    flat, marked = unmarked(template, is_any_tensor, own.key)
 
     clock.phase("match")
     contents = _Contents(source, tuple(trust))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardkeep.errors import Conflict
-from shardkeep.tree import MAX_DEPTH, show
+from shardkeep.tree import MAX_DEPTH, Flat, IsTensor, flatten, show
 from shardkeep.types import Path
 
-__all__ = ["PerRank", "Replicated", "Unwrapped", "has_state", "key_of", "sizes_below", "unwrap"]
+__all__ = ["PerRank", "Replicated", "Unwrapped", "has_state", "key_of", "sizes_below", "unmarked"]
 
 _KEY = re.compile(r"rank_(\d{1,9})_of_(\d{1,9})")
 
@@ -49,6 +49,9 @@ class Replicated:
     """
 
     value: Any
+
+
+_MARKS = (PerRank, Replicated)
 
 
 def key_of(rank: int, size: int) -> str:
@@ -107,18 +110,26 @@ def _give(mark: PerRank | Replicated, value: Any) -> None:
         mark.value = value
 
 
-def unwrap(state: Mapping[Any, Any], key: Callable[[Path], str | None]) -> Unwrapped:
-    """Take the marks out of a state, at any depth of its mappings and lists.
+def unmarked(
+    state: Mapping[Any, Any], is_tensor: IsTensor, key: Callable[[Path], str | None]
+) -> tuple[Flat, Unwrapped]:
+    """Take the marks out of a state, at any depth of its mappings and lists, and flatten it.
 
     Args:
         state: is not changed; containers that hold a mark are copied.
+        is_tensor: as of `tree.flatten`.
         key: the key of this rank's own value at a place; None leaves an empty mapping there.
 
     Raises:
-        Conflict: a mark is inside another one.
+        Conflict: a mark is inside another one; and as `tree.flatten`.
     """
+    # Few states have marks, so it is the leaves that are looked at, not all containers once more.
+    flat = flatten(state, lambda value: is_tensor(value) or isinstance(value, _MARKS))
+    if not any(issubclass(kind, _MARKS) for kind in set(map(type, flat.values))):
+        return flat, Unwrapped(state)
     walk = _Walk(key)
-    return Unwrapped(walk.container(state, ()), walk.marks, walk.copies)
+    found = Unwrapped(walk.container(state, ()), walk.marks, walk.copies)
+    return flatten(found.state, is_tensor, found.places("PerRank")), found
 
 
 class _Walk:
@@ -134,7 +145,7 @@ class _Walk:
 
         What nests too deeply, or holds itself, is left to `tree.flatten`, which refuses it.
         """
-        if len(path) >= MAX_DEPTH or id(value) in self._around or not _may_hold(value):
+        if len(path) >= MAX_DEPTH or id(value) in self._around:
             return value
         self._around.add(id(value))
         changed = {}
@@ -152,7 +163,7 @@ class _Walk:
         return copy
 
     def entry(self, value: Any, path: Path) -> Any:
-        if not isinstance(value, PerRank | Replicated):
+        if not isinstance(value, _MARKS):
             return self.container(value, path) if _is_container(value) else value
         kind = type(value).__name__
         if self._mark is not None:
@@ -175,13 +186,6 @@ def _is_container(value: Any) -> bool:
 
 def _entries(container: Any) -> Iterator[tuple[Any, Any]]:
     return iter(container.items() if isinstance(container, Mapping) else enumerate(container))
-
-
-def _may_hold(container: Any) -> bool:
-    """Whether there is anything but leaves in it. Most containers are done with here, fast."""
-    values = container.values() if isinstance(container, Mapping) else container
-    kinds = set(map(type, values))
-    return any(issubclass(kind, Mapping | list | PerRank | Replicated) for kind in kinds)
 
 
 def _copy(container: Any) -> Any:

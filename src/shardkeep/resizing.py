@@ -27,7 +27,7 @@ _CHOOSERS: dict[str, Chooser] = {"modulo": _modulo, "skip": _skip}
 
 @dataclass(slots=True)
 class OwnValues:
-    """Finds the keys of one rank's own values in a checkpoint, for `marks.unwrap`.
+    """Finds the keys of one rank's own values in a checkpoint, for `marks.unmarked`.
 
     Attributes:
         names: all names of the checkpoint.

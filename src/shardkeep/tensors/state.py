@@ -11,7 +11,7 @@ import torch
 
 from shardkeep import knobs
 from shardkeep.format import values
-from shardkeep.marks import Unwrapped, key_of, unwrap
+from shardkeep.marks import Unwrapped, key_of, unmarked
 from shardkeep.tensors.content import contents
 from shardkeep.tensors.pieces import (
     CODES,
@@ -70,9 +70,10 @@ def describe_state(
         Conflict: two things under one name, or something that can't be saved; it names it.
     """
     plain, _ = expand(state)
-    marked = unwrap(plain, lambda _: key_of(*rank)) if nested else Unwrapped(plain)
-    plain = marked.state
-    flat = flatten(plain, is_any_tensor, marked.places("PerRank")) if nested else _top_level(plain)
+    if nested:
+        flat, marked = unmarked(plain, is_any_tensor, lambda _: key_of(*rank))
+    else:
+        flat, marked = _top_level(plain), Unwrapped(plain)
     rows, objects, inner = _collect(flat)
     if inner:
         refuse_twice([*objects, *rows.names])
