@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import socket
 import warnings
 from collections import OrderedDict
 
@@ -275,8 +276,14 @@ def test_ranks_may_call_one_place_differently(gloo, tmp_path):
 @pytest.mark.gloo
 def test_ranks_on_disks_of_their_own_commit_nothing(gloo, tmp_path):
     said = gloo.run(drop_in.disks_of_their_own, str(tmp_path), size=2)
-    assert all("was written by another rank, but is not there" in each for each in said)
-    assert not list(tmp_path.rglob(".metadata"))
+    host = socket.gethostname()
+    what = (
+        f"{tmp_path}/disk0: what rank 1 on {host} wrote there is not there for rank 0 on {host}: "
+        "ranks must save to one place that all of them see; nothing was committed"
+    )
+    assert all(what in each for each in said)
+    assert not list(tmp_path.rglob("*.metadata"))
+    assert list((tmp_path / "disk0").iterdir()) == []
 
 
 class Listening(dict):

@@ -6,6 +6,7 @@ import pickle
 import re
 import traceback
 from collections.abc import Mapping
+from copy import copy
 from functools import cache
 from traceback import StackSummary
 from types import TracebackType
@@ -58,6 +59,9 @@ def wrapped(error: BaseException) -> tuple[BaseException, StackSummary]:
     # Frames of their own: those of Python 3.13 carry code, which can't be pickled.
     frames = traceback.extract_tb(error.__traceback__)
     plain = [(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames]
+    if isinstance(error, RankFailed):
+        error = copy(error)  # Python shows its note below the whole: here it would hide who failed.
+        error.__dict__.pop("__notes__", None)
     return error, StackSummary.from_list(plain)
 
 
