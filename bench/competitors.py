@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from numpy.typing import NDArray
@@ -47,19 +48,32 @@ class Contestant(Protocol):
 
 
 class Shardkeep:
-    """This engine. A version that lacks a verb or an option says so by its error."""
+    """This engine. A version that lacks a verb or an option says so by its error.
 
-    def __init__(self, rank: int, ranks: int, *, verify: bool = True, gentle: bool = False) -> None:
+    Args:
+        mapped: whether loads have `SHARDKEEP_MMAP` set.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        *,
+        verify: bool = True,
+        gentle: bool = False,
+        mapped: bool = False,
+    ) -> None:
         import shardkeep
 
-        self.engine, self.verify = shardkeep, verify
+        self.engine, self.verify, self.mapped = shardkeep, verify, mapped
         self.options = {"gentle": True} if gentle else {}
 
     def save(self, state: State, path: Path) -> None:
         self.engine.save(state, path, overwrite=True)
 
     def load(self, state: State, path: Path) -> Figures:
-        report = self.engine.load(state, path, verify=self.verify)
+        with patch.dict(os.environ, {"SHARDKEEP_MMAP": str(int(self.mapped))}):
+            report = self.engine.load(state, path, verify=self.verify)
         return {"bytes_read": report.read, "bytes_needed": report.nbytes}
 
     def begin(self, state: State, path: Path) -> Callable[[], Any]:

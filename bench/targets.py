@@ -113,12 +113,14 @@ def _targets() -> Iterator[Target]:
         limit = _of(f"cold-{name}", "direct_read", "shardkeep")
         yield Target(f"load, cold, {ranks}", "of raw direct read, verified", 0.85, limit)
     work, straight = "rows to columns, 4 ranks, cached", "time over a straight load's"
-    yield Target(
-        work, f"{straight}, unverified", 1.8, _of("reshard", "unverified", "straight"), False
-    )
-    yield Target(
-        work, f"{straight}, verified", 2.75, _of("reshard", "shardkeep", "straight"), False
-    )
+    for key, bound, how in (
+        ("unverified", 1.8, "unverified"),
+        ("shardkeep", 2.75, "verified"),
+        ("mapped_unverified", 1.8, "unverified, SHARDKEEP_MMAP=1"),
+        ("mapped", 2.75, "verified, SHARDKEEP_MMAP=1"),
+    ):
+        figure = f"{straight}, {how}"
+        yield Target(work, figure, bound, _of("reshard", key, "straight"), False)
     yield Target(work, "x stock, verified", 4.0, _of("reshard", "stock", "shardkeep"))
     work = "a quarter of a tensor's columns"
     yield Target(
