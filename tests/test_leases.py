@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -67,14 +69,63 @@ def test_a_lease_is_there_while_its_block_is(store):
         assert document["save_id"] == ID
         assert document["pid"] == os.getpid()
     assert list(store.names()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name == "shardkeep-lease"]
+
+
+def renewers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "shardkeep-lease"]
+
+
+def test_one_thread_renews_all_leases_and_ends_when_there_are_none(store, monkeypatch):
+    monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
+    names = [secrets.token_hex(16) for _ in range(3)]
+    leases = [Lease(store, name) for name in names]
+    for lease in leases:
+        lease.take()
+    assert len(renewers()) == 1
+    written = [store.modified(lease_name(name)) for name in names]
+    wait_for(
+        lambda: all(store.modified(lease_name(n)) > w for n, w in zip(names, written, strict=True))
+    )
+    for lease in leases:
+        lease.release()
+    wait_for(lambda: not renewers())
+    assert list(store.names()) == []
+
+
+def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
+    monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
+    Lease(store, ID).take()
+    gc.collect()
+    wait_for(lambda: not list(store.names()))
+
+
+def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
+    monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
+    lease = Lease(store, ID)
+    lease.take()
+    child = os.fork()
+    if not child:
+        del lease
+        gc.collect()
+        Lease(store, OTHER).take()  # its own one goes
+        time.sleep(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(store.names()) == [lease_name(ID)]
+    lease.release()
+
+
+def wait_for(true, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_process_of_this_machine_is_asked_for_whatever_the_clock_says(store):
     code = "import time\nfrom shardkeep.leases import *\nfrom shardkeep.stores import LocalStore\n"
-    code += (
-        f"Lease(LocalStore({str(store.path)!r}), {ID!r}).take(); print(flush=True); time.sleep(60)"
-    )
+    code += f"lease = Lease(LocalStore({str(store.path)!r}), {ID!r}); lease.take()\n"
+    code += "print(flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         child.stdout.readline()

@@ -21,12 +21,14 @@ import os
 import re
 import socket
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from threading import Event, Thread
+from threading import Condition, Lock, Thread
 from types import TracebackType
 
 from shardkeep import knobs
@@ -126,6 +128,9 @@ def _process(pid: int) -> tuple[str, int] | None:
 class Lease:
     """The lease of one save, or of whoever collects. Leaving its block ends it.
 
+    One that nobody holds any more is not renewed, and its file is removed before long: what began
+    the save has given it up.
+
     Args:
         store: where the save goes.
         save_id: its id, of 32 hexadecimal digits.
@@ -135,9 +140,10 @@ class Lease:
         self.save_id = save_id
         self._store, self._name = store, lease_name(save_id)
         self._seconds = knobs.lease()
-        self._stop = Event()
-        self._thread = Thread(target=self._renew_always, name="shardkeep-lease", daemon=True)
+        self._lock = Lock()
         self._written: float | None = None
+        self._due = 0.0
+        self._abandoned: weakref.finalize[..., Lease] | None = None
 
     def take(self) -> None:
         """Write it; from now on the save's files are its own. On one rank only.
@@ -154,7 +160,8 @@ class Lease:
                 self._store.remove(self._name)
             raise
         self._written = _now()
-        self._thread.start()
+        self._due = self._written + self._seconds / 4
+        self._abandoned = _renewer.add(self, self._store, self._name)
 
     def confirm(self) -> None:
         """Make sure that nobody has taken this save for dead.
@@ -173,13 +180,28 @@ class Lease:
         self._renew()
         return self._store.modified(self._name)
 
+    def rest(self) -> float:
+        """Seconds until it is to be renewed."""
+        return max(0.0, self._due - _now())
+
+    def keep(self) -> None:
+        """Renew it if it is time to, and it has not ended."""
+        with self._lock:
+            if self._written is None or self.rest():
+                return
+            # What is wrong here is met again, and told, by the commit.
+            with suppress(OSError, LeaseLost):
+                self._write_again()
+
     def release(self) -> None:
         """End it, if it was taken."""
-        if self._written is None:
+        if self._abandoned is None:
             return
-        self._stop.set()
-        self._thread.join()
-        self._written = None
+        self._abandoned.detach()
+        self._abandoned = None
+        _renewer.discard(self)
+        with self._lock:  # it may just be renewed
+            self._written = None
         with suppress(OSError):
             self._store.remove(self._name)
 
@@ -195,6 +217,11 @@ class Lease:
         self.release()
 
     def _renew(self) -> None:
+        with self._lock:
+            self._write_again()
+
+    def _write_again(self) -> None:
+        self._due = _now() + self._seconds / 4
         try:
             self._store.size(self._name)
         except FileNotFoundError:
@@ -205,11 +232,74 @@ class Lease:
         self._store.publish(self._name, _content(self.save_id))
         self._written = _now()
 
-    def _renew_always(self) -> None:
-        while not self._stop.wait(self._seconds / 4):
-            # What is wrong here is met again, and told, by the commit.
-            with suppress(OSError, LeaseLost):
-                self._renew()
+
+class _Renewer:
+    """Renews the leases of this process, by one thread.
+
+    The thread outlives a lease by a quarter of the time that leases live, so that a loop of short
+    saves does not start one for each: threads that come and go spread the allocator's memory.
+    """
+
+    def __init__(self) -> None:
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._abandoned: deque[tuple[Store, str]] = deque()
+        self._changed = Condition()
+        self._thread: Thread | None = None
+
+    def add(self, lease: Lease, store: Store, name: str) -> weakref.finalize[..., Lease]:
+        """Renew it as long as somebody holds it; what to detach when it ends well."""
+        with self._changed:
+            self._leases.add(lease)
+            if self._thread is None:
+                self._thread = Thread(target=self._run, name="shardkeep-lease", daemon=True)
+                self._thread.start()
+            else:
+                self._changed.notify()
+        # Collected on any thread, in the midst of anything: nothing more may happen there.
+        abandoned = weakref.finalize(lease, self._abandoned.append, (store, name))
+        abandoned.atexit = False
+        return abandoned
+
+    def discard(self, lease: Lease) -> None:
+        """Renew it no longer."""
+        with self._changed:
+            self._leases.discard(lease)
+
+    def _run(self) -> None:
+        idle = False
+        while True:
+            with self._changed:
+                pause = min((lease.rest() for lease in self._leases), default=None)
+                if pause is None and idle and not self._abandoned:
+                    self._thread = None
+                    return
+                woken = self._changed.wait(knobs.lease() / 4 if pause is None else pause)
+                idle = pause is None and not woken
+            self._look()
+
+    def _look(self) -> None:
+        """One round. It holds leases no longer than it takes."""
+        while self._abandoned:
+            store, name = self._abandoned.popleft()
+            with suppress(Exception):  # of stores of any kind; there is nobody to tell
+                store.remove(name)
+        with self._changed:
+            leases = list(self._leases)
+        for lease in leases:
+            lease.keep()
+
+
+_renewer = _Renewer()
+
+
+def _forget() -> None:
+    """In a forked process: the leases are its parent's, and the thread has stayed there."""
+    global _renewer  # noqa: PLW0603
+    _renewer = _Renewer()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def living(store: Store, leases: Iterable[str], time: Callable[[], float | None]) -> frozenset[str]:

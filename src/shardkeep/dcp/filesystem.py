@@ -148,6 +148,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         except BaseException:
             for file in files:
                 store.remove(file)
+            self.let_go()
             raise
         return results
 
@@ -182,6 +183,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         Under another name than `.metadata` nobody else finds the commit record. Files that it
         names are then called so that nobody takes them for what a dead save left.
         """
+        self.let_go()
         self._lease = Lease(store_of(self), self._new_id)
         self._lease.take()
         standard = self._metadata_name in (commit.METADATA, f"__{self._own_rank}.metadata")
