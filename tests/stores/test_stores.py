@@ -102,6 +102,14 @@ class StoreTests:
                 store.remove(name)
         assert list(store.names()) == []
 
+    @pytest.mark.parametrize("name", ["a/**b", "a/*", "a/?", "a/[bc]"])
+    def test_a_name_that_looks_like_a_pattern_is_a_name(self, store: Store, name: str) -> None:
+        others = ["a/b", "a/c", "a/xb"]
+        for one in (name, *others):
+            put(store, one, b"1")
+        store.remove(name)
+        assert sorted(store.names()) == others
+
     def test_writes_any_buffer(self, store: Store) -> None:
         square = memoryview(bytes(range(16))).cast("B", (4, 4))
         with store.create("x") as sink:

@@ -22,6 +22,8 @@ from shardkeep.stores.names import checked, checked_range
 __all__ = ["FsspecStore", "StreamStore", "store_of"]
 
 _METADATA = ".metadata"
+_PATTERN = frozenset("*?[")
+"""What makes a path a pattern, for fsspec."""
 _LARGE = 64 << 20
 """Longer reads are cut to what the file has: a hostile length must not take memory."""
 
@@ -143,10 +145,18 @@ class StreamStore(Store):
         with self._lock:
             self._made.discard(checked(name))
         try:
-            self._fs.rm_file(path)
+            self._remove(path)
         except Exception:
             if self._exists(path):
                 raise
+
+    def _remove(self, path: Any) -> None:
+        """Remove that file alone: torch's `rm_file` lets fsspec take its path for a pattern."""
+        inner: Any = getattr(self._fs, "fs", None)
+        if _PATTERN.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
+            self._fs.rm_file(path)
+        else:
+            inner.rm_file(path)
 
     def sync(self) -> None:
         """Nothing to do: names are as durable as the file system makes them."""
