@@ -72,12 +72,12 @@ def test_killed_or_frozen_rank_is_named(
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_killed_or_frozen_store_is_explained(gloo: Pool, number: signal.Signals) -> None:
     with pytest.raises(Failed) as caught:
-        gloo.ranks(gone, 0, "write", number, env=QUICK, limit=15.0)
+        gloo.ranks(gone, 0, "write", number, env=QUICK, limit=25.0)
     assert list(caught.value.errors) == [0]
     for end in caught.value.results.values():
         assert (end["end"], end["rank"]) == ("told", 0)
         assert "the job's store, which lives beside it, is out of reach" in end["cause"]
-        assert ("no answer for 4 s" in end["cause"]) == (number == signal.SIGSTOP)
+        assert ("no answer for 7 s" in end["cause"]) == (number == signal.SIGSTOP)
         assert end["host"] == socket.gethostname()
         assert end["took"] < 10
 

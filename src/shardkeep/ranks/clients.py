@@ -19,8 +19,9 @@ __all__ = ["Client", "client_of"]
 
 T = TypeVar("T")
 
-_LEAST = 4.0
-"""Seconds that a busy host of the store may take for an answer in any case."""
+_LEAST = 7.0
+"""Seconds that the host of the store may take for an answer in any case: a client that connects can
+make it look up a name, for 5 s where no one answers that, and all others wait."""
 
 
 class Client:
