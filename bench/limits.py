@@ -38,10 +38,6 @@ class _Raw:
     def file(self, path: Path) -> Path:
         return path / f"raw-{self.rank}"
 
-    def save(self, state: State, path: Path) -> None:
-        path.mkdir(exist_ok=True)
-        direct_write(self.file(path), nbytes_of(state), self.threads)
-
     def close(self) -> None:
         pass
 
@@ -50,6 +46,21 @@ class DirectWrite(_Raw):
     """O_DIRECT writes of memory that is ready, into room that was set aside in one call."""
 
     label = "raw direct write"
+    _ready: memoryview | None = None
+
+    def save(self, state: State, path: Path) -> None:
+        """The first one makes the memory: a copy of the state, where direct writes want it. Disks
+        take the same bytes again and again at another speed than those of a state.
+        """
+        if self._ready is None:
+            self._ready = memoryview(mmap.mmap(-1, -(-nbytes_of(state) // PAGE) * PAGE))
+            for memory, at in _segments(state):
+                self._ready[at : at + len(memory)] = memory
+        path.mkdir(exist_ok=True)
+        direct_write(self.file(path), self._ready, nbytes_of(state), self.threads)
+
+    def close(self) -> None:
+        self._ready = None
 
 
 class Preadv(_Raw):
@@ -75,7 +86,7 @@ class DirectRead(_Raw):
         file = os.open(self.file(path), os.O_RDONLY | _direct())
         try:
             starts = range(0, os.fstat(file).st_size, READ)
-            _with_buffers(self.threads, READ, starts, lambda b, at: os.preadv(file, [b], at))
+            _with_buffers(self.threads, starts, lambda b, at: os.preadv(file, [b], at))
         finally:
             os.close(file)
         return {}
@@ -129,21 +140,20 @@ class Crc:
         pass
 
 
-def direct_write(path: Path, nbytes: int, threads: int) -> None:
-    """Write a file of so many bytes, durably. The buffers are made before (see `_buffers`)."""
-    whole = -(-nbytes // PAGE) * PAGE
+def direct_write(path: Path, memory: memoryview, nbytes: int, threads: int) -> None:
+    """Write a file of so many bytes, durably, out of whole pages of memory."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | _direct(), 0o644)
     try:
-        if whole:
-            os.posix_fallocate(file, 0, whole)
+        if memory:
+            os.posix_fallocate(file, 0, len(memory))
 
-        def write(buffer: memoryview, at: int) -> None:
-            part = buffer[: min(len(buffer), whole - at)]
+        def write(at: int) -> None:
+            part = memory[at : at + WRITE]
             while part:
                 written = os.pwrite(file, part, at)
                 at, part = at + written, part[written:]
 
-        _with_buffers(threads, WRITE, range(0, whole, WRITE), write)
+        in_threads(threads, range(0, len(memory), WRITE), write)
         os.ftruncate(file, nbytes)
         os.fsync(file)
     finally:
@@ -163,28 +173,21 @@ def _direct() -> int:
     return getattr(os, "O_DIRECT", 0)
 
 
-_ready: dict[tuple[int, int], memoryview] = {}
-
-
-def _buffers(count: int, size: int) -> list[memoryview]:
-    """Page-aligned, and full of noise: a disk may store zeros, or twins, in no time."""
-    for number in range(count):
-        if (number, size) not in _ready:
-            buffer = memoryview(mmap.mmap(-1, size))
-            buffer[:] = np.random.default_rng(number).bytes(size)
-            _ready[number, size] = buffer
-    return [_ready[number, size] for number in range(count)]
+_ready: dict[int, memoryview] = {}
+"""By number: buffers of direct reads, kept from one to the next."""
 
 
 def _with_buffers(
-    threads: int, size: int, starts: Iterable[int], call: Callable[[memoryview, int], Any]
+    threads: int, starts: Iterable[int], call: Callable[[memoryview, int], Any]
 ) -> None:
-    free = _buffers(threads, size)
     mine = threading.local()
 
     def one(at: int) -> None:
         if not hasattr(mine, "buffer"):
-            mine.buffer = free[next(taken)]
+            number = next(taken)
+            if number not in _ready:
+                _ready[number] = memoryview(mmap.mmap(-1, READ))
+            mine.buffer = _ready[number]
         call(mine.buffer, at)
 
     taken = itertools.count()

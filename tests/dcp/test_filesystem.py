@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import pickle
@@ -25,6 +26,8 @@ import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.dcp.bridge.unpickle import metadata_in
 from shardkeep.format.trailer import TRAILER_SIZE
+from shardkeep.leases import lease_save_id
+from shardkeep.stores import LocalStore
 from support import dcp_files
 from support.dcp_files import OPTIONS, OwnLoadPlanner, OwnSavePlanner, blank, kinds, save
 from support.scenarios import equal, same, values
@@ -296,6 +299,36 @@ def test_failed_writes_leave_nothing_and_are_raised(tmp_path):
     writer = dcp.FileSystemWriter(tmp_path, thread_count=3)
     with pytest.raises(dcp.CheckpointException, match="can't give b"):
         dcp.save(state(), storage_writer=writer, planner=Breaking())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_ends_its_lease_and_is_raised_even_if_nothing_can_be_removed(
+    tmp_path, monkeypatch
+):
+    class Breaking(dcp.DefaultSavePlanner):
+        def resolve_data(self, write_item):
+            raise ValueError("can't give it")
+
+    def remove(self, name):
+        if name.endswith(".distcp"):
+            raise OSError(errno.EIO, "can't remove", name)
+        removes(self, name)
+
+    removes = LocalStore.remove
+    monkeypatch.setattr(LocalStore, "remove", remove)
+    with pytest.raises(dcp.CheckpointException, match="can't give it"):
+        dcp.save(state(), storage_writer=dcp.FileSystemWriter(tmp_path), planner=Breaking())
+    assert [file for file in tmp_path.iterdir() if file.suffix != ".distcp"] == []
+
+
+def test_a_writer_has_one_lease_at_most(tmp_path):
+    writer = dcp.FileSystemWriter(tmp_path)
+    for _ in range(2):  # the first of these saves is never finished
+        writer.set_up_storage_writer(True)
+        writer.prepare_global_plan([writer.prepare_local_plan(stock.SavePlan([]))])
+        (lease,) = (file.name for file in tmp_path.iterdir())
+        assert lease_save_id(lease) == writer.save_id
+    writer.let_go()
     assert list(tmp_path.iterdir()) == []
 
 

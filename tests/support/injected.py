@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,18 @@ CALLS = [
     Call("commit", "rename", "new .metadata"),
     Call("after", "unlink", "old data"),
 ]
-"""Data files are those of rank 1; the coordinator does the rest."""
+"""Of a save. Data files are those of rank 1; the coordinator does the rest."""
+
+READS = [
+    Call("open", "newfstatat", ".metadata"),
+    Call("open", "openat", ".metadata"),
+    Call("open", "pread64", ".metadata"),
+    Call("match", "openat", "manifest"),
+    Call("match", "pread64", "manifest"),
+    Call("read", "openat", "data"),
+    Call("read", "preadv", "data"),
+]
+"""Of a load."""
 
 
 def main() -> None:
@@ -73,19 +86,29 @@ def main() -> None:
         half = (whole[: 1 << 20] if rank == 0 else whole[1 << 20 :]) + seed
         return {"w": sk.Shards(tuple(whole.shape), [((rank << 20,), half)]), f"n{rank}": seed}
 
-    def one(ranks: Any, path: str, seed: int, save_id: str | None) -> dict[str, Any]:
+    def save(ranks: Any, path: str, seed: int, save_id: str | None) -> dict[str, Any]:
+        sk.save(
+            state(ranks.rank, seed), path, overwrite=True, save_id=save_id, ranks=ranks,
+            host_budget=1 << 20,
+        )  # fmt: skip
+        return {"end": "saved"}
+
+    def load(ranks: Any, path: str, seed: int, _: None) -> dict[str, Any]:
+        filled = state(ranks.rank, -1)
+        sk.load(filled, path, ranks=ranks)
+        right, found = state(ranks.rank, seed)["w"], filled["w"]
+        same = torch.equal(found.parts[0][1], right.parts[0][1])
+        return {"end": "loaded" if same else "wrong"}
+
+    def one(ranks: Any, act: Any, path: str, seed: int, save_id: str | None) -> dict[str, Any]:
         try:
-            sk.save(
-                state(ranks.rank, seed), path, overwrite=True, save_id=save_id, ranks=ranks,
-                host_budget=1 << 20,
-            )  # fmt: skip
+            return act(ranks, path, seed, save_id)
         except sk.RankFailed as error:
             return {"end": "told", "rank": error.rank, "phase": error.phase, "text": str(error)}
         except OSError as error:
             return {"end": "raised", "errno": error.errno, "file": error.filename}
         except sk.ShardkeepError as error:
             return {"end": "raised", "text": f"{type(error).__name__}: {error}"}
-        return {"end": "saved"}
 
     def there(path: str) -> dict[str, Any]:
         ckpt = sk.open(path)
@@ -104,7 +127,8 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         what, path, seed, save_id = json.loads(line)
-        answer = look(path) if what == "look" else threads.run(SIZE, one, path, seed, save_id)
+        act = {"save": save, "load": load}.get(what)
+        answer = threads.run(SIZE, one, act, path, seed, save_id) if act else look(path)
         print(json.dumps(answer), flush=True)
 
 
@@ -215,6 +239,43 @@ def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> 
     return "refused"
 
 
+def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: int) -> str:
+    """A load that meets the error, and another one, in a word."""
+    path = folder / f"{number}"
+    save_id = f"{number:032x}"
+    assert saver.ask("save", path, 1, save_id) == [{"end": "saved"}] * SIZE
+    before = saver.ask("look", path)
+    file = {
+        "data": commit.data_file(1, 0, save_id),
+        "manifest": manifest_name(save_id),
+        ".metadata": commit.METADATA,
+    }[call.of]
+    log = folder / "log"
+    with injected(saver.process.pid, call, error, str(path / file), log):
+        ends = saver.ask("load", path, 1)
+    met = "(INJECTED)" in log.read_text()
+    assert saver.ask("load", path, 1) == [{"end": "loaded"}] * SIZE, (call, error)
+    assert saver.ask("look", path) == before, (call, error)
+    if not met:
+        return "not met"
+    if ends == [{"end": "loaded"}] * SIZE:
+        return "loaded"
+    raised = [end for end in ends if end["end"] == "raised"]
+    told = [end for end in ends if end["end"] == "told"]
+    assert raised and len(raised) + len(told) == SIZE, (call, error, ends)
+    assert call.of != "data" or ends.index(raised[0]) == 1, (call, error, ends)
+    for end in told:
+        assert end["rank"] == ends.index(raised[0]), (call, error, ends)
+        assert end["phase"] == call.phase, (call, error, ends)
+    for end in raised:
+        if "errno" in end:
+            assert end["errno"] == getattr(errno, error), (call, error, ends)
+            assert str(end["file"]).endswith(file), (call, error, ends)
+        else:
+            assert file in end["text"] or str(path) in end["text"], (call, error, ends)
+    return "refused"
+
+
 _HEAD = """## Injected faults
 
 One system call of a save over a checkpoint fails, given the error by the kernel (`strace -e
@@ -224,29 +285,41 @@ as `RankFailed` with rank and phase; the old checkpoint loads, every byte of it 
 holds the same files as before; no file is left open; the next save works. `saved`: the call is not
 needed, or the file counts as removed, and the new checkpoint is whole. `kept`: it is, and an old
 file stayed behind, with a warning; `shardkeep gc` finds it. `make faults` writes this section.
+"""
 
+_LOADS = """
+The same for a load by two ranks, whose second one reads the file of rank 1. `refused`: the rank that
+met the error raised it, naming the file, and the other one the same or `RankFailed`; `loaded`: the
+bytes came in another way, and are right. The next load works in each case.
 """
 
 
 def table(folder: Path) -> str:
     """The section."""
-    lines = [
-        f"| Phase | System call | of the | {' | '.join(ERRORS)} |",
-        "|---|---|---|" + "---|" * 5,
-    ]
-    number = 0
+    numbers = count(1)
     with Saver() as saver:
-        for call in CALLS:
-            cells = []
-            for error in ERRORS:
-                number += 1
-                cells.append(outcome(saver, folder, call, error, number))
-            if set(cells) == {"not met"}:
-                continue
-            name = call.name + (f", {call.number}." if call.number > 1 else "")
-            lines.append(f"| {call.phase or 'any'} | {name} | {call.of} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    return _HEAD + "\n".join(lines) + "\n"
+        return "\n".join(
+            [
+                _HEAD,
+                *_lines(CALLS, lambda *what: outcome(saver, folder, *what, next(numbers))),
+                _LOADS,
+                *_lines(READS, lambda *what: outcome_of_load(saver, folder, *what, next(numbers))),
+                "",
+            ]
+        )
+
+
+def _lines(calls: list[Call], what_comes: Callable[[Call, str], str]) -> Iterator[str]:
+    yield f"| Phase | System call | of the | {' | '.join(ERRORS)} |"
+    yield "|---|---|---|" + "---|" * len(ERRORS)
+    for call in calls:
+        cells = [what_comes(call, error) for error in ERRORS]
+        if set(cells) == {"not met"}:
+            continue
+        name = call.name + (f", {call.number}." if call.number > 1 else "")
+        line = f"| {call.phase or 'any'} | {name} | {call.of} | {' | '.join(cells)} |"
+        print(line, flush=True)
+        yield line
 
 
 def write(page: Path) -> None:

@@ -146,8 +146,9 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
             results.set_result(self._write(store, files, plan, planner))
             store.sync()
         except BaseException:
-            for file in files:
-                store.remove(file)
+            with suppress(OSError):  # what is in the way of removing is rarely the cause
+                for file in files:
+                    store.remove(file)
             self.let_go()
             raise
         return results
