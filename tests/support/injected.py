@@ -288,9 +288,9 @@ file stayed behind, with a warning; `shardkeep gc` finds it. `make faults` write
 """
 
 _LOADS = """
-The same for a load by two ranks, whose second one reads the file of rank 1. `refused`: the rank that
-met the error raised it, naming the file, and the other one the same or `RankFailed`; `loaded`: the
-bytes came in another way, and are right. The next load works in each case.
+The same for a load by two ranks, the second of which reads the file of rank 1. `refused`: the rank
+that met the error raised it, naming the file, and the other one the same or `RankFailed`; `loaded`:
+the bytes came in another way, and are right. The next load works in each case.
 """
 
 
