@@ -7,6 +7,7 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,35 @@ WARM = 20
 """Saves after which it is measured what those that follow leave."""
 
 
-def main(saves: int, path: str) -> dict[str, Any]:
+def _asynchronous(path: str) -> Callable[[int, dict[str, Any]], Any]:
+    """To two places in turn."""
+    return lambda n, state: sk.async_save(state, f"{path}/{'ab'[n % 2]}", overwrite=True)
+
+
+def _managers(path: str) -> Callable[[int, dict[str, Any]], Any]:
+    """By two managers in turn, each of which keeps one step."""
+    both = [sk.Manager(f"{path}/{name}", keep=sk.KeepLast(1)) for name in "ab"]
+
+    def save(number: int, state: dict[str, Any]) -> Any:
+        manager = both[number % 2]
+        manager.wait()  # until the step before is deleted, too: what is counted is what stays
+        return manager.save(number, state)
+
+    return save
+
+
+WAYS = {"async": _asynchronous, "managers": _managers}
+
+
+def main(way: str, saves: int, path: str) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     mine = {str(n): torch.ones(1000) for n in range(100)} | {"big": torch.ones(1 << 18)}
     sizes, most, at = [], 0, [0.0]
     threads, files = [], []
+    save = WAYS[way](path)
     began = time.monotonic()
     for number in range(saves):
-        # Not asked for: the next one waits for it.
-        handle = sk.async_save({**mine, "n": number}, f"{path}/{'ab'[number % 2]}", overwrite=True)
+        handle = save(number, {**mine, "n": number})  # not asked for: the next one waits for it
         at.append(time.monotonic() - began)
         sizes.append(rss())
         most = max(most, _files())
@@ -59,4 +80,4 @@ def _files() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2])))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
