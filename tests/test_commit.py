@@ -13,6 +13,7 @@ pytestmark = pytest.mark.torch
 import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
+from shardkeep import commit
 from shardkeep.stores import LocalStore, MemoryStore
 from support.faults import WAYS, Died, FaultyStore
 from support.scenarios import bits, values
@@ -170,6 +171,55 @@ def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole)
     sk.save(OLD, tmp_path, overwrite=True)
     assert contents(sk.open(tmp_path)) == whole["old"]
     assert "__0_0.distcp" not in {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_a_commit_that_comes_while_one_looks_is_never_taken_for_stocks(late):
+    """Or it would be read without its digests."""
+
+    class Late(MemoryStore):
+        looks = 0
+
+        def size(self, name):
+            if name == commit.METADATA:
+                self.looks += 1
+                if self.looks <= late:
+                    raise FileNotFoundError(name)
+            return super().size(name)
+
+    store = Late()
+    sk.save(OLD, store, overwrite=True)
+    store.looks = 0
+    try:
+        kind = commit.find(store).kind
+    except sk.NotACheckpoint:
+        kind = None
+    assert kind in ("shardkeep", None)
+
+
+def test_a_commit_that_replaces_one_of_another_size_meanwhile_is_not_taken_for_stocks():
+    class Replaced(MemoryStore):
+        other = b""
+
+        def read(self, name, offset, length):
+            if name == commit.METADATA and self.other:
+                self.publish(name, self.other)
+                self.other = b""
+            return super().read(name, offset, length)
+
+    more = NEW | {"more": values("more", (3, 3), torch.float32)}
+    for first, last in ((OLD, more), (more, OLD)):
+        store, new = Replaced(), saved(last)
+        sk.save(first, store)
+        for name, data in files(new).items():
+            if name == commit.METADATA:
+                store.other = data
+            else:
+                store.publish(name, data)
+        assert store.size(commit.METADATA) != len(store.other)
+        found = commit.find(store)
+        assert (found.kind, store.other) == ("shardkeep", b"")
+        assert contents(sk.open(store)) == contents(sk.open(new))
 
 
 def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():

@@ -107,10 +107,10 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
         NotACheckpoint: nothing.
         FormatError: the commit record is broken.
     """
-    trailer = _trailer(store)
+    there, trailer = _record(store)
     if trailer is not None and manifest:
         return _with_manifest(store, trailer)
-    if trailer is not None or exists(store, METADATA):
+    if there:
         return _found("dcp", METADATA, lambda: _metadata(store, trailer))
     names = sorted(store.names())
     per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
@@ -160,7 +160,7 @@ def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iter
         yield
     except BaseException:
         with suppress(OSError):
-            trailer = _trailer(store) if leads else None
+            trailer = _record(store)[1] if leads else None
             if leads and (trailer is None or trailer.save_id != save_id):
                 remove_files(store, save_id)
                 store.remove(manifest_name(save_id))
@@ -254,13 +254,33 @@ def _manifest(store: Store, trailer: Trailer) -> bytes:
     return data
 
 
-def _trailer(store: Store) -> Trailer | None:
+def _record(store: Store) -> tuple[bool, Trailer | None]:
+    """Whether there is a commit record, and what ends it, if it is one of ours.
+
+    Without a whole trailer it is looked at again, until it stays the same: one of ours that comes
+    meanwhile would be taken for stock torch's, and read without its digests.
+    """
+    size = _size(store)
+    while size is not None:
+        start = max(0, size - TRAILER_SIZE)
+        trailer, wrong = None, None
+        try:
+            trailer = Trailer.parse(store.read(METADATA, start, size - start), size)
+        except FormatError as error:
+            wrong = error
+        before, size = size, _size(store) if trailer is None else size
+        if size == before:
+            if wrong is not None:
+                raise wrong
+            return True, trailer
+    return False, None
+
+
+def _size(store: Store) -> int | None:
     try:
-        size = store.size(METADATA)
+        return store.size(METADATA)
     except FileNotFoundError:
         return None
-    start = max(0, size - TRAILER_SIZE)
-    return Trailer.parse(store.read(METADATA, start, size - start), size)
 
 
 def exists(store: Store, name: str) -> bool:
