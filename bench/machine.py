@@ -15,6 +15,7 @@ LIBRARIES = (
     "torch",
     "numpy",
     "isal",
+    "deflate",
     "safetensors",
     "torchsnapshot",
     "torch_checkpointing",

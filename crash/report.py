@@ -35,7 +35,7 @@ def write(page: Path, text: str) -> None:
 def _head(results: Sequence[Result]) -> Iterator[str]:
     wrong = [one for one in results if one.wrong]
     seeds = ", ".join(map(str, sorted({one.seed for one in results})))
-    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}"
+    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release().partition('-')[0]}"
     yield (
         f"**{len(results):,} moments, {len(wrong)} failures** ({date.today().isoformat()}, seed "
         f"{seeds}, {RANKS} ranks, {machine}, Python {platform.python_version()}, torch "
