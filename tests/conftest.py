@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,11 @@ def play(
         return threads.run(size, function, *args)
 
     return simulate
+
+
+def pytest_configure() -> None:
+    # Who runs this in the background of a shell has it ignored, and Ctrl-C is tested here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
