@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
-	@echo "make test                all tests, with torch and without (20 minutes)"
+	@echo "make test                all tests, with torch and without (25 minutes)"
 	@echo "make check               ruff, mypy, import-linter"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
 	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
