@@ -16,7 +16,7 @@ help:
 	@echo "make check               ruff, mypy, import-linter"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
 	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
-	@echo "make bench               docs/performance.md: beside others and the machine's limits (40 minutes)"
+	@echo "make bench               docs/performance.md: beside others and the machine's limits (an hour and more)"
 	@echo "make bench QUICK=1       the same with tiny sizes, into build/bench (5 minutes)"
 	@echo "make fuzz CASES=100000   broken and hostile bytes for everything that reads (2 minutes)"
 	@echo "make faults              docs/reliability.md: errors of single system calls (needs strace; 3 minutes)"

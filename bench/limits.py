@@ -174,7 +174,7 @@ def _direct() -> int:
     return getattr(os, "O_DIRECT", 0)
 
 
-_ready: dict[int, memoryview] = {}
+_landings: dict[int, memoryview] = {}
 """By number: buffers of direct reads, kept from one to the next."""
 
 
@@ -186,9 +186,9 @@ def _with_buffers(
     def one(at: int) -> None:
         if not hasattr(mine, "buffer"):
             number = next(taken)
-            if number not in _ready:
-                _ready[number] = memoryview(mmap.mmap(-1, READ))
-            mine.buffer = _ready[number]
+            if number not in _landings:
+                _landings[number] = memoryview(mmap.mmap(-1, READ))
+            mine.buffer = _landings[number]
         call(mine.buffer, at)
 
     taken = itertools.count()

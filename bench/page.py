@@ -40,8 +40,9 @@ METHOD = """\
 - **The states**: *AdamW* is a transformer's bf16 parameters with fp32 master weights and both
   moments, in 240 tensors; *bf16* is the parameters alone, in 240 tensors. On several ranks every
   tensor is a DTensor, sharded by rows.
-- **The limits** move the same number of bytes with nothing around it: `O_DIRECT` writes of ready
-  buffers into a file that was allocated ahead, then truncated and synced; `preadv` from the page
+- **The limits** move the same number of bytes with nothing around it: `O_DIRECT` writes of
+  the state's bytes, copied to aligned memory before, into a file that was allocated ahead, then
+  truncated and synced; `preadv` from the page
   cache into the tensors; `O_DIRECT` reads of 2 MiB; torch's copy between tensors that are there.
 - **Time** is from the first rank's begin to the last one's end. **CPU** and **memory** are those
   of all ranks together; memory is the peak of what is resident beyond what was before the call,
@@ -53,7 +54,7 @@ METHOD = """\
 ## Run it
 
 ```console
-$ make bench                            # everything: 40 minutes at most; writes this page
+$ make bench                            # everything: an hour and more; writes this page
 $ make bench QUICK=1                    # tiny sizes, in two minutes or three: does everything work?
 $ .venv-bench/bin/python -m bench save-1 --rounds 9 --size 4
 ```

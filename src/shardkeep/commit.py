@@ -37,6 +37,7 @@ __all__ = [
     "publish",
     "rank_of",
     "remove_files",
+    "size_of",
     "sweep",
     "undone_on_failure",
     "weights",
@@ -260,7 +261,7 @@ def _record(store: Store) -> tuple[bool, Trailer | None]:
     Without a whole trailer it is looked at again, until it stays the same: one of ours that comes
     meanwhile would be taken for stock torch's, and read without its digests.
     """
-    size = _size(store)
+    size = size_of(store, METADATA)
     while size is not None:
         start = max(0, size - TRAILER_SIZE)
         trailer, wrong = None, None
@@ -268,7 +269,7 @@ def _record(store: Store) -> tuple[bool, Trailer | None]:
             trailer = Trailer.parse(store.read(METADATA, start, size - start), size)
         except FormatError as error:
             wrong = error
-        before, size = size, _size(store) if trailer is None else size
+        before, size = size, size_of(store, METADATA) if trailer is None else size
         if size == before:
             if wrong is not None:
                 raise wrong
@@ -276,20 +277,17 @@ def _record(store: Store) -> tuple[bool, Trailer | None]:
     return False, None
 
 
-def _size(store: Store) -> int | None:
-    try:
-        return store.size(METADATA)
-    except FileNotFoundError:
-        return None
-
-
 def exists(store: Store, name: str) -> bool:
     """Whether there is a file of that name."""
+    return size_of(store, name) is not None
+
+
+def size_of(store: Store, name: str) -> int | None:
+    """Bytes of a file; None if there is none."""
     try:
-        store.size(name)
+        return store.size(name)
     except FileNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _whole(store: Store, name: str) -> bytes:

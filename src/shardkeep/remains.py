@@ -74,7 +74,7 @@ def remains(
     return [
         Remain(name, size, save_id)
         for name, save_id in sorted(dead.items())
-        if (size := _size(store, name)) is not None
+        if (size := commit.size_of(store, name)) is not None
     ]
 
 
@@ -118,10 +118,3 @@ def _named(store: Store) -> frozenset[str] | None:
     except ShardkeepError:
         return None
     return frozenset(files)
-
-
-def _size(store: Store, name: str) -> int | None:
-    try:
-        return store.size(name)
-    except FileNotFoundError:
-        return None

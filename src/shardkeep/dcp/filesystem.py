@@ -146,8 +146,8 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
             results.set_result(self._write(store, files, plan, planner))
             store.sync()
         except BaseException:
-            with suppress(OSError):  # what is in the way of removing is rarely the cause
-                for file in files:
+            for file in files:
+                with suppress(OSError):  # it must not hide what went wrong
                     store.remove(file)
             self.let_go()
             raise
