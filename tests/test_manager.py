@@ -333,11 +333,11 @@ class Shaky(LocalStore):
                 target = super().reserve(name, nbytes)
                 write_at = target.write_at
 
-                def shaky(offset, data):
+                def shaky(offset, parts):
                     root.calls += 1
                     if root.fails(root.calls):
                         raise OSError(5, "Input/output error", self.path_of(name))
-                    write_at(offset, data)
+                    write_at(offset, parts)
 
                 target.write_at = shaky
                 return target

@@ -180,11 +180,11 @@ class Placing(Protocol):
 class Target(Protocol):
     """A new file of known size. Leaving the block in peace makes it durable."""
 
-    def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of `data`; several threads may, each in a part of its own.
+    def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write all parts, one after the other; several threads may, each in a place of its own.
 
-        `offset`, the length and the address in memory are multiples of `PAGE`; what goes beyond the
-        size of the file is cut off.
+        `offset`, and the length and the address in memory of each part, are multiples of `PAGE`;
+        what goes beyond the size of the file is cut off.
         """
         ...
 
@@ -202,6 +202,10 @@ class Target(Protocol):
 
 class Payloads(Protocol):
     """The bytes of many payloads, wherever they are. Safe to use from several threads."""
+
+    def address(self, row: int) -> int:
+        """Where one payload lies in memory, all of it in order; 0 if it does not."""
+        ...
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""

@@ -222,7 +222,9 @@ def life(
             here = knobs.ranks_here(session.size)
             threads, window = writers(here, options.host_budget or knobs.host_budget())
             payloads = _Payloads(local, order)
-            images = payloads.images(session.rank, order.save_id, options.files, window)
+            images = payloads.images(
+                session.rank, order.save_id, options.files, window, in_place=arena is None
+            )
         in_memory = None
         if arena is not None and room(images) <= (options.host_budget or sys.maxsize):
             memory = arena.take(room(images), pinned if payloads.on_cuda else roomy)
@@ -363,11 +365,24 @@ class _Payloads:
         """Whether any of them is in the memory of a CUDA device."""
         return any(device.type == "cuda" for device in self._bytes.devices)
 
-    def images(self, rank: int, save_id: str, files: int | None, window: int) -> list[Image]:
-        """Of this rank's files; by default of one, if there is anything to write."""
+    def images(
+        self, rank: int, save_id: str, files: int | None, window: int, *, in_place: bool
+    ) -> list[Image]:
+        """Of this rank's files; by default of one, if there is anything to write.
+
+        `in_place`: they are written before anything in the state changes (`images_of`).
+        """
         count = min(1, len(self._framings)) if files is None else files
         names = [commit.data_file(rank, number, save_id) for number in range(count)]
-        return images_of(names, self._nbytes, self._framings, self._bytes, self._crcs, window)
+        return images_of(
+            names,
+            self._nbytes,
+            self._framings,
+            self._bytes,
+            self._crcs,
+            window,
+            in_place=in_place,
+        )
 
 
 def _admit(store: Store, overwrite: bool) -> frozenset[str]:

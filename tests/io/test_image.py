@@ -31,9 +31,21 @@ class Bytes:
         self.data = [rng.bytes(n) for n in sizes]
         self.copied = np.zeros(len(sizes), dtype=np.int64)
         self.lock = threading.Lock()
+        self.at = [np.frombuffer(data, np.uint8).ctypes.data for data in self.data]
+
+    def address(self, row):
+        return self.at[row]
+
+    def lie(self, past):
+        """Let each payload lie so many bytes past the start of a page; None: nowhere."""
+        for row, data in enumerate(self.data):
+            memory = aligned(len(data) + PAGE)[past[row] or 0 :][: len(data)]
+            memory[:] = np.frombuffer(data, np.uint8)
+            self.data[row] = memory
+            self.at[row] = 0 if past[row] is None else memory.ctypes.data
 
     def copy(self, row, start, nbytes, address):
-        part = self.data[row][start : start + nbytes]
+        part = bytes(self.data[row][start : start + nbytes])
         assert len(part) == nbytes
         ctypes.memmove(address, part, nbytes)
         with self.lock:
@@ -41,22 +53,23 @@ class Bytes:
 
     def take(self, rows, nbytes):
         self.copied[rows] += nbytes
-        return [self.data[row] for row in rows]
+        return [bytes(self.data[row]) for row in rows]
 
 
-def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None):
+def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=False):
     payloads = payloads or Bytes(sizes)
     framings = [None if row in bare else TensorFraming(U8, (n,)) for row, n in enumerate(sizes)]
     crcs = {row: zlib.crc32(payloads.data[row]) for row in bare}
     names = [f"f{number}" for number in range(files)]
-    return payloads, images_of(names, np.array(sizes, np.int64), framings, payloads, crcs, window)
+    nbytes = np.array(sizes, np.int64)
+    return payloads, images_of(names, nbytes, framings, payloads, crcs, window, in_place=in_place)
 
 
 def check(store, images, payloads, bare):
     """Every item is where the columns say, bit for bit, with the digests that they hold."""
     written = written_in(images)
     ends = dict.fromkeys(written.files, 0)
-    for row, data in enumerate(payloads.data):
+    for row, data in enumerate(map(bytes, payloads.data)):
         name = written.files[written.file[row]]
         start, length = int(written.item[row]), int(written.length[row])
         at, crc = int(written.payload[row]), zlib.crc32(data)
@@ -66,7 +79,7 @@ def check(store, images, payloads, bare):
         if row in bare:
             assert item == data and mine == []
         else:
-            frame = TensorFraming(U8, (len(data),))(start, at % PAGE == 0)
+            frame = TensorFraming(U8, (len(data),))(start - at % PAGE, True)
             if len(frame.head) != at - start:
                 frame = TensorFraming(U8, (len(data),))(start, False)
             assert item == frame.head + data + frame.tail(crc)
@@ -103,6 +116,43 @@ def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, 
             write_images(targets, images, threads=threads)
     check(store, images, payloads, bare)
     assert payloads.copied.tolist() == nbytes  # each byte is looked at once
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(
+                st.integers(0, 300),
+                st.sampled_from([BLOCK - 1, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 5]),
+                st.sampled_from([8 * BLOCK, 8 * BLOCK - 64, 11 * BLOCK + 1, 12 * BLOCK + 4032]),
+            ),
+            st.one_of(st.none(), st.sampled_from([0, 16, 64, 512, 4032, PAGE - 1])),
+        ),
+        max_size=12,
+    ),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from(["direct", "buffered", "in order"]),
+)
+def test_large_payloads_are_written_from_where_they_lie(
+    tmp_path_factory, lying, files, threads, way
+):
+    sizes, past = [size for size, _ in lying], [at for _, at in lying]
+    payloads = Bytes(sizes)
+    payloads.lie(past)
+    _, images = made(sizes, (), files, payloads=payloads, in_place=True)
+    store = MemoryStore()
+    if way != "in order":
+        store = LocalStore(tmp_path_factory.mktemp("image"), direct=way != "buffered")
+    with placed(store, images) as targets:
+        write_images(targets, images, threads=threads)
+    check(store, images, payloads, ())
+    for size, at, copied in zip(sizes, past, payloads.copied.tolist(), strict=True):
+        if size >= 2 * BLOCK and at is not None and at % 64 == 0:
+            assert copied < 2 * PAGE  # its ends, on pages that it shares with something else
+        else:
+            assert copied == size
 
 
 def test_memory_is_not_looked_at_after_it_was_taken():
@@ -157,12 +207,13 @@ def test_a_window_that_fails_keeps_no_other_waiting(tmp_path):
     assert threading.active_count() == before
 
 
-def test_system_calls_are_few(tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_system_calls_are_few(tmp_path, monkeypatch, in_place):
     """One write for a window, aligned; one file is one reservation, one cut, one sync."""
     import os
 
     calls = []
-    real = {name: getattr(os, name) for name in ("pwrite", "write", "ftruncate", "fsync")}
+    real = {name: getattr(os, name) for name in ("pwritev", "write", "ftruncate", "fsync")}
 
     def counted(name):
         def call(fd, *rest):
@@ -174,18 +225,22 @@ def test_system_calls_are_few(tmp_path, monkeypatch):
     for name in real:
         monkeypatch.setattr(os, name, counted(name))
     sizes = [16 * BLOCK] * 3 + [64] * 5000
-    _, images = made(sizes, window=8 * BLOCK)
+    payloads = Bytes(sizes)
+    payloads.lie([64] * len(sizes))
+    _, images = made(sizes, window=8 * BLOCK, payloads=payloads, in_place=in_place)
     store = LocalStore(tmp_path, direct=True)
     with placed(store, images) as targets:
         write_images(targets, images, threads=2)
     names = [call[0] for call in calls]
     mib = images[0].layout.nbytes / (1 << 20)
-    assert names.count("pwrite") == images[0].windows <= mib / 1.5
+    assert names.count("pwritev") == images[0].windows <= mib / 1.5
     assert names.count("ftruncate") == names.count("fsync") == 1
     assert names.count("write") == 0
-    for _, data, offset in (call for call in calls if call[0] == "pwrite"):
-        assert offset % PAGE == len(data) % PAGE == 0
-        assert np.frombuffer(data, np.uint8).ctypes.data % PAGE == 0
+    for _, parts, offset in (call for call in calls if call[0] == "pwritev"):
+        assert offset % PAGE == 0
+        for part in parts:
+            assert len(part) % PAGE == 0
+            assert np.frombuffer(part, np.uint8).ctypes.data % PAGE == 0
 
 
 def test_files_are_even_in_all_bytes():

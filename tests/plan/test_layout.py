@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
-from shardkeep.plan.layout import lay_out, smallest_window
+from shardkeep.plan.layout import lay_out, least_in_place, smallest_window
 from shardkeep.types import Frame
 
 
@@ -32,11 +32,17 @@ sizes = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(sizes, framings), max_size=60), st.sampled_from([4, 5, 8, 16]))
+@given(
+    st.lists(st.tuples(sizes, framings, st.integers(0, PAGE // ALIGNMENT - 1)), max_size=60),
+    st.sampled_from([4, 5, 8, 16]),
+)
 def test_items_tile_the_file_and_windows_can_be_made_alone(items, blocks):
     window = blocks * BLOCK
-    nbytes = np.array([n for n, _ in items], dtype=np.int64)
-    layout = lay_out(nbytes, [framing for _, framing in items], window)
+    nbytes = np.array([n for n, *_ in items], dtype=np.int64)
+    past = np.array([at * ALIGNMENT for *_, at in items], dtype=np.int64)
+    past[nbytes < least_in_place] = 0
+    items = [(size, framing) for size, framing, _ in items]
+    layout = lay_out(nbytes, [framing for _, framing in items], past, window)
     position = 0
     for row in layout.order.tolist():
         size, framing = items[row]
@@ -49,7 +55,7 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(items, blocks):
         assert layout.length[row] == head + size + tail
         if framing is not None:
             step = PAGE if size >= BLOCK else ALIGNMENT
-            assert layout.payload[row] % step == 0
+            assert layout.payload[row] % step == past[row] % step
         position += head + size + tail
     assert layout.nbytes == position
     assert sorted(layout.order.tolist()) == list(range(len(items)))
@@ -67,13 +73,16 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(items, blocks):
         ]
         (row,) = inside
         if layout.frames[row] is not None:
-            assert (cut - layout.payload[row]) % BLOCK == 0
+            into = cut - layout.payload[row] + past[row]
+            assert into % BLOCK == 0
+            assert into > 0 or not past[row]
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
 @settings(max_examples=30, deadline=None)
 def test_few_windows_however_small_the_items(size, count):
-    layout = lay_out(np.full(count, size), [Framing(400, 300)] * count, 8 * BLOCK)
+    none = np.zeros(count, np.int64)
+    layout = lay_out(np.full(count, size), [Framing(400, 300)] * count, none, 8 * BLOCK)
     assert len(layout.cuts) - 1 <= layout.nbytes / (2 * BLOCK) + 1
     frames = layout.nbytes - size * count
     # Padding to a page is rare, and that to ALIGNMENT small.
@@ -83,10 +92,17 @@ def test_few_windows_however_small_the_items(size, count):
 def test_large_items_come_first_and_bare_ones_last():
     nbytes = np.array([5, 3 * BLOCK, 7, 2 * BLOCK, 9])
     bare, framed = None, Framing(10, 10)
-    layout = lay_out(nbytes, [framed, framed, bare, framed, framed], smallest_window)
+    framings = [framed, framed, bare, framed, framed]
+    layout = lay_out(nbytes, framings, np.zeros(5, np.int64), smallest_window)
     assert layout.order.tolist() == [1, 3, 0, 4, 2]
 
 
 def test_a_window_too_small_to_cut_is_refused():
     with pytest.raises(ValueError, match="a window of 4096 bytes is less than 1048576"):
-        lay_out(np.zeros(0, np.int64), [], 4096)
+        lay_out(np.zeros(0, np.int64), [], np.zeros(0, np.int64), 4096)
+
+
+def test_a_payload_without_a_place_to_cut_starts_at_a_page():
+    nbytes, past = np.array([least_in_place, least_in_place - 1]), np.array([64, 64])
+    with pytest.raises(ValueError, match="a payload of less than 524288 bytes has no place to cut"):
+        lay_out(nbytes, [Framing(10, 10)] * 2, past, smallest_window)

@@ -62,8 +62,8 @@ def content(store: LocalStore, name: str) -> bytes:
 def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
     store = LocalStore(tmp_path)
     with store.reserve("a/x", 2 * PAGE + 10) as target:
-        target.write_at(2 * PAGE, page(3).data)
-        target.write_at(0, page(1, 2).data)
+        target.write_at(2 * PAGE, [page(3).data])
+        target.write_at(0, [page(1, 2).data])
     assert content(store, "a/x") == bytes([1]) * PAGE + bytes([2]) * PAGE + bytes([3]) * 10
 
 
@@ -93,7 +93,7 @@ def test_where_direct_writes_are_refused_it_is_buffered():
     store = LocalStore(folder)
     try:
         with store.reserve("x", PAGE) as target:
-            target.write_at(0, page(7).data)
+            target.write_at(0, [page(7).data])
         assert content(store, "x") == bytes([7]) * PAGE
     finally:
         for name in store.names():
@@ -114,77 +114,109 @@ def test_a_refusal_at_the_flag_is_found_once_a_store(tmp_path, monkeypatch):
     store = LocalStore(tmp_path)
     for name in "xy":
         with store.reserve(name, PAGE) as target:
-            target.write_at(0, page(4).data)
+            target.write_at(0, [page(4).data])
         assert content(store, name) == bytes([4]) * PAGE
     assert len(asked) == 1
 
 
 def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatch):
     """Some FUSE file systems take the flag, and fail only then."""
-    real, refused = os.pwrite, []
+    real, refused = os.pwritev, []
 
-    def pwrite(fd, data, offset):
+    def pwritev(fd, parts, offset):
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             refused.append(offset)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(fd, data, offset)
+        return real(fd, parts, offset)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "pwritev", pwritev)
     store = LocalStore(tmp_path)
     for name in "xy":
         with store.reserve(name, PAGE + 3) as target:
-            target.write_at(0, page(4, 5).data)
+            target.write_at(0, [page(4, 5).data])
         assert content(store, name) == bytes([4]) * PAGE + bytes([5]) * 3
     assert refused == [0]
 
 
 def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
-    def refuse(fd, data, offset):
+    def refuse(fd, parts, offset):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(os, "pwritev", refuse)
     store = LocalStore(tmp_path, direct=False)
     with pytest.raises(OSError, match="Invalid argument") as caught:  # noqa: SIM117
         with store.reserve("x", PAGE) as target:
-            target.write_at(0, page(4).data)
+            target.write_at(0, [page(4).data])
     assert caught.value.filename == str(tmp_path / "x")
     assert list(store.names()) == []
 
 
 def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:1000], at))
+    real, calls = os.pwrite, []
+
+    def pwritev(fd, parts, at):
+        calls.append(len(parts))
+        return real(fd, b"".join(parts)[:most], at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
     store = LocalStore(tmp_path, direct=False)
-    with store.reserve("x", 2 * PAGE) as target:
-        target.write_at(0, page(8, 9).data)
-    assert content(store, "x") == bytes([8]) * PAGE + bytes([9]) * PAGE
+    for most in (1000, PAGE, PAGE + 1, 2 * PAGE + 7):
+        with store.reserve(str(most), 4 * PAGE) as target:
+            target.write_at(0, [page(8, 9).data, page(6).data, page(7).data])
+        made = b"".join(bytes([value]) * PAGE for value in (8, 9, 6, 7))
+        assert content(store, str(most)) == made
+    assert calls[-2:] == [3, 2]  # what is written is not handed over again
+
+
+def test_memory_that_direct_writes_refuse_is_written_through_the_cache(tmp_path, monkeypatch):
+    """What belongs to a device may be readable, and yet not be pinned by the kernel."""
+    real = os.pwritev
+
+    def pwritev(fd, parts, at):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return real(fd, parts, at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    store = LocalStore(tmp_path)
+    with store.reserve("x", PAGE) as target:
+        target.write_at(0, [page(5).data])
+    assert content(store, "x") == bytes([5]) * PAGE
+
+
+def test_more_parts_than_one_call_takes(tmp_path):
+    store, pages = LocalStore(tmp_path), page(*range(200))
+    parts = [pages[at * PAGE : (at + 1) * PAGE].data for at in range(200)] * 12
+    with store.reserve("x", 2400 * PAGE - 5) as target:
+        target.write_at(0, parts)
+    assert store.read("x", 0, 2400 * PAGE) == (pages.tobytes() * 12)[:-5]
 
 
 def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeypatch):
-    real, seen = os.pwrite, []
+    real, seen = os.pwritev, []
 
-    def pwrite(fd, data, at):
+    def pwritev(fd, parts, at):
         direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
         seen.append(bool(direct))
         if direct:  # as a file system may do when a signal or its own limits cut it short
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-            done = real(fd, data[:700], at)
+            done = real(fd, [parts[0][:700]], at)
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
             return done
-        return real(fd, data, at)
+        return real(fd, parts, at)
 
     store = LocalStore(tmp_path)
     target = store.reserve("x", 2 * PAGE)
     if not is_direct(target):
         pytest.skip("this file system has no direct I/O")
-    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "pwritev", pwritev)
     with target:
-        target.write_at(0, page(8, 9).data)
+        target.write_at(0, [page(8, 9).data])
     assert content(store, "x") == bytes([8]) * PAGE + bytes([9]) * PAGE
     assert seen == [True, False]
 
 
-@pytest.mark.parametrize("call", ["pwrite", "ftruncate", "fsync", "close"])
+@pytest.mark.parametrize("call", ["pwritev", "ftruncate", "fsync", "close"])
 def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
     store, real, failed = LocalStore(tmp_path), getattr(os, call), []
 
@@ -197,7 +229,7 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
     monkeypatch.setattr(os, call, once)
     with pytest.raises(OSError, match="Input/output error") as caught:  # noqa: SIM117
         with store.reserve("x", PAGE) as target:
-            target.write_at(0, page(1).data)
+            target.write_at(0, [page(1).data])
     assert caught.value.filename == str(tmp_path / "x")
     assert failed == [call]
     assert list(store.names()) == []
@@ -211,5 +243,5 @@ def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel, "_fallocate", refuse)
     store = LocalStore(tmp_path)
     with store.reserve("x", PAGE) as target:
-        target.write_at(0, page(6).data)
+        target.write_at(0, [page(6).data])
     assert content(store, "x") == bytes([6]) * PAGE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,8 @@ def Broken(path: str, how: str) -> Any:
         def __exit__(self, *error: Any) -> None:
             self.inner.__exit__(*error)
 
-        def write_at(self, offset: int, data: memoryview) -> None:
-            self.inner.write_at(offset, data[:4096])
+        def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
+            self.inner.write_at(offset, [parts[0][:4096]])
             if how == "killed":
                 time.sleep(1)  # the others know the phase from its last sign of life
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from support.disk import Folder, Link, Operation, Rename, Sync, Truncate, Unlink
 
 __all__ = ["recorded"]
 
-_CALLS = "open close write pwrite ftruncate fsync mkdir replace rename unlink".split()
+_CALLS = "open close write pwritev ftruncate fsync mkdir replace rename unlink".split()
 
 
 class _Recorder:
@@ -54,9 +54,9 @@ class _Recorder:
         self._wrote(fd, offset, data, done)
         return done
 
-    def pwrite(self, fd: int, data: Any, offset: int) -> int:
-        done = self.real["pwrite"](fd, data, offset)
-        self._wrote(fd, offset, data, done)
+    def pwritev(self, fd: int, parts: Any, offset: int) -> int:
+        done = self.real["pwritev"](fd, parts, offset)
+        self._wrote(fd, offset, b"".join(parts), done)
         return done
 
     def _wrote(self, fd: int, offset: int, data: Any, done: int) -> None:

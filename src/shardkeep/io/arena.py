@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arena", "aligned", "roomy"]
+__all__ = ["Arena", "aligned", "memory_at", "roomy"]
+
+_view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_view.restype = ctypes.py_object
+_READ = 0x100  # PyBUF_READ
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """What lies there, to be read. It is for the caller to keep it alive meanwhile."""
+    view: memoryview = _view(address, nbytes, _READ)
+    return view
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:

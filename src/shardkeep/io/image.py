@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Payloads
+from shardkeep.io.arena import memory_at
 from shardkeep.io.digest import crc32_at, crc32_each, whole_crc
 from shardkeep.io.write import Written, take_blocks
-from shardkeep.knobs import BLOCK, PAGE
-from shardkeep.plan.layout import Layout, lay_out
+from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
+from shardkeep.plan.layout import Layout, lay_out, least_in_place
 from shardkeep.plan.packing import pack
 from shardkeep.types import I64, Framing
 
@@ -40,6 +41,8 @@ class Image:
         nbytes: [N] bytes of each payload.
         crcs: CRC-32 of the payloads of bare items, by row of `layout`; the rows of all others are
             digested here.
+        addresses: [N] where a payload lies that is written from there, but for the ends that share
+            a page with something else; 0 for those that are copied.
     """
 
     def __init__(
@@ -50,8 +53,10 @@ class Image:
         rows: I64,
         nbytes: I64,
         crcs: Mapping[int, int],
+        addresses: I64,
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
+        self._addresses = addresses.tolist()
         self._copy, self._take = payloads.copy, payloads.take
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
@@ -93,17 +98,34 @@ class Image:
         """The bytes of the file that a window has."""
         return self._cuts[number], self._cuts[number + 1]
 
-    def make(self, number: int, into: NDArray[np.uint8]) -> None:
-        """Fill the start of `into` with a window, and zeros up to the next multiple of `PAGE`.
+    def make(self, number: int, into: NDArray[np.uint8]) -> list[memoryview]:
+        """Make a window, and zeros up to the next multiple of `PAGE`.
+
+        Args:
+            number: of the window.
+            into: what is copied goes into its start, each byte to its place in the window.
+
+        Returns:
+            The window, in parts: of `into`, and of payloads where they lie. Each starts at a
+            multiple of `PAGE` in memory, and has such a length.
 
         Raises: whatever the payloads raise. Who made it must then call `fail`.
         """
         low, high = self.span(number)
-        into[high - low : -(-(high - low) // PAGE) * PAGE] = 0
-        self._make(low, high, number, into.data, into.ctypes.data - low)
+        end = -(-high // PAGE) * PAGE
+        into[high - low : end - low] = 0
+        parts, done = [], low
+        for begin, stop, address in self._make(
+            low, high, number, into.data, into.ctypes.data - low
+        ):
+            parts += [into[done - low : begin - low].data] if begin > done else []
+            parts.append(memory_at(address, stop - begin))
+            done = stop
+        parts += [into[done - low : end - low].data] if end > done else []
         with self._changed:
             self._made[number] = True
             self._changed.notify_all()
+        return parts
 
     def fail(self, error: BaseException) -> None:
         """Some window will never be made: who waits for it raises this."""
@@ -111,9 +133,15 @@ class Image:
             self._error = error
             self._changed.notify_all()
 
-    def _make(self, low: int, high: int, number: int, view: memoryview, base: int) -> None:
-        """`base` is where byte 0 of the file would be in memory."""
-        items, light = self._items, self._light
+    def _make(
+        self, low: int, high: int, number: int, view: memoryview, base: int
+    ) -> list[tuple[int, int, int]]:
+        """`base` is where byte 0 of the file would be in memory.
+
+        Returns:
+            What is not in `view`: where it begins and ends in the file, and its address.
+        """
+        items, light, in_place = self._items, self._light, []
         rows = self._order[self._first[number] : self._last[number + 1]]
         at = 0
         while at < len(rows):
@@ -128,8 +156,9 @@ class Image:
                 view[items[first] - low : self._end(last) - low] = self._together(rows[at:end])
                 at = end
             else:
-                self._alone(rows[at], low, high, number, view, base)
+                in_place += self._alone(rows[at], low, high, number, view, base)
                 at += 1
+        return in_place
 
     def _end(self, row: int) -> int:
         end: int = self._items[row] + self._lengths[row]
@@ -153,22 +182,44 @@ class Image:
 
     def _alone(
         self, row: int, low: int, high: int, number: int, view: memoryview, base: int
-    ) -> None:
-        """What a window has of one item."""
+    ) -> list[tuple[int, int, int]]:
+        """What a window has of one item; returns as `_make`."""
+        in_place: list[tuple[int, int, int]] = []
         item, start, frame = self._items[row], self._starts[row], self.layout.frames[row]
         end = start + self._nbytes[row]
         begin, stop = max(start, low), min(end, high)
         if frame is None:
             if begin < stop:
                 self._copy(self._rows[row], begin - start, stop - begin, base + begin)
-            return
+            return in_place
         if item >= low:  # cuts lie inside of payloads only: a head is whole
             view[item - low : start - low] = frame.head
-        if begin < stop:
+        if begin < stop and self._addresses[row]:
+            in_place = self._in_place(row, begin, stop, base)
+        elif begin < stop:
             self._payload(row, begin, stop, view[begin - low : stop - low], base + begin)
         if end <= high and (start >= low or begin < stop):
             tail = frame.tail(self._whole(row, number))
             view[end - low : end - low + len(tail)] = tail
+        return in_place
+
+    def _in_place(self, row: int, begin: int, stop: int, base: int) -> list[tuple[int, int, int]]:
+        """Digest part of a payload where it lies, and copy what shares a page with something else.
+
+        Windows are cut up to a page before a block: the block is of the window that is cut there.
+        """
+        start, nbytes, here = self._starts[row], self._nbytes[row], self._addresses[row]
+        first = self._first_block[row]
+        for block in range(-(-(begin - start) // BLOCK), -(-(stop - start) // BLOCK)):
+            at = block * BLOCK
+            data = memory_at(here + at, min(BLOCK, nbytes - at))
+            self._digests[first + block] = crc32_at(here + at, data)
+        inner, outer = min(-(-begin // PAGE) * PAGE, stop), stop // PAGE * PAGE
+        outer = max(inner, outer)
+        for low, high in ((begin, inner), (outer, stop)):
+            if low < high:
+                self._copy(self._rows[row], low - start, high - low, base + low)
+        return [(inner, outer, here + inner - start)] if inner < outer else []
 
     def _payload(self, row: int, begin: int, stop: int, view: memoryview, address: int) -> None:
         """Copy part of a payload, in steps that are in the cache for their digests."""
@@ -225,6 +276,8 @@ def images_of(
     payloads: Payloads,
     crcs: Mapping[int, int],
     window: int,
+    *,
+    in_place: bool,
 ) -> list[Image]:
     """Images of files that are even in bytes.
 
@@ -235,15 +288,23 @@ def images_of(
         payloads: gives the bytes.
         crcs: row -> CRC-32 of those that have no frame.
         window: bytes of a window at most.
+        in_place: write large payloads from where they lie, so that they must not change until they
+            are written; else all are copied when a window is made.
     """
     place = _shared_out(nbytes, framings, len(names))
+    addresses = np.zeros(len(nbytes), dtype=np.int64)
+    for row in np.flatnonzero(nbytes >= least_in_place).tolist() if in_place else ():
+        address = payloads.address(row)
+        if framings[row] is not None and not address % ALIGNMENT:
+            addresses[row] = address
     images = []
     for file, name in enumerate(names):
         rows = np.flatnonzero(place == file)
         here = rows.tolist()
         its_crcs = {at: crcs[row] for at, row in enumerate(here) if row in crcs}
-        layout = lay_out(nbytes[rows], [framings[row] for row in here], window)
-        images.append(Image(name, layout, payloads, rows, nbytes[rows], its_crcs))
+        its_framings = [framings[row] for row in here]
+        layout = lay_out(nbytes[rows], its_framings, addresses[rows] % PAGE, window)
+        images.append(Image(name, layout, payloads, rows, nbytes[rows], its_crcs, addresses[rows]))
     return images
 
 

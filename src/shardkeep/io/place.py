@@ -88,10 +88,11 @@ class _InOrder(Target):
     def __init__(self, sink: Sink, nbytes: int) -> None:
         self._sink, self._left = sink, nbytes
 
-    def write_at(self, offset: int, data: memoryview) -> None:
-        data = data[: self._left]
-        self._left -= len(data)
-        self._sink.write(data)
+    def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
+        for part in parts:
+            data = part[: self._left]
+            self._left -= len(data)
+            self._sink.write(data)
 
     def __enter__(self) -> _InOrder:
         self._sink.__enter__()
@@ -140,7 +141,8 @@ def write_images(
         images: what goes into them.
         threads: how many make and write windows, each in a buffer of its own.
         progress: told how many bytes of the files are written.
-        made: called when the payloads are not looked at any more.
+        made: called when the payloads are not looked at any more, if none is written from where it
+            lies.
 
     Raises:
         OSError: from the store. Other threads stop.
@@ -151,12 +153,12 @@ def write_images(
 
     def worker(mine: Iterator[_Job]) -> None:
         space = aligned(_up(biggest))
-        for target, image, parts in mine:
-            for number in parts:
+        for target, image, windows in mine:
+            for number in windows:
                 low, high = image.span(number)
-                image.make(number, space)
+                parts = image.make(number, space)
                 left.one_less()
-                target.write_at(low, space.data[: _up(high - low)])
+                target.write_at(low, parts)
                 meter.add(high - low)
 
     jobs = _jobs(targets, images, [image.windows for image in images])
@@ -257,7 +259,7 @@ def write_staged(
             for number in parts:
                 low = number * _SLICE
                 part = memory[id(image)][low : low + _SLICE]
-                target.write_at(low, part.data)
+                target.write_at(low, [part.data])
                 meter.add(min(part.nbytes, image.layout.nbytes - low))
 
     slices = [-(-one.memory.nbytes // _SLICE) for one in staged]

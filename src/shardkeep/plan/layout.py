@@ -10,10 +10,13 @@ import numpy as np
 from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.types import I64, Frame, Framing
 
-__all__ = ["Layout", "lay_out", "smallest_window"]
+__all__ = ["Layout", "lay_out", "least_in_place", "smallest_window"]
 
 smallest_window = 4 * BLOCK
 """Bytes that a window may be limited to at least, so that there is always a place to cut."""
+
+least_in_place = 2 * BLOCK
+"""Bytes of a payload from which on it may start elsewhere than at a multiple of `PAGE`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +31,8 @@ class Layout:
         length: [N] bytes of the item.
         frames: what lies around each payload; None around a bare one.
         cuts: [W + 1] window w is the bytes cuts[w] to cuts[w + 1]. Cuts are multiples of `PAGE`
-            (but the last one), and lie where a block of a payload begins; in bare ones anywhere.
+            (but the last one), and lie less than one before a block of a payload begins, inside
+            of it; in bare ones anywhere.
     """
 
     nbytes: int
@@ -40,41 +44,48 @@ class Layout:
     cuts: I64
 
 
-def lay_out(nbytes: I64, framings: Sequence[Framing | None], window: int) -> Layout:
+def lay_out(nbytes: I64, framings: Sequence[Framing | None], past: I64, window: int) -> Layout:
     """Lay items out one after the other: large ones first, then small ones, then bare ones.
 
-    Payloads of a block and more start at a multiple of `PAGE`, and so does a small one now and
-    then: there the file can be cut, and written past the page cache.
+    Payloads of a block and more start at a multiple of `PAGE`, or so many bytes past one as they
+    do in memory, and so does a small one now and then: there the file can be cut, and written past
+    the page cache.
 
     Args:
         nbytes: [N] bytes of each payload.
         framings: what makes the frames; None for what is an item as it is.
+        past: [N] bytes past a multiple of `PAGE` where the payload is to start: less than a `PAGE`,
+            a multiple of `ALIGNMENT`, and 0 for payloads of less than `least_in_place`.
         window: bytes of a window at most, `smallest_window` or more.
 
     Raises:
-        ValueError: the window is too small.
+        ValueError: the window is too small, or a small payload is to start past a multiple.
     """
     if window < smallest_window:
         raise ValueError(f"a window of {window} bytes is less than {smallest_window}")
+    if past[nbytes < least_in_place].any():
+        raise ValueError(f"a payload of less than {least_in_place} bytes has no place to cut")
     count = len(nbytes)
     bare = np.fromiter((framing is None for framing in framings), dtype=bool, count=count)
     order = np.lexsort([(nbytes < BLOCK) & ~bare, bare])
-    sizes = nbytes.tolist()
+    sizes, pasts = nbytes.tolist(), past.tolist()
     item, payload, length = [0] * count, [0] * count, [0] * count
     frames: list[Frame | None] = [None] * count
     cutter = _Cutter(window)
     position = 0
     for row in order.tolist():
-        size, framing = sizes[row], framings[row]
+        size, framing, off = sizes[row], framings[row], pasts[row]
         item[row] = start = position
         if framing is None:
             first = -(-position // PAGE) * PAGE
             cutter.add(first, position + size - first, PAGE)
         else:
             paged = size >= BLOCK or position - cutter.place >= window // 2
-            frames[row] = frame = framing(position, paged)
+            frames[row] = frame = framing(position - off, paged)
             start += len(frame.head)
-            if paged:
+            if off:  # before its first block there is its head, which is not to be cut
+                cutter.add(start - off + BLOCK, size - BLOCK, BLOCK)
+            elif paged:
                 cutter.add(start, size, BLOCK)
             size += frame.tail_length
         payload[row] = start

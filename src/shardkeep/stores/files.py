@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
@@ -16,6 +17,11 @@ from shardkeep.stores.naming import naming
 __all__ = ["Direct", "LocalSink", "LocalTarget"]
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_NOT_DIRECT = (errno.EINVAL, errno.EFAULT)
+"""What a direct write says of a file system, or of memory (a device's), that can't be used so."""
+
+_AT_ONCE = 1024
+"""Parts that one call takes (IOV_MAX of Linux)."""
 
 
 class Direct:
@@ -136,15 +142,20 @@ class LocalTarget(_NewFile):
     def _end(self) -> None:
         os.ftruncate(self._fd, self._nbytes)
 
-    def write_at(self, offset: int, data: memoryview) -> None:
+    def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
+        left = list(parts)
         with naming(self._path):
-            while data:
+            while left:
                 try:
-                    done = os.pwrite(self._fd, data, offset)
+                    done = os.pwritev(self._fd, left[:_AT_ONCE], offset)
                 except OSError as error:
-                    if error.errno == errno.EINVAL and self._direct.refuse(self._fd):
+                    if error.errno in _NOT_DIRECT and self._direct.refuse(self._fd):
                         continue
                     raise
-                if done < len(data) and done % PAGE:
+                if done % PAGE:
                     self._direct.refuse(self._fd)  # What is left is not aligned any more.
-                data, offset = data[done:], offset + done
+                offset += done
+                while left and done >= len(left[0]):
+                    done -= len(left.pop(0))
+                if done:
+                    left[0] = left[0][done:]

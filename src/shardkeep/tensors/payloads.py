@@ -45,6 +45,10 @@ class StatePayloads(Payloads):
         """Of the tensors that have to be copied by torch."""
         finish_work(self.devices)
 
+    def address(self, row: int) -> int:
+        """Where one payload lies in memory, all of it in order; 0 if it does not."""
+        return self._addresses[row]
+
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
         source = self._addresses[row]
