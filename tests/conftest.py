@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from shardkeep.ranks import threads
 from support.gloo import Pool
@@ -45,6 +46,11 @@ def play(
 
 
 def pytest_configure() -> None:
+    # How long an example takes says something of what else the machine does, nothing of the code.
+    settings.register_profile(
+        "any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("any pace")
     # Who runs this in the background of a shell has it ignored, and Ctrl-C is tested here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

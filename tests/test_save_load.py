@@ -54,7 +54,7 @@ def world(layout_of, made) -> int:
     return max(sizes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(made=tensors())
 def test_any_layout_loads_into_any_other(tmp_path_factory, made):
     path = str(tmp_path_factory.mktemp("reshard") / "ckpt")

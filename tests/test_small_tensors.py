@@ -122,7 +122,7 @@ def both_ways(store, made):
     return outcomes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors())
 def test_both_ways_give_the_same_bits_and_reports(made):
     store = MemoryStore()
@@ -132,7 +132,7 @@ def test_both_ways_give_the_same_bits_and_reports(made):
     assert len(fast) == 2, fast
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors(), st.data())
 def test_both_ways_say_the_same_of_damage(made, data):
     store = MemoryStore()
@@ -317,7 +317,7 @@ def test_items_that_are_alike_are_what_they_are_alone():
     assert len(known) == 8
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(ITEMS), st.data())
 def test_a_changed_item_is_checked_as_if_it_were_alone(item, data):
     known = {}

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.errors import Conflict, FormatError, Mismatch
@@ -119,7 +119,6 @@ def test_twins_are_the_outermost_containers_without_a_tensor(state: Any) -> None
 
 
 @given(STATES)
-@settings(deadline=None)
 def test_names_paths_and_leaves_are_those_of_torch(state: Any) -> None:
     torch = pytest.importorskip("torch")
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -303,7 +302,6 @@ def subset(state: Any, keep: Any) -> Any:
 
 
 @given(STATES, st.data())
-@settings(deadline=None)
 def test_what_ranks_hold_together_is_merged(state: Any, data: st.DataObject) -> None:
     if try_flat(state) is None:
         return

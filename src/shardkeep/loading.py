@@ -433,7 +433,7 @@ def _match(flat: Flat, contents: _Contents, own: OwnValues) -> _Match:
         if dtype is not tensor.dtype:
             match.dtypes[name] = (dtype.name, tensor.dtype.name)
         match.stored.append(tensor)
-    for leaf in (leaf for leaf in flat.leaves if leaf.name in objects):
+    for leaf in (leaf for leaf in flat.leaves if leaf.name in objects) if objects else ():
         if contents.is_tensor(leaf.name):
             used.add(leaf.name)
             _match_quantized(match, leaf, contents)

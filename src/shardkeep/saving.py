@@ -137,6 +137,9 @@ def save(
 
     The checkpoint is whole or absent: it appears in one step, when everything is durable.
 
+    The state must not change until this returns: large tensors are written from where they are, and
+    one that another thread changes meanwhile is `Damaged` to who loads it. `async_save` copies.
+
     Args:
         state: nested mappings and lists of tensors and values. At the top level, whatever has
             `state_dict` and `load_state_dict` stands for its state.

@@ -102,7 +102,7 @@ def held(draw):
 
 
 @given(held(), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_each_item_is_written_once_by_one_that_holds_it(plans, to_lowest):
     made = deduplicated(plans, dedup_save_to_lowest_rank=to_lowest)
     kept = [item.index for items in made for item in items]
@@ -118,7 +118,7 @@ def test_each_item_is_written_once_by_one_that_holds_it(plans, to_lowest):
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(2, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_all_ranks_hold_is_shared_out_evenly(sizes, ranks):
     items = [shard(f"t{n}", 10**6, 0, size) for n, size in enumerate(sizes)]
     loads = [nbytes(items) for items in deduplicated([items] * ranks)]

@@ -77,7 +77,7 @@ def sample(count=3):
 
 
 @given(indexes())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_index_comes_back(index):
     data = write_manifest(index, {"save_id": SAVE})
     assert plain(read(data, save_id=SAVE)) == plain(index)
@@ -85,7 +85,7 @@ def test_every_index_comes_back(index):
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_changed_bytes_are_found(data):
     index = sample()
     good = write_manifest(index, {"save_id": SAVE})

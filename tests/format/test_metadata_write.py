@@ -47,7 +47,7 @@ def globals_of(data):
 
 
 @given(indexes())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_only_what_every_release_has_is_named(index):
     dtypes = {f"torch {DTYPES[code].name}" for code in index.tensors.dtype.tolist()}
     assert globals_of(metadata_bytes(index)) == COMMON | dtypes
@@ -83,7 +83,7 @@ def items_of(index):
 
 @pytest.mark.torch
 @given(indexes())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_torch_unpickles_every_index(index):
     torch = pytest.importorskip("torch")
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata

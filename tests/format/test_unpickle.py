@@ -73,7 +73,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(values, st.sampled_from(PROTOCOLS))
 def test_equal_to_the_real_reader(value: Any, protocol: int) -> None:
     data = pickle.dumps(value, protocol)

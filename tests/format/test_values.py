@@ -41,7 +41,7 @@ def through_text(value):
 
 
 @given(values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_values_come_back_exactly(value):
     assert exact(through_text(value)) == exact(value)
 
@@ -289,7 +289,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_json_is_a_value_or_a_format_error(value):
     try:
         decode(value)

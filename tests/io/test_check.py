@@ -55,7 +55,7 @@ def store_of(files):
     return store
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(layouts(), st.integers(1, 3), st.data())
 def test_flipped_bytes_are_named_and_nothing_else(layout, threads, data):
     files, payloads = layout
@@ -79,7 +79,7 @@ def test_flipped_bytes_are_named_and_nothing_else(layout, threads, data):
     assert all("its bytes have CRC-32" in str(error) for error in found)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts(), st.integers(1, 3), st.data())
 def test_cut_files_name_every_payload_that_is_cut(layout, threads, data):
     files, payloads = layout

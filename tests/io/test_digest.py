@@ -44,7 +44,7 @@ def test_blocks_and_whole(n):
 
 @pytest.mark.usefixtures("library")
 @given(st.binary(max_size=200), st.binary(max_size=200), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_running_and_combined(a, b, value):
     assert crc32(a + b) == crc32(b, crc32(a)) == combine(crc32(a), crc32(b), len(b))
     assert crc32(a, value) == zlib.crc32(a, value)

@@ -98,7 +98,7 @@ sizes = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.sets(st.integers(0, 11)), st.integers(1, 3), st.integers(1, 4), st.data())
 def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, files, threads, d):
     bare = {row for row in bare if row < len(nbytes)}
@@ -118,7 +118,7 @@ def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, 
     assert payloads.copied.tolist() == nbytes  # each byte is looked at once
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(

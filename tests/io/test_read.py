@@ -137,7 +137,7 @@ def expected(copy, first):
     return stored(plain)[(*copy.box.slices, ...)].tobytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(copies(), max_size=4),
     st.booleans(),
@@ -157,7 +157,7 @@ def test_every_box_arrives(wanted, verify, threads, gap, steps):
     assert found.bytes_needed == sum(copy.into.nbytes for copy, _ in wanted)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(copies(), max_size=4), st.booleans(), st.integers(1, 3), st.sampled_from([0, 1]))
 def test_every_box_arrives_out_of_a_mapping(wanted, verify, threads, wish):
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +168,7 @@ def test_every_box_arrives_out_of_a_mapping(wanted, verify, threads, wish):
         assert copy.into.tobytes() == expected(copy, first)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(copies(), st.integers(1, 3), st.sampled_from(["plain", "steps", "mapped"]), st.data())
 def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, kind, data):
     copy, first = wanted

@@ -76,7 +76,7 @@ def fast(store, wanted, space, **options):
     return read_small(store, small, batches(small, GAP), **options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(places, min_size=1, max_size=30), st.booleans(), st.integers(1, 3))
 def test_every_payload_arrives(wanted, verify, threads):
     store, space = Counting(FILES), np.zeros(sum(place[2] for place in wanted), np.uint8)
@@ -95,7 +95,7 @@ def test_every_payload_arrives(wanted, verify, threads):
     assert len(told) == len(store.reads)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(places, min_size=1, max_size=12), st.booleans(), st.data())
 def test_damage_is_called_what_the_general_way_calls_it(wanted, verify, data):
     files = {name: bytearray(content) for name, content in FILES.items()}

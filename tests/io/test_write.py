@@ -48,7 +48,7 @@ sizes = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(sizes, max_size=6), min_size=1, max_size=4), st.integers(1, 4))
 def test_items_lie_where_the_columns_say(layout, threads):
     store, rng, files = MemoryStore(), np.random.default_rng(0), {}

@@ -87,7 +87,7 @@ def compare(shapes, rows):
             assert rows[i][1].intersect(rows[j][1]) == kinds["overlap"].box
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(layouts())
 def test_coverage_agrees_with_painting(layout):
     compare(*layout)
@@ -112,7 +112,7 @@ def test_a_box_may_reach_over_several_others():
     assert overlap == Problem(0, "overlap", (0, 2), Box((3, 0), (1, 5)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32), st.integers(300, 900), st.booleans())
 def test_many_boxes_that_no_cut_sets_apart(seed, count, clash):
     """Pinwheels: five boxes each that no straight cut parts; enough of them to halve space."""

@@ -31,7 +31,7 @@ sizes = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(sizes, framings, st.integers(0, PAGE // ALIGNMENT - 1)), max_size=60),
     st.sampled_from([4, 5, 8, 16]),
@@ -79,7 +79,7 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(items, blocks):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_few_windows_however_small_the_items(size, count):
     none = np.zeros(count, np.int64)
     layout = lay_out(np.full(count, size), [Framing(400, 300)] * count, none, 8 * BLOCK)

@@ -57,7 +57,7 @@ def as_rows(found):
 dims = st.integers(0, 3)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(st.tuples(dims, dims).flatmap(lambda d: st.tuples(sides(d[0]), sides(d[1]))))
 def test_overlap_agrees_with_every_pair_compared(both):
     left, right = both

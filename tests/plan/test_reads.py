@@ -55,7 +55,7 @@ def put(found, file, into):
             assert into[(*place, ...)].tobytes() == data.tobytes()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(stored(), st.integers(0, 30), st.integers(1, 200))
 def test_runs_bring_the_box(chunk, gap, limit):
     source, box = chunk
@@ -78,7 +78,7 @@ def test_runs_bring_the_box(chunk, gap, limit):
     assert into.tobytes() == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(stored(), st.integers(0, 30), st.integers(2, 40), st.integers(4, 8))
 def test_parts_fit_with_their_blocks(chunk, gap, block, blocks):
     source, box = chunk
@@ -93,7 +93,7 @@ def test_parts_fit_with_their_blocks(chunk, gap, block, blocks):
     assert into.tobytes() == view(source, file)[box.slices].tobytes()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 99), st.sampled_from([8, 16, 32, 64]), st.integers(1, 40), st.data())
 def test_no_block_is_read_twice_where_rows_and_blocks_fall_together(first, width, rows, data):
     low = data.draw(st.integers(0, width - 1))
@@ -167,7 +167,7 @@ def test_what_contradicts_itself_is_refused(chunk, box, message):
     assert str(caught.value).startswith(message)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 100), st.integers(1, 100), st.integers(1, 20), st.data())
 def test_ranges_round_out_to_blocks_of_the_payload(first, nbytes, block, data):
     start = data.draw(st.integers(first, first + nbytes - 1))

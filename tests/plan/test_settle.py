@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.errors import Conflict
@@ -77,7 +77,6 @@ def jobs(draw):
     return [claim(tensors) for tensors in held]
 
 
-@settings(deadline=None)
 @given(jobs())
 def test_every_box_is_written_once_by_a_rank_that_holds_it(claims):
     done = settle(claims)

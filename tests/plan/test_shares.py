@@ -28,7 +28,7 @@ def columns(rows):
     return tuple(np.array(rows, dtype=np.int64).reshape(-1, 3).T)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(holdings(), st.randoms(use_true_random=False), st.sampled_from([0, 2, 1000]))
 def test_one_owner_a_key_that_holds_it_whatever_the_order(rows, random, greedy):
     key, rank, nbytes = columns(rows)
@@ -41,7 +41,7 @@ def test_one_owner_a_key_that_holds_it_whatever_the_order(rows, random, greedy):
     assert (again == chosen[shuffled]).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(sizes, min_size=1, max_size=60), st.integers(1, 8))
 def test_where_all_hold_all_the_largest_key_bounds_the_imbalance(weights, ranks):
     key = np.tile(np.arange(len(weights)), ranks)
@@ -90,7 +90,7 @@ def test_hashes_decide_not_the_numbers_of_keys():
     assert (owners(key + 7, rank, one, hashes=hashes, greedy=0) == first).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(sizes, max_size=60), st.integers(1, 8))
 def test_files_are_even(weights, files):
     nbytes = np.array(weights, dtype=np.int64)

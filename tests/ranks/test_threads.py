@@ -24,7 +24,7 @@ CALM = Timing(deadline=20, heartbeat=0.0, missed=5)
 QUICK = Timing(deadline=20, heartbeat=0.05, missed=4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(size=st.integers(1, 7), lengths=st.lists(st.integers(0, 2000), max_size=4))
 def test_conversations_leave_nothing_behind(size: int, lengths: list[int]) -> None:
     keys = MemoryKeys()
@@ -42,7 +42,7 @@ def test_failures_leave_nothing_behind() -> None:
     assert len(keys) == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     culprits=st.dictionaries(st.integers(0, 4), st.sampled_from(sessions.PHASES), min_size=1),
 )

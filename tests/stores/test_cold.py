@@ -76,7 +76,7 @@ FOLDER = tempfile.TemporaryDirectory()
 Path(FOLDER.name, "f").write_bytes(DATA)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, len(DATA) + 5000),
     st.integers(0, len(DATA)),

@@ -21,7 +21,6 @@ from shardkeep.stores import LocalStore, MemoryStore, store_at
 # subclasses.
 shared_fixture = settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
 )
 

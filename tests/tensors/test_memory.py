@@ -43,7 +43,7 @@ def views(draw: st.DrawFn) -> Any:
 
 
 @given(st.sampled_from(PLAIN), views())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_words_are_the_bytes_in_memory_for_any_dtype_and_strides(dtype: DType, view: Any) -> None:
     size = dtype.itemsize
     word = np.dtype("c16") if size == 16 else np.dtype(f"u{size}")
@@ -136,7 +136,7 @@ def test_a_dtype_that_this_torch_lacks_or_can_not_cast_is_refused() -> None:
 
 
 @given(st.sampled_from(PLAIN), views())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_an_address_is_that_of_plain_memory_only(dtype: DType, view: Any) -> None:
     tensor = view(empty(dtype, 4, 6, 5))
     found = address(tensor, dtype, tuple(tensor.shape))

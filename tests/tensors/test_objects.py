@@ -157,7 +157,7 @@ def test_every_dtype_comes_back(name: str) -> None:
         max_leaves=10,
     )
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_plain_values_come_back(value: Any) -> None:
     assert same(back(value), value)
 

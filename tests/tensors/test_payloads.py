@@ -58,7 +58,7 @@ def tensors(draw):
     return tensor
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tensors(), st.data())
 def test_any_elements_are_those_of_a_contiguous_copy(tensor, data):
     payloads, whole = StatePayloads([tensor], [b"object"]), bits(tensor)

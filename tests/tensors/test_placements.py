@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")  # the package's own imports need it; the functions do not
@@ -92,7 +92,6 @@ def test_scalars_and_empties() -> None:
 
 
 @given(layouts(), st.randoms())
-@settings(deadline=None)
 def test_boxes_hold_the_indices_that_cutting_one_by_one_leaves(layout: Layout, random: Any) -> None:
     shape, mesh, placements = layout
     sequence = list(range(len(mesh)))
@@ -112,7 +111,6 @@ def test_boxes_hold_the_indices_that_cutting_one_by_one_leaves(layout: Layout, r
 
 
 @given(layouts())
-@settings(deadline=None)
 def test_all_ranks_tile_the_tensor_as_often_as_it_is_replicated(layout: Layout) -> None:
     shape, mesh, placements = layout
     count = np.zeros(shape, dtype=int)
@@ -124,7 +122,6 @@ def test_all_ranks_tile_the_tensor_as_often_as_it_is_replicated(layout: Layout) 
 
 
 @given(layouts(strided=False), st.randoms())
-@settings(deadline=None)
 def test_a_sequence_of_cuts_reads_the_same_as_strided_shards(layout: Layout, random: Any) -> None:
     """What torch writes for a sequence: a factor for each later mesh dimension that cuts before."""
     shape, mesh, placements = layout

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.tensors.pieces import is_any_tensor
@@ -86,7 +86,6 @@ def same_memory(one: Any, other: Any) -> bool:
 
 
 @given(STATES)
-@settings(deadline=None)
 def test_a_claim_says_of_each_tensor_what_describe_says(state: dict[str, Any]) -> None:
     local = describe_state(state)
     tensors, objects = describe_tensors(flatten(state, is_any_tensor))
@@ -101,7 +100,6 @@ def test_a_claim_says_of_each_tensor_what_describe_says(state: dict[str, Any]) -
 
 
 @given(STATES, st.integers(1, 40))
-@settings(deadline=None)
 def test_large_pieces_are_cut_into_views_that_tile_them(state: dict[str, Any], limit: int) -> None:
     whole = describe_state(state)
     with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +156,6 @@ def test_aliases_are_the_same_elements_of_the_same_memory() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)), max_size=8))
-@settings(deadline=None)
 def test_an_alias_is_the_first_of_its_kind(picks: list[tuple[int, int, int]]) -> None:
     bases = [torch.zeros(6) for _ in range(3)]
     found = positions(*(bases[base][start : start + size] for base, start, size in picks))
