@@ -32,8 +32,8 @@ __all__ = [
     "writers",
 ]
 
-_SLICE = 16 << 20
-"""Bytes of one write out of staged memory: a busy interpreter delays a thread once for each."""
+_AT_ONCE = 16 << 20
+"""Bytes of one write at most: a busy interpreter delays a thread once for each."""
 
 
 class Writers(NamedTuple):
@@ -46,12 +46,13 @@ class Writers(NamedTuple):
 def writers(ranks_here: int, budget: int) -> Writers:
     """What is fastest for so many ranks of one machine, within a budget of bytes for each.
 
-    As measured on 2 cores: 3 threads with 2 MiB in one process, 1 with 8 MiB in each of 4.
+    As measured on 2 cores: 2 threads in one process, 1 in each of 4 (docs/decisions, "How bytes are
+    written").
     """
-    threads = knobs.write_threads() or _clamp(round(1.5 * knobs.cores() / ranks_here), 1, 4)
+    threads = knobs.write_threads() or _clamp(knobs.cores() // ranks_here, 1, 4)
     threads = _clamp(budget // smallest_window, 1, threads)
-    window = (2 << 20) if threads > 1 else (8 << 20)
-    return Writers(threads, _clamp(budget // threads // PAGE * PAGE, smallest_window, window))
+    share = budget // threads // PAGE * PAGE
+    return Writers(threads, _clamp(share, smallest_window, _AT_ONCE))
 
 
 def copiers(ranks_here: int) -> int:
@@ -257,12 +258,12 @@ def write_staged(
     def worker(mine: Iterator[_Job]) -> None:
         for target, image, parts in mine:
             for number in parts:
-                low = number * _SLICE
-                part = memory[id(image)][low : low + _SLICE]
+                low = number * _AT_ONCE
+                part = memory[id(image)][low : low + _AT_ONCE]
                 target.write_at(low, [part.data])
                 meter.add(min(part.nbytes, image.layout.nbytes - low))
 
-    slices = [-(-one.memory.nbytes // _SLICE) for one in staged]
+    slices = [-(-one.memory.nbytes // _AT_ONCE) for one in staged]
     parallel(_jobs(targets, images, slices), worker, threads)
 
 
