@@ -247,8 +247,8 @@ def checksums(bench: Bench) -> Iterator[Result]:
         title = "Digests on saving, in processor time, 1 process"
         result = started(bench, crew, "checksums", title, "save", "adamw", bench.nbytes)
         result.notes.append(
-            "The digests' time is derived: each block of 256 KiB is copied to a small buffer, as "
-            "in a save, and the check of it there is timed; it runs on one processor."
+            "The digests' time is derived: the check of each block of 256 KiB is timed where it "
+            "lies, as a save does it; it runs on one processor."
         )
         yield Race(bench, crew, result, (OURS, crc)).run(saving(bench, crew))
 
