@@ -16,6 +16,7 @@ from shardkeep.format import container, transforms
 from shardkeep.format.container_write import TensorFraming
 from shardkeep.io.digest import crc32, whole_crc
 from shardkeep.io.read import Payload, verify_payloads
+from shardkeep.knobs import PAGE
 from shardkeep.sources import Sources, inside, read_range, unpacked_limit, window
 from shardkeep.types import DTYPES, ByteRange
 
@@ -188,7 +189,7 @@ class _Work:
         tail = read_range(self._store, after, name)
         crc = whole_crc(() if source.digests is None else source.digests, nbytes)
         framing = TensorFraming(dtype, source.sizes)
-        frames = (framing(item.offset, paged) for paged in (False, True))
+        frames = (framing(item.offset, False), framing(item.offset - start % PAGE, True))
         if not any(head == frame.head and tail == frame.tail(crc) for frame in frames):
             raise Damaged("the frame around the payload is damaged", file=item.file, name=name)
         self.checked += len(head) + len(tail)

@@ -10,11 +10,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.contracts import StoreInSteps
+from shardkeep.knobs import PAGE
 from shardkeep.stores import LocalStore, kernel
 from shardkeep.stores import cold as past_cache
 
@@ -58,12 +60,25 @@ def flags_of(fd):
     return fcntl.fcntl(fd, fcntl.F_GETFL)
 
 
-def read(store, offset=0, length=None, **more):
+@pytest.fixture(params=[False, True], ids=["copied", "in place"])
+def in_place(request):
+    """Whether bytes go to memory that lies in its pages as they do in theirs."""
+    return request.param
+
+
+def memory(length, offset, in_place):
+    """Room for bytes from that offset on: as far past a page as these, or one byte further."""
+    room = np.empty(length + 2 * PAGE, np.uint8)
+    past = (offset + (not in_place) - room.ctypes.data) % PAGE
+    return room[past : past + length]
+
+
+def read(store, offset=0, length=None, *, in_place=False, **more):
     length = len(DATA) if length is None else length
-    buffer = bytearray(length)
+    buffer = memory(length, offset, in_place).data
     step = more.pop("step", 1 << 20)
     done = 0
-    for done in store.read_steps("f", offset, memoryview(buffer), step, **more):
+    for done in store.read_steps("f", offset, buffer, step, **more):
         assert bytes(buffer[:done]) == DATA[offset : offset + done], "what is said to be there is"
     return bytes(buffer[:done])
 
@@ -82,26 +97,48 @@ Path(FOLDER.name, "f").write_bytes(DATA)
     st.integers(0, len(DATA)),
     st.integers(1, past_cache.PIECE),
     st.sampled_from([1 << 20, 3 << 20, 64 << 20]),
+    st.booleans(),
 )
-def test_any_range_arrives(offset, length, step, budget):
+def test_any_range_arrives(offset, length, step, budget, in_place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "cached", lambda fd, offset, length: 0)
         patch.setenv("SHARDKEEP_HOST_BUDGET", str(budget))
         store = LocalStore(FOLDER.name)
-        buffer = bytearray(length)
-        steps = list(store.read_steps("f", offset, memoryview(buffer), max(step, length // 50)))
+        buffer = memory(length, offset, in_place).data
+        steps = list(store.read_steps("f", offset, buffer, max(step, length // 50)))
         expected = DATA[offset : offset + length]
         assert (steps[-1] if steps else 0) == len(expected)
         assert steps == sorted(set(steps))
         assert buffer[: len(expected)] == expected
-        assert store.read_into("f", offset, memoryview(buffer)) == len(expected)
+        assert store.read_into("f", offset, buffer) == len(expected)
 
 
-def test_cold_bytes_come_past_the_cache_in_few_reads(store, cold, calls):
-    assert read(store, 77, 2 * past_cache.PIECE) == DATA[77 : 77 + 2 * past_cache.PIECE]
+def test_cold_bytes_come_past_the_cache_in_few_reads(store, cold, calls, in_place):
+    found = read(store, 77, 2 * past_cache.PIECE, in_place=in_place)
+    assert found == DATA[77 : 77 + 2 * past_cache.PIECE]
     assert [past for past, _, _ in calls] == [True, True]
     assert all(offset % 4096 == length % 4096 == 0 for _, offset, length in calls)
     assert sum(length for _, _, length in calls) <= 2 * past_cache.PIECE + 4 * 4096
+
+
+def test_whole_pages_are_read_to_where_they_belong(store, cold, monkeypatch):
+    """No byte is moved but those on a page with something else."""
+    real, lengths = os.preadv, []
+
+    def preadv(fd, parts, at):
+        for part in parts:
+            address = np.frombuffer(part, np.uint8).ctypes.data
+            assert address % PAGE == len(part) % PAGE == at % PAGE == 0
+            if begin <= address < begin + len(into):
+                lengths.append(len(part))
+        return real(fd, parts, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    into = memory(2 * past_cache.PIECE, 77, in_place=True)
+    begin = into.ctypes.data
+    assert store.read_into("f", 77, into.data) == len(into)
+    assert into.tobytes() == DATA[77 : 77 + len(into)]
+    assert sum(lengths) == len(into) - 2 * PAGE
 
 
 def test_cached_bytes_come_out_of_the_cache(store, calls, monkeypatch):
@@ -146,9 +183,9 @@ def test_the_kernel_tells_what_is_cached(store):
         os.close(fd)
 
 
-@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EFAULT])
 @pytest.mark.parametrize("call", ["open", "preadv"])
-def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, code):
+def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, code, in_place):
     refused = []
     real = getattr(os, call)
 
@@ -159,8 +196,8 @@ def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, c
         return real(first, second, *rest, **more)
 
     monkeypatch.setattr(os, call, refuse)
-    assert read(store) == DATA
-    assert read(store) == DATA
+    assert read(store, in_place=in_place) == DATA
+    assert read(store, in_place=in_place) == DATA
     assert len(refused) == 1
 
 
@@ -172,7 +209,7 @@ def test_a_kernel_that_does_not_tell_is_asked_once(store, calls, monkeypatch):
     assert not any(past for past, _, _ in calls)
 
 
-def test_other_errors_of_direct_reads_come_as_they_are(store, cold, monkeypatch):
+def test_other_errors_of_direct_reads_come_as_they_are(store, cold, monkeypatch, in_place):
     real = os.preadv
 
     def fail(fd, *rest):
@@ -182,24 +219,24 @@ def test_other_errors_of_direct_reads_come_as_they_are(store, cold, monkeypatch)
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OSError, match="Input/output error") as caught:
-        read(store)
+        read(store, in_place=in_place)
     assert caught.value.filename == str(store.path / "f")
     monkeypatch.setattr(os, "preadv", real)
-    assert read(store) == DATA
+    assert read(store, in_place=in_place) == DATA
 
 
-def test_short_direct_reads_are_continued(store, cold, monkeypatch):
+def test_short_direct_reads_are_continued(store, cold, monkeypatch, in_place):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, to, at: real(fd, [to[0][: 1 << 16]], at))
-    assert read(store) == DATA
+    assert read(store, in_place=in_place) == DATA
 
 
-def test_a_file_that_shrinks_ends_early(store, cold):
-    assert read(store, 0, 1 << 20) == DATA[: 1 << 20]
+def test_a_file_that_shrinks_ends_early(store, cold, in_place):
+    assert read(store, 0, 1 << 20, in_place=in_place) == DATA[: 1 << 20]
     os.truncate(store.path / "f", past_cache.PIECE + 1000)
-    assert read(store) == DATA[: past_cache.PIECE + 1000]
+    assert read(store, in_place=in_place) == DATA[: past_cache.PIECE + 1000]
     os.truncate(store.path / "f", 0)
-    assert read(store) == b""
+    assert read(store, in_place=in_place) == b""
 
 
 def test_a_replaced_file_is_opened_anew(store, cold):
@@ -219,7 +256,7 @@ def test_memory_that_looks_like_a_disk(cold):
         assert read(LocalStore(folder)) == DATA
 
 
-def test_buffers_are_few_and_used_again(store, cold, monkeypatch):
+def test_buffers_are_few_and_used_again(store, cold, monkeypatch, in_place):
     made = []
     real = mmap.mmap
     monkeypatch.setattr(
@@ -228,14 +265,14 @@ def test_buffers_are_few_and_used_again(store, cold, monkeypatch):
         lambda fd, length, **more: made.append((length, more)) or real(fd, length, **more),
     )
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(lambda _: read(store), range(12))) == {DATA}
+        assert set(pool.map(lambda _: read(store, in_place=in_place), range(12))) == {DATA}
     assert 1 <= len(made) <= 4
     assert all(more["flags"] & mmap.MAP_PRIVATE for _, more in made), "a fork must not share them"
     store.close()
     made.clear()
     monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(4 << 20))
     with ThreadPoolExecutor(9) as pool:
-        assert set(pool.map(lambda _: read(store), range(18))) == {DATA}
+        assert set(pool.map(lambda _: read(store, in_place=in_place), range(18))) == {DATA}
     assert sum(length for length, _ in made) <= (2 << 20) + 4 * 4096
 
 

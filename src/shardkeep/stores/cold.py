@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardkeep import knobs
 from shardkeep.knobs import PAGE
 from shardkeep.stores import kernel
+from shardkeep.stores.parts import after
 
 __all__ = ["FLAG", "PIECE", "ColdReads"]
 
@@ -28,7 +31,10 @@ _LEAST = 64 * 1024
 
 _SAMPLE = 32 * 1024
 
-_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFAULT)
+"""What such a read says of a file system, or of memory, that does not take it."""
+
+Bytes = NDArray[Any]
 
 
 class ColdReads:
@@ -73,6 +79,9 @@ class ColdReads:
     def read(self, fd: int, offset: int, view: memoryview, step: int) -> Iterator[int]:
         """Fill `view`, of `PIECE` bytes at most, from `offset` of a file opened with `FLAG`.
 
+        Where it lies as far past a page as its bytes do in the file (so `plan.layout` lays them),
+        nothing is copied but what is before its first page and behind its last one.
+
         Yields how many of its bytes are there, every `step` or less. Ends early where the file
         does, where such reads are refused, or if all buffers are taken: an ordinary read then
         goes on from there.
@@ -80,20 +89,46 @@ class ColdReads:
         with self._buffer() as buffer:
             if buffer is None:
                 return
-            room = len(buffer) - PAGE
-            target = np.frombuffer(view, dtype=np.uint8)
-            for at in range(0, len(view), room):
-                stop = min(at + room, len(view))
-                first = (offset + at) % PAGE
-                end = self._fill(fd, offset + at - first, buffer, first + stop - at) - first
-                source = np.frombuffer(buffer, dtype=np.uint8)[first:]
-                for begin in range(0, min(end, stop - at), step):
-                    # numpy's copies let other threads run; those between memoryviews do not.
-                    done = min(begin + step, end, stop - at)
-                    target[at + begin : at + done] = source[begin:done]
-                    yield at + done
-                if end < stop - at:
-                    return
+            target, space = (np.frombuffer(each, dtype=np.uint8) for each in (view, buffer))
+            if (target.ctypes.data - offset) % PAGE == 0:
+                yield from self._in_place(fd, offset, target, space, step)
+            else:
+                yield from self._copied(fd, offset, target, space, step)
+
+    def _in_place(
+        self, fd: int, offset: int, target: Bytes, space: Bytes, step: int
+    ) -> Iterator[int]:
+        """Read whole pages to where they belong; `space` takes the torn ones at the ends."""
+        length, before = len(target), offset % PAGE
+        low = -offset % PAGE  # the whole pages of the target
+        high = length - (length - low) % PAGE
+        head, tail = space[:PAGE], space[PAGE : 2 * PAGE]
+        parts = [head.data] if before else []
+        parts += [target[low:high].data, *([tail.data] if high < length else [])]
+        end = min(self._fill(fd, offset - before, parts) - before, length)
+        target[:low] = head[PAGE - low :]
+        target[high:] = tail[: length - high]
+        for done in range(step, end + step, step):
+            yield min(done, end)
+
+    def _copied(
+        self, fd: int, offset: int, target: Bytes, space: Bytes, step: int
+    ) -> Iterator[int]:
+        """Read to `space`, and copy from there."""
+        room = len(space) - PAGE
+        for at in range(0, len(target), room):
+            stop = min(at + room, len(target))
+            first = (offset + at) % PAGE
+            length = first + stop - at
+            there = self._fill(fd, offset + at - first, [space[: length + -length % PAGE].data])
+            end, source = there - first, space[first:]
+            for begin in range(0, min(end, stop - at), step):
+                # numpy's copies let other threads run; those between memoryviews do not.
+                done = min(begin + step, end, stop - at)
+                target[at + begin : at + done] = source[begin:done]
+                yield at + done
+            if end < stop - at:
+                return
 
     def close(self) -> None:
         """Give the buffers back to the system."""
@@ -101,15 +136,15 @@ class ColdReads:
             self._taken -= len(self._free)
             self._free.clear()
 
-    def _fill(self, fd: int, offset: int, buffer: mmap.mmap, length: int) -> int:
-        """Bytes read: `length`, rounded up, unless the file ends."""
-        done, length = 0, length + -length % PAGE
-        with self.refusals(), memoryview(buffer) as space:
-            while done < length and done % PAGE == 0:
-                read = os.preadv(fd, [space[done:length]], offset + done)
+    def _fill(self, fd: int, offset: int, parts: Sequence[memoryview]) -> int:
+        """Bytes read, from a page on into parts that are whole pages: all, unless the file ends."""
+        done = 0
+        with self.refusals():
+            while parts and done % PAGE == 0:
+                read = os.preadv(fd, parts, offset + done)
                 if not read:
                     break
-                done += read
+                parts, done = after(parts, read), done + read
         return done
 
     @contextmanager

@@ -13,15 +13,13 @@ from shardkeep.contracts import Buffer
 from shardkeep.knobs import PAGE
 from shardkeep.stores import kernel
 from shardkeep.stores.naming import naming
+from shardkeep.stores.parts import AT_ONCE, after
 
 __all__ = ["Direct", "LocalSink", "LocalTarget"]
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _NOT_DIRECT = (errno.EINVAL, errno.EFAULT)
 """What a direct write says of a file system, or of memory (a device's), that can't be used so."""
-
-_AT_ONCE = 1024
-"""Parts that one call takes (IOV_MAX of Linux)."""
 
 
 class Direct:
@@ -143,19 +141,14 @@ class LocalTarget(_NewFile):
         os.ftruncate(self._fd, self._nbytes)
 
     def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
-        left = list(parts)
         with naming(self._path):
-            while left:
+            while parts:
                 try:
-                    done = os.pwritev(self._fd, left[:_AT_ONCE], offset)
+                    done = os.pwritev(self._fd, parts[:AT_ONCE], offset)
                 except OSError as error:
                     if error.errno in _NOT_DIRECT and self._direct.refuse(self._fd):
                         continue
                     raise
                 if done % PAGE:
                     self._direct.refuse(self._fd)  # What is left is not aligned any more.
-                offset += done
-                while left and done >= len(left[0]):
-                    done -= len(left.pop(0))
-                if done:
-                    left[0] = left[0][done:]
+                parts, offset = after(parts, done), offset + done
