@@ -41,8 +41,10 @@ class Image:
         nbytes: [N] bytes of each payload.
         crcs: CRC-32 of the payloads of bare items, by row of `layout`; the rows of all others are
             digested here.
-        addresses: [N] where a payload lies that is written from there, but for the ends that share
-            a page with something else; 0 for those that are copied.
+        addresses: [N] where a payload lies in memory, as far past a page as in the file; 0 for
+            those of which nothing is known but their bytes.
+        in_place: leave payloads where they lie, but for what shares a page with something else;
+            else all are copied.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Image:
         nbytes: I64,
         crcs: Mapping[int, int],
         addresses: I64,
+        *,
+        in_place: bool,
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
-        self._addresses = addresses.tolist()
+        self._addresses, self._in_place = addresses.tolist(), in_place
         self._copy, self._take = payloads.copy, payloads.take
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
@@ -195,7 +199,7 @@ class Image:
         if item >= low:  # cuts lie inside of payloads only: a head is whole
             view[item - low : start - low] = frame.head
         if begin < stop and self._addresses[row]:
-            in_place = self._in_place(row, begin, stop, base)
+            in_place = self._known(row, begin, stop, base)
         elif begin < stop:
             self._payload(row, begin, stop, view[begin - low : stop - low], base + begin)
         if end <= high and (start >= low or begin < stop):
@@ -203,23 +207,33 @@ class Image:
             view[end - low : end - low + len(tail)] = tail
         return in_place
 
-    def _in_place(self, row: int, begin: int, stop: int, base: int) -> list[tuple[int, int, int]]:
-        """Digest part of a payload where it lies, and copy what shares a page with something else.
-
-        Windows are cut up to a page before a block: the block is of the window that is cut there.
+    def _known(self, row: int, begin: int, stop: int, base: int) -> list[tuple[int, int, int]]:
+        """Digest part of a payload where it lies, and copy it, or only what shares a page with
+        something else; returns as `_make`.
         """
-        start, nbytes, here = self._starts[row], self._nbytes[row], self._addresses[row]
-        first = self._first_block[row]
-        for block in range(-(-(begin - start) // BLOCK), -(-(stop - start) // BLOCK)):
+        start, inner, outer = self._starts[row], stop, stop
+        if self._in_place:
+            inner = min(-(-begin // PAGE) * PAGE, stop)
+            outer = max(inner, stop // PAGE * PAGE)
+            self._digest(row, inner - start, outer - start)
+        for first, last in ((begin, inner), (outer, stop)):
+            for low in range(first, last, _STEP):
+                high = min(low + _STEP, last)
+                self._copy(self._rows[row], low - start, high - low, base + low)
+                self._digest(row, low - start, high - start)
+        here = self._addresses[row] - start
+        return [(inner, outer, here + inner)] if inner < outer else []
+
+    def _digest(self, row: int, low: int, high: int) -> None:
+        """Digest the blocks of a payload that begin between these bytes of it, where they lie.
+
+        A window is cut up to a page before a block begins, so some of the block is in the next.
+        """
+        here, nbytes, first = self._addresses[row], self._nbytes[row], self._first_block[row]
+        for block in range(-(-low // BLOCK), -(-high // BLOCK)):
             at = block * BLOCK
             data = memory_at(here + at, min(BLOCK, nbytes - at))
             self._digests[first + block] = crc32_at(here + at, data)
-        inner, outer = min(-(-begin // PAGE) * PAGE, stop), stop // PAGE * PAGE
-        outer = max(inner, outer)
-        for low, high in ((begin, inner), (outer, stop)):
-            if low < high:
-                self._copy(self._rows[row], low - start, high - low, base + low)
-        return [(inner, outer, here + inner - start)] if inner < outer else []
 
     def _payload(self, row: int, begin: int, stop: int, view: memoryview, address: int) -> None:
         """Copy part of a payload, in steps that are in the cache for their digests."""
@@ -289,11 +303,12 @@ def images_of(
         crcs: row -> CRC-32 of those that have no frame.
         window: bytes of a window at most.
         in_place: write large payloads from where they lie, so that they must not change until they
-            are written; else all are copied when a window is made.
+            are written; else all are copied when a window is made. Either way they lie in the
+            file as in memory, past a page: so will the memory that they are read to, most likely.
     """
     place = _shared_out(nbytes, framings, len(names))
     addresses = np.zeros(len(nbytes), dtype=np.int64)
-    for row in np.flatnonzero(nbytes >= least_in_place).tolist() if in_place else ():
+    for row in np.flatnonzero(nbytes >= least_in_place).tolist():
         address = payloads.address(row)
         if framings[row] is not None and not address % ALIGNMENT:
             addresses[row] = address
@@ -304,7 +319,19 @@ def images_of(
         its_crcs = {at: crcs[row] for at, row in enumerate(here) if row in crcs}
         its_framings = [framings[row] for row in here]
         layout = lay_out(nbytes[rows], its_framings, addresses[rows] % PAGE, window)
-        images.append(Image(name, layout, payloads, rows, nbytes[rows], its_crcs, addresses[rows]))
+        its_bytes, its_addresses = nbytes[rows], addresses[rows]
+        images.append(
+            Image(
+                name,
+                layout,
+                payloads,
+                rows,
+                its_bytes,
+                its_crcs,
+                its_addresses,
+                in_place=in_place,
+            )
+        )
     return images
 
 
