@@ -199,7 +199,7 @@ class Image:
         if item >= low:  # cuts lie inside of payloads only: a head is whole
             view[item - low : start - low] = frame.head
         if begin < stop and self._addresses[row]:
-            in_place = self._known(row, begin, stop, base)
+            in_place = self._from_memory(row, begin, stop, base)
         elif begin < stop:
             self._payload(row, begin, stop, view[begin - low : stop - low], base + begin)
         if end <= high and (start >= low or begin < stop):
@@ -207,7 +207,9 @@ class Image:
             view[end - low : end - low + len(tail)] = tail
         return in_place
 
-    def _known(self, row: int, begin: int, stop: int, base: int) -> list[tuple[int, int, int]]:
+    def _from_memory(
+        self, row: int, begin: int, stop: int, base: int
+    ) -> list[tuple[int, int, int]]:
         """Digest part of a payload where it lies, and copy it, or only what shares a page with
         something else; returns as `_make`.
         """
