@@ -222,7 +222,10 @@ def _resolve(where: str, name: str) -> Callable[..., Any]:
 
 def _work(pipe: Connection, dump: str) -> None:
     """The child's life."""
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    # torch looks up the name of each client of a store, meanwhile all others wait: 5 s where a name
+    # server drops the question, in the middle of a test of how long something takes.
+    resolver = "timeout:1 attempts:1"
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RES_OPTIONS=resolver)
     file = Path(dump).open("w")  # noqa: SIM115 - for as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
