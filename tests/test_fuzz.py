@@ -27,7 +27,9 @@ def targets():
 def test_the_corpus_is_whole(target):
     if target == "torch object":
         pytest.importorskip("torch")
-    for data in seeds(target):
+    corpus = list(seeds(target))
+    assert corpus
+    for data in corpus:
         TARGETS[target](data)
 
 

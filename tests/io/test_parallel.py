@@ -31,8 +31,9 @@ def test_the_calling_thread_works_too():
 
 
 def test_jobs_run_at_the_same_time():
-    barrier = threading.Barrier(4, timeout=10)
-    parallel(list(range(4)), lambda jobs: [barrier.wait() for _ in jobs], 4)
+    barrier, places = threading.Barrier(4, timeout=10), []
+    parallel(list(range(4)), lambda jobs: places.extend(barrier.wait() for _ in jobs), 4)
+    assert sorted(places) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("threads", [1, 4])

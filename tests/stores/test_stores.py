@@ -317,8 +317,10 @@ class TestLocalStore(StoreTests):
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         put(store, "x", b"1")
-        monkeypatch.setattr(os, "fsync", fail_with(errno.EINVAL))
+        asked, refuse = [], fail_with(errno.EINVAL)
+        monkeypatch.setattr(os, "fsync", lambda fd: asked.append(fd) or refuse(fd))
         store.sync()
+        assert asked
 
     @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
     def test_failed_publish_keeps_the_old_file(

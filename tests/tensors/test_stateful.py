@@ -117,3 +117,5 @@ def test_the_checkpoint_is_not_walked_without_need() -> None:
 
     plain, found = expand({"model": torch.nn.Linear(1, 1), "step": 1})
     make_room(plain, found, never())
+    assert set(plain) == {"model", "step"}
+    assert set(found) == {"model"}

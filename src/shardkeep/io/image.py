@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from threading import Condition
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,14 @@ _STEP = 2 * BLOCK
 
 _LIGHT = 16 * 1024
 """Bytes of a payload up to which an item is put together with its neighbours."""
+
+
+class _InPlace(NamedTuple):
+    """Part of a payload that is written from where it lies: bytes of the file, and where that is."""
+
+    begin: int
+    stop: int
+    address: int
 
 
 class Image:
@@ -139,11 +147,11 @@ class Image:
 
     def _make(
         self, low: int, high: int, number: int, view: memoryview, base: int
-    ) -> list[tuple[int, int, int]]:
+    ) -> list[_InPlace]:
         """`base` is where byte 0 of the file would be in memory.
 
         Returns:
-            What is not in `view`: where it begins and ends in the file, and its address.
+            What is not in `view`.
         """
         items, light, in_place = self._items, self._light, []
         rows = self._order[self._first[number] : self._last[number + 1]]
@@ -186,9 +194,9 @@ class Image:
 
     def _alone(
         self, row: int, low: int, high: int, number: int, view: memoryview, base: int
-    ) -> list[tuple[int, int, int]]:
+    ) -> list[_InPlace]:
         """What a window has of one item; returns as `_make`."""
-        in_place: list[tuple[int, int, int]] = []
+        in_place: list[_InPlace] = []
         item, start, frame = self._items[row], self._starts[row], self.layout.frames[row]
         end = start + self._nbytes[row]
         begin, stop = max(start, low), min(end, high)
@@ -207,9 +215,7 @@ class Image:
             view[end - low : end - low + len(tail)] = tail
         return in_place
 
-    def _from_memory(
-        self, row: int, begin: int, stop: int, base: int
-    ) -> list[tuple[int, int, int]]:
+    def _from_memory(self, row: int, begin: int, stop: int, base: int) -> list[_InPlace]:
         """Digest part of a payload where it lies, and copy it, or only what shares a page with
         something else; returns as `_make`.
         """
@@ -224,7 +230,7 @@ class Image:
                 self._copy(self._rows[row], low - start, high - low, base + low)
                 self._digest(row, low - start, high - start)
         here = self._addresses[row] - start
-        return [(inner, outer, here + inner)] if inner < outer else []
+        return [_InPlace(inner, outer, here + inner)] if inner < outer else []
 
     def _digest(self, row: int, low: int, high: int) -> None:
         """Digest the blocks of a payload that begin between these bytes of it, where they lie.

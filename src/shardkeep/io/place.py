@@ -32,7 +32,7 @@ __all__ = [
     "writers",
 ]
 
-_AT_ONCE = 16 << 20
+_WRITE = 16 << 20
 """Bytes of one write at most: a busy interpreter delays a thread once for each."""
 
 
@@ -52,7 +52,7 @@ def writers(ranks_here: int, budget: int) -> Writers:
     threads = knobs.write_threads() or _clamp(knobs.cores() // ranks_here, 1, 4)
     threads = _clamp(budget // smallest_window, 1, threads)
     share = budget // threads // PAGE * PAGE
-    return Writers(threads, _clamp(share, smallest_window, _AT_ONCE))
+    return Writers(threads, _clamp(share, smallest_window, _WRITE))
 
 
 def copiers(ranks_here: int) -> int:
@@ -258,12 +258,12 @@ def write_staged(
     def worker(mine: Iterator[_Job]) -> None:
         for target, image, parts in mine:
             for number in parts:
-                low = number * _AT_ONCE
-                part = memory[id(image)][low : low + _AT_ONCE]
+                low = number * _WRITE
+                part = memory[id(image)][low : low + _WRITE]
                 target.write_at(low, [part.data])
                 meter.add(min(part.nbytes, image.layout.nbytes - low))
 
-    slices = [-(-one.memory.nbytes // _AT_ONCE) for one in staged]
+    slices = [-(-one.memory.nbytes // _WRITE) for one in staged]
     parallel(_jobs(targets, images, slices), worker, threads)
 
 
