@@ -28,7 +28,7 @@ _LIGHT = 16 * 1024
 
 
 class _InPlace(NamedTuple):
-    """Part of a payload that is written from where it lies: bytes of the file, and where that is."""
+    """Part of a payload that is written from where it lies: bytes of the file, and an address."""
 
     begin: int
     stop: int
