@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,26 +22,19 @@ from shardkeep import collector, commit, knobs
 from shardkeep.agreement import Order, own, report
 from shardkeep.background import line_of, simulated
 from shardkeep.clock import Clock, slowest
-from shardkeep.contracts import Progress, Ranks, Session, Store
+from shardkeep.contracts import Payloads, Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
 from shardkeep.format import columns
 from shardkeep.format.container_write import TensorFraming
 from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.digest import crc32
-from shardkeep.io.image import Image, images_of, written_in
-from shardkeep.io.place import (
-    Staged,
-    copiers,
-    placed,
-    room,
-    stage,
-    write_images,
-    write_staged,
-    writers,
-)
+from shardkeep.io.image import Digests, Image, images_of, of_memory, written_in
+from shardkeep.io.place import copiers, placed, write_images, writers
+from shardkeep.io.staging import Places, stage
 from shardkeep.leases import Lease
 from shardkeep.manager.metrics import HEADER as METRICS
 from shardkeep.plan.distinct import distinct
+from shardkeep.plan.layout import smallest_window
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.remains import collect
@@ -222,34 +214,19 @@ def life(
                 _warn_of(order.settlement.differing)
 
             clock.phase("write" if arena is None else "stage")
-            here = knobs.ranks_here(session.size)
-            threads, window = writers(here, options.host_budget or knobs.host_budget())
-            payloads = _Payloads(local, order)
-            images = payloads.images(
-                session.rank, order.save_id, options.files, window, in_place=arena is None
-            )
-        in_memory = None
-        if arena is not None and room(images) <= (options.host_budget or sys.maxsize):
-            memory = arena.take(room(images), pinned if payloads.on_cuda else roomy)
-            in_memory = stage(images, memory, threads=copiers(here))
+            payloads = _Payloads(local, order, lasting=arena is None)
+            del local
+        here = knobs.ranks_here(session.size)
+        if arena is not None and payloads.stage(arena, options.host_budget, here):
             _set(staged)
-        del local, payloads
+            staged = None
 
         clock.phase("write")
         with _removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
                 _give_way()
-            _write(
-                store,
-                images,
-                in_memory,
-                order.save_id,
-                session,
-                clock,
-                options,
-                threads=threads,
-                made=partial(_set, staged),
-            )
+            name = partial(commit.data_file, session.rank, save_id=order.save_id)
+            images = _write(store, payloads, name, session, clock, options, partial(_set, staged))
 
             clock.phase("report")
             last = slowest(session, sum(clock.seconds().values()))
@@ -278,35 +255,34 @@ def life(
 
 def _write(
     store: Store,
-    images: Sequence[Image],
-    in_memory: Sequence[Staged] | None,
-    save_id: str,
+    payloads: _Payloads,
+    name: Callable[[int], str],
     session: Session,
     clock: Clock,
     options: Options,
-    *,
-    threads: int,
     made: Callable[[], None],
-) -> None:
+) -> list[Image]:
     """Write this rank's files, durably: again under other names, if storage refuses what is staged.
 
     The other ranks wait, and need not know.
     """
+    left = (options.host_budget or knobs.host_budget() + payloads.staged) - payloads.staged
+    threads, window = writers(knobs.ranks_here(session.size), left)
+    images: list[Image] = []
 
     def once(before: int) -> None:
         clock.phase("write")
-        for number, image in enumerate(images, before * len(images)):
-            image.name = commit.data_file(session.rank, number, save_id)
+        count = payloads.files(options.files)
+        names = [name(number) for number in range(before * count, (before + 1) * count)]
+        images[:] = payloads.images(names, window)
         telling = shown(options.progress, session)
         with placed(store, images) as targets, telling as tell:
-            if in_memory is None:
-                write_images(targets, images, threads=threads, progress=tell, made=made)
-            else:
-                write_staged(targets, in_memory, threads=threads, progress=tell)
+            write_images(targets, images, threads=threads, progress=tell, made=made)
             clock.phase("sync")
         store.sync()
 
-    tried(once, 0 if in_memory is None else options.retries)
+    tried(once, options.retries if payloads.staged else 0)
+    return images
 
 
 @contextlib.contextmanager
@@ -339,9 +315,14 @@ def _set(future: Future[None] | None) -> None:
 
 
 class _Payloads:
-    """What this rank has to write: its pieces, then its objects."""
+    """What this rank has to write: its pieces, then its objects.
 
-    def __init__(self, local: Local, order: Order) -> None:
+    Args:
+        local, order: what there is, and what of it is this rank's.
+        lasting: nothing changes until all is written; else only until all has been copied.
+    """
+
+    def __init__(self, local: Local, order: Order, *, lasting: bool) -> None:
         claim, rows = local.claim, order.pieces
         objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
         of, sizes = claim.piece[rows], claim.sizes[rows]
@@ -361,31 +342,42 @@ class _Payloads:
             ]
         )
         self._crcs = {row: crc32(data) for row, data in enumerate(objects, len(rows))}
-        self._bytes = StatePayloads([local.memory[row] for row in rows.tolist()], objects)
+        source = StatePayloads([local.memory[row] for row in rows.tolist()], objects)
+        self._on_cuda = any(device.type == "cuda" for device in source.devices)
+        self._bytes: Payloads = source
+        self._digests: Digests = of_memory
+        self._lasting = lasting
+        self.staged = 0
+        """Bytes of the memory that they are staged in."""
 
-    @property
-    def on_cuda(self) -> bool:
-        """Whether any of them is in the memory of a CUDA device."""
-        return any(device.type == "cuda" for device in self._bytes.devices)
+    def stage(self, arena: Arena, budget: int | None, ranks_here: int) -> bool:
+        """Copy all to memory where it lasts; False if that would take more than the budget."""
+        places = Places(self._bytes, self._nbytes)
+        if budget is not None and places.nbytes + smallest_window > budget:
+            return False
+        memory = arena.take(places.nbytes, pinned if self._on_cuda else roomy)
+        staged = stage(self._bytes, places, memory, threads=copiers(ranks_here))
+        self._bytes, self._digests = staged, staged.digests
+        self._lasting, self.staged = True, places.nbytes
+        return True
 
-    def images(
-        self, rank: int, save_id: str, files: int | None, window: int, *, in_place: bool
-    ) -> list[Image]:
-        """Of this rank's files; by default of one, if there is anything to write.
+    def files(self, wanted: int | None) -> int:
+        """How many files; by default one, if there is anything to write."""
+        return min(1, len(self._framings)) if wanted is None else wanted
 
-        `in_place`: they are written before anything in the state changes (`images_of`).
-        """
-        count = min(1, len(self._framings)) if files is None else files
-        names = [commit.data_file(rank, number, save_id) for number in range(count)]
-        return images_of(
-            names,
-            self._nbytes,
-            self._framings,
-            self._bytes,
-            self._crcs,
-            window,
-            in_place=in_place,
-        )
+    def images(self, names: Sequence[str], window: int) -> list[Image]:
+        """Of these files, in windows of so many bytes at most."""
+        with contextlib.nullcontext() if self.staged else collector.paused():
+            return images_of(
+                names,
+                self._nbytes,
+                self._framings,
+                self._bytes,
+                self._crcs,
+                window,
+                in_place=self._lasting,
+                digests=self._digests,
+            )
 
 
 def _admit(store: Store, overwrite: bool) -> frozenset[str]:

@@ -18,7 +18,7 @@ from shardkeep.knobs import BLOCK
 @pytest.fixture(params=["deflate", "isal.isal_zlib", "zlib"])
 def library(request, monkeypatch):
     if request.param == "deflate":
-        assert module._libdeflate() is not None
+        assert module._at is not None
         return
     monkeypatch.setattr(module, "_zlib", pytest.importorskip(request.param))
     monkeypatch.setattr(module, "_at", None)

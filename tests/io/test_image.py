@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from shardkeep.format.container_write import TensorFraming
 from shardkeep.io.arena import aligned
 from shardkeep.io.image import images_of, written_in
-from shardkeep.io.place import placed, room, stage, write_images, write_staged
+from shardkeep.io.place import placed, write_images
+from shardkeep.io.staging import Places, stage
 from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.types import DType
@@ -56,13 +57,20 @@ class Bytes:
         return [bytes(self.data[row]) for row in rows]
 
 
-def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=False):
+def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=False, staged=0):
+    """Images, in place or not; `staged` by so many threads first, if any."""
     payloads = payloads or Bytes(sizes)
     framings = [None if row in bare else TensorFraming(U8, (n,)) for row, n in enumerate(sizes)]
     crcs = {row: zlib.crc32(payloads.data[row]) for row in bare}
     names = [f"f{number}" for number in range(files)]
     nbytes = np.array(sizes, np.int64)
-    return payloads, images_of(names, nbytes, framings, payloads, crcs, window, in_place=in_place)
+    source, how = payloads, {"in_place": in_place}
+    if staged:
+        places = Places(payloads, nbytes)
+        source = stage(payloads, places, aligned(places.nbytes), threads=staged)
+        payloads.copy = payloads.take = None  # not looked at again
+        how = {"in_place": True, "digests": source.digests}
+    return payloads, images_of(names, nbytes, framings, source, crcs, window, **how)
 
 
 def check(store, images, payloads, bare):
@@ -102,18 +110,13 @@ sizes = st.lists(
 @given(sizes, st.sets(st.integers(0, 11)), st.integers(1, 3), st.integers(1, 4), st.data())
 def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, files, threads, d):
     bare = {row for row in bare if row < len(nbytes)}
-    payloads, images = made(nbytes, bare, files)
     way = d.draw(st.sampled_from(["direct", "buffered", "in order", "staged", "staged in order"]))
+    payloads, images = made(nbytes, bare, files, staged=threads if "staged" in way else 0)
     store = MemoryStore()
     if "order" not in way:
         store = LocalStore(tmp_path_factory.mktemp("image"), direct=way != "buffered")
     with placed(store, images) as targets:
-        if way.startswith("staged"):
-            staged = stage(images, aligned(room(images)), threads=threads)
-            payloads.copy = payloads.take = None  # what is staged does not look at its source again
-            write_staged(targets, staged, threads=threads)
-        else:
-            write_images(targets, images, threads=threads)
+        write_images(targets, images, threads=threads)
     check(store, images, payloads, bare)
     assert payloads.copied.tolist() == nbytes  # each byte is looked at once
 
@@ -142,16 +145,13 @@ def test_large_payloads_lie_in_files_as_in_memory_and_are_written_from_there(
     payloads = Bytes(sizes)
     payloads.lie(past)
     in_place = way not in ("copied", "staged")
-    _, images = made(sizes, (), files, payloads=payloads, in_place=in_place)
+    staged = threads if way == "staged" else 0
+    _, images = made(sizes, (), files, payloads=payloads, in_place=in_place, staged=staged)
     store = MemoryStore()
     if way != "in order":
         store = LocalStore(tmp_path_factory.mktemp("image"), direct=way != "buffered")
     with placed(store, images) as targets:
-        if way == "staged":
-            staged = stage(images, aligned(room(images)), threads=threads)
-            write_staged(targets, staged, threads=threads)
-        else:
-            write_images(targets, images, threads=threads)
+        write_images(targets, images, threads=threads)
     check(store, images, payloads, ())
     places = written_in(images).payload.tolist()
     for size, at, place, copied in zip(sizes, past, places, payloads.copied.tolist(), strict=True):
@@ -179,22 +179,13 @@ def test_nothing_to_write_is_taken_at_once():
 
 
 def test_progress_counts_every_byte_of_the_files(tmp_path):
-    for in_memory in (False, True):
-        _, images = made([5 * BLOCK, 10, 700])
-        seen = []
-        with placed(LocalStore(tmp_path / str(in_memory)), images) as targets:
-
-            def say(*told, seen=seen):
-                seen.append(told)
-
-            if in_memory:
-                staged = stage(images, aligned(room(images)), threads=1)
-                write_staged(targets, staged, threads=1, progress=say)
-            else:
-                write_images(targets, images, threads=1, progress=say)
-        total = images[0].layout.nbytes
-        assert seen[-1] == ("write", total, total)
-        assert [done for _, done, _ in seen] == sorted({done for _, done, _ in seen})
+    _, images = made([5 * BLOCK, 10, 700])
+    seen = []
+    with placed(LocalStore(tmp_path), images) as targets:
+        write_images(targets, images, threads=1, progress=lambda *told: seen.append(told))
+    total = images[0].layout.nbytes
+    assert seen[-1] == ("write", total, total)
+    assert [done for _, done, _ in seen] == sorted({done for _, done, _ in seen})
 
 
 class Broken(Bytes):

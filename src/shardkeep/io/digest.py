@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from shardkeep.io.arena import memory_at
 from shardkeep.knobs import BLOCK
 
 _zlib: Any
@@ -42,7 +43,16 @@ _WORTH = 32 * 1024
 _LARGE = 128 * 1024
 """Bytes from which on the faster way makes up for finding out where they are."""
 
-__all__ = ["block_digests", "combine", "crc32", "crc32_at", "crc32_each", "digest", "whole_crc"]
+__all__ = [
+    "block_digests",
+    "combine",
+    "crc32",
+    "crc32_at",
+    "crc32_blocks",
+    "crc32_each",
+    "digest",
+    "whole_crc",
+]
 
 Bytes = bytes | bytearray | memoryview | NDArray[Any]
 
@@ -65,6 +75,15 @@ def crc32_at(address: int, data: memoryview, value: int = 0) -> int:
     worth = _at is not None and len(data) >= _WORTH
     found: int = _at(value, address, len(data)) if worth else _zlib.crc32(data, value)
     return found
+
+
+def crc32_blocks(address: int, nbytes: int) -> list[int]:
+    """CRC-32 of each block of `BLOCK` bytes of memory; the last one may be shorter."""
+    sizes = [min(BLOCK, nbytes - at) for at in range(0, nbytes, BLOCK)]
+    if _at is None:
+        parts = enumerate(sizes)
+        return [_zlib.crc32(memory_at(address + at * BLOCK, size)) for at, size in parts]
+    return [_at(0, address + at * BLOCK, size) for at, size in enumerate(sizes)]
 
 
 def crc32_each(small: Sequence[bytes]) -> list[int]:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Condition
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Payloads
 from shardkeep.io.arena import memory_at
-from shardkeep.io.digest import crc32_at, crc32_each, whole_crc
+from shardkeep.io.digest import crc32_blocks, crc32_each, whole_crc
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
 from shardkeep.plan.layout import Layout, lay_out, least_in_place
 from shardkeep.plan.packing import pack
 from shardkeep.types import I64, Framing
 
-__all__ = ["Image", "images_of", "written_in"]
+__all__ = ["LIGHT", "STEP", "Digests", "Image", "images_of", "of_memory", "written_in"]
 
-_STEP = 2 * BLOCK
+STEP = 2 * BLOCK
 """Bytes that are copied at once: as large as a core's own cache may be."""
 
-_LIGHT = 16 * 1024
+LIGHT = 16 * 1024
 """Bytes of a payload up to which an item is put together with its neighbours."""
+
+Digests = Callable[[int, int, int, int], list[int]]
+"""CRC-32 of each block of some bytes of a payload: its row, the first of the bytes, how many, and
+the address where they lie in memory."""
+
+
+def of_memory(row: int, start: int, nbytes: int, address: int) -> list[int]:
+    """`Digests` that are taken when they are asked for."""
+    return crc32_blocks(address, nbytes)
 
 
 class _InPlace(NamedTuple):
@@ -53,6 +62,7 @@ class Image:
             those of which nothing is known but their bytes.
         in_place: leave payloads where they lie, but for what shares a page with something else;
             else all are copied.
+        digests: gives those of payloads of more than `LIGHT` bytes.
     """
 
     def __init__(
@@ -66,15 +76,16 @@ class Image:
         addresses: I64,
         *,
         in_place: bool,
+        digests: Digests,
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
         self._addresses, self._in_place = addresses.tolist(), in_place
-        self._copy, self._take = payloads.copy, payloads.take
+        self._copy, self._take, self._blocks = payloads.copy, payloads.take, digests
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
         self._lengths = layout.length.tolist()
         bare = np.fromiter((frame is None for frame in layout.frames), np.bool_, len(rows))
-        self._light = (~bare & (nbytes <= _LIGHT)).tolist()
+        self._light = (~bare & (nbytes <= LIGHT)).tolist()
         self._cuts, self._order = layout.cuts.tolist(), layout.order.tolist()
         blocks = -(-nbytes // BLOCK)
         blocks[list(crcs)] = 0
@@ -209,7 +220,7 @@ class Image:
         if begin < stop and self._addresses[row]:
             in_place = self._from_memory(row, begin, stop, base)
         elif begin < stop:
-            self._payload(row, begin, stop, view[begin - low : stop - low], base + begin)
+            self._payload(row, begin, stop, base + begin)
         if end <= high and (start >= low or begin < stop):
             tail = frame.tail(self._whole(row, number))
             view[end - low : end - low + len(tail)] = tail
@@ -225,8 +236,8 @@ class Image:
             outer = max(inner, stop // PAGE * PAGE)
             self._digest(row, inner - start, outer - start)
         for first, last in ((begin, inner), (outer, stop)):
-            for low in range(first, last, _STEP):
-                high = min(low + _STEP, last)
+            for low in range(first, last, STEP):
+                high = min(low + STEP, last)
                 self._copy(self._rows[row], low - start, high - low, base + low)
                 self._digest(row, low - start, high - start)
         here = self._addresses[row] - start
@@ -237,26 +248,23 @@ class Image:
 
         A window is cut up to a page before a block begins, so some of the block is in the next.
         """
-        here, nbytes, first = self._addresses[row], self._nbytes[row], self._first_block[row]
-        for block in range(-(-low // BLOCK), -(-high // BLOCK)):
-            at = block * BLOCK
-            data = memory_at(here + at, min(BLOCK, nbytes - at))
-            self._digests[first + block] = crc32_at(here + at, data)
+        here, first = self._addresses[row], self._first_block[row]
+        begin, end = -(-low // BLOCK), -(-high // BLOCK)
+        start = begin * BLOCK
+        nbytes = min(end * BLOCK, self._nbytes[row]) - start
+        self._digests[first + begin : first + end] = self._blocks(
+            self._rows[row], start, nbytes, here + start
+        )
 
-    def _payload(self, row: int, begin: int, stop: int, view: memoryview, address: int) -> None:
+    def _payload(self, row: int, begin: int, stop: int, address: int) -> None:
         """Copy part of a payload, in steps that are in the cache for their digests."""
-        copy, source, start = self._copy, self._rows[row], begin - self._starts[row]
-        block = self._first_block[row] + start // BLOCK
-        if len(view) <= BLOCK:
-            copy(source, start, len(view), address)
-            self._digests[block] = crc32_at(address, view)
-            return
-        for at in range(0, len(view), _STEP):
-            nbytes = min(_STEP, len(view) - at)
-            copy(source, start + at, nbytes, address + at)
-            for here in range(at, at + nbytes, BLOCK):
-                self._digests[block] = crc32_at(address + here, view[here : here + BLOCK])
-                block += 1
+        source, start = self._rows[row], begin - self._starts[row]
+        for at in range(0, stop - begin, STEP):
+            nbytes = min(STEP, stop - begin - at)
+            self._copy(source, start + at, nbytes, address + at)
+            found = self._blocks(source, start + at, nbytes, address + at)
+            block = self._first_block[row] + (start + at) // BLOCK
+            self._digests[block : block + len(found)] = found
 
     def _whole(self, row: int, number: int) -> int:
         """The CRC-32 of a payload whose last block is in this window."""
@@ -281,15 +289,6 @@ class Image:
                         raise self._error
                     self._changed.wait()
 
-    def forget(self) -> None:
-        """Let go of the payloads: all windows are made."""
-        gone: Any = _gone
-        self._copy = self._take = gone
-
-
-def _gone(*_: Any) -> NoReturn:
-    raise RuntimeError("an image was made for good, and is asked to make a window")
-
 
 def images_of(
     names: Sequence[str],
@@ -300,6 +299,7 @@ def images_of(
     window: int,
     *,
     in_place: bool,
+    digests: Digests = of_memory,
 ) -> list[Image]:
     """Images of files that are even in bytes.
 
@@ -313,6 +313,7 @@ def images_of(
         in_place: write large payloads from where they lie, so that they must not change until they
             are written; else all are copied when a window is made. Either way they lie in the
             file as in memory, past a page: so will the memory that they are read to, most likely.
+        digests: as of `Image`.
     """
     place = _shared_out(nbytes, framings, len(names))
     addresses = np.zeros(len(nbytes), dtype=np.int64)
@@ -338,6 +339,7 @@ def images_of(
                 its_crcs,
                 its_addresses,
                 in_place=in_place,
+                digests=digests,
             )
         )
     return images

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardkeep import knobs
 from shardkeep.contracts import Placing, Progress, Sink, Store, Target
@@ -20,17 +18,7 @@ from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import PAGE
 from shardkeep.plan.layout import smallest_window
 
-__all__ = [
-    "Staged",
-    "Writers",
-    "copiers",
-    "placed",
-    "room",
-    "stage",
-    "write_images",
-    "write_staged",
-    "writers",
-]
+__all__ = ["Writers", "copiers", "placed", "write_images", "writers"]
 
 _WRITE = 16 << 20
 """Bytes of one write at most: a busy interpreter delays a thread once for each."""
@@ -109,17 +97,18 @@ class _InOrder(Target):
 
 
 class _Job(NamedTuple):
-    """Parts of one file that one thread has to write, in this order."""
+    """Windows of one file that one thread has to make and write, in this order."""
 
     target: Target
     image: Image
-    parts: range
+    windows: range
 
 
-def _jobs(targets: Sequence[Target], images: Sequence[Image], parts: Sequence[int]) -> list[_Job]:
-    """A job for each part of a file; one for all of them where it is written in order."""
+def _jobs(targets: Sequence[Target], images: Sequence[Image]) -> list[_Job]:
+    """A job for each window of a file; one for all of them where it is written in order."""
     jobs = []
-    for target, image, count in zip(targets, images, parts, strict=True):
+    for target, image in zip(targets, images, strict=True):
+        count = image.windows
         step = max(1, count) if isinstance(target, _InOrder) else 1
         jobs += [
             _Job(target, image, range(at, min(at + step, count))) for at in range(0, count, step)
@@ -152,7 +141,7 @@ def write_images(
     meter, left = Meter(progress, "write", total), _Left(images, made)
     biggest = max((int(np.diff(image.layout.cuts).max(initial=0)) for image in images), default=0)
 
-    def worker(mine: Iterator[_Job]) -> None:
+    def write(mine: Iterator[_Job]) -> None:
         space = aligned(_up(biggest))
         for target, image, windows in mine:
             for number in windows:
@@ -162,8 +151,16 @@ def write_images(
                 target.write_at(low, parts)
                 meter.add(high - low)
 
-    jobs = _jobs(targets, images, [image.windows for image in images])
-    _failing_together(images, jobs, worker, threads)
+    def worker(mine: Iterator[_Job]) -> None:
+        try:
+            write(mine)
+        except BaseException as error:
+            # Else other threads would wait for a window that nobody makes any more.
+            for image in images:
+                image.fail(error)
+            raise
+
+    parallel(_jobs(targets, images), worker, threads)
 
 
 class _Left:
@@ -182,89 +179,6 @@ class _Left:
             last = not self._count
         if last and self._then is not None:
             self._then()
-
-
-def _failing_together(
-    images: Sequence[Image],
-    jobs: Sequence[Any],
-    worker: Callable[[Iterator[Any]], None],
-    threads: int,
-) -> None:
-    """`parallel`, but no thread waits for a window that another one will never make."""
-
-    def telling(mine: Iterator[Any]) -> None:
-        try:
-            worker(mine)
-        except BaseException as error:
-            for image in images:
-                image.fail(error)
-            raise
-
-    parallel(jobs, telling, threads)
-
-
-def room(images: Sequence[Image]) -> int:
-    """Bytes of memory that it takes to stage the images."""
-    return sum(_up(image.layout.nbytes) for image in images)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Staged:
-    """An image that is in memory as a whole: nothing else is needed to write it."""
-
-    image: Image
-    memory: NDArray[np.uint8]
-    """A multiple of `PAGE` bytes, at a multiple of `PAGE`."""
-
-
-def stage(images: Sequence[Image], memory: NDArray[np.uint8], *, threads: int) -> list[Staged]:
-    """Make all windows of the images in memory.
-
-    Args:
-        images: what to stage.
-        memory: page-aligned, at least `room(images)` bytes.
-        threads: how many copy.
-    """
-    staged, begin = [], 0
-    for image in images:
-        end = begin + _up(image.layout.nbytes)
-        staged.append(Staged(image, memory[begin:end]))
-        begin = end
-
-    def worker(mine: Iterator[tuple[Staged, int]]) -> None:
-        for one, number in mine:
-            low, high = one.image.span(number)
-            one.image.make(number, one.memory[low : _up(high)])
-
-    jobs = [(one, number) for one in staged for number in range(one.image.windows)]
-    _failing_together(images, jobs, worker, threads)
-    for image in images:
-        image.forget()
-    return staged
-
-
-def write_staged(
-    targets: Sequence[Target],
-    staged: Sequence[Staged],
-    *,
-    threads: int,
-    progress: Progress | None = None,
-) -> None:
-    """Write what is staged, straight from its memory; as `write_images` otherwise."""
-    memory = {id(one.image): one.memory for one in staged}
-    images = [one.image for one in staged]
-    meter = Meter(progress, "write", sum(image.layout.nbytes for image in images))
-
-    def worker(mine: Iterator[_Job]) -> None:
-        for target, image, parts in mine:
-            for number in parts:
-                low = number * _WRITE
-                part = memory[id(image)][low : low + _WRITE]
-                target.write_at(low, [part.data])
-                meter.add(min(part.nbytes, image.layout.nbytes - low))
-
-    slices = [-(-one.memory.nbytes // _WRITE) for one in staged]
-    parallel(_jobs(targets, images, slices), worker, threads)
 
 
 def _up(nbytes: int) -> int:
