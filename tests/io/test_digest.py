@@ -50,6 +50,15 @@ def test_running_and_combined(a, b, value):
     assert crc32(a, value) == zlib.crc32(a, value)
 
 
+@given(st.lists(st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 7 * BLOCK + 3])))
+@settings(max_examples=40)
+def test_wholes_of_many_at_once_are_those_of_each(sizes):
+    rng = np.random.default_rng(len(sizes))
+    blocks = [rng.integers(0, 1 << 32, -(-n // BLOCK), np.uint32) for n in sizes]
+    each = [whole_crc(digests, n) for digests, n in zip(blocks, sizes, strict=True)]
+    assert module.whole_crcs(blocks, sizes) == each
+
+
 def test_combining_long_runs_agrees_with_the_fast_library():
     fast = pytest.importorskip("isal.isal_zlib").crc32_combine
     for n in (1, 7, BLOCK, 2**31 + 5, 2**40 + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from shardkeep.io.digest import whole_crcs
 from shardkeep.io.fetch import Read, Want, gather
 from shardkeep.knobs import BLOCK
 from shardkeep.plan.reads import Runs, Source, block_range, runs, split
@@ -17,8 +18,9 @@ from shardkeep.types import I64, Box
 
 __all__ = ["Copy", "Planner", "Rows", "Straight", "Use", "uses_in"]
 
-_PIECE = 4 << 20
-"""Bytes of one read straight into memory: enough that its cost in Python does not show."""
+_PIECE = 16 << 20
+"""Bytes of one job that reads straight into memory: enough that its cost in Python does not show,
+as that keeps the other threads waiting."""
 
 _STRAIGHT = 2 * BLOCK
 """A run of so many bytes goes straight into memory; smaller ones share reads with others."""
@@ -27,8 +29,8 @@ _ROW = 16 * 1024
 """Reading one more row costs as much as reading so many bytes: nearer ones are read with what lies
 between them. (2.5 us a row, 0.2 ns a byte, measured.)"""
 
-_ROWS = 512
-"""Rows of one job at most: enough that its cost in Python does not show."""
+_ROWS, _ROWS_BYTES = 512, 4 << 20
+"""Rows of one job at most, and their bytes: enough that its cost in Python does not show."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,13 +68,22 @@ class Use(NamedTuple):
 
 
 class Straight(NamedTuple):
-    """Bytes that are read right to where they belong: whole blocks, where they are checked."""
+    """Bytes that are read right to where they belong: whole blocks, where they are checked.
+
+    Attributes:
+        file, low, high: which bytes.
+        copy: what they are for.
+        into: where they go.
+        crc: the CRC-32 of all of them, as follows from the digests of their blocks; None where they
+            are not checked against such.
+    """
 
     file: str
     low: int
     high: int
     copy: Copy
     into: NDArray[np.uint8]
+    crc: int | None = None
 
 
 class Rows(NamedTuple):
@@ -113,14 +124,16 @@ class Planner:
         self._gap, self._limit, self._verify, self._rows = gap, limit, verify, rows
         self._mapped = mapped
         self._wants: list[Want] = []
-        self._straight: list[Straight | Rows] = []
+        self._straight: list[Straight] = []
+        self._in_rows: list[Rows] = []
         self.in_memory: list[Copy] = []
         self.uses: list[Use] = []
 
     def jobs(self) -> list[Straight | Rows | Read]:
         """All reads, sorted by file and position; rows of their wants count in `uses`."""
         reads = gather(self._wants, self._gap, self._limit)
-        return sorted([*self._straight, *reads], key=lambda job: job[:2])
+        straight = _with_crcs(self._straight) if self._verify else self._straight
+        return sorted([*straight, *self._in_rows, *reads], key=lambda job: job[:2])
 
     def add(self, copy: Copy) -> None:
         """Plan one copy. Raises FormatError if its source contradicts itself."""
@@ -162,7 +175,7 @@ class Planner:
         row = first.reshape(-1).view(np.uint8)
         targets = as_strided(row, (*counts, found.span), (*strides, 1))
         starts = found.starts.reshape(counts)
-        step = max(1, min(_ROWS, _PIECE // found.span))
+        step = max(1, min(_ROWS, _ROWS_BYTES // found.span))
         last = found.outer[-1]
         for index in np.ndindex(*counts[:-1]):
             for at in range(0, counts[-1], step):
@@ -175,7 +188,7 @@ class Planner:
                 low, high = int(its_starts[0]), int(its_starts[-1]) + found.span
                 there = copy.into[part.relative_to(box).slices]
                 same = replace(copy, box=part, into=there)
-                self._straight.append(Rows(source.file, low, high, same, its_starts, into))
+                self._in_rows.append(Rows(source.file, low, high, same, its_starts, into))
         return True
 
     def _want(self, use: Use, length: int, checked: bool) -> None:
@@ -203,6 +216,20 @@ class Planner:
             end = min(begin + _PIECE, high)
             into = use.into[begin - start : end - start]
             self._straight.append(Straight(source.file, begin, end, use.copy, into))
+
+
+def _with_crcs(jobs: Sequence[Straight]) -> Iterator[Straight]:
+    """The same, those that are checked with what their blocks' digests combine to."""
+    parts, sizes = [], []
+    for job in jobs:
+        digests = job.copy.source.digests
+        if digests is not None:
+            first = (job.low - job.copy.source.payload[0]) // BLOCK
+            sizes.append(job.high - job.low)
+            parts.append(digests[first : first - (-sizes[-1] // BLOCK)])
+    crcs = iter(whole_crcs(parts, sizes))
+    for job in jobs:
+        yield job if job.copy.source.digests is None else job._replace(crc=next(crcs))
 
 
 def uses_in(copy: Copy, found: Runs, into: NDArray[Any]) -> Iterator[Use]:

@@ -15,7 +15,7 @@ from shardkeep.contracts import Progress, Store, StoreInRows, StoreMapped
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.arena import aligned
 from shardkeep.io.check import Payload, verify_payloads
-from shardkeep.io.digest import crc32, crc32_at, whole_crc
+from shardkeep.io.digest import crc32, crc32_at
 from shardkeep.io.fetch import MISSING, Read, Want, fetch_steps, mismatch, too_short
 from shardkeep.io.jobs import Copy, Planner, Rows, Straight, Use, uses_in
 from shardkeep.io.pool import Meter, parallel
@@ -31,7 +31,7 @@ _MOST = 4 << 20
 _LEAST = 4 * BLOCK
 """And at least: a small run, rounded out to blocks on both sides, fits in."""
 
-_STEP = 4 * BLOCK
+_STEP = 8 * BLOCK
 """Bytes that are checked at once, soon after they were read: they are in a cache still. With less,
 threads spend more time in waiting for the interpreter than they save in the cache."""
 
@@ -124,7 +124,7 @@ class _Worker:
             _take_from_memory(job, self._verify)
             return 0
         if isinstance(job, Straight):
-            _read_straight(self._store, job, self._verify, self._sums)
+            _read_straight(self._store, job, self._sums)
         elif isinstance(job, Read):
             space = self._buffer(job.low, job.high)
             _read(self._store, job, uses, space, self._verify, self._sums)
@@ -170,14 +170,14 @@ def _check(copy: Copy) -> int:
     return into.nbytes
 
 
-def _read_straight(store: Store, job: Straight, verify: bool, sums: Sums) -> None:
+def _read_straight(store: Store, job: Straight, sums: Sums) -> None:
     """Read, and digest what came as soon as it is there: one CRC over all of the job's bytes.
 
     Only if that is not what their blocks' digests combine to, these are looked at one by one.
     """
     copy, view, crc, end = job.copy, job.into.data, 0, 0
-    digests, summed = copy.source.digests if verify else None, sums.wants(copy.source)
-    digesting = digests is not None or summed
+    summed = sums.wants(copy.source)
+    digesting = job.crc is not None or summed
     address = job.into.ctypes.data
     step = _STEP if digesting else len(view)
     for done in fetch_steps(store, job.file, job.low, view, copy.name, step=step, keep=copy.shared):
@@ -189,12 +189,9 @@ def _read_straight(store: Store, job: Straight, verify: bool, sums: Sums) -> Non
         raise Damaged(what, file=job.file, name=copy.name)
     if summed:
         sums.add(copy.source, job.low, job.high, crc)
-    if digests is not None:
-        first = (job.low - copy.source.payload[0]) // BLOCK
-        expected = whole_crc(digests[first : first - (-len(view) // BLOCK)], len(view))
-        if crc != expected:
-            _check_blocks(copy, job.into, job.low, job.low, job.high)
-            raise Damaged(mismatch(crc, expected), file=job.file, name=copy.name)
+    if job.crc is not None and job.crc != crc:
+        _check_blocks(copy, job.into, job.low, job.low, job.high)
+        raise Damaged(mismatch(crc, job.crc), file=job.file, name=copy.name)
 
 
 def _read_rows(store: Store, job: Rows) -> bool:
