@@ -261,8 +261,7 @@ def _sharded(name: str, value: Any) -> Described:
 
 
 def _dtensor(name: str, value: Any) -> Described:
-    shape = tuple(int(size) for size in value.shape)
-    given = tuple(_placement(name, placement, len(shape)) for placement in value.placements)
+    shape = tuple(map(int, value.shape))
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -270,60 +269,93 @@ def _dtensor(name: str, value: Any) -> Described:
     local = value._local_tensor
     if _is(local, _ASYNC):
         local = _waited(local)
-    if hasattr(type(local), "__tensor_flatten__") or type(local) not in PLAIN:
+    if type(local) not in PLAIN:
         raise Conflict(
             f"tensor {name!r} is a DTensor of {type(local).__module__}.{type(local).__qualname__}: "
             "only DTensors of plain tensors can be saved"
         )
     if local.dtype != value.dtype:
         raise Conflict(f"tensor {name!r} is {value.dtype}, but its local tensor is {local.dtype}")
+    lies = _Lies(
+        shape,
+        tuple(mesh.shape),
+        tuple(coordinate),
+        value.placements,
+        tuple(map(type, value.placements)),
+        getattr(value._spec, "shard_order", None),
+        tuple(local.shape),
+    )
+    parts = _known_parts.get(lies)
+    if parts is None:
+        if len(_known_parts) >= _MANY:
+            _known_parts.clear()
+        parts = _known_parts[lies] = _parts(name, lies)
     local = _memory_of(name, local)
-    parts = _parts(name, shape, tuple(mesh.shape), tuple(coordinate), given, value)
-    return _assembled(name, value.dtype, shape, [(part.box, local[part.local]) for part in parts])
+    held = [part for part in parts if part.box.numel]
+    kind = _dtype(name, value.dtype)
+    if len(held) == 1 and held[0].box.numel == local.numel():
+        return Described(name, kind, shape, (Piece(name, kind, shape, held[0].box, local),))
+    pieces = [Piece(name, kind, shape, part.box, local[part.local]) for part in held]
+    return Described(name, kind, shape, tuple(pieces))
 
 
-def _parts(
-    name: str,
-    shape: tuple[int, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: tuple[int, ...],
-    given: tuple[Placement, ...],
-    value: Any,
-) -> tuple[Part, ...]:
+class _Lies(NamedTuple):
+    """How a DTensor lies over its mesh, and what this rank has of it.
+
+    Attributes:
+        shape: of the whole tensor.
+        mesh, coordinate: the mesh's shape, and this rank's place in it.
+        placements, kinds: torch's own, one for each dimension of the mesh, and their classes: a
+            strided shard may be equal to a plain one.
+        order: torch's `shard_order`; None before 2.10.
+        local: the local tensor's shape.
+    """
+
+    shape: tuple[int, ...]
+    mesh: tuple[int, ...]
+    coordinate: tuple[int, ...]
+    placements: tuple[Any, ...]
+    kinds: tuple[type, ...]
+    order: Any
+    local: tuple[int, ...]
+
+
+_MANY = 4096
+_known_parts: dict[_Lies, tuple[Part, ...]] = {}
+"""Most tensors of a state have the shape of others, and lie like them. At most `_MANY`."""
+
+
+def _parts(name: str, lies: _Lies) -> tuple[Part, ...]:
     """The parts that the local tensor consists of; its shape is held against them."""
-    local = tuple(value._local_tensor.shape)
-    for sequence in _sequences(name, given, value):
-        parts = _parts_of(shape, mesh_shape, coordinate, given, sequence)
-        if _fits(parts, local):
+    ndim = len(lies.shape)
+    given = tuple(_placement(name, placement, ndim) for placement in lies.placements)
+    for sequence in _sequences(name, given, lies):
+        parts = placements.parts(lies.shape, lies.mesh, lies.coordinate, given, sequence)
+        if _fits(parts, lies.local):
             break
     else:
-        where = f"the rank at {list(coordinate)} of a mesh of {list(mesh_shape)}"
+        where = f"the rank at {list(lies.coordinate)} of a mesh of {list(lies.mesh)}"
         raise Conflict(
-            f"tensor {name!r}: the local tensor of {where} has the shape {list(local)}, which "
-            f"placements {list(value.placements)} of a tensor of {list(shape)} do not give"
+            f"tensor {name!r}: the local tensor of {where} has the shape {list(lies.local)}, which "
+            f"placements {list(lies.placements)} of a tensor of {list(lies.shape)} do not give"
         )
     return parts
 
 
-_parts_of = lru_cache(maxsize=4096)(placements.parts)
-"""Most tensors of a state have the shape of others, and lie like them."""
-
-
-def _sequences(name: str, given: Sequence[Placement], value: Any) -> list[Sequence[int] | None]:
+def _sequences(name: str, given: Sequence[Placement], lies: _Lies) -> list[Sequence[int] | None]:
     """In which sequences the placements may cut, the likeliest first."""
     if not _known(_STRIDED_SHARD):
-        _refuse_two_cuts(name, given, value)
-    known = getattr(value._spec, "shard_order", None)  # 2.10 and later
-    if known is None or any(isinstance(one, placements.StridedShard) for one in given):
+        _refuse_two_cuts(name, given, lies)
+    if lies.order is None or any(isinstance(one, placements.StridedShard) for one in given):
         return [None, range(len(given))]
-    cuts = tuple(axis for entry in known for axis in entry.mesh_dims)
+    cuts = tuple(axis for entry in lies.order for axis in entry.mesh_dims)
     wanted = [axis for axis, one in enumerate(given) if not isinstance(one, placements.Replicate)]
     if sorted(cuts) != wanted:
-        raise Conflict(f"tensor {name!r} has a shard order that is not understood: {known}")
+        raise Conflict(f"tensor {name!r} has a shard order that is not understood: {lies.order}")
     return [cuts]
 
 
-def _refuse_two_cuts(name: str, given: Sequence[Placement], value: Any) -> None:
+def _refuse_two_cuts(name: str, given: Sequence[Placement], lies: _Lies) -> None:
     """Torch 2.4 gives tensors of FSDP2 over tensor parallelism as if the first placement cut first.
 
     In truth the last one does. Nothing tells these tensors from others: saved as they say they are,
@@ -332,7 +364,7 @@ def _refuse_two_cuts(name: str, given: Sequence[Placement], value: Any) -> None:
     dims = [one.dim for one in given if isinstance(one, placements.Shard)]
     if len(dims) > len(set(dims)):
         raise Conflict(
-            f"tensor {name!r}: placements {list(value.placements)} cut a dimension twice, and this "
+            f"tensor {name!r}: placements {list(lies.placements)} cut a dimension twice, and this "
             "torch does not say which cut comes first; use torch 2.5 or later"
         )
 
