@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -104,19 +105,17 @@ class Archive:
         """The integers of a member, which must have that shape and fit into the dtype."""
         member, count, wanted = f"{name}.npy", prod(shape), np.dtype(dtype)
         data = self._read(member, count * 8 + _MAX_NPY_HEADER)
-        source = io.BytesIO(data)
         try:
-            if np.lib.format.read_magic(source) != (1, 0):
-                raise ValueError("unknown version")
-            header = np.lib.format.read_array_header_1_0(source, max_header_size=_MAX_NPY_HEADER)
+            begin = 10 + int.from_bytes(data[8:10], "little")
+            header = _npy_header(data[:begin])
         except Exception as error:  # numpy lets errors of Python's tokenizer pass, among others
             raise self._error(f"not a column: {error}", member) from None
         found, fortran, stored = header
         if found != shape or fortran or stored not in _DTYPES:
             raise self._error(f"holds {stored} of shape {found}, not integers of {shape}", member)
-        if len(data) - source.tell() != count * stored.itemsize:
+        if len(data) - begin != count * stored.itemsize:
             raise self._error(f"does not hold {count} numbers of {stored}", member)
-        values = np.frombuffer(data, stored, count, source.tell()).reshape(shape)
+        values = np.frombuffer(data, stored, count, begin).reshape(shape)
         if count and not np.can_cast(stored, wanted):
             limits = np.iinfo(dtype)
             if int(values.min()) < limits.min or int(values.max()) > limits.max:
@@ -156,6 +155,21 @@ class Archive:
 
     def _error(self, what: str, member: str) -> FormatError:
         return FormatError(what, file=self._name, place=member)
+
+
+@lru_cache(maxsize=256)
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran order, and dtype; most columns have that of another one.
+
+    Raises: whatever numpy does.
+    """
+    source = io.BytesIO(data)
+    if np.lib.format.read_magic(source) != (1, 0):
+        raise ValueError("unknown version")
+    header: tuple[tuple[int, ...], bool, np.dtype[Any]] = np.lib.format.read_array_header_1_0(
+        source, max_header_size=_MAX_NPY_HEADER
+    )
+    return header
 
 
 _UNREADABLE = (
