@@ -266,7 +266,8 @@ def _write(
 
     The other ranks wait, and need not know.
     """
-    left = (options.host_budget or knobs.host_budget() + payloads.staged) - payloads.staged
+    budget = options.host_budget
+    left = knobs.host_budget() if budget is None else budget - (payloads.staged or 0)
     threads, window = writers(knobs.ranks_here(session.size), left)
     images: list[Image] = []
 
@@ -281,7 +282,7 @@ def _write(
             clock.phase("sync")
         store.sync()
 
-    tried(once, options.retries if payloads.staged else 0)
+    tried(once, 0 if payloads.staged is None else options.retries)
     return images
 
 
@@ -347,8 +348,8 @@ class _Payloads:
         self._bytes: Payloads = source
         self._digests: Digests = of_memory
         self._lasting = lasting
-        self.staged = 0
-        """Bytes of the memory that they are staged in."""
+        self.staged: int | None = None
+        """Bytes of memory that they are staged in; None until they are."""
 
     def stage(self, arena: Arena, budget: int | None, ranks_here: int) -> bool:
         """Copy all to memory where it lasts; False if that would take more than the budget."""
@@ -367,7 +368,7 @@ class _Payloads:
 
     def images(self, names: Sequence[str], window: int) -> list[Image]:
         """Of these files, in windows of so many bytes at most."""
-        with contextlib.nullcontext() if self.staged else collector.paused():
+        with collector.paused() if self.staged is None else contextlib.nullcontext():
             return images_of(
                 names,
                 self._nbytes,
