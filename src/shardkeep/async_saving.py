@@ -41,9 +41,9 @@ def async_save(
     back. Saves of one process are made one after another: a call waits for the one before.
 
     Args:
-        host_budget: bytes of memory that copy and buffers may take. With less than a rank's part of the
-            state, the call returns later: when the last bytes have been taken. By default the
-            whole part is copied, whatever its size.
+        host_budget: bytes of memory that the copy and the buffers may take. With less than a rank's
+            part of the state, the call returns later: when the last bytes have been taken. By
+            default the whole part is copied, whatever its size.
         gentle: write at the lowest priority, so that training hardly notices.
         state, path, overwrite, flatten, files, spread, same_objects, ranks, progress: as of `save`.
 
