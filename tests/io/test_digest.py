@@ -39,6 +39,7 @@ def test_blocks_and_whole(n):
     assert (block_digests(bytearray(data)) == blocks).all()
     array = np.frombuffer(data, dtype=np.uint8)
     assert module.crc32_at(array.ctypes.data, array.data) == whole
+    assert module.crc32_blocks(array.ctypes.data, n) == blocks.tolist()
     assert (block_digests(memoryview(data)) == blocks).all()
 
 

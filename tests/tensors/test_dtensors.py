@@ -302,3 +302,27 @@ def test_uneven_fsdp2_over_tensor_parallelism() -> None:
             dist.destroy_process_group()
     assert torch.equal(assemble(ranks, 1), expected)
     assert [[o[0] for o, _ in pieces] for _, _, pieces in ranks] == [[0], [4], [2], [5], [], [6]]
+
+
+@pytest.mark.skipif(not STRIDED, reason="this torch knows no strided shards")
+def test_tensors_that_lie_nearly_alike_are_not_taken_for_each_other() -> None:
+    """How tensors lie is remembered, and torch may call a strided shard equal to a plain one."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shard, strided = Shard(0), placement_types._StridedShard(0, split_factor=2)
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("alike0", "alike1"))
+        found = []
+        for first in (shard, strided, shard):
+            value = DTensor.from_local(
+                torch.zeros(2), mesh, (first, shard), run_check=False, shape=(8,), stride=(1,)
+            )
+            assert value.placements == (first, shard)
+            ((_, _, ((offsets, _),)),) = ship(describe("w", value))
+            found.append(offsets)
+    finally:
+        dist.destroy_process_group()
+    assert found == [(2,), (4,), (2,)]
