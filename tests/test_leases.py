@@ -94,9 +94,13 @@ def test_one_thread_renews_all_leases_and_ends_when_there_are_none(store, monkey
 
 def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
     monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
-    Lease(store, ID).take()
+    lease = Lease(store, ID)
+    lease.take()
+    assert list(store.names()) == [lease_name(ID)]
+    del lease
     gc.collect()
     wait_for(lambda: not list(store.names()))
+    assert list(store.names()) == []
 
 
 def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):

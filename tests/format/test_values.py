@@ -292,9 +292,11 @@ json_values = st.recursive(
 @settings(max_examples=200)
 def test_any_json_is_a_value_or_a_format_error(value):
     try:
-        decode(value)
-    except FormatError:
+        found = decode(value)
+    except FormatError as error:
+        assert str(error)
         return
+    assert exact(decode(encode(found))) == exact(found)
 
 
 def test_values_of_torch():

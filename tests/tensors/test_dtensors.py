@@ -326,3 +326,23 @@ def test_tensors_that_lie_nearly_alike_are_not_taken_for_each_other() -> None:
     finally:
         dist.destroy_process_group()
     assert found == [(2,), (4,), (2,)]
+
+
+def test_a_partial_tensor_is_refused_on_ranks_that_have_none_of_it_too() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    try:
+        mesh = DeviceMesh("cpu", [0, 1])
+        assert mesh.get_coordinate() is None
+        for placement, what in ((Partial(), "not summed up"), (Replicate(), None)):
+            value = DTensor.from_local(torch.zeros(2), mesh, [placement], run_check=False)
+            if what is None:
+                assert describe("w", value)[0].pieces == ()
+                continue
+            with pytest.raises(Conflict, match=what):
+                describe("w", value)
+    finally:
+        dist.destroy_process_group()

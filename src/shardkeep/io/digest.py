@@ -131,7 +131,7 @@ def whole_crcs(digests: Sequence[NDArray[np.uint32]], nbytes: Sequence[int]) -> 
 
 
 def _after_a_block(crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """What each CRC-32 becomes when a block of zero bits, digest included, is appended."""
+    """What each CRC-32 adds to that of a block behind it: its product with `_shift(BLOCK)`."""
     found = np.zeros_like(crcs)
     for byte, table in enumerate(_block_tables()):
         found ^= table[crcs >> 8 * byte & 0xFF]
@@ -140,7 +140,7 @@ def _after_a_block(crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 @cache
 def _block_tables() -> list[NDArray[np.uint32]]:
-    """For each byte of a CRC-32, and each value of it: its share in the product with `_shift`."""
+    """For each byte of a CRC-32, and each value of it: its share in that product."""
     tables = []
     for byte in range(4):
         table = np.zeros(1, dtype=np.uint32)

@@ -265,6 +265,7 @@ def _dtensor(name: str, value: Any) -> Described:
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
+        _given(name, value.placements, len(shape))
         return _assembled(name, value.dtype, shape, ())
     local = value._local_tensor
     if _is(local, _ASYNC):
@@ -327,8 +328,7 @@ _known_parts: dict[_Lies, tuple[Part, ...]] = {}
 
 def _parts(name: str, lies: _Lies) -> tuple[Part, ...]:
     """The parts that the local tensor consists of; its shape is held against them."""
-    ndim = len(lies.shape)
-    given = tuple(_placement(name, placement, ndim) for placement in lies.placements)
+    given = _given(name, lies.placements, len(lies.shape))
     for sequence in _sequences(name, given, lies):
         parts = placements.parts(lies.shape, lies.mesh, lies.coordinate, given, sequence)
         if _fits(parts, lies.local):
@@ -375,6 +375,11 @@ def _fits(parts: Sequence[Part], local: tuple[int, ...]) -> bool:
     return len(local) == len(parts[-1].local) and all(
         size == place.stop for size, place in zip(local, parts[-1].local, strict=True)
     )
+
+
+def _given(name: str, torchs: Sequence[Any], ndim: int) -> tuple[Placement, ...]:
+    """Torch's placements as ours, one for each dimension of the mesh; Conflict for any other."""
+    return tuple(_placement(name, placement, ndim) for placement in torchs)
 
 
 def _placement(name: str, placement: Any, ndim: int) -> Placement:
