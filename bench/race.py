@@ -39,7 +39,7 @@ class Bench:
     nbytes: int
     ranks: int = 4
     counts: tuple[int, ...] = (20_000, 100_000)
-    steps: int = 250
+    steps: int = 1500
     saves: int = 200
     say: Callable[[str], None] = print
 

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
-from shardkeep import async_saving
+from shardkeep import async_saving, saving
+from shardkeep.format import manifest_write
 from shardkeep.ranks import threads
 from shardkeep.stores import LocalStore
 from support import jobs, scenarios
@@ -189,6 +191,47 @@ def test_a_gentle_save_leaves_the_caller_its_priority(tmp_path):
     sk.async_save(state(), Watched(tmp_path / "b")).result(60)
     assert seen == [19, before]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_the_interpreter_is_left_to_others_before_each_piece_of_a_commit(tmp_path, monkeypatch):
+    """A loop beside a save is held up by one of them at a time; who waits for a save, by none."""
+    done = []
+
+    @contextmanager
+    def piece():
+        done.append("rest")
+        yield
+
+    def watched(module, name):
+        work = getattr(module, name)
+
+        def with_note(*args, **kwargs):
+            found = work(*args, **kwargs)
+            done.append(name)
+            return found
+
+        monkeypatch.setattr(module, name, with_note)
+
+    monkeypatch.setattr(saving, "in_turn", piece)
+    for module, name in [
+        (saving, "report"),
+        (manifest_write, "_write_tensors"),
+        (manifest_write, "_write_structure"),
+        (saving, "sweep"),
+    ]:
+        watched(module, name)
+    work = ["report", "_write_tensors", "_write_structure", "sweep"]
+    sk.save(state(), tmp_path / "a")
+    assert done == work
+    done.clear()
+    sk.async_save(state(), tmp_path / "b").result(60)
+    rest = "rest"
+    metadata_and_files = [rest] * 3
+    assert done == [
+        *(rest, "report", rest, "_write_tensors", rest, "_write_structure"),
+        *metadata_and_files,
+        *(rest, "sweep"),
+    ]
 
 
 def save_twice(ranks, path):

@@ -53,6 +53,21 @@ def test_opening_imports_no_torch():
 
 
 @pytest.mark.torch
+def test_a_first_load_does_not_wait_for_a_part_of_numpy_that_nothing_here_needs(tmp_path):
+    """`numpy.unique` imports `numpy.ma` when it is first called: 45 ms."""
+    pytest.importorskip("torch")
+    code = f"""
+import sys, torch, shardkeep as sk
+state = {{"w": torch.ones(3, 4), "b": torch.ones(5), "n": 3}}
+sk.save(state, {str(tmp_path / "a")!r})
+sk.async_save(state, {str(tmp_path / "b")!r}).result()
+sk.load(state, {str(tmp_path / "a")!r})
+print("numpy.ma" in sys.modules)
+"""
+    assert run(code) == "False\n"
+
+
+@pytest.mark.torch
 def test_save_stays_a_function_after_load_was_used():
     pytest.importorskip("torch")
     assert run("import shardkeep as sk; sk.load; print(callable(sk.save), callable(sk.load))") == (

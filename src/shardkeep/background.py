@@ -13,20 +13,35 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, TypeVar
 
 from shardkeep.contracts import Ranks
 from shardkeep.errors import AsyncSaveFailed
 from shardkeep.ranks.heart import Timing
 
-__all__ = ["Handle", "Job", "Line", "Outcome", "Withheld", "line_of", "simulated"]
+__all__ = ["Handle", "Job", "Line", "Outcome", "Withheld", "in_turn", "line_of", "simulated"]
 
 _log = logging.getLogger(__name__)
 
 T_co = TypeVar("T_co", covariant=True)
+
+_REST = 0.01
+"""Seconds: more than a step of a small model, so that no step meets two pieces."""
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """A piece of the interpreter's work, for which it is left to other threads for a while before.
+
+    So a step of a loop beside a save is held up by one piece, not by all that a commit takes.
+    """
+    time.sleep(_REST)
+    yield
 
 
 class Handle(Generic[T_co]):

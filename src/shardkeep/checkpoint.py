@@ -140,7 +140,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         """Dtype and global shape of every tensor, by name; for who needs the chunks as well."""
         tensors = self.index.tensors
         shapes: list[tuple[int, ...]] = [()] * len(tensors.names)
-        for ndim in np.unique(tensors.ndim).tolist():
+        for ndim in np.flatnonzero(np.bincount(tensors.ndim)).tolist():
             mine = np.flatnonzero(tensors.ndim == ndim)
             for row, shape in zip(mine.tolist(), tensors.shape[mine, :ndim].tolist(), strict=True):
                 shapes[row] = tuple(shape)
@@ -403,7 +403,7 @@ def _boxes(rows: NDArray[np.int64], boxes: Sequence[Box], width: int) -> Boxes:
     offsets = np.zeros((len(boxes), width), dtype=np.int64)
     sizes = np.ones((len(boxes), width), dtype=np.int64)
     ndims = np.fromiter(map(len, map(_SIZES, boxes)), np.int64, len(boxes))
-    for ndim in np.unique(ndims).tolist():
+    for ndim in np.flatnonzero(np.bincount(ndims)).tolist():
         mine = np.flatnonzero(ndims == ndim)
         some = [boxes[row] for row in mine.tolist()]
         for column, part in ((offsets, _OFFSETS), (sizes, _SIZES)):

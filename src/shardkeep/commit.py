@@ -11,15 +11,21 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
-from shardkeep.contracts import Store
+from shardkeep.contracts import Piece, Store
 from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.format import safetensors
-from shardkeep.format.manifest import Outline, read_manifest, read_outline, write_manifest
+from shardkeep.format.manifest import (
+    Outline,
+    read_files,
+    read_manifest,
+    read_outline,
+    write_manifest,
+)
 from shardkeep.format.metadata import merge_metadata, read_metadata
 from shardkeep.format.metadata_write import metadata_bytes
 from shardkeep.format.paths import names_of, paths_of
@@ -42,6 +48,8 @@ __all__ = [
     "undone_on_failure",
     "weights",
 ]
+
+T = TypeVar("T")
 
 METADATA = ".metadata"
 _DATA_FILE = re.compile(r"__(\d+)_\d+_([0-9a-f]+)\.distcp")
@@ -84,6 +92,7 @@ class Found:
             (`use_collectives=False`), or "safetensors".
         outline: reads names, dtypes, shapes and structure; chunk columns may be missing.
         index: reads everything.
+        files: reads the names of data files, and as little else as it can.
         file: what says so, for errors.
         trailer: what ends `.metadata`, for the kind "shardkeep".
     """
@@ -92,7 +101,14 @@ class Found:
     file: str
     outline: Callable[[], Index | Outline]
     index: Callable[[], Index]
+    files: Callable[[], tuple[str, ...]]
     trailer: Trailer | None = None
+
+    @staticmethod
+    def whole(kind: str, file: str, read: Callable[[], Index]) -> Found:
+        """One of which nothing can be read but all."""
+        once = cache(read)  # for all three of them: reading it twice takes seconds
+        return Found(kind, file, once, once, lambda: once().files)
 
 
 def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = None) -> Found:
@@ -112,36 +128,48 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
     if trailer is not None and manifest:
         return _with_manifest(store, trailer)
     if there:
-        return _found("dcp", METADATA, lambda: _metadata(store, trailer))
+        return Found.whole("dcp", METADATA, lambda: _metadata(store, trailer))
     names = sorted(store.names())
     per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
     if per_rank and rank is not None and [n for n, _ in per_rank] == list(range(rank[1])):
         own = per_rank[rank[0]][1]
-        return _found("dcp-per-rank", own, lambda: read_metadata(_whole(store, own), file=own))
+        return Found.whole("dcp-per-rank", own, lambda: read_metadata(_whole(store, own), file=own))
     if per_rank:
-        return _found(
+        return Found.whole(
             "dcp-per-rank",
             per_rank[0][1],
             lambda: merge_metadata([(name, _whole(store, name)) for _, name in per_rank]),
         )
     tensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if tensors:
-        return _found("safetensors", tensors[0], lambda: _safetensors(store, tensors))
+        return Found.whole("safetensors", tensors[0], lambda: _safetensors(store, tensors))
     what = "has no .metadata and no .safetensors file" if names else "is empty or does not exist"
     raise NotACheckpoint(f"{store.url} {what}: no checkpoint is committed there")
 
 
-def publish(store: Store, save_id: str, index: Index, header: Mapping[str, Any]) -> None:
+def publish(
+    store: Store,
+    save_id: str,
+    index: Index,
+    header: Mapping[str, Any],
+    piece: Piece = nullcontext,
+) -> None:
     """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
 
     The data files that `index` names are durable already, names and all. If it fails, and nothing
     was committed, they are removed.
+
+    Args:
+        store: where to.
+        save_id, index: the save, and what it saved.
+        header: what else the manifest says of it.
+        piece: entered for each piece of work.
     """
     paths = paths_of(index.structure, names_of(index)) if index.structure else None
-    manifest = write_manifest(index, {"save_id": save_id, **header}, paths)
-    pickle = metadata_bytes(index, paths)
+    manifest = write_manifest(index, {"save_id": save_id, **header}, paths, piece)
+    pickle = metadata_bytes(index, paths, piece)
     trailer = Trailer.of(save_id, pickle, manifest)
-    with undone_on_failure(store, save_id):
+    with piece(), undone_on_failure(store, save_id):
         with store.create(manifest_name(save_id)) as sink:
             sink.write(manifest)
         store.sync()
@@ -184,7 +212,7 @@ def committed_files(store: Store) -> frozenset[str]:
     found = find(store)
     if found.kind == "safetensors":
         return frozenset()
-    files = set(found.index().files)
+    files = set(found.files())
     if found.trailer is not None:
         files.add(manifest_name(found.trailer.save_id))
     if found.kind == "dcp-per-rank":
@@ -200,20 +228,15 @@ def sweep(store: Store, old: frozenset[str]) -> None:
         store.remove(name)
 
 
-def _found(kind: str, file: str, read: Callable[[], Index]) -> Found:
-    once = cache(read)  # outline and index are one: reading it twice takes seconds
-    return Found(kind, file, once, once)
-
-
 def _with_manifest(store: Store, trailer: Trailer) -> Found:
     name = manifest_name(trailer.save_id)
 
     def read_at(offset: int, length: int) -> bytes:
         return store.read(name, offset, length)
 
-    def whole() -> Index:
+    def checked(read: Callable[..., T]) -> T:
         data = _manifest(store, trailer)
-        return read_manifest(
+        return read(
             lambda offset, length: data[offset : offset + length],
             len(data),
             file=name,
@@ -231,7 +254,14 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
         raise Damaged(
             f"the manifest has {size} bytes, not {trailer.manifest_length}{_HINT}", file=name
         )
-    return Found("shardkeep", name, outline, whole, trailer)
+    return Found(
+        "shardkeep",
+        name,
+        outline,
+        lambda: checked(read_manifest),
+        lambda: checked(read_files),
+        trailer,
+    )
 
 
 def _metadata(store: Store, trailer: Trailer | None) -> Index:

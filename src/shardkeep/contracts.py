@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ __all__ = [
     "KeepPolicy",
     "Meeting",
     "Payloads",
+    "Piece",
     "Placing",
     "Progress",
     "Ranks",
@@ -30,6 +32,9 @@ __all__ = [
 ]
 
 Buffer = bytes | bytearray | memoryview
+
+Piece = Callable[[], AbstractContextManager[None]]
+"""Entered for each piece of work that keeps the interpreter for more than a moment."""
 
 
 @runtime_checkable

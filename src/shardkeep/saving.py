@@ -20,7 +20,7 @@ import torch
 import shardkeep
 from shardkeep import collector, commit, knobs
 from shardkeep.agreement import Order, own, report
-from shardkeep.background import line_of, simulated
+from shardkeep.background import in_turn, line_of, simulated
 from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Payloads, Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
@@ -192,8 +192,8 @@ def life(
     ):
         clock = Clock(session, _PARTS)
         old: list[frozenset[str]] = []
-        # The collector is one for all threads: it goes on where a training loop does.
-        quiet = collector.paused if arena is None else contextlib.nullcontext
+        # The collector is one for all threads, as the interpreter is: a training loop needs them.
+        piece = collector.paused if arena is None else in_turn
         with collector.paused():
             clock.phase("describe")
             local = describe_state(
@@ -230,7 +230,7 @@ def life(
 
             clock.phase("report")
             last = slowest(session, sum(clock.seconds().values()))
-            with quiet():
+            with piece():
                 index = report(session, order, written_in(images))
             if index is not None:
                 _check_there(store, index, session)
@@ -238,11 +238,13 @@ def life(
         with commit.undone_on_failure(store, order.save_id, leads=index is not None):
             clock.phase("commit")
             if index is not None:
-                with quiet():
-                    _commit(store, lease, index, header(session.size, options.metrics))
+                lease.confirm()
+                about = header(session.size, options.metrics)
+                commit.publish(store, lease.save_id, index, about, piece)
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
-            sweep(store, old[0], lease)
+            with piece():
+                sweep(store, old[0], lease)
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
@@ -412,11 +414,6 @@ def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]
         with contextlib.suppress(OSError):
             commit.remove_files(store, save_id, rank or None)
         raise
-
-
-def _commit(store: Store, lease: Lease, index: Index, about: Mapping[str, Any]) -> None:
-    lease.confirm()
-    commit.publish(store, lease.save_id, index, about)
 
 
 def _check_there(store: Store, index: Index, session: Session) -> None:

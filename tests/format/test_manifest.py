@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from format.strategies import column, indexes, plain
 from shardkeep.errors import Damaged, FormatError
-from shardkeep.format.manifest import read_manifest, read_outline, write_manifest
+from shardkeep.format.manifest import read_files, read_manifest, read_outline, write_manifest
 from shardkeep.format.values import NotEncodable, decode
 from shardkeep.types import Chunks, DType, Index, Objects, Structure, Tensors
 
@@ -82,6 +82,7 @@ def test_every_index_comes_back(index):
     data = write_manifest(index, {"save_id": SAVE})
     assert plain(read(data, save_id=SAVE)) == plain(index)
     assert write_manifest(read(data), {"save_id": SAVE}) == data
+    assert read(data, read_files, save_id=SAVE) == index.files
 
 
 @given(st.data())
@@ -160,6 +161,18 @@ def test_numpy_opens_it_too():
     assert json.loads(members["header.json"])["files"] == ["__0_0.distcp", "__1_0.distcp"]
 
 
+def test_the_names_of_files_are_read_without_any_column_and_checked_like_all_else():
+    members = members_of(write_manifest(sample(), {"save_id": SAVE}))
+    head = {"header.json": members["header.json"]}
+    assert read(packed(head), read_files) == sample().files
+    with pytest.raises(FormatError, match=r"m, header\.json: belongs to save"):
+        read(packed(head), read_files, save_id="ff")
+    known = json.loads(members["header.json"])
+    known["files"] = ["../away"]
+    with pytest.raises(FormatError, match=r"m.*\.\./away"):
+        read(packed({"header.json": json.dumps(known).encode()}), read_files)
+
+
 def test_equal_indexes_make_equal_files():
     assert write_manifest(sample(), {"save_id": SAVE}) == write_manifest(
         sample(), {"save_id": SAVE}
@@ -214,6 +227,10 @@ def forged(changes, head=None):
     if head:
         members["header.json"] = json.dumps({**json.loads(members["header.json"]), **head}).encode()
     members.update(changes)
+    return packed(members)
+
+
+def packed(members):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():

@@ -28,6 +28,8 @@ ReadAt = Callable[[int, int], bytes]
 
 _DTYPES = {np.dtype(code) for code in ("u1", "<u2", "<u4", "<u8", "i1", "<i2", "<i4", "<i8")}
 _MAX_NPY_HEADER = 512
+_SMALL = 1024
+"""Bytes up to which packing a member takes more time than its bytes are worth."""
 _WINDOW = 1 << 20
 """Bytes that are read at least: the members that come first in reading lie at the end."""
 _FREE = 1 << 24
@@ -44,9 +46,9 @@ class Writer:
 
     def column(self, name: str, values: NDArray[Any], *, packed: bool = True) -> None:
         """Add integers, in the smallest type that holds them; `packed` compresses them."""
-        out = io.BytesIO()
-        np.lib.format.write_array(out, _narrow(values), allow_pickle=False)
-        self._add(f"{name}.npy", out.getvalue(), packed=packed)
+        values = _narrow(values)
+        data = _npy_head(values.dtype.str, values.shape) + values.tobytes()
+        self._add(f"{name}.npy", data, packed=packed)
 
     def json(self, name: str, value: Json) -> None:
         """Add a value of JSON."""
@@ -55,6 +57,7 @@ class Writer:
     def _add(self, name: str, data: bytes, *, packed: bool) -> None:
         # No date: equal content makes equal files.
         info = zipfile.ZipInfo(name)
+        packed = packed and len(data) > _SMALL
         info.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
         self._zip.writestr(info, data, compresslevel=1)
 
@@ -67,11 +70,10 @@ class Writer:
 def _narrow(values: NDArray[Any]) -> NDArray[Any]:
     """The same integers in the smallest little-endian type that holds them all."""
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    for size in (1, 2, 4):
-        dtype = np.dtype(f"<{'i' if low < 0 else 'u'}{size}")
-        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return values.astype(dtype)
-    return values.astype("<i8" if low < 0 else "<u8")
+    signed = low < 0
+    bits = max(~low if signed else 0, high).bit_length() + signed
+    size = next(size for size in (1, 2, 4, 8) if bits <= 8 * size)
+    return values.astype(f"<{'i' if signed else 'u'}{size}")
 
 
 class Archive:
@@ -155,6 +157,15 @@ class Archive:
 
     def _error(self, what: str, member: str) -> FormatError:
         return FormatError(what, file=self._name, place=member)
+
+
+@lru_cache(maxsize=256)
+def _npy_head(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """How an `.npy` file of that array, in C order, begins."""
+    out = io.BytesIO()
+    what = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(out, what)
+    return out.getvalue()
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,14 @@ from shardkeep.types import (
     Tensors,
 )
 
-__all__ = ["Outline", "read_header", "read_manifest", "read_outline", "write_manifest"]
+__all__ = [
+    "Outline",
+    "read_files",
+    "read_header",
+    "read_manifest",
+    "read_outline",
+    "write_manifest",
+]
 
 _MAX_BYTES = 2.0**62
 """Bytes of a tensor at most, so that no sum of offsets and sizes overflows."""
@@ -122,6 +129,19 @@ def read_header(
     return _Reader(Archive(read_at, size, file=file), file).header(save_id)
 
 
+def read_files(
+    read_at: ReadAt,
+    size: int,
+    *,
+    file: str,
+    save_id: str | None = None,
+) -> tuple[str, ...]:
+    """The data files that it names, alone. Arguments and errors are `read_outline`'s."""
+    reader = _Reader(Archive(read_at, size, file=file), file)
+    reader.header(save_id)
+    return reader.files()
+
+
 class _Reader:
     """Reads the columns, checks each one, and names the member that is wrong."""
 
@@ -146,8 +166,7 @@ class _Reader:
         self._within("tensors.chunks", counts, 0, self._count("chunks"))
         if counts.sum() != self._count("chunks"):
             self._refuse("tensors.chunks.npy", "does not count all chunks")
-        files = tuple(safe_file_name(self._text(n), file=self._file) for n in self._list("files"))
-        transforms = self._transforms()
+        files, transforms = self.files(), self._transforms()
         objects = self._objects(names[count:], len(files), len(transforms))
         return Outline(
             files,
@@ -161,6 +180,10 @@ class _Reader:
             header,
             self,
         )
+
+    def files(self) -> tuple[str, ...]:
+        """The data files, once the header has been read."""
+        return tuple(safe_file_name(self._text(n), file=self._file) for n in self._list("files"))
 
     def chunks(self, outline: Outline) -> Chunks:
         """The chunks, in full."""

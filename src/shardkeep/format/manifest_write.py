@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from shardkeep.contracts import Piece
 from shardkeep.format.archive import Writer
 from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
 from shardkeep.format.paths import Paths, names_of, paths_of
@@ -18,54 +20,47 @@ from shardkeep.types import DTYPES, I64, Chunks, Index, Objects
 __all__ = ["write_manifest"]
 
 
-def write_manifest(index: Index, header: Mapping[str, Any], paths: Paths | None = None) -> bytes:
+def write_manifest(
+    index: Index,
+    header: Mapping[str, Any],
+    paths: Paths | None = None,
+    piece: Piece = nullcontext,
+) -> bytes:
     """The manifest of an index.
 
     Args:
         index: what the checkpoint holds, and where.
         header: what else to say, above all "save_id"; anything that `values.encode` takes.
         paths: those of its structure, if they are known already.
+        piece: entered for each piece of work.
 
     Raises:
         NotEncodable: `header`, `index.extra` or a key of a path cannot be carried.
         ValueError: the structure does not fit together, or its paths are too long.
     """
     out = Writer()
-    _write_chunks(out, index.chunks)
-    tensors, objects = index.tensors, index.objects
-    codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tensors": len(tensors.names),
-        "dims": tensors.shape.shape[1],
-        "dtypes": [DTYPES[code].name for code in codes.tolist()],
-        "chunks": len(index.chunks.tensor),
-        "digests": int(index.chunks.block[-1] - index.chunks.block[0]),
-        "objects": len(objects.names),
-        "names": _write_texts(out, "names", names_of(index)),
-        "files": [encode(file) for file in index.files],
-        "transforms": [[encode(name) for name in names] for names in index.transforms],
-        "twins": [[encode(n), [encode_key(k) for k in path]] for n, path in index.twins.items()],
-        "extra": encode(dict(index.extra)),
-        "header": encode(dict(header)),
-    }
-    out.column("tensors.dtype", dtypes)
-    out.column("tensors.ndim", tensors.ndim)
-    out.column("tensors.shape", tensors.shape)
-    out.column("tensors.chunks", np.bincount(index.chunks.tensor, minlength=len(tensors.names)))
-    for name in ("file", "item", "length", "transform", "crc"):
-        out.column(f"objects.{name}", getattr(objects, name))
-    texts = _value_texts(objects)
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    head["values"] = _write_blob(out, "values", b"".join(texts), lengths)
-    head["structure"] = _write_structure(out, index, paths)
-    out.json("header", head)  # last, so that a reader has it with the zip's directory
-    return out.finish()
+    with piece():
+        head = _write_chunks(out, index.chunks) | _write_tensors(out, index)
+    with piece():
+        head |= _write_objects(out, index.objects)
+        head |= {
+            "format": FORMAT,
+            "version": VERSION,
+            "names": _write_texts(out, "names", names_of(index)),
+            "files": [encode(file) for file in index.files],
+            "transforms": [[encode(name) for name in names] for names in index.transforms],
+            "twins": [[encode(n), [encode_key(k) for k in p]] for n, p in index.twins.items()],
+            "extra": encode(dict(index.extra)),
+            "header": encode(dict(header)),
+            "structure": _write_structure(out, index, paths),
+        }
+        out.json("header", head)  # last, so that a reader has it with the zip's directory
+        return out.finish()
 
 
-def _write_chunks(out: Writer, chunks: Chunks) -> None:
-    first, last = chunks.block[[0, -1]]
+def _write_chunks(out: Writer, chunks: Chunks) -> dict[str, Json]:
+    """Their columns; what the header says of them."""
+    first, last = chunks.block[[0, -1]].tolist()
     out.column("chunks.digests", chunks.digests[first:last], packed=False)
     out.column("chunks.offsets", chunks.offsets)
     out.column("chunks.sizes", chunks.sizes)
@@ -75,6 +70,29 @@ def _write_chunks(out: Writer, chunks: Chunks) -> None:
     out.column("chunks.payload", np.where(chunks.payload < 0, -1, chunks.payload - chunks.item))
     out.column("chunks.transform", chunks.transform)
     out.column("chunks.blocks", np.diff(chunks.block))
+    return {"chunks": len(chunks.tensor), "digests": last - first}
+
+
+def _write_tensors(out: Writer, index: Index) -> dict[str, Json]:
+    """Returns as `_write_chunks`."""
+    tensors, count = index.tensors, len(index.tensors.names)
+    codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
+    out.column("tensors.dtype", dtypes)
+    out.column("tensors.ndim", tensors.ndim)
+    out.column("tensors.shape", tensors.shape)
+    out.column("tensors.chunks", np.bincount(index.chunks.tensor, minlength=count))
+    names = [DTYPES[code].name for code in codes.tolist()]
+    return {"tensors": count, "dims": tensors.shape.shape[1], "dtypes": list[Json](names)}
+
+
+def _write_objects(out: Writer, objects: Objects) -> dict[str, Json]:
+    """Returns as `_write_chunks`."""
+    for name in ("file", "item", "length", "transform", "crc"):
+        out.column(f"objects.{name}", getattr(objects, name))
+    texts = _value_texts(objects)
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    values = _write_blob(out, "values", b"".join(texts), lengths)
+    return {"objects": len(objects.names), "values": values}
 
 
 def _ends_before(item: I64, length: I64) -> I64:

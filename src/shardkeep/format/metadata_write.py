@@ -8,9 +8,12 @@ pickle lacks fall back to the defaults that their classes carry.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 from numpy.typing import NDArray
 
+from shardkeep.contracts import Piece
 from shardkeep.format.metadata_paths import dcp_path, path_columns
 from shardkeep.format.paths import Paths, names_of
 from shardkeep.format.pickling import (
@@ -47,22 +50,30 @@ _CLASSES = {
 _ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_path length".split()
 
 
-def metadata_bytes(index: Index, paths: Paths | None = None) -> bytes:
-    """The pickle, STOP byte included; `paths` are those of the index, if they are known already.
+def metadata_bytes(index: Index, paths: Paths | None = None, piece: Piece = nullcontext) -> bytes:
+    """The pickle, STOP byte included.
 
     Tensors come first, then objects, in the order of the index, and twins last: torch's converter
     (`dcp_to_torch_save`) fills containers in this order, and a twin must not hide its leaves.
+
+    Args:
+        index: what the checkpoint holds, and where.
+        paths: those of its structure, if they are known already.
+        piece: entered for each piece of work.
     """
-    out = _Writer(index)
-    text = out.text
-    # Long parts, which are joined only once: each copy of them takes as long as making them.
-    return out.pickle.finish(
-        out.new("Metadata"),
-        *(text("state_dict_metadata") + b"}(", out.tensor_entries(), out.object_entries(), b"u"),
-        *(text("planner_data") + b"}(", out.paths(paths), b"u"),
-        *(text("storage_data") + b"}(", out.chunk_places(), out.object_places(), b"u"),
-        b"ub",
-    )
+    with piece():
+        out = _Writer(index)
+        entries = out.tensor_entries(), out.object_entries()
+    with piece():
+        text = out.text
+        # Long parts, which are joined only once: each copy of them takes as long as making them.
+        return out.pickle.finish(
+            out.new("Metadata"),
+            *(text("state_dict_metadata") + b"}(", *entries, b"u"),
+            *(text("planner_data") + b"}(", out.paths(paths), b"u"),
+            *(text("storage_data") + b"}(", out.chunk_places(), out.object_places(), b"u"),
+            b"ub",
+        )
 
 
 class _Writer:
@@ -124,7 +135,7 @@ class _Writer:
         memory = self.kind("MEM_FORMAT_ENCODING") + integer(0) + b"\x85R"  # contiguous
         layout, memory = (reference(self.pickle.constant(part)) for part in (layout, memory))
         numbers = np.zeros(len(DTYPES), np.int64)
-        for code in np.unique(self.index.tensors.dtype).tolist():
+        for code in np.flatnonzero(np.bincount(self.index.tensors.dtype)).tolist():
             dtype = self._named("torch", DTYPES[code].name)
             state = sequence([dtype, layout, FALSE, memory, FALSE])
             numbers[code] = self.pickle.constant(new(self.kind("TensorProperties"), state))

@@ -26,7 +26,7 @@ def joint_keys(group: I64, *values: I64) -> list[I64]:
     if (int(group.max()) + 1) * span < _ROOM:
         return [group * span + (column - low) for column in values]
     # Products of hostile coordinates would wrap around: ranks are small, whatever the values.
-    every = np.unique(np.concatenate(values))
+    every = distinct(np.concatenate(values))
     return [group * len(every) + np.searchsorted(every, column) for column in values]
 
 

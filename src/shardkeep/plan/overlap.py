@@ -135,7 +135,7 @@ def _candidates(a: _Side, b: _Side) -> Iterator[tuple[I64, I64]]:
         yield from _along(a, b, int(dims[0]) if len(dims) else 0)
         return
     best = np.argmin(np.stack([_pairs_per_tensor(a, b, int(d)) for d in dims]), axis=0)
-    for choice in np.unique(best):
+    for choice in np.flatnonzero(np.bincount(best)).tolist():
         i = np.flatnonzero(best[a.tensor] == choice)
         j = np.flatnonzero(best[b.tensor] == choice)
         for p, q in _along(a.take(i), b.take(j), int(dims[choice])):

@@ -167,7 +167,7 @@ def _checkpoint(
 ) -> Checkpoint:
     index = safetensors.index_of(headers, weights)
     first = next(iter(headers))
-    return Checkpoint(store, commit.Found("safetensors", first, lambda: index, lambda: index))
+    return Checkpoint(store, commit.Found.whole("safetensors", first, lambda: index))
 
 
 class SafetensorsFile:
