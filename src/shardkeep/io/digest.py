@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,6 @@ __all__ = [
     "crc32_each",
     "digest",
     "whole_crc",
-    "whole_crcs",
 ]
 
 Bytes = bytes | bytearray | memoryview | NDArray[Any]
@@ -104,59 +103,23 @@ def block_digests(data: Bytes) -> NDArray[np.uint32]:
     return digest(data)[0]
 
 
-def whole_crc(digests: Iterable[int] | NDArray[np.uint32], nbytes: int) -> int:
+def whole_crc(digests: Sequence[int] | NDArray[np.uint32], nbytes: int) -> int:
     """CRC-32 of a payload of `nbytes`, given those of its blocks."""
-    blocks = digests.tolist() if isinstance(digests, np.ndarray) else digests
+    if not len(digests):
+        return 0
+    *full, last = digests.tolist() if isinstance(digests, np.ndarray) else digests
     crc = 0
-    for number, block in enumerate(blocks):
-        crc = combine(crc, block, min(BLOCK, nbytes - number * BLOCK))
-    return crc
+    for block in full:
+        crc = combine(crc, block, BLOCK)
+    return combine(crc, last, nbytes - len(full) * BLOCK)
 
 
-def whole_crcs(digests: Sequence[NDArray[np.uint32]], nbytes: Sequence[int]) -> list[int]:
-    """`whole_crc` of many, in few steps of Python: block by block of all of them at once."""
-    sizes = np.array(nbytes, dtype=np.int64)
-    full = sizes // BLOCK
-    flat = np.concatenate([np.zeros(0, np.uint32), *digests])
-    first = np.cumsum([0, *map(len, digests)])[:-1]
-    crcs = np.zeros(len(sizes), dtype=np.uint32)
-    for block in range(int(full.max(initial=0))):
-        rows = np.flatnonzero(full > block)
-        crcs[rows] = _after_a_block(crcs[rows]) ^ flat[first[rows] + block]
-    whole: list[int] = crcs.tolist()
-    for row in np.flatnonzero(sizes % BLOCK).tolist():
-        last = int(flat[first[row] + full[row]])
-        whole[row] = combine(whole[row], last, int(sizes[row]) % BLOCK)
-    return whole
-
-
-def _after_a_block(crcs: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """What each CRC-32 adds to that of a block behind it: its product with `_shift(BLOCK)`."""
-    found = np.zeros_like(crcs)
-    for byte, table in enumerate(_block_tables()):
-        found ^= table[crcs >> 8 * byte & 0xFF]
-    return found
-
-
-@cache
-def _block_tables() -> list[NDArray[np.uint32]]:
-    """For each byte of a CRC-32, and each value of it: its share in that product."""
-    tables = []
-    for byte in range(4):
-        table = np.zeros(1, dtype=np.uint32)
-        for bit in range(8):
-            share = np.uint32(_multiply(_shift(BLOCK), 1 << 8 * byte + bit))
-            table = np.concatenate([table, table ^ share])
-        tables.append(table)
-    return tables
-
-
-def combine(first: int, second: int, length: int) -> int:
-    """CRC-32 of two runs of bytes, given those of each and the second one's length in bytes."""
-    fast = getattr(_zlib, "crc32_combine", None)
-    if fast is not None:
-        return cast(int, fast(first, second, length))
+def _combined(first: int, second: int, length: int) -> int:
     return _multiply(_shift(length), first) ^ second
+
+
+combine: Callable[[int, int, int], int] = getattr(_zlib, "crc32_combine", _combined)
+"""CRC-32 of two runs of bytes, given those of each and the second one's length in bytes."""
 
 
 @lru_cache(maxsize=4096)

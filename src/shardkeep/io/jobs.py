@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from shardkeep.io.digest import whole_crcs
+from shardkeep.io.digest import whole_crc
 from shardkeep.io.fetch import Read, Want, gather
 from shardkeep.knobs import BLOCK
 from shardkeep.plan.reads import Runs, Source, block_range, runs, split
@@ -132,8 +132,7 @@ class Planner:
     def jobs(self) -> list[Straight | Rows | Read]:
         """All reads, sorted by file and position; rows of their wants count in `uses`."""
         reads = gather(self._wants, self._gap, self._limit)
-        straight = _with_crcs(self._straight) if self._verify else self._straight
-        return sorted([*straight, *self._in_rows, *reads], key=lambda job: job[:2])
+        return sorted([*self._straight, *self._in_rows, *reads], key=lambda job: job[:2])
 
     def add(self, copy: Copy) -> None:
         """Plan one copy. Raises FormatError if its source contradicts itself."""
@@ -215,21 +214,15 @@ class Planner:
         for begin in range(low, high, _PIECE):
             end = min(begin + _PIECE, high)
             into = use.into[begin - start : end - start]
-            self._straight.append(Straight(source.file, begin, end, use.copy, into))
+            crc = _crc(source, begin, end) if checked else None
+            self._straight.append(Straight(source.file, begin, end, use.copy, into, crc))
 
 
-def _with_crcs(jobs: Sequence[Straight]) -> Iterator[Straight]:
-    """The same, those that are checked with what their blocks' digests combine to."""
-    parts, sizes = [], []
-    for job in jobs:
-        digests = job.copy.source.digests
-        if digests is not None:
-            first = (job.low - job.copy.source.payload[0]) // BLOCK
-            sizes.append(job.high - job.low)
-            parts.append(digests[first : first - (-sizes[-1] // BLOCK)])
-    crcs = iter(whole_crcs(parts, sizes))
-    for job in jobs:
-        yield job if job.copy.source.digests is None else job._replace(crc=next(crcs))
+def _crc(source: Source, low: int, high: int) -> int:
+    """What the digests of whole blocks, from byte `low` to `high` of the file, combine to."""
+    assert source.digests is not None
+    first = (low - source.payload[0]) // BLOCK
+    return whole_crc(source.digests[first : first - (low - high) // BLOCK], high - low)
 
 
 def uses_in(copy: Copy, found: Runs, into: NDArray[Any]) -> Iterator[Use]:
