@@ -7,7 +7,6 @@ import os
 import threading
 import time
 import weakref
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
-from shardkeep import async_saving, saving
-from shardkeep.format import manifest_write
+from shardkeep import async_saving, background
 from shardkeep.ranks import threads
 from shardkeep.stores import LocalStore
 from support import jobs, scenarios
@@ -193,45 +191,37 @@ def test_a_gentle_save_leaves_the_caller_its_priority(tmp_path):
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
-def test_the_interpreter_is_left_to_others_before_each_piece_of_a_commit(tmp_path, monkeypatch):
-    """A loop beside a save is held up by one of them at a time; who waits for a save, by none."""
-    done = []
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_commit_leaves_the_interpreter_to_others_until_somebody_waits_for_it(
+    tmp_path, monkeypatch, waits
+):
+    """A loop beside a save is held up by a piece of it at a time."""
+    rests, pieces = [], []
 
-    @contextmanager
-    def piece():
-        done.append("rest")
-        yield
+    class Watched(background.Turns):
+        def __call__(self):
+            began = time.perf_counter()
+            super().__call__()
+            rests.append(time.perf_counter() - began)
+            pieces.append(time.thread_time() - self._since)
 
-    def watched(module, name):
-        work = getattr(module, name)
+    monkeypatch.setattr(async_saving, "Turns", Watched)
+    mine = {f"t{n}": torch.zeros(3) for n in range(3000)}
+    handle = sk.async_save(mine, tmp_path / "a")
+    if waits:
+        handle.result(60)
+    while not handle.done():
+        time.sleep(0.01)
+    handle.result(60)
+    assert len(rests) > 30  # columns, mostly
+    slept = [rest for rest in rests if rest >= background._REST]
+    assert bool(slept) != waits
+    assert waits or max(pieces) <= background._PIECE
 
-        def with_note(*args, **kwargs):
-            found = work(*args, **kwargs)
-            done.append(name)
-            return found
 
-        monkeypatch.setattr(module, name, with_note)
-
-    monkeypatch.setattr(saving, "in_turn", piece)
-    for module, name in [
-        (saving, "report"),
-        (manifest_write, "_write_tensors"),
-        (manifest_write, "_write_structure"),
-        (saving, "sweep"),
-    ]:
-        watched(module, name)
-    work = ["report", "_write_tensors", "_write_structure", "sweep"]
-    sk.save(state(), tmp_path / "a")
-    assert done == work
-    done.clear()
-    sk.async_save(state(), tmp_path / "b").result(60)
-    rest = "rest"
-    metadata_and_files = [rest] * 3
-    assert done == [
-        *(rest, "report", rest, "_write_tensors", rest, "_write_structure"),
-        *metadata_and_files,
-        *(rest, "sweep"),
-    ]
+def test_who_waits_for_a_save_gets_no_rest_in_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(background.Turns, "__call__", lambda _: pytest.fail("a rest"))
+    assert sk.save(state(), tmp_path / "a").tensors
 
 
 def save_twice(ranks, path):

@@ -93,11 +93,11 @@ def test_row_37_of_two_saves_at_once_the_last_commit_stands(tmp_path, first, mon
     """One is stopped just before its commit; the other one saves and collects meanwhile."""
     publish, waits, goes = commit.publish, threading.Event(), threading.Event()
 
-    def slow(store, save_id, index, header, piece):
+    def slow(store, save_id, index, header, rest):
         if threading.current_thread().name == "slow":
             waits.set()
             assert goes.wait(30)
-        publish(store, save_id, index, header, piece)
+        publish(store, save_id, index, header, rest)
 
     monkeypatch.setattr(commit, "publish", slow)
     if first:

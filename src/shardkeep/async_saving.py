@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from os import PathLike
 from typing import Any, TypeVar
 
-from shardkeep.background import Handle, Job, line_of, simulated
+from shardkeep.background import Behind, Handle, Job, Turns, line_of, simulated
 from shardkeep.contracts import Progress, Ranks, Store
 from shardkeep.io.arena import Arena
 from shardkeep.ranks import take_part
@@ -81,10 +81,10 @@ def begin(
     Raises: what `life` raises before that.
     """
 
-    def save(arena: Arena | None, staged: Future[None] | None) -> SaveReport:
+    def save(behind: Behind | None) -> SaveReport:
         report = None
         try:
-            report = life(given, store, job, options, arena, staged)
+            report = life(given, store, job, options, behind)
         finally:
             ended(report)
         return report
@@ -92,7 +92,7 @@ def begin(
     if not behind and not options.retries:
         line_of(rank).finish()
         now: Future[Any] = Future()
-        now.set_result(save(None, None))
+        now.set_result(save(None))
         return now
     staged, future = in_background(save, store.url, rank)
     if not staged.done() or not behind:
@@ -101,12 +101,12 @@ def begin(
 
 
 def in_background(
-    save: Callable[[Arena, Future[None]], T], path: str, rank: int | None = None
+    save: Callable[[Behind], T], path: str, rank: int | None = None
 ) -> tuple[Future[None], Future[T]]:
     """Begin a save on a thread of its own, as soon as the one before is done.
 
     Args:
-        save: given the memory to stage in, and what to set as soon as that is done.
+        save: given what it needs for that.
         path: where it saves to.
         rank: which one it is of those that are simulated in this process.
 
@@ -118,7 +118,12 @@ def in_background(
     line.finish()  # Its memory is used again.
     arena = _arenas.setdefault(rank, Arena())
     staged: Future[None] = Future()
-    work = Job(lambda: _in_a_thread(lambda: save(arena, staged)), owed=True, path=path)
+
+    def in_a_thread() -> T:
+        return _in_a_thread(lambda: save(Behind(arena, staged, Turns(lambda: outcome.awaited))))
+
+    work = Job(in_a_thread, owed=True, path=path)
+    outcome = work.future
     try:
         line.put(work)
         wait([staged, work.future], return_when=FIRST_COMPLETED)

@@ -15,33 +15,73 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 from shardkeep.contracts import Ranks
 from shardkeep.errors import AsyncSaveFailed
+from shardkeep.io.arena import Arena
 from shardkeep.ranks.heart import Timing
+from shardkeep.types import Rest
 
-__all__ = ["Handle", "Job", "Line", "Outcome", "Withheld", "in_turn", "line_of", "simulated"]
+__all__ = [
+    "Behind",
+    "Handle",
+    "Job",
+    "Line",
+    "Outcome",
+    "Turns",
+    "Withheld",
+    "line_of",
+    "simulated",
+]
 
 _log = logging.getLogger(__name__)
 
 T_co = TypeVar("T_co", covariant=True)
 
+_PIECE = 0.001
+"""Seconds of processor time: so much of a thread's work others may have to wait for."""
+
 _REST = 0.01
-"""Seconds: more than a step of a small model, so that no step meets two pieces."""
+"""Seconds: more than a step of a small model takes, so that no step meets two pieces."""
 
 
-@contextmanager
-def in_turn() -> Iterator[None]:
-    """A piece of the interpreter's work, for which it is left to other threads for a while before.
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What a save has that goes on behind its caller's back.
 
-    So a step of a loop beside a save is held up by one piece, not by all that a commit takes.
+    Attributes:
+        arena: memory to stage the state in.
+        staged: set as soon as the state is not looked at any more.
+        rest: called between pieces of work.
     """
-    time.sleep(_REST)
-    yield
+
+    arena: Arena
+    staged: Future[None]
+    rest: Rest
+
+
+class Turns:
+    """When a thread has had its share, it leaves the interpreter to others for a while.
+
+    So a step of a loop beside a save is held up by a piece of its commit, not by all of it. It is
+    called on one thread, between the steps of its work.
+
+    Args:
+        hurry: whether somebody waits for the work by now; there is no rest then.
+    """
+
+    def __init__(self, hurry: Callable[[], bool]) -> None:
+        self._hurry = hurry
+        self._since = time.thread_time()
+
+    def __call__(self) -> None:
+        if time.thread_time() - self._since > _PIECE and not self._hurry():
+            time.sleep(_REST)
+            self._since = time.thread_time()
 
 
 class Handle(Generic[T_co]):
@@ -73,17 +113,24 @@ class Handle(Generic[T_co]):
 
 
 class Outcome(Future[Any]):
-    """What work will give. It knows whether anybody has asked, once it is there."""
+    """What work will give.
 
-    asked = False
+    Attributes:
+        awaited: whether anybody has begun to wait for it.
+        asked: whether anybody has asked, once it was there.
+    """
+
+    awaited = asked = False
 
     def result(self, timeout: float | None = None) -> Any:
+        self.awaited = True
         try:
             return super().result(timeout)
         finally:
             self.asked |= self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.awaited = True
         try:
             return super().exception(timeout)
         finally:
@@ -205,7 +252,13 @@ class Line:
 
     def finish(self) -> None:
         """Wait until all that is in the line now is done, well or not."""
-        wait([job.future for job in self.waiting()])
+        _await(self.waiting())
+
+
+def _await(jobs: Sequence[Job], timeout: float | None = None) -> None:
+    for job in jobs:
+        job.future.awaited = True
+    wait([job.future for job in jobs], timeout)
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -235,9 +288,9 @@ def _last() -> None:
     for line in list(_lines.values()):
         while jobs := line.waiting():
             if not any(job.owed for job in jobs):
-                wait([job.future for job in jobs], Timing.from_knobs().patience)
+                _await(jobs, Timing.from_knobs().patience)
                 break
-            wait([jobs[0].future])
+            _await(jobs[:1])
         for job in line.failures():
             error = job.future.exception()
             assert error is not None

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from shardkeep.contracts import Piece, Store
+from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.format import safetensors
 from shardkeep.format.manifest import (
@@ -30,7 +30,7 @@ from shardkeep.format.metadata import merge_metadata, read_metadata
 from shardkeep.format.metadata_write import metadata_bytes
 from shardkeep.format.paths import names_of, paths_of
 from shardkeep.format.trailer import TRAILER_SIZE, Trailer, manifest_name
-from shardkeep.types import Index
+from shardkeep.types import Index, Rest, no_rest
 
 __all__ = [
     "METADATA",
@@ -152,7 +152,7 @@ def publish(
     save_id: str,
     index: Index,
     header: Mapping[str, Any],
-    piece: Piece = nullcontext,
+    rest: Rest = no_rest,
 ) -> None:
     """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
 
@@ -163,13 +163,14 @@ def publish(
         store: where to.
         save_id, index: the save, and what it saved.
         header: what else the manifest says of it.
-        piece: entered for each piece of work.
+        rest: called between pieces of work.
     """
     paths = paths_of(index.structure, names_of(index)) if index.structure else None
-    manifest = write_manifest(index, {"save_id": save_id, **header}, paths, piece)
-    pickle = metadata_bytes(index, paths, piece)
+    manifest = write_manifest(index, {"save_id": save_id, **header}, paths, rest)
+    pickle = metadata_bytes(index, paths, rest)
     trailer = Trailer.of(save_id, pickle, manifest)
-    with piece(), undone_on_failure(store, save_id):
+    rest()
+    with undone_on_failure(store, save_id):
         with store.create(manifest_name(save_id)) as sink:
             sink.write(manifest)
         store.sync()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
@@ -18,7 +17,6 @@ __all__ = [
     "KeepPolicy",
     "Meeting",
     "Payloads",
-    "Piece",
     "Placing",
     "Progress",
     "Ranks",
@@ -32,9 +30,6 @@ __all__ = [
 ]
 
 Buffer = bytes | bytearray | memoryview
-
-Piece = Callable[[], AbstractContextManager[None]]
-"""Entered for each piece of work that keeps the interpreter for more than a moment."""
 
 
 @runtime_checkable

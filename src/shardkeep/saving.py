@@ -20,7 +20,7 @@ import torch
 import shardkeep
 from shardkeep import collector, commit, knobs
 from shardkeep.agreement import Order, own, report
-from shardkeep.background import in_turn, line_of, simulated
+from shardkeep.background import Behind, line_of, simulated
 from shardkeep.clock import Clock, slowest
 from shardkeep.contracts import Payloads, Progress, Ranks, Session, Store
 from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
@@ -44,7 +44,7 @@ from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
 from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
-from shardkeep.types import DTYPES, Index
+from shardkeep.types import DTYPES, Index, no_rest
 
 __all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
 
@@ -172,16 +172,14 @@ def life(
     store: Store,
     job: Ranks,
     options: Options,
-    arena: Arena | None = None,
-    staged: Future[None] | None = None,
+    behind: Behind | None = None,
 ) -> SaveReport:
     """The life itself.
 
     Args:
         given: the state. It is taken out, or its tensors would live until all files are written.
         store, job, options: where to, who takes part, how.
-        arena: memory to stage in; None writes the state from where it is.
-        staged: set as soon as the state is not looked at any more.
+        behind: for a save in the background; None writes the state from where it is.
 
     Raises: as `save`.
     """
@@ -193,7 +191,8 @@ def life(
         clock = Clock(session, _PARTS)
         old: list[frozenset[str]] = []
         # The collector is one for all threads, as the interpreter is: a training loop needs them.
-        piece = collector.paused if arena is None else in_turn
+        quiet = collector.paused if behind is None else contextlib.nullcontext
+        rest = no_rest if behind is None else behind.rest
         with collector.paused():
             clock.phase("describe")
             local = describe_state(
@@ -213,11 +212,12 @@ def life(
             if order.settlement is not None and order.settlement.differing:
                 _warn_of(order.settlement.differing)
 
-            clock.phase("write" if arena is None else "stage")
-            payloads = _Payloads(local, order, lasting=arena is None)
+            clock.phase("write" if behind is None else "stage")
+            payloads = _Payloads(local, order, lasting=behind is None)
             del local
         here = knobs.ranks_here(session.size)
-        if arena is not None and payloads.stage(arena, options.host_budget, here):
+        staged = None if behind is None else behind.staged
+        if behind is not None and payloads.stage(behind.arena, options.host_budget, here):
             _set(staged)
             staged = None
 
@@ -230,8 +230,11 @@ def life(
 
             clock.phase("report")
             last = slowest(session, sum(clock.seconds().values()))
-            with piece():
-                index = report(session, order, written_in(images))
+            with quiet():
+                rest()
+                written = written_in(images)
+                rest()
+                index = report(session, order, written)
             if index is not None:
                 _check_there(store, index, session)
 
@@ -240,11 +243,12 @@ def life(
             if index is not None:
                 lease.confirm()
                 about = header(session.size, options.metrics)
-                commit.publish(store, lease.save_id, index, about, piece)
+                with quiet():
+                    commit.publish(store, lease.save_id, index, about, rest)
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
-            with piece():
-                sweep(store, old[0], lease)
+            rest()
+            sweep(store, old[0], lease)
         return SaveReport(
             path=store.url,
             save_id=order.save_id,

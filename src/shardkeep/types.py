@@ -36,10 +36,12 @@ __all__ = [
     "ObjectInfo",
     "Objects",
     "Opaque",
+    "Rest",
     "Step",
     "Structure",
     "TensorInfo",
     "Tensors",
+    "no_rest",
 ]
 
 I64 = NDArray[np.int64]
@@ -210,6 +212,14 @@ Framing = Callable[[int, bool], Frame]
 
 The payload starts at a multiple of `ALIGNMENT`; of `PAGE` where the second argument is true.
 """
+
+
+Rest = Callable[[], None]
+"""Called between pieces of work that keep the interpreter for more than a moment."""
+
+
+def no_rest() -> None:
+    """Work on."""
 
 
 @dataclass(frozen=True, slots=True)

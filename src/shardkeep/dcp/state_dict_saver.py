@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
 from shardkeep import async_saving, checkpoint, commit, saving
-from shardkeep.background import Withheld
+from shardkeep.background import Behind, Withheld
 from shardkeep.contracts import Ranks
 from shardkeep.dcp.bridge import processes
 from shardkeep.dcp.bridge.background import (
@@ -44,7 +44,6 @@ from shardkeep.dcp.default_planner import DefaultSavePlanner
 from shardkeep.dcp.filesystem import CheckpointExists
 from shardkeep.dcp.handed import rest_of, theirs
 from shardkeep.errors import AlreadyExists
-from shardkeep.io.arena import Arena
 from shardkeep.ranks import take_part
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save", "save", "save_state_dict"]
@@ -178,13 +177,13 @@ def _save_now(
 
 
 def _save_from_arena(
-    given: list[Any], what: processes.Save, job: Ranks, arena: Arena, staged: Future[None]
+    given: list[Any], what: processes.Save, job: Ranks, behind: Behind
 ) -> Metadata:
     """The engine stages what this rank writes, and nothing else, in memory that it keeps."""
     with as_torch(job.rank):
         writer = writer_for(what.storage_writer, what.checkpoint_id)
         planner = what.planner or DefaultSavePlanner()
-        return _save_plainly(given, writer, planner, job, arena, staged)
+        return _save_plainly(given, writer, planner, job, behind)
 
 
 def _save_put_off(state: Any, what: processes.Save, job: Ranks) -> Metadata:
@@ -244,8 +243,7 @@ def _save_plainly(
     writer: Any,
     planner: Any,
     job: Ranks,
-    arena: Arena | None = None,
-    staged: Future[None] | None = None,
+    behind: Behind | None = None,
 ) -> Metadata:
     """What the options of a writer and a planner mean to the engine."""
     store = store_of(writer)
@@ -259,7 +257,7 @@ def _save_plainly(
         save_id=writer.save_id,
     )
     try:
-        saving.life(given, store, job, options, arena, staged)
+        saving.life(given, store, job, options, behind)
     except AlreadyExists as error:
         what = f"Checkpoint already exists and self.overwrite=False: {error}"
         raise CheckpointExists(what) from error

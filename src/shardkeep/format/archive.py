@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format.values import Json, dumps, loads
+from shardkeep.types import Rest, no_rest
 
 __all__ = ["Archive", "ReadAt", "Writer"]
 
@@ -38,9 +39,10 @@ _RATIO = 256
 
 
 class Writer:
-    """Collects members; `finish` gives the file."""
+    """Collects members; `finish` gives the file. `rest` is called after each of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, rest: Rest = no_rest) -> None:
+        self._rest = rest
         self._file = io.BytesIO()
         self._zip = zipfile.ZipFile(self._file, "w")
 
@@ -60,6 +62,7 @@ class Writer:
         packed = packed and len(data) > _SMALL
         info.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
         self._zip.writestr(info, data, compresslevel=1)
+        self._rest()
 
     def finish(self) -> bytes:
         """The bytes of the file. Nothing can be added afterwards."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from shardkeep.contracts import Piece
 from shardkeep.format.archive import Writer
 from shardkeep.format.manifest_layout import FORMAT, KINDS, VERSION, LazyValues, too_long
 from shardkeep.format.paths import Paths, names_of, paths_of
 from shardkeep.format.texts import joined
 from shardkeep.format.values import Json, dumps, encode, encode_key
-from shardkeep.types import DTYPES, I64, Chunks, Index, Objects
+from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, Rest, no_rest
 
 __all__ = ["write_manifest"]
 
@@ -24,7 +22,7 @@ def write_manifest(
     index: Index,
     header: Mapping[str, Any],
     paths: Paths | None = None,
-    piece: Piece = nullcontext,
+    rest: Rest = no_rest,
 ) -> bytes:
     """The manifest of an index.
 
@@ -32,30 +30,28 @@ def write_manifest(
         index: what the checkpoint holds, and where.
         header: what else to say, above all "save_id"; anything that `values.encode` takes.
         paths: those of its structure, if they are known already.
-        piece: entered for each piece of work.
+        rest: called between pieces of work.
 
     Raises:
         NotEncodable: `header`, `index.extra` or a key of a path cannot be carried.
         ValueError: the structure does not fit together, or its paths are too long.
     """
-    out = Writer()
-    with piece():
-        head = _write_chunks(out, index.chunks) | _write_tensors(out, index)
-    with piece():
-        head |= _write_objects(out, index.objects)
-        head |= {
-            "format": FORMAT,
-            "version": VERSION,
-            "names": _write_texts(out, "names", names_of(index)),
-            "files": [encode(file) for file in index.files],
-            "transforms": [[encode(name) for name in names] for names in index.transforms],
-            "twins": [[encode(n), [encode_key(k) for k in p]] for n, p in index.twins.items()],
-            "extra": encode(dict(index.extra)),
-            "header": encode(dict(header)),
-            "structure": _write_structure(out, index, paths),
-        }
-        out.json("header", head)  # last, so that a reader has it with the zip's directory
-        return out.finish()
+    out = Writer(rest)
+    head = _write_chunks(out, index.chunks) | _write_tensors(out, index)
+    head |= _write_objects(out, index.objects)
+    head |= {
+        "format": FORMAT,
+        "version": VERSION,
+        "names": _write_texts(out, "names", names_of(index)),
+        "files": [encode(file) for file in index.files],
+        "transforms": [[encode(name) for name in names] for names in index.transforms],
+        "twins": [[encode(n), [encode_key(k) for k in p]] for n, p in index.twins.items()],
+        "extra": encode(dict(index.extra)),
+        "header": encode(dict(header)),
+        "structure": _write_structure(out, index, paths),
+    }
+    out.json("header", head)  # last, so that a reader has it with the zip's directory
+    return out.finish()
 
 
 def _write_chunks(out: Writer, chunks: Chunks) -> dict[str, Json]:

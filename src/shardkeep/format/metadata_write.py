@@ -8,12 +8,11 @@ pickle lacks fall back to the defaults that their classes carry.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Piece
 from shardkeep.format.metadata_paths import dcp_path, path_columns
 from shardkeep.format.paths import Paths, names_of
 from shardkeep.format.pickling import (
@@ -27,7 +26,7 @@ from shardkeep.format.pickling import (
 )
 from shardkeep.format.records import Bytes, Part, integers, records, references
 from shardkeep.plan.distinct import distinct
-from shardkeep.types import DTYPES, I64, Index
+from shardkeep.types import DTYPES, I64, Index, Rest, no_rest
 
 __all__ = ["dcp_path", "metadata_bytes"]
 
@@ -50,7 +49,7 @@ _CLASSES = {
 _ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_path length".split()
 
 
-def metadata_bytes(index: Index, paths: Paths | None = None, piece: Piece = nullcontext) -> bytes:
+def metadata_bytes(index: Index, paths: Paths | None = None, rest: Rest = no_rest) -> bytes:
     """The pickle, STOP byte included.
 
     Tensors come first, then objects, in the order of the index, and twins last: torch's converter
@@ -59,21 +58,23 @@ def metadata_bytes(index: Index, paths: Paths | None = None, piece: Piece = null
     Args:
         index: what the checkpoint holds, and where.
         paths: those of its structure, if they are known already.
-        piece: entered for each piece of work.
+        rest: called between pieces of work.
     """
-    with piece():
-        out = _Writer(index)
-        entries = out.tensor_entries(), out.object_entries()
-    with piece():
-        text = out.text
-        # Long parts, which are joined only once: each copy of them takes as long as making them.
-        return out.pickle.finish(
-            out.new("Metadata"),
-            *(text("state_dict_metadata") + b"}(", *entries, b"u"),
-            *(text("planner_data") + b"}(", out.paths(paths), b"u"),
-            *(text("storage_data") + b"}(", out.chunk_places(), out.object_places(), b"u"),
-            b"ub",
-        )
+    out = _Writer(index)
+    tables: list[bytes] = []
+    for name, parts in (
+        ("state_dict_metadata", (out.tensor_entries, out.object_entries)),
+        ("planner_data", (partial(out.paths, paths),)),
+        ("storage_data", (out.chunk_places, out.object_places)),
+    ):
+        tables.append(out.text(name) + b"}(")
+        for part in parts:
+            rest()
+            tables.append(part())
+        tables.append(b"u")
+    rest()
+    # Long parts, which are joined only once: each copy of them takes as long as making them.
+    return out.pickle.finish(out.new("Metadata"), *tables, b"ub")
 
 
 class _Writer:
