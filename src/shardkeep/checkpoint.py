@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,6 +134,11 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     def _tensors(self) -> Mapping[str, int]:
         names = self.outline.tensors.names
         return dict(zip(names, range(len(names)), strict=True))
+
+    def rows(self, names: Sequence[str]) -> NDArray[np.int64]:
+        """Which tensors these are; -1 for a name that no tensor has."""
+        known = self._tensors
+        return np.fromiter((known.get(name, -1) for name in names), np.int64, len(names))
 
     @cached_property
     def kinds(self) -> Mapping[str, tuple[DType, tuple[int, ...]]]:
@@ -338,9 +343,11 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         planned = self.plan(wanted, _Arrays(requests), threads=threads)
         return planned.run(self.store, verify=verify, threads=threads, progress=progress)
 
-    def boxes(self, names: Iterable[str], boxes: Sequence[Box]) -> Boxes:
+    def boxes(self, names: Sequence[str], boxes: Sequence[Box]) -> Boxes:
         """Boxes of tensors, by name, as columns. KeyError if no tensor has a name."""
-        rows = np.array([self._tensors[name] for name in names], dtype=np.int64)
+        rows = self.rows(names)
+        if (rows < 0).any():
+            raise KeyError(next(name for name in names if name not in self._tensors))
         return _boxes(rows, boxes, self.index.chunks.offsets.shape[1])
 
     def plan(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shardkeep import checkpoint, collector, knobs
 from shardkeep.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from shardkeep.contracts import Progress, Ranks, Session, Store
 from shardkeep.errors import Mismatch
 from shardkeep.filling import Filling
 from shardkeep.marks import Unwrapped, unmarked
+from shardkeep.plan.overlap import Boxes
 from shardkeep.progress import shown
 from shardkeep.ranks import take_part
 from shardkeep.resizing import Chooser, OwnValues
@@ -26,10 +28,11 @@ from shardkeep.stores import store_at
 from shardkeep.tensors.memory import Landings
 from shardkeep.tensors.objects import MAKERS, from_bytes
 from shardkeep.tensors.pieces import Described, is_any_tensor
+from shardkeep.tensors.rows import Pieces
 from shardkeep.tensors.state import describe_tensors
 from shardkeep.tensors.stateful import Statefuls, Stored, expand, make_room, restore
 from shardkeep.tree import Flat, Leaf, put
-from shardkeep.types import Path
+from shardkeep.types import DTYPES, I64, Path, Tensors
 
 __all__ = ["LoadReport", "load"]
 
@@ -245,35 +248,20 @@ def _planned(
 
     clock.phase("read")
     clock.part("plan")
-    landings, filling = _plan(match.stored, source, knobs.ranks_here(session.size))
-    report = match.report(_resharded(match.stored, filling))
+    landings, filling = _plan(match.found, source, knobs.ranks_here(session.size))
+    report = match.report(match.found.names_of(filling.resharded))
     report = replace(report, skipped=tuple(own.skipped))
     return _Planned(
         template, statefuls, marked, landings, filling, match.inside, match.values, report
     )
 
 
-def _plan(
-    tensors: Sequence[Described], source: Checkpoint, ranks_here: int
-) -> tuple[Landings, Filling]:
+def _plan(found: _Found, source: Checkpoint, ranks_here: int) -> tuple[Landings, Filling]:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
-    pieces = [piece for tensor in tensors for piece in tensor.pieces]
-    names, boxes = [piece.name for piece in pieces], [piece.box for piece in pieces]
-    landings = Landings(
-        [piece.local for piece in pieces],
-        [source.kinds[name][0] for name in names],
-        [box.sizes for box in boxes],
-    )
-    wanted = source.boxes(names, boxes)
+    codes = source.index.tensors.dtype[found.wanted.tensor]
+    landings = Landings(found.memory, codes, found.wanted.sizes.prod(axis=1))
     threads, together = knobs.threads(ranks_here), ranks_here > 1
-    return landings, source.plan(wanted, landings, threads=threads, together=together)
-
-
-def _resharded(tensors: Sequence[Described], filling: Filling) -> tuple[str, ...]:
-    """The names of the pieces that are put together from other boxes, each once."""
-    names = [piece.name for tensor in tensors for piece in tensor.pieces]
-    rows = np.flatnonzero(filling.resharded).tolist()
-    return tuple(dict.fromkeys(names[row] for row in rows))
+    return landings, source.plan(found.wanted, landings, threads=threads, together=together)
 
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:
@@ -343,12 +331,33 @@ def _descend(value: Any, path: Path) -> tuple[Any] | None:
     return (value,)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """Pieces of tensors that the checkpoint has as such, under the same names and shapes.
+
+    Attributes:
+        names: of the tensors, in the order of the template.
+        wanted: [P] the pieces; tensors count as in the checkpoint.
+        of: [P] which of `names` a piece belongs to.
+        memory: [P] where it goes.
+    """
+
+    names: list[str]
+    wanted: Boxes
+    of: I64
+    memory: Sequence[torch.Tensor]
+
+    def names_of(self, pieces: NDArray[np.bool_]) -> tuple[str, ...]:
+        """The names of these pieces' tensors, each once."""
+        return tuple(self.names[row] for row in dict.fromkeys(self.of[pieces].tolist()))
+
+
 @dataclass(frozen=True, slots=True)
 class _Match:
     """How a template and a checkpoint go together."""
 
     path: str
-    stored: list[Described]
+    found: _Found
     inside: list[tuple[Described, torch.Tensor]]
     values: list[tuple[Leaf, Any]]
     missing: list[str]
@@ -380,7 +389,7 @@ class _Match:
         raise Mismatch(message, LoadReport(self.path, **self._lists(), refused=refused))
 
     def report(self, resharded: tuple[str, ...]) -> LoadReport:
-        loaded = [t.name for t in self.stored] + [t.name for t, _ in self.inside]
+        loaded = self.found.names + [tensor.name for tensor, _ in self.inside]
         loaded += [leaf.name for leaf, _ in self.values]
         return LoadReport(
             self.path,
@@ -411,39 +420,39 @@ def _widens(stored: str, wanted: str) -> bool:
 
 def _match(flat: Flat, contents: _Contents, own: OwnValues) -> _Match:
     """Compare names, shapes and dtypes; nothing is read but objects."""
-    source = contents.source
-    tensors, objects = describe_tensors(flat)
-    paths = flat.structure.leaves
-    match = _Match(source.url, [], [], [], [], [], {}, dict(own.refused))
-    used: set[str] = set()
-    kinds = source.kinds
-    for tensor in tensors:
-        name = tensor.name
-        kind = kinds.get(name)
-        if kind is None:
-            used.update(_match_inside(match, tensor, paths.get(name, ()), contents))
-            continue
-        used.add(name)
-        dtype, shape = kind
-        if shape != tensor.shape:
-            match.refused[name] = (
-                f"shape: {list(shape)} in the checkpoint, {list(tensor.shape)} in the template"
-            )
-            continue
-        if dtype is not tensor.dtype:
-            match.dtypes[name] = (dtype.name, tensor.dtype.name)
-        match.stored.append(tensor)
+    source, known = contents.source, contents.source.index
+    rows, objects, _ = describe_tensors(flat)
+    names, tensors = rows.names, rows.tensors()
+    pieces, place = rows.pieces(tensors), source.rows(names)
+    there = np.flatnonzero(place >= 0)
+    same = _same_shape(tensors, there, known.tensors, place[there])
+    found = _found_pieces(names, pieces, there[same], place, known.chunks.offsets.shape[1])
+    match = _Match(source.url, found, [], [], [], [], {}, dict(own.refused))
+    used = {names[row] for row in there.tolist()}
+    for row in there[~same].tolist():
+        shape = source.kinds[names[row]][1]
+        match.refused[names[row]] = (
+            f"shape: {list(shape)} in the checkpoint, {list(rows.shapes[row])} in the template"
+        )
+    for row in there[same & (tensors.dtype[there] != known.tensors.dtype[place[there]])].tolist():
+        dtypes = known.tensors.dtype[place[row]], tensors.dtype[row]
+        match.dtypes[names[row]] = (DTYPES[dtypes[0]].name, DTYPES[dtypes[1]].name)
+    for row in np.flatnonzero(place < 0).tolist():
+        dtype, shape = DTYPES[tensors.dtype[row]], tuple(rows.shapes[row])
+        tensor = Described(names[row], dtype, shape, pieces.of(row, len(shape)))
+        path = flat.structure.leaves.get(tensor.name, ())
+        used |= _match_inside(match, tensor, path, contents)
     for leaf in (leaf for leaf in flat.leaves if leaf.name in objects) if objects else ():
         if contents.is_tensor(leaf.name):
             used.add(leaf.name)
             _match_quantized(match, leaf, contents)
             continue
-        found = contents.find(leaf.name, leaf.path)
-        if found is None:
+        held = contents.find(leaf.name, leaf.path)
+        if held is None:
             match.missing.append(leaf.name)
         else:
-            used.add(found[0])
-            match.values.append((leaf, found[1]))
+            used.add(held[0])
+            match.values.append((leaf, held[1]))
     left = (name for name in source if name not in used)
     match.unexpected.extend(name for name in left if not own.others(name))
     return match
@@ -463,6 +472,36 @@ def _match_quantized(match: _Match, leaf: Leaf, contents: _Contents) -> None:
     match.refused[leaf.name] = f"kind: {stored} in the checkpoint, {kind} in the template"
 
 
+def _same_shape(ours: Tensors, mine: I64, theirs: Tensors, place: I64) -> NDArray[np.bool_]:
+    """Whether these rows of two tables of tensors have the same shape, pair by pair."""
+    dims = max(ours.shape.shape[1], theirs.shape.shape[1])
+    shapes = _widened(ours.shape[mine], dims, 1) == _widened(theirs.shape[place], dims, 1)
+    same: NDArray[np.bool_] = shapes.all(axis=1) & (ours.ndim[mine] == theirs.ndim[place])
+    return same
+
+
+def _found_pieces(
+    names: Sequence[str], pieces: Pieces, tensors: I64, place: I64, dims: int
+) -> _Found:
+    """The pieces of these tensors, whose places in the checkpoint are `place`."""
+    chosen = np.flatnonzero(np.bincount(tensors, minlength=len(names))[pieces.piece])
+    of = pieces.piece[chosen]
+    wanted = Boxes(
+        place[of],
+        _widened(pieces.offsets[chosen], dims, 0),
+        _widened(pieces.sizes[chosen], dims, 1),
+    )
+    memory = [pieces.memory[row] for row in chosen.tolist()]
+    mine = [names[row] for row in tensors.tolist()]
+    return _Found(mine, wanted, np.searchsorted(tensors, of), memory)
+
+
+def _widened(table: I64, dims: int, fill: int) -> I64:
+    """A table of coordinates with so many columns; what is cut off holds nothing but `fill`."""
+    more = dims - table.shape[1]
+    return np.pad(table, ((0, 0), (0, more)), constant_values=fill) if more > 0 else table[:, :dims]
+
+
 def _match_inside(match: _Match, tensor: Described, path: Path, contents: _Contents) -> set[str]:
     """A tensor that the checkpoint has inside an object; the object's name."""
     found = contents.find(tensor.name, path)
@@ -473,7 +512,7 @@ def _match_inside(match: _Match, tensor: Described, path: Path, contents: _Conte
     if not isinstance(value, torch.Tensor):
         kind = type(value).__name__
         match.refused[tensor.name] = f"kind: {kind} in the checkpoint, a tensor in the template"
-    elif tuple(value.shape) != tuple(tensor.shape):
+    elif tuple(value.shape) != tensor.shape:
         match.refused[tensor.name] = (
             f"shape: {list(value.shape)} in the checkpoint, {list(tensor.shape)} in the template"
         )

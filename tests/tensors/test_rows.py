@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardkeep.tensors.pieces import is_any_tensor
+from shardkeep.tensors.pieces import describe, is_any_tensor, is_tensor
 from shardkeep.tensors.shards import Shards
 from shardkeep.tensors.state import Local, describe_state, describe_tensors
 from shardkeep.tree import flatten
@@ -88,12 +88,29 @@ def same_memory(one: Any, other: Any) -> bool:
 @given(STATES)
 def test_a_claim_says_of_each_tensor_what_describe_says(state: dict[str, Any]) -> None:
     local = describe_state(state)
-    tensors, objects = describe_tensors(flatten(state, is_any_tensor))
+    leaves = dict(flatten(state, is_any_tensor).items())
+    tensors = [
+        one for name, leaf in leaves.items() if is_tensor(leaf) for one in describe(name, leaf)
+    ]
     assert local.claim.tensors.names == tuple(tensor.name for tensor in tensors)
-    assert local.claim.objects == tuple(objects) == tuple(local.objects)
-    pieces = [piece for tensor in tensors for piece in tensor.pieces]
-    assert boxes(local) == [(p.name, p.dtype.name, p.shape, p.box) for p in pieces]
-    assert all(map(same_memory, local.memory, (piece.local for piece in pieces)))
+    objects = tuple(name for name, leaf in leaves.items() if not is_tensor(leaf))
+    assert local.claim.objects == objects == tuple(local.objects)
+    pieces = [(tensor, piece) for tensor in tensors for piece in tensor.pieces]
+    assert boxes(local) == [(t.name, t.dtype.name, t.shape, piece.box) for t, piece in pieces]
+    assert all(map(same_memory, local.memory, (piece.local for _, piece in pieces)))
+
+
+@given(STATES)
+def test_the_pieces_of_one_tensor_are_those_that_describe_finds(state: dict[str, Any]) -> None:
+    flat = flatten(state, is_any_tensor)
+    rows, _, _ = describe_tensors(flat)
+    pieces = rows.pieces(rows.tensors())
+    leaves = flat.items()
+    tensors = [one for name, leaf in leaves if is_tensor(leaf) for one in describe(name, leaf)]
+    for row, tensor in enumerate(tensors):
+        found = pieces.of(row, len(tensor.shape))
+        assert [piece.box for piece in found] == [piece.box for piece in tensor.pieces]
+        assert all(same_memory(a.local, b.local) for a, b in zip(found, tensor.pieces, strict=True))
 
 
 # --- large pieces --------------------------------------------------------------------------------

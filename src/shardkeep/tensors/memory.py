@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from shardkeep.errors import Mismatch
-from shardkeep.types import DType
+from shardkeep.types import DTYPES, I64, DType
 
 __all__ = ["Landings", "address", "landing", "payload", "raw", "words"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DTYPES = [getattr(torch, dtype.name, None) for dtype in DTYPES]
+"""Torch's own, by code; None where this torch has none."""
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
 
@@ -75,7 +76,7 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     Raises:
         Mismatch: this torch does not have the dtype, or can't cast it (raised by the call).
     """
-    stored = _stored(dtype.name)
+    stored = getattr(torch, dtype.name, None)
     if not isinstance(stored, torch.dtype):
         raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
     lazy = tensor.is_conj() or tensor.is_neg()
@@ -94,24 +95,24 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     return raw(buffer), finish
 
 
-def address(tensor: torch.Tensor, dtype: DType, sizes: tuple[int, ...]) -> int:
+def address(tensor: torch.Tensor, dtype: torch.dtype | None, count: int) -> int:
     """Where the bytes can be put, one after the other, that a load reads for `tensor`.
 
     Args:
         tensor: to be filled, as for `landing`.
-        dtype: what the bytes are: the stored dtype.
-        sizes: its shape, as far as the caller knows.
+        dtype: what the bytes are: the stored dtype; None if this torch does not have it.
+        count: how many elements will be read.
 
     Returns:
-        The address of its first element, if it is plain memory of that dtype and shape, on the
-        CPU, in C order without gaps; else 0: ask `landing`.
+        The address of its first element, if it is plain memory of that dtype and of so many
+        elements, on the CPU, in C order without gaps; else 0: ask `landing`.
     """
     plain = (
         type(tensor) in _PLAIN
-        and tensor.dtype is _stored(dtype.name)
+        and tensor.dtype is dtype
         and tensor.is_cpu
         and tensor.is_contiguous()
-        and tensor.shape == sizes
+        and tensor.numel() == count
         and not tensor.is_conj()
         and not tensor.is_neg()
     )
@@ -128,26 +129,26 @@ class Landings:
     """Where a load puts what it reads for many tensors, by their rows: a `filling.Memory`.
 
     Args:
-        tensors: to be filled; `dtypes`: what is stored; `sizes`: their shapes.
+        tensors: [N] to be filled.
+        codes: [N] of the dtypes that are stored.
+        counts: [N] elements.
     """
 
     def __init__(
-        self,
-        tensors: Sequence[torch.Tensor],
-        dtypes: Sequence[DType],
-        sizes: Sequence[tuple[int, ...]],
+        self, tensors: Sequence[torch.Tensor], codes: NDArray[np.uint8], counts: I64
     ) -> None:
-        self._tensors, self._dtypes, self._sizes = tensors, dtypes, sizes
+        self._tensors, self._codes, self._counts = tensors, codes.tolist(), counts.tolist()
+        self._dtypes = [_DTYPES[code] for code in self._codes]
         self._last: list[Callable[[], None]] = []
 
     def addresses(self, rows: Sequence[int]) -> list[int]:
         """The `address` of each row."""
-        tensors, dtypes, sizes = self._tensors, self._dtypes, self._sizes
-        return [address(tensors[row], dtypes[row], sizes[row]) for row in rows]
+        tensors, dtypes, counts = self._tensors, self._dtypes, self._counts
+        return [address(tensors[row], dtypes[row], counts[row]) for row in rows]
 
     def array(self, row: int) -> NDArray[Any]:
         """The array of `landing`; Mismatch as from there."""
-        array, done = landing(self._tensors[row], self._dtypes[row])
+        array, done = landing(self._tensors[row], DTYPES[self._codes[row]])
         if done is not _nothing:
             self._last.append(done)
         return array
@@ -156,12 +157,6 @@ class Landings:
         """When all is read: move and cast what went to buffers. Mismatch as from `landing`."""
         for done in self._last:
             done()
-
-
-@cache
-def _stored(name: str) -> Any:
-    """Torch's own dtype of that name; None if this torch does not have it."""
-    return getattr(torch, name, None)
 
 
 def _nothing() -> None:

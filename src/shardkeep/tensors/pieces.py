@@ -24,7 +24,6 @@ __all__ = [
     "Described",
     "Piece",
     "describe",
-    "described_plainly",
     "is_any_tensor",
     "is_sharded",
     "is_tensor",
@@ -57,22 +56,22 @@ class Piece(NamedTuple):
     """A box of a tensor that this rank holds.
 
     Attributes:
-        name: the tensor's flat name.
-        dtype: element type.
-        shape: global shape of the tensor, in elements.
         box: which part of it this is; never empty, unless the whole tensor is.
         local: its memory; the shape is `box.sizes`, strides and device are any.
     """
 
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
     box: Box
     local: torch.Tensor
 
 
 class Described(NamedTuple):
-    """A tensor of the state, and its pieces on this rank: none, where others have them all."""
+    """A tensor of the state, and its pieces on this rank: none, where others have them all.
+
+    Attributes:
+        name: its flat name.
+        dtype: element type.
+        shape: global shape, in elements.
+    """
 
     name: str
     dtype: DType
@@ -93,15 +92,6 @@ def lies_plainly(value: Any) -> bool:
         and not hasattr(value, "global_shape")
         and value.data_ptr() != 0
     )
-
-
-def described_plainly(name: str, value: torch.Tensor) -> Described:
-    """What `describe` says of a tensor that `lies_plainly`, in a tenth of the time."""
-    dtype, shape = DTYPES[CODES[value.dtype]], value.shape
-    return Described(name, dtype, shape, (Piece(name, dtype, shape, _whole(shape), value),))
-
-
-_whole = lru_cache(maxsize=4096)(Box.whole)
 
 
 def is_any_tensor(value: Any) -> bool:
@@ -234,16 +224,14 @@ def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
 def _plain(name: str, value: torch.Tensor) -> Described:
     local = _memory_of(name, value)
     dtype, shape = _dtype(name, local.dtype), tuple(local.shape)
-    return Described(name, dtype, shape, (Piece(name, dtype, shape, Box.whole(shape), local),))
+    return Described(name, dtype, shape, (Piece(Box.whole(shape), local),))
 
 
 def _assembled(
     name: str, dtype: torch.dtype, shape: Sequence[int], held: Iterable[tuple[Box, torch.Tensor]]
 ) -> Described:
     kind, sizes = _dtype(name, dtype), tuple(int(size) for size in shape)
-    pieces = [
-        Piece(name, kind, sizes, box, _memory_of(name, local)) for box, local in held if box.numel
-    ]
+    pieces = [Piece(box, _memory_of(name, local)) for box, local in held if box.numel]
     return Described(name, kind, sizes, tuple(pieces))
 
 
@@ -295,8 +283,8 @@ def _dtensor(name: str, value: Any) -> Described:
     held = [part for part in parts if part.box.numel]
     kind = _dtype(name, value.dtype)
     if len(held) == 1 and held[0].box.numel == local.numel():
-        return Described(name, kind, shape, (Piece(name, kind, shape, held[0].box, local),))
-    pieces = [Piece(name, kind, shape, part.box, local[part.local]) for part in held]
+        return Described(name, kind, shape, (Piece(held[0].box, local),))
+    pieces = [Piece(part.box, local[part.local]) for part in held]
     return Described(name, kind, shape, tuple(pieces))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from shardkeep.plan.cutting import cut
-from shardkeep.tensors.pieces import Described
+from shardkeep.tensors.pieces import Described, Piece
 from shardkeep.types import DTYPES, I64, Box, Tensors
 
 __all__ = ["Pieces", "Rows", "aliases", "cut_large"]
@@ -21,7 +21,7 @@ _ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """P pieces as columns, as in `Claim`, and their memory."""
+    """P pieces as columns, as in `Claim` and in the order of their tensors, and their memory."""
 
     piece: I64
     offsets: I64
@@ -29,6 +29,13 @@ class Pieces:
     memory: Sequence[torch.Tensor]
     pointers: I64
     """[P] where the first element lies."""
+
+    def of(self, tensor: int, ndim: int) -> tuple[Piece, ...]:
+        """Those of one tensor of so many dimensions."""
+        first, last = np.searchsorted(self.piece, [tensor, tensor + 1]).tolist()
+        offsets, sizes = (t[first:last, :ndim].tolist() for t in (self.offsets, self.sizes))
+        boxes = map(Box, map(tuple, offsets), map(tuple, sizes))
+        return tuple(map(Piece, boxes, self.memory[first:last]))
 
 
 @dataclass(slots=True)

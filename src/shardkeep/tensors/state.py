@@ -15,9 +15,7 @@ from shardkeep.marks import Unwrapped, key_of, unmarked
 from shardkeep.tensors.content import contents
 from shardkeep.tensors.pieces import (
     CODES,
-    Described,
     describe,
-    described_plainly,
     is_any_tensor,
     is_tensor,
     lies_plainly,
@@ -74,9 +72,7 @@ def describe_state(
         flat, marked = unmarked(plain, is_any_tensor, lambda _: key_of(*rank))
     else:
         flat, marked = _top_level(plain), Unwrapped(plain)
-    rows, objects, inner = _collect(flat)
-    if inner:
-        refuse_twice([*objects, *rows.names])
+    rows, objects, inner = describe_tensors(flat)
     tensors = rows.tensors()
     pieces = cut_large(tensors, rows.pieces(tensors), knobs.part())
     structure = _structure(flat.structure, rows.names) if inner else flat.structure
@@ -99,8 +95,12 @@ def describe_state(
     )
 
 
-def _collect(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
-    """The tensors among the leaves, described, the objects, and whether some are inner tensors."""
+def describe_tensors(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
+    """The tensors among the leaves, the objects by name, and whether some are inner tensors.
+
+    Raises:
+        Conflict: a tensor that can't be saved or filled, or two things under one name.
+    """
     rows, objects, inner = Rows(), dict[str, Any](), False
     names, codes, shapes = rows.names, rows.codes, rows.shapes
     memory, pointers = rows.memory, rows.pointers
@@ -117,24 +117,9 @@ def _collect(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
                 inner = inner or described.name != name
         else:
             objects[name] = value
-    return rows, objects, inner
-
-
-def describe_tensors(flat: Flat) -> tuple[list[Described], dict[str, Any]]:
-    """The tensors of a flat state, described, and its objects by name."""
-    tensors, objects, inner = list[Described](), dict[str, Any](), False
-    for name, value in flat.items():
-        if lies_plainly(value):
-            tensors.append(described_plainly(name, value))
-        elif is_tensor(value):
-            found = describe(name, value)
-            inner = inner or [one.name for one in found] != [name]
-            tensors += found
-        else:
-            objects[name] = value
     if inner:
-        refuse_twice([*objects, *(tensor.name for tensor in tensors)])
-    return tensors, objects
+        refuse_twice([*objects, *names])
+    return rows, objects, inner
 
 
 def _top_level(state: Mapping[Any, Any]) -> Flat:
