@@ -86,9 +86,10 @@ def crc32_blocks(address: int, nbytes: int) -> list[int]:
     return [_at(0, address + at * BLOCK, size) for at, size in enumerate(sizes)]
 
 
-def crc32_each(small: Sequence[bytes]) -> list[int]:
+def crc32_each(small: Sequence[bytes | memoryview]) -> list[int]:
     """CRC-32 of each of many small things."""
-    return list(map(_zlib.crc32, small))
+    tiny = max(map(len, small), default=0) < _LARGE
+    return list(map(_zlib.crc32 if tiny else crc32, small))
 
 
 def digest(data: Bytes) -> tuple[NDArray[np.uint32], int]:

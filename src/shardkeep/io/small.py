@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged
-from shardkeep.io.digest import crc32
+from shardkeep.io.digest import crc32_each
 from shardkeep.io.fetch import fetch, mismatch, too_short
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.knobs import BLOCK
@@ -130,10 +130,8 @@ def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], ve
     there = fetch(store, batch.file, batch.low, view, name)
     starts = small.start[rows] - batch.low
     ends = starts + small.nbytes[rows]
-    begins = starts.tolist()
     if there < len(view) or verify:
-        wanted = small.crc[rows].tolist() if verify else [-1] * len(begins)
-        _check(small, batch, view[:there], begins, ends.tolist(), wanted)
+        _check(small, batch, view[:there], starts, ends, verify)
     moves = map(
         memmove,
         small.into[rows].tolist(),
@@ -144,23 +142,22 @@ def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], ve
 
 
 def _check(
-    small: Small,
-    batch: Batch,
-    view: memoryview,
-    starts: Sequence[int],
-    ends: Sequence[int],
-    wanted: Sequence[int],
+    small: Small, batch: Batch, view: memoryview, starts: I64, ends: I64, verify: bool
 ) -> None:
     """Raise Damaged for the first payload that is not there, or not what its CRC-32 says."""
-    there = len(view)
-    for row, (start, end, expected) in enumerate(
-        zip(starts, ends, wanted, strict=True), batch.first
-    ):
-        if end > there:
-            what, block = too_short(batch.low + there, batch.low + end), None
-        elif expected >= 0 and (found := crc32(view[start:end])) != expected:
-            what, block = mismatch(found, expected), 0
-        else:
-            continue
-        name = small.names[int(small.tensor[row])]
-        raise Damaged(what, file=batch.file, name=name, block=block)
+    wanted = small.crc[batch.first : batch.last]
+    cut, wrong = ends > len(view), np.zeros(len(ends), dtype=np.bool_)
+    if verify:
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        found = np.array(crc32_each([view[start:end] for start, end in places]), dtype=np.int64)
+        wrong = (wanted >= 0) & (found != wanted)
+    bad = np.flatnonzero(cut | wrong)
+    if not len(bad):
+        return
+    row = int(bad[0])
+    name = small.names[int(small.tensor[batch.first + row])]
+    if cut[row]:
+        what = too_short(batch.low + len(view), batch.low + int(ends[row]))
+        raise Damaged(what, file=batch.file, name=name)
+    what = mismatch(int(found[row]), int(wanted[row]))
+    raise Damaged(what, file=batch.file, name=name, block=0)
