@@ -211,8 +211,8 @@ class Payloads(Protocol):
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
         ...
 
-    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
-        """Copies of some small payloads, which have so many bytes."""
+    def pack(self, rows: Sequence[int], nbytes: Sequence[int], address: int) -> None:
+        """Copy small payloads, which have so many bytes, one after the other to an address."""
         ...
 
 
