@@ -85,7 +85,7 @@ def test_slabs_hold_the_elements_in_order(shape, data):
 
 def test_small_payloads_are_packed_wherever_they_lie() -> None:
     plain, empty = torch.arange(6, dtype=torch.int32), torch.zeros(0, 3)
-    strided, conj = torch.rand(4, 5).t(), torch.tensor([1 + 2j, 3 - 4j]).conj()
+    strided, conj = torch.rand(40, 50).t(), torch.rand(300, dtype=torch.complex128).conj()
     tensors = [plain, strided, empty, conj, plain]
     payloads = StatePayloads(tensors, [b"object"])
     wanted = [*map(bits, tensors), b"object"]

@@ -61,7 +61,7 @@ class StatePayloads(Payloads):
             _memcpy(address, source + start, nbytes)
 
     def pack(self, rows: Sequence[int], nbytes: Sequence[int], address: int) -> None:
-        """Copy small payloads, which have so many bytes, one after the other to an address."""
+        """Copy small payloads, which have so many bytes, one after the other to any address."""
         sources = [self._addresses[row] for row in rows]
         targets = accumulate(nbytes, initial=address)
         if all(sources):
@@ -71,7 +71,9 @@ class StatePayloads(Payloads):
             if source:
                 ctypes.memmove(target, source, size)
             elif size:
-                self.copy(row, 0, size, target)
+                aligned = ctypes.create_string_buffer(size)  # torch copies to such memory only
+                self.copy(row, 0, size, ctypes.addressof(aligned))
+                ctypes.memmove(target, aligned, size)
 
 
 def _address(tensor: torch.Tensor) -> int:
