@@ -60,3 +60,21 @@ class Vanishing:
 def test_a_key_that_goes_while_it_is_read_is_missing_not_empty():
     with pytest.raises(KeyError, match="message/0"):
         StoreKeys(Vanishing(), 2).get("message/0")
+
+
+class Late:
+    """A store to which a message comes, and a failure after it, just after a look for the first."""
+
+    def __init__(self):
+        self.there = set()
+
+    def check(self, keys):
+        (key,) = keys
+        found = key in self.there
+        self.there |= {"message", "failed"}
+        return found
+
+
+def test_a_message_wins_over_a_failure_that_came_after_it():
+    assert StoreKeys(Late(), 2).wait(["message", "failed"], 10) == "message"
+    assert StoreKeys(Late(), 2).wait(["other", "failed"], 10) == "failed"

@@ -44,9 +44,8 @@ class StoreKeys(KeyValue):
     def wait(self, keys: Sequence[str], timeout: float) -> str | None:
         end, pause = monotonic() + timeout, _SHORTEST
         while True:
-            for key in keys:
-                if self._has(key):
-                    return key
+            if (found := self._first(keys)) is not None:
+                return found
             left = end - monotonic()
             if left <= 0:
                 return None
@@ -56,6 +55,13 @@ class StoreKeys(KeyValue):
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             self._delete(key)
+
+    def _first(self, keys: Sequence[str]) -> str | None:
+        for at, key in enumerate(keys):
+            if self._has(key):
+                # One before it may have come meanwhile: a message, and then a failure.
+                return next(filter(self._has, keys[:at]), key)
+        return None
 
     def _has(self, key: str) -> bool:
         return bool(self._client.call(key, lambda store: store.check([key])))
