@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from bench.competitors import copies_by
 from bench.measure import Sample, percentile, resident, timed
 
 __all__ = ["loop", "memory_over", "slice_of"]
@@ -66,6 +65,8 @@ def loop(seat: Any, entry: str, state: str, path: Path, count: int) -> tuple[Sam
 
     The sample is the round's 99th percentile.
     """
+    from bench.competitors import copies_by
+
     begin = getattr(seat.entries[entry], "begin", None)
     step = _step()
     steps: list[float] = []

@@ -38,7 +38,8 @@ def async_save(
 
     It returns when what this rank writes has been copied; what changes after that does not change
     what is saved. The copy lies in memory that is kept for the next save; `release_memory` gives it
-    back. Saves of one process are made one after another: a call waits for the one before.
+    back. Saves of one process are made one after another: a call waits for the one before. Until
+    somebody waits for it, a save leaves the interpreter to others after each millisecond of work.
 
     Args:
         host_budget: bytes of memory that the copy and the buffers may take. With less than a rank's
