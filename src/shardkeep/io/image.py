@@ -193,8 +193,8 @@ class Image:
             self._crcs[row] = crc
             if size:
                 self._digests[self._first_block[row]] = crc
-        frames = [cast(Frame, self.layout.frames[row]) for row in rows]
-        put_items(frames, sizes, crcs, payloads, into)
+        frames = [self.layout.frames[row] for row in rows]
+        put_items(cast(list[Frame], frames), sizes, crcs, payloads, into)
 
     def _alone(
         self, row: int, low: int, high: int, number: int, view: memoryview, base: int

@@ -35,15 +35,18 @@ def put_items(
     packed = np.array(crcs, dtype="<u4").view(np.uint8).reshape(-1, 4)
     taken = put = 0
     for first, last, alike in _runs(frames, sizes):
-        nbytes = sum(sizes[first:last])
-        around = sum(len(f.head) + f.tail_length for f in frames[first:last])
-        part, target = payloads[taken : taken + nbytes], into[put : put + nbytes + around]
         if alike:
-            _put_alike(frames[first], part, packed[first:last], target)
+            frame, nbytes = frames[first], (last - first) * sizes[first]
+            length = nbytes + (last - first) * (len(frame.head) + frame.tail_length)
+            part, target = payloads[taken : taken + nbytes], into[put : put + length]
+            _put_alike(frame, part, packed[first:last], target)
         else:
+            nbytes = sum(sizes[first:last])
+            part = payloads[taken : taken + nbytes]
             joined = _joined(frames[first:last], sizes[first:last], part, packed[first:last])
-            target.data[:] = joined
-        taken, put = taken + nbytes, put + nbytes + around
+            length = len(joined)
+            into.data[put : put + length] = joined
+        taken, put = taken + nbytes, put + length
 
 
 def _runs(frames: Sequence[Frame], sizes: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
