@@ -208,14 +208,11 @@ class Payloads(Protocol):
         ...
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
-        """Copy bytes of one payload, from its byte `start` on, to an address in memory.
-
-        Both are multiples of an element's size.
-        """
+        """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
         ...
 
-    def pack(self, rows: Sequence[int], nbytes: Sequence[int], address: int) -> None:
-        """Copy small payloads, which have so many bytes, one after the other to any address."""
+    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
+        """Copies of some small payloads, which have so many bytes."""
         ...
 
 

@@ -52,10 +52,9 @@ class Bytes:
         with self.lock:
             self.copied[row] += nbytes
 
-    def pack(self, rows, nbytes, address):
+    def take(self, rows, nbytes):
         self.copied[rows] += nbytes
-        data = b"".join(bytes(self.data[row]) for row in rows)
-        ctypes.memmove(address, data, sum(nbytes))
+        return [bytes(self.data[row]) for row in rows]
 
 
 def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=False, staged=0):
@@ -69,7 +68,7 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
     if staged:
         places = Places(payloads, nbytes)
         source = stage(payloads, places, aligned(places.nbytes), threads=staged)
-        payloads.copy = payloads.pack = None  # not looked at again
+        payloads.copy = payloads.take = None  # not looked at again
         how = {"in_place": True, "digests": source.digests}
     return payloads, images_of(names, nbytes, framings, source, crcs, window, **how)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from math import prod
 
 import numpy as np
@@ -81,19 +80,6 @@ def test_slabs_hold_the_elements_in_order(shape, data):
     assert len(found) <= 2 * len(shape) + 1
     parts = [whole[place].reshape(-1) for place in found]
     assert np.concatenate([np.empty(0, int), *parts]).tolist() == list(range(first, first + count))
-
-
-def test_small_payloads_are_packed_wherever_they_lie() -> None:
-    plain, empty = torch.arange(6, dtype=torch.int32), torch.zeros(0, 3)
-    strided, conj = torch.rand(40, 50).t(), torch.rand(300, dtype=torch.complex128).conj()
-    tensors = [plain, strided, empty, conj, plain]
-    payloads = StatePayloads(tensors, [b"object"])
-    wanted = [*map(bits, tensors), b"object"]
-    for rows in ([0, 1, 2, 3, 4, 5], [4, 5, 0], [2], [3, 2, 1], []):
-        sizes = [len(wanted[row]) for row in rows]
-        memory = ctypes.create_string_buffer(sum(sizes) + 2)
-        payloads.pack(rows, sizes, ctypes.addressof(memory) + 1)
-        assert memory.raw == b"\0" + b"".join(wanted[row] for row in rows) + b"\0"
 
 
 def test_a_part_of_a_large_view_moves_nothing_else(monkeypatch):

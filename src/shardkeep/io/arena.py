@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arena", "aligned", "memory_at", "move_all", "roomy"]
+__all__ = ["Arena", "aligned", "memory_at", "roomy"]
 
 _view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -24,11 +23,6 @@ def memory_at(address: int, nbytes: int) -> memoryview:
     """What lies there, to be read. It is for the caller to keep it alive meanwhile."""
     view: memoryview = _view(address, nbytes, _READ)
     return view
-
-
-def move_all(targets: Iterable[int], sources: Iterable[int], sizes: Iterable[int]) -> None:
-    """Copy many small things from address to address, without giving up the interpreter's lock."""
-    deque(map(ctypes.memmove, targets, sources, sizes), maxlen=0)
 
 
 def aligned(nbytes: int) -> NDArray[np.uint8]:

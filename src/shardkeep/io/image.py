@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from threading import Condition
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +12,11 @@ from numpy.typing import NDArray
 from shardkeep.contracts import Payloads
 from shardkeep.io.arena import memory_at
 from shardkeep.io.digest import crc32_blocks, crc32_each, whole_crc
-from shardkeep.io.items import put_items
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
 from shardkeep.plan.layout import Layout, lay_out, least_in_place
 from shardkeep.plan.packing import pack
-from shardkeep.types import I64, Frame, Framing
+from shardkeep.types import I64, Framing
 
 __all__ = ["LIGHT", "STEP", "Digests", "Image", "images_of", "of_memory", "written_in"]
 
@@ -82,7 +80,7 @@ class Image:
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
         self._addresses, self._in_place = addresses.tolist(), in_place
-        self._copy, self._pack, self._blocks = payloads.copy, payloads.pack, digests
+        self._copy, self._take, self._blocks = payloads.copy, payloads.take, digests
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
         self._lengths = layout.length.tolist()
@@ -140,7 +138,9 @@ class Image:
         end = -(-high // PAGE) * PAGE
         into[high - low : end - low] = 0
         parts, done = [], low
-        for begin, stop, address in self._make(low, high, number, into):
+        for begin, stop, address in self._make(
+            low, high, number, into.data, into.ctypes.data - low
+        ):
             parts += [into[done - low : begin - low].data] if begin > done else []
             parts.append(memory_at(address, stop - begin))
             done = stop
@@ -156,10 +156,15 @@ class Image:
             self._error = error
             self._changed.notify_all()
 
-    def _make(self, low: int, high: int, number: int, into: NDArray[np.uint8]) -> list[_InPlace]:
-        """What of the window is not put `into` memory."""
-        items, light, in_place = self._items, self._light, list[_InPlace]()
-        view, base = into.data, into.ctypes.data - low  # where byte 0 of the file would be
+    def _make(
+        self, low: int, high: int, number: int, view: memoryview, base: int
+    ) -> list[_InPlace]:
+        """`base` is where byte 0 of the file would be in memory.
+
+        Returns:
+            What is not in `view`.
+        """
+        items, light, in_place = self._items, self._light, []
         rows = self._order[self._first[number] : self._last[number + 1]]
         at = 0
         while at < len(rows):
@@ -170,8 +175,8 @@ class Image:
             begin = at + (at < end and items[rows[at]] < low)
             end -= end > begin and self._end(rows[end - 1]) > high
             if begin == at < end:
-                first, last = items[rows[at]], self._end(rows[end - 1])
-                self._together(rows[at:end], into[first - low : last - low])
+                first, last = rows[at], rows[end - 1]
+                view[items[first] - low : self._end(last) - low] = self._together(rows[at:end])
                 at = end
             else:
                 in_place += self._alone(rows[at], low, high, number, view, base)
@@ -182,19 +187,21 @@ class Image:
         end: int = self._items[row] + self._lengths[row]
         return end
 
-    def _together(self, rows: Sequence[int], into: NDArray[np.uint8]) -> None:
-        """Put light items that follow each other, and digest them."""
-        sizes = [self._nbytes[row] for row in rows]
-        payloads = np.empty(sum(sizes), dtype=np.uint8)
-        self._pack([self._rows[row] for row in rows], sizes, payloads.ctypes.data)
-        ends, data = accumulate(sizes), payloads.data
-        crcs = crc32_each([data[end - size : end] for size, end in zip(sizes, ends, strict=True)])
-        for row, size, crc in zip(rows, sizes, crcs, strict=True):
-            self._crcs[row] = crc
-            if size:
-                self._digests[self._first_block[row]] = crc
-        frames = [self.layout.frames[row] for row in rows]
-        put_items(cast(list[Frame], frames), sizes, crcs, payloads, into)
+    def _together(self, rows: Sequence[int]) -> bytes:
+        """The bytes of light items that follow each other: few steps of Python for each."""
+        sources, sizes = self._rows, self._nbytes
+        taken = self._take([sources[row] for row in rows], [sizes[row] for row in rows])
+        crcs = crc32_each(taken)
+        packed = np.array(crcs, dtype="<u4").tobytes()
+        parts: list[bytes] = []
+        for at, (row, data) in enumerate(zip(rows, taken, strict=True)):
+            frame, crc = self.layout.frames[row], packed[4 * at : 4 * at + 4]
+            assert frame is not None
+            parts += (frame.head, data, frame.before, crc, frame.between, crc, frame.after)
+            self._crcs[row] = crcs[at]
+            if data:
+                self._digests[self._first_block[row]] = crcs[at]
+        return b"".join(parts)
 
     def _alone(
         self, row: int, low: int, high: int, number: int, view: memoryview, base: int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from ctypes import memmove
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +13,6 @@ from numpy.typing import NDArray
 
 from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged
-from shardkeep.io.arena import move_all
 from shardkeep.io.digest import crc32_each
 from shardkeep.io.fetch import fetch, mismatch, too_short
 from shardkeep.io.pool import Meter, parallel
@@ -131,11 +132,13 @@ def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], ve
     ends = starts + small.nbytes[rows]
     if there < len(view) or verify:
         _check(small, batch, view[:there], starts, ends, verify)
-    move_all(
+    moves = map(
+        memmove,
         small.into[rows].tolist(),
         (starts + space.ctypes.data).tolist(),
         small.nbytes[rows].tolist(),
     )
+    deque(moves, maxlen=0)
 
 
 def _check(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Payloads
-from shardkeep.io.arena import move_all
 from shardkeep.io.digest import crc32_blocks
 from shardkeep.io.image import LIGHT, STEP
 from shardkeep.io.pool import parallel
@@ -80,9 +78,8 @@ class Staged(Payloads):
         # Without giving up the interpreter's lock, which a busy caller keeps for milliseconds.
         ctypes.memmove(address, self._addresses[row] + start, nbytes)
 
-    def pack(self, rows: Sequence[int], nbytes: Sequence[int], address: int) -> None:
-        sources = map(self._addresses.__getitem__, rows)
-        move_all(accumulate(nbytes, initial=address), sources, nbytes)
+    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
+        return list(map(ctypes.string_at, map(self._addresses.__getitem__, rows), nbytes))
 
     def digests(self, row: int, start: int, nbytes: int, address: int) -> list[int]:
         """CRC-32 of each block of some bytes of a payload, as taken when it was copied; of those of

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from shardkeep.contracts import Payloads
-from shardkeep.io.arena import move_all
 from shardkeep.tensors.devices import copy_out, finish_work
 from shardkeep.tensors.memory import words
 
@@ -60,20 +59,19 @@ class StatePayloads(Payloads):
         else:
             _memcpy(address, source + start, nbytes)
 
-    def pack(self, rows: Sequence[int], nbytes: Sequence[int], address: int) -> None:
-        """Copy small payloads, which have so many bytes, one after the other to any address."""
-        sources = [self._addresses[row] for row in rows]
-        targets = accumulate(nbytes, initial=address)
-        if all(sources):
-            move_all(targets, sources, nbytes)
-            return
-        for row, source, target, size in zip(rows, sources, targets, nbytes, strict=False):
-            if source:
-                ctypes.memmove(target, source, size)
-            elif size:
-                aligned = ctypes.create_string_buffer(size)  # torch copies to such memory only
-                self.copy(row, 0, size, ctypes.addressof(aligned))
-                ctypes.memmove(target, aligned, size)
+    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
+        """Copies of some small payloads, which have so many bytes."""
+        sources = map(self._addresses.__getitem__, rows)
+        return [
+            ctypes.string_at(source, size) if source else self._taken(row, size)
+            for row, source, size in zip(rows, sources, nbytes, strict=True)
+        ]
+
+    def _taken(self, row: int, nbytes: int) -> bytes:
+        copy = ctypes.create_string_buffer(nbytes)
+        if nbytes:
+            self.copy(row, 0, nbytes, ctypes.addressof(copy))
+        return copy.raw
 
 
 def _address(tensor: torch.Tensor) -> int:
