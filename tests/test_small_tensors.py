@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep as sk
-from shardkeep import checkpoint, loading
+from shardkeep import checkpoint, loading, matching
 from shardkeep.format import container
 from shardkeep.resizing import OwnValues
 from shardkeep.sources import inside
@@ -205,17 +205,17 @@ def test_one_more_small_tensor_costs_next_to_no_call():
     for count, store in stores.items():
         sk.save(many(count), store)
         flat = flatten(many(count, 0.0), loading.is_any_tensor)
-        described = loading.describe_tensors(flat)
+        described = matching.describe_tensors(flat)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loading, "describe_tensors", lambda _, known=described: known)
+            patch.setattr(matching, "describe_tensors", lambda _, known=described: known)
 
             def load(store=store, flat=flat):
                 source = checkpoint.open(store)
                 own = OwnValues(source, 0, 1, str)
-                match = loading._match(flat, loading._Contents(source, ()), own)
-                _, filling = loading._plan(match.found, source, 1)
+                matched = matching.match(flat, matching.Contents(source, ()), own)
+                _, filling = loading._plan(matched.found, source, 1)
                 filling.run(store, verify=True, threads=1, progress=None)
-                match.report(())
+                loading._report(matched, ())
 
             load()
             calls[count] = calls_of(load)

@@ -82,10 +82,10 @@ def begin(
     Raises: what `life` raises before that.
     """
 
-    def save(behind: Behind | None) -> SaveReport:
+    def save(needs: Behind | None) -> SaveReport:
         report = None
         try:
-            report = life(given, store, job, options, behind)
+            report = life(given, store, job, options, needs)
         finally:
             ended(report)
         return report
