@@ -2,8 +2,9 @@
 
 `save` returns once the checkpoint is durable: files and folder synced. `load` fills a state that
 is there already. `begin` starts a save in the background and returns once the caller may change
-its tensors again; what it returns waits until the checkpoint is durable. `columns` reads some
-columns of one tensor. A verb that is missing is one that a contestant does not have.
+its tensors again; what it returns tells whether the checkpoint is durable, or waits for that.
+`columns` reads some columns of one tensor. A verb that is missing is one that a contestant does
+not have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -25,10 +27,18 @@ from bench import limits
 from bench.limits import sync_folder
 from bench.states import ONE, State, locals_of
 
-__all__ = ["MAKERS", "Contestant", "make"]
+__all__ = ["MAKERS", "Contestant", "Pending", "make"]
 
 Array = NDArray[Any]
 Figures = Mapping[str, float] | None
+
+
+class Pending(Protocol):
+    """A save in the background. Whoever asks for its result is waiting for it from then on."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Any: ...
 
 
 class Contestant(Protocol):
@@ -38,13 +48,26 @@ class Contestant(Protocol):
 
     def load(self, state: State, path: Path) -> Figures: ...
 
-    def begin(self, state: State, path: Path) -> Callable[[], Any]: ...
+    def begin(self, state: State, path: Path) -> Pending: ...
 
     def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
         """Of the tensor `ONE`; one like it is given."""
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Synced:
+    """A `Pending` of who syncs nothing by itself: `sync` is called behind what waits for it."""
+
+    done: Callable[[], bool]
+    wait: Callable[[], Any]
+    sync: Callable[[], None]
+
+    def result(self) -> None:
+        self.wait()
+        self.sync()
 
 
 class Shardkeep:
@@ -76,8 +99,9 @@ class Shardkeep:
             report = self.engine.load(state, path, verify=self.verify)
         return {"bytes_read": report.read, "bytes_needed": report.nbytes}
 
-    def begin(self, state: State, path: Path) -> Callable[[], Any]:
-        return self.engine.async_save(state, path, overwrite=True, **self.options).result
+    def begin(self, state: State, path: Path) -> Pending:
+        handle: Pending = self.engine.async_save(state, path, overwrite=True, **self.options)
+        return handle
 
     def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
         box = self.engine.Box((0, first), (tensor.shape[0], last - first))
@@ -143,13 +167,15 @@ class Stock:
         with copies_by(self.copying):
             self.dcp.load(state, storage_reader=reader, no_dist=self.alone)
 
-    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+    def begin(self, state: State, path: Path) -> Pending:
         from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
         kind = AsyncCheckpointerType.PROCESS if self.process else AsyncCheckpointerType.THREAD
         kept = {"async_stager": self.stager} if self.stager else {}
-        future = self.dcp.async_save(state, async_checkpointer_type=kind, **kept, **self._how(path))
-        return future.result
+        future: Pending = self.dcp.async_save(
+            state, async_checkpointer_type=kind, **kept, **self._how(path)
+        )
+        return future
 
     def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
         whole = {ONE: torch.empty_like(tensor)}
@@ -238,14 +264,9 @@ class Torchsnapshot:
             if filled[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(filled[name])
 
-    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+    def begin(self, state: State, path: Path) -> Pending:
         pending = self.library.Snapshot.async_take(str(path), self._app(state))
-
-        def wait() -> None:
-            pending.wait()
-            sync(path, *self.turn)
-
-        return wait
+        return Synced(pending.done, pending.wait, lambda: sync(path, *self.turn))
 
     def _app(self, state: State) -> dict[str, Any]:
         return {"state": self.library.StateDict(**locals_of(state))}
@@ -296,14 +317,9 @@ class TorchCheckpointing:
     def load(self, state: State, path: Path) -> None:
         self._manager("sync").load(str(path), into={"state": state})
 
-    def begin(self, state: State, path: Path) -> Callable[[], Any]:
+    def begin(self, state: State, path: Path) -> Pending:
         future = self._manager("async").save(str(path), {"state": state})
-
-        def wait() -> None:
-            future.result()
-            sync(path, *self.turn)
-
-        return wait
+        return Synced(future.done, future.result, lambda: sync(path, *self.turn))
 
     def close(self) -> None:
         for manager in self._managers.values():

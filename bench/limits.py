@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,15 @@ class Copy:
     def __init__(self, rank: int, ranks: int) -> None:
         self._twin: State = {}
 
-    def begin(self, state: State, path: Path) -> Callable[[], None]:
+    def begin(self, state: State, path: Path) -> Future[None]:
         source = locals_of(state)
         if not self._twin:
             self._twin = {name: tensor.clone() for name, tensor in source.items()}
         for name, tensor in source.items():
             self._twin[name].copy_(tensor)
-        return lambda: None
+        copied: Future[None] = Future()
+        copied.set_result(None)
+        return copied
 
     def close(self) -> None:
         self._twin.clear()

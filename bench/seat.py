@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from bench import states
-from bench.competitors import Contestant, make
+from bench.competitors import Contestant, Pending, make
 from bench.measure import Sample, timed
 
 __all__ = ["Seat"]
@@ -62,10 +62,10 @@ class Seat:
     def begin(self, entry: str, state: str, path: Path) -> Sample:
         """A save in the background: the sample is the stall, its figure the time to durable."""
         contestant = self.entries[entry]
-        waits: list[Callable[[], Any]] = []
+        begun: list[Pending] = []
         self._together()
-        stall = timed(lambda: waits.append(contestant.begin(self.states[state], path)))
-        waits[0]()
+        stall = timed(lambda: begun.append(contestant.begin(self.states[state], path)))
+        begun[0].result()
         durable = time.perf_counter() - stall.begin
         return Sample(
             stall.begin, stall.end, stall.cpu, stall.peak, stall.read, {"durable": durable}

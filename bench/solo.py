@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,9 +49,9 @@ def memory_over(seat: Any, entry: str, state: str, verb: str, path: Path, saves:
     sizes: list[int] = []
     begin = time.perf_counter()
     for _ in range(saves):
-        done = getattr(contestant, verb)(tensors, path)
+        pending = getattr(contestant, verb)(tensors, path)
         if verb == "begin":
-            done()
+            pending.result()
         sizes.append(resident())
     half = np.array(sizes[len(sizes) // 2 :], dtype=float)
     slope = float(np.polyfit(np.arange(len(half)), half, 1)[0])
@@ -63,44 +62,30 @@ def memory_over(seat: Any, entry: str, state: str, verb: str, path: Path, saves:
 def loop(seat: Any, entry: str, state: str, path: Path, count: int) -> tuple[Sample, list[float]]:
     """Steps of a training loop, `count` of them while a save is running; seconds of each.
 
+    As in training, nobody waits for a save: between two steps the loop looks whether it is done.
     The sample is the round's 99th percentile.
     """
     from bench.competitors import copies_by
 
     begin = getattr(seat.entries[entry], "begin", None)
-    step = _step()
-    steps: list[float] = []
-    running: threading.Thread | None = None
-    errors: list[BaseException] = []
-    saves = 0
+    step, steps, saves = _step(), list[float](), 0
+    pending, target = None, path
     while len(steps) < count:
-        if begin is not None and (running is None or not running.is_alive()):
+        if begin is not None and pending is None:
             target = path.with_name(f"{path.name}-{saves}")
-            wait = begin(seat.states[state], target)
-            running = threading.Thread(target=_finish, args=(wait, target, errors))
-            running.start()
+            pending = begin(seat.states[state], target)
             saves += 1
         # Threads of OpenMP that a save has left behind make those of others four times as slow.
         with copies_by(1):
             before = time.perf_counter()
             step()
             steps.append(time.perf_counter() - before)
-        if errors:
-            raise errors[0]
-    if running is not None:
-        running.join()
-    if errors:
-        raise errors[0]
+        if pending is not None and (pending.done() or len(steps) == count):
+            pending.result()
+            pending = None
+            shutil.rmtree(target, ignore_errors=True)
     figures = {"saves": saves, "round_p50": percentile(steps, 0.5)}
     return Sample(0.0, percentile(steps, 0.99), figures=figures), steps
-
-
-def _finish(wait: Callable[[], Any], path: Path, errors: list[BaseException]) -> None:
-    try:
-        wait()
-    except BaseException as error:
-        errors.append(error)
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def _step() -> Callable[[], None]:

@@ -341,18 +341,32 @@ def test_loop_steps_while_saves_run(tmp_path):
     pytest.importorskip("torch")
     from bench import solo
 
-    paths = []
+    class Third:
+        """Done at the third look; its result is what it is waited for by."""
+
+        def __init__(self):
+            self.looks, self.results = 0, 0
+
+        def done(self):
+            self.looks += 1
+            return self.looks == 3
+
+        def result(self):
+            self.results += 1
+
+    begun = {}
 
     class Fast:
         def begin(self, state, path):
             path.mkdir()
-            paths.append(path)
-            return lambda: None
+            begun[path] = Third()
+            return begun[path]
 
     seat = SimpleNamespace(states={"state": {}}, entries={"fast": Fast(), "nobody": object()})
     sample, steps = solo.loop(seat, "fast", "state", tmp_path / "loop", 8)
     assert len(steps) == 8
-    assert 1 < sample.figures["saves"] == len(set(paths))
+    assert sample.figures["saves"] == len(begun)
+    assert [(save.looks, save.results) for save in begun.values()] == [(3, 1), (3, 1), (2, 1)]
     assert list(tmp_path.iterdir()) == []
     assert sample.seconds == max(steps)
     assert solo.loop(seat, "nobody", "state", tmp_path, 3)[0].figures["saves"] == 0

@@ -173,7 +173,9 @@ def publish(
     with undone_on_failure(store, save_id):
         with store.create(manifest_name(save_id)) as sink:
             sink.write(manifest)
+        rest()
         store.sync()
+        rest()
         store.publish(METADATA, pickle + trailer.to_bytes())
 
 

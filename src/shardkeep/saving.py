@@ -229,9 +229,9 @@ def life(
             images = _write(store, payloads, name, session, clock, options, partial(_set, staged))
 
             clock.phase("report")
+            rest()
             last = slowest(session, sum(clock.seconds().values()))
             with quiet():
-                rest()
                 written = written_in(images)
                 rest()
                 index = report(session, order, written)
@@ -274,7 +274,8 @@ def _write(
     """
     budget = options.host_budget
     left = knobs.host_budget() if budget is None else budget - (payloads.staged or 0)
-    threads, window = writers(knobs.ranks_here(session.size), left)
+    beside = payloads.staged is not None
+    threads, window = writers(knobs.ranks_here(session.size), left, beside=beside)
     images: list[Image] = []
 
     def once(before: int) -> None:

@@ -31,13 +31,18 @@ class Writers(NamedTuple):
     window: int
 
 
-def writers(ranks_here: int, budget: int) -> Writers:
+def writers(ranks_here: int, budget: int, *, beside: bool = False) -> Writers:
     """What is fastest for so many ranks of one machine, within a budget of bytes for each.
 
     As measured on 2 cores: 2 threads in one process, 1 in each of 4 (docs/decisions, "How bytes are
     written").
+
+    Args:
+        beside: the caller goes on meanwhile. Then it is one thread: those that come back from the
+            kernel to the interpreter hold the caller up, and each other.
     """
-    threads = knobs.write_threads() or _clamp(knobs.cores() // ranks_here, 1, 4)
+    most = 1 if beside else 4
+    threads = knobs.write_threads() or _clamp(knobs.cores() // ranks_here, 1, most)
     threads = _clamp(budget // smallest_window, 1, threads)
     share = budget // threads // PAGE * PAGE
     return Writers(threads, _clamp(share, smallest_window, _WRITE))
