@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shardkeep.contracts import Ranks
 from shardkeep.errors import RankFailed
+from shardkeep.ranks import session
 from shardkeep.ranks.heart import Timing
 from shardkeep.ranks.keyed import KeyRanks
 from shardkeep.ranks.keys import MemoryKeys
@@ -34,6 +35,30 @@ def test_conversations_leave_nothing_behind(size: int, lengths: list[int]) -> No
 
 def test_64_ranks() -> None:
     assert run(64, sessions.conversation, [0, 300]) == ["done"] * 64
+
+
+def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
+    monkeypatch.setattr(session, "_AGAIN", 60.0)  # then it would look who else has come
+
+    class Held(MemoryKeys):
+        """Who has been answered does not come in before all have been answered."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.answered, self.all, self.late = 0, threading.Event(), False
+
+        def set(self, key: str, value: bytes) -> None:
+            if "/alive/" in key and not key.endswith("/0"):
+                self.late |= not self.all.wait(5)
+            super().set(key, value)
+            if "/answer/" in key:
+                self.answered += 1
+                if self.answered == 3:
+                    self.all.set()
+
+    keys = Held()
+    assert run(4, sessions.conversation, [0], keys=keys, timing=CALM) == ["done"] * 4
+    assert not keys.late
 
 
 def test_failures_leave_nothing_behind() -> None:

@@ -309,6 +309,12 @@ class KeySession(Session):
         self._id = f"{self._group}/{token_hex(16)}"
         self._live()
         end = monotonic() + self._timing.deadline
+        # All are answered before any is waited for, or they would come in one after the other.
+        for rank in range(1, self.size):
+            word = f"{self._base}/word/{rank}"
+            if self._await([word], rank, min(_AGAIN, end - monotonic())) is None:
+                break
+            self._answer(rank)
         for rank in range(1, self.size):
             self._admit(rank, end)
 

@@ -50,7 +50,7 @@ class StoreKeys(KeyValue):
             if left <= 0:
                 return None
             sleep(min(pause, left))
-            pause = min(pause * 1.15, self._longest)  # late by a seventh of the wait at most
+            pause = min(pause * 1.06, self._longest)  # late by a sixteenth of the wait at most
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
