@@ -211,10 +211,6 @@ class Payloads(Protocol):
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
         ...
 
-    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
-        """Copies of some small payloads, which have so many bytes."""
-        ...
-
 
 class Codec(Protocol):
     """Wraps one payload as an item of the checkpoint's format, in one pass over its bytes."""

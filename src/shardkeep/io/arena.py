@@ -16,12 +16,15 @@ __all__ = ["Arena", "aligned", "memory_at", "roomy"]
 _view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _view.restype = ctypes.py_object
-_READ = 0x100  # PyBUF_READ
+_READ, _WRITE = 0x100, 0x200  # PyBUF_READ, PyBUF_WRITE
 
 
-def memory_at(address: int, nbytes: int) -> memoryview:
-    """What lies there, to be read. It is for the caller to keep it alive meanwhile."""
-    view: memoryview = _view(address, nbytes, _READ)
+def memory_at(address: int, nbytes: int, *, write: bool = False) -> memoryview:
+    """What lies there, to be read, or written to. It is for the caller to keep it alive meanwhile.
+
+    Only what is asked of the view is looked at.
+    """
+    view: memoryview = _view(address, nbytes, _WRITE if write else _READ)
     return view
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from shardkeep.contracts import Payloads
 from shardkeep.io.arena import memory_at
 from shardkeep.io.digest import crc32_blocks, crc32_each, whole_crc
+from shardkeep.io.scattered import pick_up
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
 from shardkeep.plan.layout import Layout, lay_out, least_in_place
@@ -80,7 +81,7 @@ class Image:
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
         self._addresses, self._in_place = addresses.tolist(), in_place
-        self._copy, self._take, self._blocks = payloads.copy, payloads.take, digests
+        self._copy, self._address_of, self._blocks = payloads.copy, payloads.address, digests
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
         self._lengths = layout.length.tolist()
@@ -91,9 +92,9 @@ class Image:
         blocks[list(crcs)] = 0
         self.block: I64 = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
         """[N + 1] rows block[i]:block[i + 1] of `digests` belong to item i: none of a bare one."""
-        self._digests, self._crcs = [0] * int(self.block[-1]), [0] * len(rows)
-        for row, crc in crcs.items():
-            self._crcs[row] = crc
+        self._digests = np.zeros(int(self.block[-1]), dtype=np.uint32)
+        self._crcs = np.zeros(len(rows), dtype=np.uint32)
+        self._crcs[list(crcs)] = list(crcs.values())
         self._first_block = self.block.tolist()
         starts = layout.item[layout.order]
         self._first = (np.searchsorted(starts, layout.cuts, side="right") - 1).tolist()
@@ -105,12 +106,12 @@ class Image:
     @property
     def digests(self) -> NDArray[np.uint32]:
         """CRC-32 of each block of `BLOCK` bytes of a payload; true once its window is made."""
-        return np.array(self._digests, dtype=np.uint32)
+        return self._digests
 
     @property
     def crc(self) -> NDArray[np.uint32]:
         """[N] CRC-32 of each payload; true once its last window is made."""
-        return np.array(self._crcs, dtype=np.uint32)
+        return self._crcs
 
     @property
     def windows(self) -> int:
@@ -189,19 +190,30 @@ class Image:
 
     def _together(self, rows: Sequence[int]) -> bytes:
         """The bytes of light items that follow each other: few steps of Python for each."""
-        sources, sizes = self._rows, self._nbytes
-        taken = self._take([sources[row] for row in rows], [sizes[row] for row in rows])
-        crcs = crc32_each(taken)
-        packed = np.array(crcs, dtype="<u4").tobytes()
-        parts: list[bytes] = []
+        taken = self._taken(rows)
+        crcs = np.array(crc32_each(taken), dtype="<u4")
+        self._crcs[rows] = crcs
+        block = self.block[rows]
+        some = self.block[np.add(rows, 1)] > block  # an empty payload has no block
+        self._digests[block[some]] = crcs[some]
+        packed, parts = crcs.tobytes(), list[bytes]()
         for at, (row, data) in enumerate(zip(rows, taken, strict=True)):
             frame, crc = self.layout.frames[row], packed[4 * at : 4 * at + 4]
             assert frame is not None
             parts += (frame.head, data, frame.before, crc, frame.between, crc, frame.after)
-            self._crcs[row] = crcs[at]
-            if data:
-                self._digests[self._first_block[row]] = crcs[at]
         return b"".join(parts)
+
+    def _taken(self, rows: Sequence[int]) -> list[bytes]:
+        """Copies of the payloads of light items."""
+        sources, nbytes = [self._rows[row] for row in rows], [self._nbytes[row] for row in rows]
+        addresses = np.array(list(map(self._address_of, sources)), dtype=np.int64)
+        sizes = np.array(nbytes, dtype=np.int64)
+        taken = pick_up(addresses, np.where(addresses, sizes, 0))
+        for at in np.flatnonzero((addresses == 0) & (sizes > 0)).tolist():
+            copy = np.empty(nbytes[at], dtype=np.uint8)
+            self._copy(sources[at], 0, nbytes[at], copy.ctypes.data)
+            taken[at] = copy.tobytes()
+        return taken
 
     def _alone(
         self, row: int, low: int, high: int, number: int, view: memoryview, base: int
@@ -273,11 +285,7 @@ class Image:
         first, last = self._first_block[row], self._first_block[row + 1]
         if last - first > 1:
             self._await(self._starts[row], number)
-        crc = (
-            self._digests[first]
-            if last - first == 1
-            else whole_crc(self._digests[first:last], self._nbytes[row])
-        )
+        crc = whole_crc(self._digests[first:last], self._nbytes[row])
         self._crcs[row] = crc
         return crc
 

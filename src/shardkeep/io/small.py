@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from ctypes import memmove
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +14,7 @@ from shardkeep.errors import Damaged
 from shardkeep.io.digest import crc32_each
 from shardkeep.io.fetch import fetch, mismatch, too_short
 from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.scattered import put
 from shardkeep.knobs import BLOCK
 from shardkeep.types import I64
 
@@ -132,13 +131,7 @@ def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], ve
     ends = starts + small.nbytes[rows]
     if there < len(view) or verify:
         _check(small, batch, view[:there], starts, ends, verify)
-    moves = map(
-        memmove,
-        small.into[rows].tolist(),
-        (starts + space.ctypes.data).tolist(),
-        small.nbytes[rows].tolist(),
-    )
-    deque(moves, maxlen=0)
+    put(space, starts, small.nbytes[rows], small.into[rows])
 
 
 def _check(

@@ -78,9 +78,6 @@ class Staged(Payloads):
         # Without giving up the interpreter's lock, which a busy caller keeps for milliseconds.
         ctypes.memmove(address, self._addresses[row] + start, nbytes)
 
-    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
-        return list(map(ctypes.string_at, map(self._addresses.__getitem__, rows), nbytes))
-
     def digests(self, row: int, start: int, nbytes: int, address: int) -> list[int]:
         """CRC-32 of each block of some bytes of a payload, as taken when it was copied; of those of
         more than `LIGHT` bytes (`io.image.Digests`).

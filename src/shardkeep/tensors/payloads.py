@@ -59,20 +59,6 @@ class StatePayloads(Payloads):
         else:
             _memcpy(address, source + start, nbytes)
 
-    def take(self, rows: Sequence[int], nbytes: Sequence[int]) -> list[bytes]:
-        """Copies of some small payloads, which have so many bytes."""
-        sources = map(self._addresses.__getitem__, rows)
-        return [
-            ctypes.string_at(source, size) if source else self._taken(row, size)
-            for row, source, size in zip(rows, sources, nbytes, strict=True)
-        ]
-
-    def _taken(self, row: int, nbytes: int) -> bytes:
-        copy = ctypes.create_string_buffer(nbytes)
-        if nbytes:
-            self.copy(row, 0, nbytes, ctypes.addressof(copy))
-        return copy.raw
-
 
 def _address(tensor: torch.Tensor) -> int:
     """Where the elements lie in C order, in memory of the CPU; 0 if they don't."""
