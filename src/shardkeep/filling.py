@@ -19,7 +19,7 @@ from shardkeep.io.read import Copy, ReadStats, read_copies
 from shardkeep.io.small import Batch, Small, batches, by_place, read_small
 from shardkeep.plan.overlap import Boxes, Overlap, distinct, first_element, one_run, overlap
 from shardkeep.sources import Plain, Sources
-from shardkeep.types import DTYPES, I64, Box, Chunks, Index
+from shardkeep.types import I64, ITEMSIZES, Box, Chunks, Index
 
 __all__ = ["Filling", "Memory", "plan"]
 
@@ -160,8 +160,7 @@ def _as_saved(wanted: Boxes, found: Overlap, index: Index) -> Mask:
     were cut on saving (`plan.cutting`).
     """
     all_of_it: Mask = (found.sizes == wanted.sizes[found.left]).all(axis=1)
-    itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
-    nbytes = found.sizes.prod(axis=1) * itemsize[index.tensors.dtype[wanted.tensor[found.left]]]
+    nbytes = found.sizes.prod(axis=1) * ITEMSIZES[index.tensors.dtype[wanted.tensor[found.left]]]
     all_of_it |= 2 * nbytes > knobs.part()
     return all_of_it
 

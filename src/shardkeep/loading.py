@@ -27,6 +27,7 @@ from shardkeep.tensors.memory import Landings
 from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.stateful import Statefuls, Stored, expand, make_room, restore
 from shardkeep.tree import Leaf, put
+from shardkeep.types import ITEMSIZES
 
 __all__ = ["LoadReport", "load"]
 
@@ -252,7 +253,8 @@ def _planned(
 def _plan(found: Found, source: Checkpoint, ranks_here: int) -> tuple[Landings, Filling]:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     codes = source.index.tensors.dtype[found.wanted.tensor]
-    landings = Landings(found.memory, codes, found.wanted.sizes.prod(axis=1))
+    nbytes = found.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
+    landings = Landings(found.memory, codes, nbytes)
     threads, together = knobs.threads(ranks_here), ranks_here > 1
     return landings, source.plan(found.wanted, landings, threads=threads, together=together)
 

@@ -44,7 +44,7 @@ from shardkeep.tensors.devices import pinned
 from shardkeep.tensors.objects import to_bytes
 from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
-from shardkeep.types import DTYPES, Index, no_rest
+from shardkeep.types import DTYPES, ITEMSIZES, Index, no_rest
 
 __all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
 
@@ -342,10 +342,9 @@ class _Payloads:
         ]
         self._framings: list[TensorFraming | None] = [kinds[one] for one in kind.tolist()]
         self._framings += [None] * len(objects)
-        itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
         self._nbytes = np.concatenate(
             [
-                sizes.prod(axis=1) * itemsize[codes],
+                sizes.prod(axis=1) * ITEMSIZES[codes],
                 np.array([len(data) for data in objects], dtype=np.int64),
             ]
         )

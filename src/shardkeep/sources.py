@@ -20,7 +20,7 @@ from shardkeep.io.digest import crc32
 from shardkeep.io.fetch import Read, Want, gather, mismatch
 from shardkeep.knobs import BLOCK
 from shardkeep.plan.reads import Source
-from shardkeep.types import DTYPES, I64, ByteRange, DType, Index
+from shardkeep.types import DTYPES, I64, ITEMSIZES, ByteRange, DType, Index
 
 __all__ = ["Plain", "Sources", "inside", "read_range", "unpacked_limit", "window"]
 
@@ -45,8 +45,6 @@ _RATIO = 64
 
 _OVERHEAD = 1 << 20
 """Bytes that a decompressed item may have beyond its tensor: header, directory, padding."""
-
-_ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,7 +137,7 @@ class Sources:
             Damaged, FormatError: as from `locate`.
         """
         chunks, tensors = self.index.chunks, self.index.tensors
-        itemsize = _ITEMSIZES[tensors.dtype[chunks.tensor[rows]]]
+        itemsize = ITEMSIZES[tensors.dtype[chunks.tensor[rows]]]
         # Roughly first: exact numbers of a hostile shape might wrap around.
         rough = chunks.sizes[rows].prod(axis=1, dtype=np.float64) * itemsize
         small = rough <= limit

@@ -23,6 +23,7 @@ from shardkeep.errors import FormatError
 
 __all__ = [
     "DTYPES",
+    "ITEMSIZES",
     "MAX_DIMS",
     "Box",
     "ByteRange",
@@ -116,6 +117,8 @@ def _dtypes() -> Iterator[DType]:
 
 
 DTYPES: tuple[DType, ...] = tuple(_dtypes())
+ITEMSIZES: NDArray[np.int64] = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
+"""Bytes of an element, by the code of its dtype."""
 _BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 _CODES = {dtype.name: code for code, dtype in enumerate(DTYPES)}
 

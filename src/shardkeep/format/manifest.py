@@ -17,8 +17,8 @@ from shardkeep.format.names import safe_file_name
 from shardkeep.format.values import Json, decode, decode_key, unique_keys
 from shardkeep.knobs import BLOCK
 from shardkeep.types import (
-    DTYPES,
     I64,
+    ITEMSIZES,
     MAX_DIMS,
     Chunks,
     DType,
@@ -41,7 +41,6 @@ __all__ = [
 _MAX_BYTES = 2.0**62
 """Bytes of a tensor at most, so that no sum of offsets and sizes overflows."""
 _MAX_ROWS = 2**40
-_ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +201,7 @@ class _Reader:
         # Sums wrap around, in writing as in reading; what is left of them is checked below.
         item = np.cumsum(gap + np.concatenate([np.zeros(1, np.int64), length[:-1]])[:count])
         place = self._places("chunks", item, length, len(outline.files), len(outline.transforms))
-        nbytes = sizes.prod(axis=1) * _ITEMSIZES[tensors.dtype][tensor]
+        nbytes = sizes.prod(axis=1) * ITEMSIZES[tensors.dtype][tensor]
         payload = column("chunks.payload", count)
         known = payload >= 0
         if (known & ((nbytes > length) | (payload > length - nbytes))).any() or (
@@ -285,7 +284,7 @@ class _Reader:
         tensors = Tensors(tuple(names), np.array(codes, np.uint8)[rows], ndim, shape)
         with np.errstate(over="ignore"):
             elements = np.maximum(shape, 1).prod(axis=1, dtype=np.float64)
-        if (elements * _ITEMSIZES.max() > _MAX_BYTES).any():
+        if (elements * ITEMSIZES.max() > _MAX_BYTES).any():
             self._refuse("tensors.shape.npy", "holds a tensor of more than 2**62 bytes")
         return tensors
 
@@ -449,4 +448,4 @@ def _distinct(keys: list[Any], *tables: tuple[I64, I64]) -> bool:
 
 def _bytes(tensors: Tensors) -> I64:
     """[N] bytes of each tensor."""
-    return np.asarray(tensors.shape.prod(axis=1) * _ITEMSIZES[tensors.dtype])
+    return np.asarray(tensors.shape.prod(axis=1) * ITEMSIZES[tensors.dtype])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardkeep.errors import FormatError
 from shardkeep.format.names import safe_file_name
 from shardkeep.format.shown import shown
-from shardkeep.types import DTYPES, I64, MAX_DIMS, Chunks, DType, Objects, Tensors
+from shardkeep.types import I64, ITEMSIZES, MAX_DIMS, Chunks, DType, Objects, Tensors
 
 __all__ = ["Files", "Placed", "Row", "chunk_columns", "object_columns", "tensor_columns"]
 
@@ -80,7 +80,7 @@ def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequen
     ndim = _lengths(shapes, lambda row: bad(row, "a shape of too many dimensions:"))
     shape = _table(shapes, ndim, 1, lambda row: bad(row, "a shape that is none:"))
     codes = np.array([dtype.code for dtype in dtypes], dtype=np.uint8)
-    itemsize = np.array([dtype.itemsize for dtype in DTYPES])[codes]
+    itemsize = ITEMSIZES[codes]
     # In floats, and sizes of 0 as 1: a product of the other sizes must not overflow either.
     nbytes = np.prod(np.maximum(shape, 1), axis=1, dtype=np.float64) * itemsize
     large = np.flatnonzero(nbytes > 2.0**62)

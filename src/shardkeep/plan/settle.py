@@ -16,7 +16,7 @@ from shardkeep.plan.distinct import distinct
 from shardkeep.plan.marks import ranks_text, refuse_marks
 from shardkeep.plan.merging import merge
 from shardkeep.plan.ownership import lowest, owners
-from shardkeep.types import DTYPES, I64, Box, Claim, Path, Structure, Tensors
+from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Claim, Path, Structure, Tensors
 
 __all__ = ["Settlement", "settle"]
 
@@ -114,8 +114,7 @@ def settle(
     key, first = distinct([pieces.tensor, *pieces.offsets.T, *pieces.sizes.T])
     _refuse_bad_cover(tensors, pieces, first)
     payload = _share_payloads(key, pieces.alias)
-    itemsize = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
-    nbytes = pieces.sizes.prod(axis=1) * itemsize[tensors.dtype[pieces.tensor]]
+    nbytes = pieces.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[pieces.tensor]]
     owned = owners(payload, pieces.rank, nbytes) if spread else lowest(payload, pieces.rank)
     chosen = np.flatnonzero(owned)
     chosen = chosen[np.argsort(payload[chosen])]

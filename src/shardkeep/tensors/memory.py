@@ -95,32 +95,33 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     return raw(buffer), finish
 
 
-def address(tensor: torch.Tensor, dtype: torch.dtype | None, count: int) -> int:
+def address(tensor: torch.Tensor, dtype: torch.dtype | None, nbytes: int) -> int:
     """Where the bytes can be put, one after the other, that a load reads for `tensor`.
 
     Args:
         tensor: to be filled, as for `landing`.
         dtype: what the bytes are: the stored dtype; None if this torch does not have it.
-        count: how many elements will be read.
+        nbytes: how many there are.
 
     Returns:
-        The address of its first element, if it is plain memory of that dtype and of so many
-        elements, on the CPU, in C order without gaps; else 0: ask `landing`.
+        The address of its first element, if it is plain memory of that dtype and of so many bytes,
+        on the CPU, in C order without gaps; else 0: ask `landing`.
     """
     plain = (
         type(tensor) in _PLAIN
         and tensor.dtype is dtype
+        and tensor.nbytes == nbytes
         and tensor.is_cpu
         and tensor.is_contiguous()
-        and tensor.numel() == count
         and not tensor.is_conj()
         and not tensor.is_neg()
     )
     if not plain:
         return 0
     # A storage may have been made smaller than its tensors, or given back (as FSDP does).
-    begin = tensor.storage_offset() * tensor.element_size()
-    if begin + tensor.nbytes > tensor.untyped_storage().nbytes():
+    first = tensor.storage_offset()
+    begin = first * tensor.element_size() if first else 0
+    if begin + nbytes > tensor.untyped_storage().nbytes():
         return 0
     return tensor.data_ptr()
 
@@ -131,20 +132,20 @@ class Landings:
     Args:
         tensors: [N] to be filled.
         codes: [N] of the dtypes that are stored.
-        counts: [N] elements.
+        nbytes: [N] what is stored of each.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], codes: NDArray[np.uint8], counts: I64
+        self, tensors: Sequence[torch.Tensor], codes: NDArray[np.uint8], nbytes: I64
     ) -> None:
-        self._tensors, self._codes, self._counts = tensors, codes.tolist(), counts.tolist()
+        self._tensors, self._codes, self._nbytes = tensors, codes.tolist(), nbytes.tolist()
         self._dtypes = [_DTYPES[code] for code in self._codes]
         self._last: list[Callable[[], None]] = []
 
     def addresses(self, rows: Sequence[int]) -> list[int]:
         """The `address` of each row."""
-        tensors, dtypes, counts = self._tensors, self._dtypes, self._counts
-        return [address(tensors[row], dtypes[row], counts[row]) for row in rows]
+        tensors, dtypes, nbytes = self._tensors, self._dtypes, self._nbytes
+        return [address(tensors[row], dtypes[row], nbytes[row]) for row in rows]
 
     def array(self, row: int) -> NDArray[Any]:
         """The array of `landing`; Mismatch as from there."""

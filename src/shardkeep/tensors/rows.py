@@ -12,11 +12,9 @@ import torch
 
 from shardkeep.plan.cutting import cut
 from shardkeep.tensors.pieces import Described, Piece
-from shardkeep.types import DTYPES, I64, Box, Tensors
+from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Tensors
 
 __all__ = ["Pieces", "Rows", "aliases", "cut_large"]
-
-_ITEMSIZES = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +83,7 @@ class Rows:
 
 def cut_large(tensors: Tensors, whole: Pieces, limit: int) -> Pieces:
     """The same pieces; those of more than `limit` bytes as several, views of their memory."""
-    nbytes = whole.sizes.prod(axis=1) * _ITEMSIZES[tensors.dtype[whole.piece]]
+    nbytes = whole.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[whole.piece]]
     large = np.flatnonzero(nbytes > limit)
     if not len(large):
         return whole
