@@ -373,6 +373,7 @@ MAKERS: dict[str, Callable[..., Contestant]] = {
     "direct_read": limits.DirectRead,
     "preadv": limits.Preadv,
     "copy": limits.Copy,
+    "aside": limits.Aside,
 }
 
 

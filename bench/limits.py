@@ -9,6 +9,8 @@ import itertools
 import mmap
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +23,7 @@ import torch
 
 from bench.states import State, locals_of, nbytes_of
 
-__all__ = ["Copy", "Crc", "DirectRead", "DirectWrite", "Preadv"]
+__all__ = ["Aside", "Copy", "Crc", "DirectRead", "DirectWrite", "Preadv"]
 
 PAGE = 4096
 WRITE, READ, CACHED = 8 << 20, 2 << 20, 4 << 20
@@ -30,8 +32,6 @@ WRITE, READ, CACHED = 8 << 20, 2 << 20, 4 << 20
 
 class _Raw:
     """A file of as many bytes as the state has here, one a rank."""
-
-    label = ""
 
     def __init__(self, rank: int, ranks: int, *, threads: int = 2) -> None:
         self.rank, self.threads = rank, threads
@@ -46,7 +46,6 @@ class _Raw:
 class DirectWrite(_Raw):
     """O_DIRECT writes of memory that is ready, into room that was set aside in one call."""
 
-    label = "raw direct write"
     _ready: memoryview | None = None
 
     def save(self, state: State, path: Path) -> None:
@@ -67,8 +66,6 @@ class DirectWrite(_Raw):
 class Preadv(_Raw):
     """Reads from the page cache, straight into the tensors."""
 
-    label = "raw preadv"
-
     def load(self, state: State, path: Path) -> dict[str, float]:
         file = os.open(self.file(path), os.O_RDONLY)
         try:
@@ -80,8 +77,6 @@ class Preadv(_Raw):
 
 class DirectRead(_Raw):
     """Reads from the disk itself, into buffers that are used again and again."""
-
-    label = "raw direct read"
 
     def load(self, state: State, path: Path) -> dict[str, float]:
         file = os.open(self.file(path), os.O_RDONLY | _direct())
@@ -95,8 +90,6 @@ class DirectRead(_Raw):
 
 class Copy:
     """A copy into memory that is there already, by torch, with as many threads as it has."""
-
-    label = "raw copy, warm to warm"
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._twin: State = {}
@@ -115,10 +108,42 @@ class Copy:
         self._twin.clear()
 
 
+class Aside:
+    """Direct writes of as many bytes by a process of its own, which shares nothing but the machine
+    with this one.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.aside"],
+            cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def begin(self, state: State, path: Path) -> Future[None]:
+        assert self._process.stdin is not None
+        path.mkdir(exist_ok=True)
+        print(nbytes_of(state), path.resolve(), file=self._process.stdin, flush=True)
+        written: Future[None] = Future()
+        threading.Thread(target=self._wait, args=(written,)).start()
+        return written
+
+    def _wait(self, written: Future[None]) -> None:
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() == "done\n":
+            written.set_result(None)
+        else:
+            written.set_exception(RuntimeError("the process that writes has ended"))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 class Crc:
     """Digests of what a save writes, as it takes them: block by block, where the bytes lie."""
 
-    label = "CRC-32 of every block"
     block = 256 * 1024
 
     def __init__(self, rank: int, ranks: int) -> None:

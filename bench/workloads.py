@@ -285,6 +285,7 @@ def interpreter(bench: Bench) -> Iterator[Result]:
     kept = {"threads": 4, "stager": "kept"}
     entries = (
         Entry("alone", "no save running", who="nobody", role="limit"),
+        Entry("aside", "raw direct writes by another process", role="limit"),
         OURS,
         Entry(
             "gentle",

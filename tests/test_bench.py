@@ -337,6 +337,21 @@ def test_limit_that_fails_in_a_thread_fails():
 
 
 @pytest.mark.torch
+def test_another_process_writes_as_many_bytes(tmp_path):
+    torch = pytest.importorskip("torch")
+    from bench.limits import Aside
+
+    aside = Aside(0, 1)
+    for number in range(2):
+        path = tmp_path / f"a b {number}"
+        aside.begin({"t": torch.zeros(5000)}, path).result(60)
+        assert (path / "raw").stat().st_size == 20000
+    aside.close()
+    with pytest.raises((RuntimeError, ValueError, BrokenPipeError)):
+        aside.begin({"t": torch.zeros(5000)}, tmp_path).result(60)
+
+
+@pytest.mark.torch
 def test_loop_steps_while_saves_run(tmp_path):
     pytest.importorskip("torch")
     from bench import solo
