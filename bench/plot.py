@@ -111,6 +111,7 @@ def _limit(axes: Axes, result: Result, amount: float) -> None:
     series = result.series.get(result.limit)
     limit = amount / series.median if series is not None and series.median else 0.0
     axes.set_xlim(0, max(1.18 * max(rates), 1.05 * limit))
+    axes.locator_params(axis="x", nbins=4)  # large numbers would run into each other
     if series is None or not limit:
         return
     axes.axvline(limit, color=LIMIT, linewidth=1.8, linestyle="--")
