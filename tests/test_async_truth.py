@@ -253,10 +253,10 @@ def many(way: str, saves: int, path: Path) -> dict:
 def test_row_13_back_to_back_saves_leak_nothing(tmp_path, way):
     """100 of them; `python -m support.many async 1000 FOLDER` makes as many as one likes."""
     found = many(way, 100, tmp_path)
-    assert found["threads"][0] == found["threads"][-1]
-    assert found["files"][0] == found["files"][-1]
+    assert len(set(found["threads"])) == 1
+    assert len(set(found["files"])) == 1
     assert found["most files"] < 64
-    assert found["bytes per save"] < 32 * 1024
+    assert found["bytes per save"] < 16 * 1024
     kept = {"async": ["a", "b"], "managers": ["a/step_98", "b/step_99"]}
     for name in kept[way]:
         assert sk.open(tmp_path / name).verify().ok

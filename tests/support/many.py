@@ -17,8 +17,10 @@ import torch
 import shardkeep as sk
 from support.memory import rss
 
-WARM = 20
-"""Saves after which it is measured what those that follow leave."""
+WARM, EVERY = 20, 5
+"""Saves after which it is measured what those that follow leave, and how often: while none is under
+way, as each has buffers of some MB for a while.
+"""
 
 
 def _asynchronous(path: str) -> Callable[[int, dict[str, Any]], Any]:
@@ -51,28 +53,27 @@ def main(way: str, saves: int, path: str) -> dict[str, Any]:
     for number in range(saves):
         handle = save(number, {**mine, "n": number})  # not asked for: the next one waits for it
         at.append(time.monotonic() - began)
-        sizes.append(rss())
         most = max(most, _files())
-        if number == WARM:
-            _counted(handle, threads, files)
-    _counted(handle, threads, files)
-    tail = np.array(sizes[WARM:])
+        if number >= WARM and number % EVERY == 0:
+            _rest(handle)
+            sizes.append(rss())
+            threads.append(threading.active_count())
+            files.append(_files())
     return {
         "threads": threads,
         "files": files,
         "most files": most,
-        "bytes per save": float(np.polyfit(np.arange(len(tail)), tail, 1)[0]),
+        # What most saves leave: once in a run malloc takes a megabyte or two more, and keeps it.
+        "bytes per save": float(np.median(np.diff(sizes))) / EVERY,
         "seconds": at[-1],
         "slowest": float(np.diff(at).max()),
     }
 
 
-def _counted(handle: Any, threads: list[int], files: list[int]) -> None:
+def _rest(handle: Any) -> None:
     handle.result(60)
     while any(thread.name == "shardkeep-save" for thread in threading.enumerate()):
         time.sleep(0.01)  # it ends by itself, soon after its last save
-    threads.append(threading.active_count())
-    files.append(_files())
 
 
 def _files() -> int:
