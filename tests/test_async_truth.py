@@ -257,6 +257,7 @@ def test_row_13_back_to_back_saves_leak_nothing(tmp_path, way):
     assert len(set(found["files"])) == 1
     assert found["most files"] < 64
     assert found["bytes per save"] < 16 * 1024
+    assert found["grown"] < 4 << 20
     kept = {"async": ["a", "b"], "managers": ["a/step_98", "b/step_99"]}
     for name in kept[way]:
         assert sk.open(tmp_path / name).verify().ok

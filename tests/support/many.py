@@ -63,8 +63,9 @@ def main(way: str, saves: int, path: str) -> dict[str, Any]:
         "threads": threads,
         "files": files,
         "most files": most,
-        # What most saves leave: once in a run malloc takes a megabyte or two more, and keeps it.
+        # Of most saves, and of all: once in a run malloc takes a megabyte or two, and keeps it.
         "bytes per save": float(np.median(np.diff(sizes))) / EVERY,
+        "grown": max(sizes) - sizes[0],
         "seconds": at[-1],
         "slowest": float(np.diff(at).max()),
     }
