@@ -18,6 +18,7 @@ from shardkeep.agreement import own, report
 from shardkeep.io.write import Written
 from shardkeep.ranks import take_part
 from shardkeep.stores import MemoryStore
+from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import describe_state
 
 
@@ -68,7 +69,12 @@ def settled(count: int) -> Callable[[], None]:
 
 def described(count: int) -> Callable[[], None]:
     given = state(count)
-    return lambda: (describe_state(given), None)[1]
+
+    def run() -> None:
+        local = describe_state(given)
+        assert StatePayloads(local.memory, local.addresses).addresses.all()
+
+    return run
 
 
 @pytest.mark.parametrize(("work", "limit"), [(described, 2.1), (settled, 0.05)])

@@ -29,6 +29,7 @@ from shardkeep.stores import store_at
 from shardkeep.tree import unflatten
 from shardkeep.types import (
     DTYPES,
+    I64,
     Box,
     Chunk,
     DType,
@@ -396,8 +397,8 @@ class _Arrays(Memory):
     def __init__(self, requests: Sequence[Request]) -> None:
         self._requests = requests
 
-    def addresses(self, rows: Sequence[int]) -> list[int]:
-        return [0] * len(rows)
+    def addresses(self, rows: I64) -> I64:
+        return np.zeros(len(rows), dtype=np.int64)
 
     def array(self, row: int) -> NDArray[Any]:
         return self._requests[row].into

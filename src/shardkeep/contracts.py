@@ -203,9 +203,8 @@ class Target(Protocol):
 class Payloads(Protocol):
     """The bytes of many payloads, wherever they are. Safe to use from several threads."""
 
-    def address(self, row: int) -> int:
-        """Where one payload lies in memory, all of it in order; 0 if it does not."""
-        ...
+    addresses: I64
+    """[N] where each payload lies in memory, all of it in order; 0 for one that does not."""
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""

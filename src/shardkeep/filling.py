@@ -6,7 +6,6 @@ general way, which says what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,8 +28,8 @@ Mask = NDArray[np.bool_]
 class Memory(Protocol):
     """Where boxes go, by their rows. It stays where it is for as long as this object lives."""
 
-    def addresses(self, rows: Sequence[int]) -> list[int]:
-        """For each row, where its memory begins; 0 where that does not say it all.
+    def addresses(self, rows: I64) -> I64:
+        """[R] where the memory of each of these rows begins; 0 where that does not say it all.
 
         Memory with an address holds the elements of the box in C order without gaps, each as wide
         as a stored one, and may be written to.
@@ -142,7 +141,7 @@ def plan(
     fast = whole & (plain.start >= 0)
     asked = distinct(found.left[fast])
     address = np.zeros(len(wanted.tensor), dtype=np.int64)
-    address[asked] = memory.addresses(asked.tolist())
+    address[asked] = memory.addresses(asked)
     fast &= address[found.left] > 0
 
     small = by_place(_small(sources, wanted, found, plain, address, np.flatnonzero(fast)))

@@ -254,7 +254,7 @@ def _plan(found: Found, source: Checkpoint, ranks_here: int) -> tuple[Landings, 
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     codes = source.index.tensors.dtype[found.wanted.tensor]
     nbytes = found.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
-    landings = Landings(found.memory, codes, nbytes)
+    landings = Landings(found.memory, found.addresses, codes, nbytes)
     threads, together = knobs.threads(ranks_here), ranks_here > 1
     return landings, source.plan(found.wanted, landings, threads=threads, together=together)
 

@@ -90,12 +90,14 @@ class Found:
         wanted: [P] the pieces; tensors count as in the checkpoint.
         of: [P] which of `names` a piece belongs to.
         memory: [P] where it goes.
+        addresses: [P] where that lies in order, as elements of the stored dtype; else 0.
     """
 
     names: list[str]
     wanted: Boxes
     of: I64
     memory: Sequence[torch.Tensor]
+    addresses: I64
 
     def names_of(self, pieces: NDArray[np.bool_]) -> tuple[str, ...]:
         """The names of these pieces' tensors, each once."""
@@ -124,7 +126,9 @@ def match(flat: Flat, contents: Contents, own: OwnValues) -> Match:
     pieces, place = rows.pieces(tensors), source.rows(names)
     there = np.flatnonzero(place >= 0)
     same = _same_shape(tensors, there, known.tensors, place[there])
-    found = _found_pieces(names, pieces, there[same], place, known.chunks.offsets.shape[1])
+    cast = np.zeros(len(names), dtype=np.bool_)
+    cast[there] = tensors.dtype[there] != known.tensors.dtype[place[there]]
+    found = _found_pieces(names, pieces, there[same], place, cast, known.chunks.offsets.shape[1])
     matched = Match(source.url, found, [], [], [], [], {}, dict(own.refused))
     used = {names[row] for row in there.tolist()}
     for row in there[~same].tolist():
@@ -132,7 +136,7 @@ def match(flat: Flat, contents: Contents, own: OwnValues) -> Match:
         matched.refused[names[row]] = (
             f"shape: {list(shape)} in the checkpoint, {list(rows.shapes[row])} in the template"
         )
-    for row in there[same & (tensors.dtype[there] != known.tensors.dtype[place[there]])].tolist():
+    for row in there[same & cast[there]].tolist():
         dtypes = known.tensors.dtype[place[row]], tensors.dtype[row]
         matched.dtypes[names[row]] = (DTYPES[dtypes[0]].name, DTYPES[dtypes[1]].name)
     for row in np.flatnonzero(place < 0).tolist():
@@ -179,9 +183,16 @@ def _same_shape(ours: Tensors, mine: I64, theirs: Tensors, place: I64) -> NDArra
 
 
 def _found_pieces(
-    names: Sequence[str], pieces: Pieces, tensors: I64, place: I64, dims: int
+    names: Sequence[str],
+    pieces: Pieces,
+    tensors: I64,
+    place: I64,
+    cast: NDArray[np.bool_],
+    dims: int,
 ) -> Found:
-    """The pieces of these tensors, whose places in the checkpoint are `place`."""
+    """The pieces of these tensors, whose places in the checkpoint are `place`; `cast`: those that
+    have another dtype there.
+    """
     chosen = np.flatnonzero(np.bincount(tensors, minlength=len(names))[pieces.piece])
     of = pieces.piece[chosen]
     wanted = Boxes(
@@ -191,7 +202,8 @@ def _found_pieces(
     )
     memory = [pieces.memory[row] for row in chosen.tolist()]
     mine = [names[row] for row in tensors.tolist()]
-    return Found(mine, wanted, np.searchsorted(tensors, of), memory)
+    addresses = np.where(cast[of], 0, pieces.addresses[chosen])
+    return Found(mine, wanted, np.searchsorted(tensors, of), memory, addresses)
 
 
 def _widened(table: I64, dims: int, fill: int) -> I64:

@@ -336,12 +336,11 @@ class _Payloads:
         of, sizes = claim.piece[rows], claim.sizes[rows]
         codes, ndim = claim.tensors.dtype[of], claim.tensors.ndim[of]
         kind, first = distinct([codes, ndim, *sizes.T])
-        kinds = [
+        self._framings = [
             TensorFraming(DTYPES[codes[row]], tuple(sizes[row, : ndim[row]].tolist()))
             for row in first.tolist()
-        ]
-        self._framings: list[TensorFraming | None] = [kinds[one] for one in kind.tolist()]
-        self._framings += [None] * len(objects)
+        ] + [None]  # of objects
+        self._kind = np.concatenate([kind, np.full(len(objects), len(first), dtype=np.int64)])
         self._nbytes = np.concatenate(
             [
                 sizes.prod(axis=1) * ITEMSIZES[codes],
@@ -349,7 +348,8 @@ class _Payloads:
             ]
         )
         self._crcs = {row: crc32(data) for row, data in enumerate(objects, len(rows))}
-        source = StatePayloads([local.memory[row] for row in rows.tolist()], objects)
+        memory = [local.memory[row] for row in rows.tolist()]
+        source = StatePayloads(memory, local.addresses[rows], objects)
         self._on_cuda = any(device.type == "cuda" for device in source.devices)
         self._bytes: Payloads = source
         self._digests: Digests = of_memory
@@ -370,7 +370,7 @@ class _Payloads:
 
     def files(self, wanted: int | None) -> int:
         """How many files; by default one, if there is anything to write."""
-        return min(1, len(self._framings)) if wanted is None else wanted
+        return min(1, len(self._kind)) if wanted is None else wanted
 
     def images(self, names: Sequence[str], window: int) -> list[Image]:
         """Of these files, in windows of so many bytes at most."""
@@ -378,6 +378,7 @@ class _Payloads:
             return images_of(
                 names,
                 self._nbytes,
+                self._kind,
                 self._framings,
                 self._bytes,
                 self._crcs,

@@ -213,7 +213,8 @@ class Frame:
 Framing = Callable[[int, bool], Frame]
 """Makes frames of one kind: of an item that starts at that position of its file.
 
-The payload starts at a multiple of `ALIGNMENT`; of `PAGE` where the second argument is true.
+The payload starts at a multiple of `ALIGNMENT`; of `PAGE` where the second argument is true. Frames
+for positions that are such a multiple apart are the same.
 """
 
 

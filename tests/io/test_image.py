@@ -32,10 +32,8 @@ class Bytes:
         self.data = [rng.bytes(n) for n in sizes]
         self.copied = np.zeros(len(sizes), dtype=np.int64)
         self.lock = threading.Lock()
-        self.at = [np.frombuffer(data, np.uint8).ctypes.data for data in self.data]
-
-    def address(self, row):
-        return self.at[row]
+        at = [np.frombuffer(data, np.uint8).ctypes.data for data in self.data]
+        self.addresses = np.array(at, dtype=np.int64)
 
     def lie(self, past):
         """Let each payload lie so many bytes past the start of a page; None: nowhere."""
@@ -43,7 +41,7 @@ class Bytes:
             memory = aligned(len(data) + PAGE)[past[row] or 0 :][: len(data)]
             memory[:] = np.frombuffer(data, np.uint8)
             self.data[row] = memory
-            self.at[row] = 0 if past[row] is None else memory.ctypes.data
+            self.addresses[row] = 0 if past[row] is None else memory.ctypes.data
 
     def copy(self, row, start, nbytes, address):
         part = bytes(self.data[row][start : start + nbytes])
@@ -56,7 +54,10 @@ class Bytes:
 def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=False, staged=0):
     """Images, in place or not; `staged` by so many threads first, if any."""
     payloads = payloads or Bytes(sizes)
-    framings = [None if row in bare else TensorFraming(U8, (n,)) for row, n in enumerate(sizes)]
+    keys = [None if row in bare else n for row, n in enumerate(sizes)]
+    kinds = list(dict.fromkeys(keys))
+    framings = [None if n is None else TensorFraming(U8, (n,)) for n in kinds]
+    kind = np.array([kinds.index(n) for n in keys], np.int64)
     crcs = {row: zlib.crc32(payloads.data[row]) for row in bare}
     names = [f"f{number}" for number in range(files)]
     nbytes = np.array(sizes, np.int64)
@@ -64,9 +65,9 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
     if staged:
         places = Places(payloads, nbytes)
         source = stage(payloads, places, aligned(places.nbytes), threads=staged)
-        payloads.copy = payloads.address = None  # not looked at again
+        payloads.copy = payloads.addresses = None  # not looked at again
         how = {"in_place": True, "digests": source.digests}
-    return payloads, images_of(names, nbytes, framings, source, crcs, window, **how)
+    return payloads, images_of(names, nbytes, kind, framings, source, crcs, window, **how)
 
 
 def check(store, images, payloads, bare):
@@ -163,11 +164,34 @@ def test_large_payloads_lie_in_files_as_in_memory_and_are_written_from_there(
 
 def test_a_light_payload_that_a_window_begins_with_has_its_digest_when_staged():
     """It was made alone, and nobody had digested it: its CRC-32 was 0."""
-    payloads, images = made([BLOCK - 1, BLOCK - 1, 1, BLOCK - 1, BLOCK - 1], staged=1)
+    payloads, images = made([BLOCK - 1, BLOCK - 1, 1, BLOCK - 2, BLOCK - 2], staged=1)
     assert images[0].layout.payload[2] in images[0].layout.cuts
     store = MemoryStore()
     with placed(store, images) as targets:
         write_images(targets, images, threads=1)
+    check(store, images, payloads, ())
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(1, 1500)), min_size=1, max_size=5),
+    st.sampled_from([1, 4, 8]),
+    st.integers(0, 3),
+    st.sampled_from([0, 2]),
+    st.integers(1, 2),
+)
+def test_light_payloads_alike_are_made_together(runs, step, nowhere, staged, files):
+    """At any address or at none, in files that are cut between them."""
+    sizes = [size for size, count in runs for _ in range(count)]
+    payloads = Bytes(sizes)
+    past = [(row * step) % PAGE for row in range(len(sizes))]
+    if nowhere:
+        past = [None if row % nowhere == 0 else at for row, at in enumerate(past)]
+    payloads.lie(past)
+    _, images = made(sizes, files=files, payloads=payloads, staged=staged)
+    store = MemoryStore()
+    with placed(store, images) as targets:
+        write_images(targets, images, threads=2)
     check(store, images, payloads, ())
 
 

@@ -28,11 +28,9 @@ class Memory:
             block[:] = np.frombuffer(rng.bytes(size), np.uint8)
             self.data.append(block)
         known = zip(self.data, past, strict=True)
-        self.at = [0 if at is None else block.ctypes.data for block, at in known]
+        at = [0 if at is None else block.ctypes.data for block, at in known]
+        self.addresses = np.array(at, np.int64)
         self.asked = np.zeros(len(sizes), np.int64)
-
-    def address(self, row):
-        return self.at[row]
 
     def copy(self, row, start, nbytes, address):
         self.asked[row] += nbytes
@@ -72,14 +70,13 @@ def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_befo
         staged.copy(row, 0, size, ctypes.addressof(copy))
         got.append(copy.raw[:size])
         if size > LIGHT:
-            at = staged.address(row)
+            at = int(staged.addresses[row])
             blocks = range(0, size, BLOCK)
             digests = [zlib.crc32(wanted[row][i : i + BLOCK]) for i in blocks]
             assert staged.digests(row, 0, size, at) == digests
             assert staged.digests(row, BLOCK, size - BLOCK, at + BLOCK) == digests[1:]
     assert got == wanted
-    places_of = map(staged.address, range(len(sizes)))
-    assert list(map(ctypes.string_at, places_of, sizes)) == wanted
+    assert list(map(ctypes.string_at, staged.addresses.tolist(), sizes)) == wanted
 
     for row, (size, at) in enumerate(lying):
         begin = places.starts[row]

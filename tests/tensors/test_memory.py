@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from shardkeep.errors import Mismatch
-from shardkeep.tensors.memory import address, landing, payload, raw
+from shardkeep.tensors.memory import Landings, in_order, landing, payload, raw
+from shardkeep.tensors.pieces import is_any_tensor
+from shardkeep.tensors.state import describe_tensors
+from shardkeep.tree import flatten
 from shardkeep.types import DTYPES, DType
 
 PLAIN = [d for d in DTYPES if hasattr(torch, d.name) and not d.name.startswith(("qint", "quint"))]
@@ -135,28 +138,36 @@ def test_a_dtype_that_this_torch_lacks_or_can_not_cast_is_refused() -> None:
             finish()
 
 
+def addresses(*tensors: torch.Tensor) -> list[int]:
+    """Of tensors that are described, and filled with elements of their own dtype."""
+    rows, _, _ = describe_tensors(flatten(dict(enumerate(tensors)), is_any_tensor))
+    pieces = rows.pieces(rows.tensors())
+    nbytes = np.array([tensor.nbytes for tensor in tensors])
+    codes = np.array(rows.codes, dtype=np.uint8)
+    every = np.arange(len(tensors))
+    return Landings(pieces.memory, pieces.addresses, codes, nbytes).addresses(every).tolist()
+
+
 @given(st.sampled_from(PLAIN), views())
 @settings(max_examples=150)
 def test_an_address_is_that_of_plain_memory_only(dtype: DType, view: Any) -> None:
     tensor = view(empty(dtype, 4, 6, 5))
-    found = address(tensor, tensor.dtype, tensor.nbytes)
-    assert found == (tensor.data_ptr() if tensor.is_contiguous() else 0)
-    assert address(tensor, tensor.dtype, tensor.nbytes + 1) == 0
-    other = next(one for one in PLAIN if one != dtype)
-    assert address(tensor, getattr(torch, other.name), tensor.nbytes) == 0
-    assert address(tensor, None, tensor.nbytes) == 0
+    wanted = tensor.data_ptr() if tensor.is_contiguous() and tensor.numel() else 0
+    assert in_order(tensor) == tensor.is_contiguous()
+    assert addresses(tensor, torch.nn.Parameter(tensor, requires_grad=False)) == [wanted] * 2
 
 
 def test_no_address_where_memory_is_not_what_it_shows() -> None:
     z = torch.zeros(4, dtype=torch.complex64)
-    assert address(z, torch.complex64, 32) == z.data_ptr()
-    assert address(z.conj(), torch.complex64, 32) == 0
     negated = torch.zeros(4, dtype=torch.complex64).conj().imag
-    assert address(negated, torch.float32, 16) == 0
-    assert address(torch.zeros(1).expand(4), torch.float32, 16) == 0
-    assert address(torch.zeros(4, device="meta"), torch.float32, 16) == 0
     given_back = torch.zeros(4)
     given_back.untyped_storage().resize_(12)
-    assert address(given_back, torch.float32, 16) == 0
+    scalar = torch.zeros(1).expand(4)
+    last = torch.zeros(6)[2:]
+    shown = addresses(z, z.conj(), negated, scalar, given_back, last)
+    assert shown == [z.data_ptr(), 0, 0, 0, 0, last.data_ptr()]
     given_back.untyped_storage().resize_(16)
-    assert address(given_back, torch.float32, 16) == given_back.data_ptr()
+    assert addresses(given_back) == [given_back.data_ptr()]
+    last.untyped_storage().resize_(23)
+    assert addresses(last) == [0]
+    assert not in_order(torch.zeros(4, device="meta"))

@@ -15,9 +15,9 @@ from shardkeep.io.digest import crc32_blocks, crc32_each, whole_crc
 from shardkeep.io.scattered import pick_up
 from shardkeep.io.write import Written, take_blocks
 from shardkeep.knobs import ALIGNMENT, BLOCK, PAGE
-from shardkeep.plan.layout import Layout, lay_out, least_in_place
+from shardkeep.plan.layout import Layout, lay_out, least_in_place, run_ends
 from shardkeep.plan.packing import pack
-from shardkeep.types import I64, Framing
+from shardkeep.types import I64, Frame, Framing
 
 __all__ = ["LIGHT", "STEP", "Digests", "Image", "images_of", "of_memory", "written_in"]
 
@@ -25,7 +25,10 @@ STEP = 2 * BLOCK
 """Bytes that are copied at once: as large as a core's own cache may be."""
 
 LIGHT = 16 * 1024
-"""Bytes of a payload up to which an item is put together with its neighbours."""
+"""Bytes of a payload up to which an item is made together with its neighbours."""
+
+_FEW = 8
+"""Items up to which one after the other is as quick as all of them together."""
 
 Digests = Callable[[int, int, int, int], list[int]]
 """CRC-32 of each block of some bytes of a payload: its row, the first of the bytes, how many, and
@@ -81,13 +84,12 @@ class Image:
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
         self._addresses, self._in_place = addresses.tolist(), in_place
-        self._copy, self._address_of, self._blocks = payloads.copy, payloads.address, digests
+        self._copy, self._blocks, self._memory = payloads.copy, digests, payloads.addresses[rows]
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
-        self._lengths = layout.length.tolist()
-        bare = np.fromiter((frame is None for frame in layout.frames), np.bool_, len(rows))
-        self._light = (~bare & (nbytes <= LIGHT)).tolist()
+        self._lengths, self._frames = layout.length.tolist(), layout.frame.tolist()
         self._cuts, self._order = layout.cuts.tolist(), layout.order.tolist()
+        self._alike = run_ends(layout.frame[layout.order], nbytes[layout.order]).tolist()
         blocks = -(-nbytes // BLOCK)
         blocks[list(crcs)] = 0
         self.block: I64 = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
@@ -139,9 +141,7 @@ class Image:
         end = -(-high // PAGE) * PAGE
         into[high - low : end - low] = 0
         parts, done = [], low
-        for begin, stop, address in self._make(
-            low, high, number, into.data, into.ctypes.data - low
-        ):
+        for begin, stop, address in self._make(low, high, number, into):
             parts += [into[done - low : begin - low].data] if begin > done else []
             parts.append(memory_at(address, stop - begin))
             done = stop
@@ -157,83 +157,82 @@ class Image:
             self._error = error
             self._changed.notify_all()
 
-    def _make(
-        self, low: int, high: int, number: int, view: memoryview, base: int
-    ) -> list[_InPlace]:
-        """`base` is where byte 0 of the file would be in memory.
-
-        Returns:
-            What is not in `view`.
-        """
-        items, light, in_place = self._items, self._light, []
-        rows = self._order[self._first[number] : self._last[number + 1]]
-        at = 0
-        while at < len(rows):
-            end = at
-            while end < len(rows) and light[rows[end]]:
-                end += 1
+    def _make(self, low: int, high: int, number: int, into: NDArray[np.uint8]) -> list[_InPlace]:
+        """Make a window in `into`; returns what of it is left where it lies."""
+        in_place: list[_InPlace] = []
+        view, base = into.data, into.ctypes.data - low  # where byte 0 of the file would be
+        at, last = self._first[number], self._last[number + 1]
+        while at < last:
+            row, end = self._order[at], at + 1
+            light = self._frames[row] >= 0 and self._nbytes[row] <= LIGHT
             # Windows are cut in payloads: only the first and the last item may be cut.
-            begin = at + (at < end and items[rows[at]] < low)
-            end -= end > begin and self._end(rows[end - 1]) > high
-            if begin == at < end:
-                first, last = rows[at], rows[end - 1]
-                view[items[first] - low : self._end(last) - low] = self._together(rows[at:end])
-                at = end
+            if light and self._items[row] >= low:
+                end = min(self._alike[at], last)
+                end -= end > at + 1 and self._end(self._order[end - 1]) > high
+            if end - at > _FEW:
+                self._together(self.layout.order[at:end], into[self._items[row] - low :])
             else:
-                in_place += self._alone(rows[at], low, high, number, view, base)
-                at += 1
+                for one in self._order[at:end]:
+                    in_place += self._alone(one, low, high, number, view, base)
+            at = end
         return in_place
 
     def _end(self, row: int) -> int:
         end: int = self._items[row] + self._lengths[row]
         return end
 
-    def _together(self, rows: Sequence[int]) -> bytes:
-        """The bytes of light items that follow each other: few steps of Python for each."""
-        taken = self._taken(rows)
-        crcs = np.array(crc32_each(taken), dtype="<u4")
+    def _together(self, rows: I64, into: NDArray[np.uint8]) -> None:
+        """Make light items that follow each other, alike in size and frame, at the start of `into`:
+        no step of Python for each, but for its CRC-32.
+        """
+        first = int(rows[0])
+        frame, size, length = self._frame(first), self._nbytes[first], self._lengths[first]
+        items = into[: len(rows) * length].reshape(len(rows), length)
+        items[:] = np.frombuffer(frame.head + bytes(size) + frame.tail(0), np.uint8)
+        begin = len(frame.head)
+        end = begin + size
+        payloads = items[:, begin:end]
+        addresses = self._memory[rows]
+        pick_up(addresses, payloads)
+        for at in np.flatnonzero(addresses == 0).tolist():
+            self._copy(self._rows[rows[at]], 0, size, payloads[at].ctypes.data)
+        view = into.data
+        starts = range(begin, begin + len(rows) * length, length)
+        crcs = np.array(crc32_each([view[at : at + size] for at in starts]), dtype="<u4")
+        places = end + len(frame.before), end + len(frame.before) + 4 + len(frame.between)
+        for place in places:
+            items[:, place : place + 4] = crcs.view(np.uint8).reshape(-1, 4)
         self._crcs[rows] = crcs
-        block = self.block[rows]
-        some = self.block[np.add(rows, 1)] > block  # an empty payload has no block
-        self._digests[block[some]] = crcs[some]
-        packed, parts = crcs.tobytes(), list[bytes]()
-        for at, (row, data) in enumerate(zip(rows, taken, strict=True)):
-            frame, crc = self.layout.frames[row], packed[4 * at : 4 * at + 4]
-            assert frame is not None
-            parts += (frame.head, data, frame.before, crc, frame.between, crc, frame.after)
-        return b"".join(parts)
+        if size:  # an empty payload has no block
+            self._digests[self.block[rows]] = crcs
 
-    def _taken(self, rows: Sequence[int]) -> list[bytes]:
-        """Copies of the payloads of light items."""
-        sources, nbytes = [self._rows[row] for row in rows], [self._nbytes[row] for row in rows]
-        addresses = np.array(list(map(self._address_of, sources)), dtype=np.int64)
-        sizes = np.array(nbytes, dtype=np.int64)
-        taken = pick_up(addresses, np.where(addresses, sizes, 0))
-        for at in np.flatnonzero((addresses == 0) & (sizes > 0)).tolist():
-            copy = np.empty(nbytes[at], dtype=np.uint8)
-            self._copy(sources[at], 0, nbytes[at], copy.ctypes.data)
-            taken[at] = copy.tobytes()
-        return taken
+    def _frame(self, row: int) -> Frame:
+        number: int = self._frames[row]
+        return self.layout.frames[number]
 
     def _alone(
         self, row: int, low: int, high: int, number: int, view: memoryview, base: int
     ) -> list[_InPlace]:
-        """What a window has of one item; returns as `_make`."""
+        """What a window has of one item; `base` is where byte 0 of the file would be in memory.
+
+        Returns as `_make`.
+        """
         in_place: list[_InPlace] = []
-        item, start, frame = self._items[row], self._starts[row], self.layout.frames[row]
+        item, start = self._items[row], self._starts[row]
         end = start + self._nbytes[row]
         begin, stop = max(start, low), min(end, high)
-        if frame is None:
+        if self._frames[row] < 0:
             if begin < stop:
                 self._copy(self._rows[row], begin - start, stop - begin, base + begin)
             return in_place
+        frame = self._frame(row)
         if item >= low:  # cuts lie inside of payloads only: a head is whole
             view[item - low : start - low] = frame.head
         if begin < stop and self._addresses[row]:
             in_place = self._from_memory(row, begin, stop, base)
         elif begin < stop:
             self._payload(row, begin, stop, base + begin)
-        if end <= high and (start >= low or begin < stop):
+        if low <= end < high:  # never cut either
             tail = frame.tail(self._whole(row, number))
             view[end - low : end - low + len(tail)] = tail
         return in_place
@@ -272,7 +271,7 @@ class Image:
         """Copy part of a payload, in steps that are in the cache for their digests."""
         source, start = self._rows[row], begin - self._starts[row]
         # Nobody else digests light ones, and a window may begin with one.
-        digests = of_memory if self._light[row] else self._blocks
+        digests = of_memory if self._nbytes[row] <= LIGHT else self._blocks
         for at in range(0, stop - begin, STEP):
             nbytes = min(STEP, stop - begin - at)
             self._copy(source, start + at, nbytes, address + at)
@@ -303,6 +302,7 @@ class Image:
 def images_of(
     names: Sequence[str],
     nbytes: I64,
+    kind: I64,
     framings: Sequence[Framing | None],
     payloads: Payloads,
     crcs: Mapping[int, int],
@@ -316,7 +316,8 @@ def images_of(
     Args:
         names: of the files.
         nbytes: [N] bytes of each payload.
-        framings: [N] what makes its frame; None where it is an item as it is.
+        kind: [N] which of `framings` makes its frame.
+        framings: None where a payload is an item as it is.
         payloads: gives the bytes.
         crcs: row -> CRC-32 of those that have no frame.
         window: bytes of a window at most.
@@ -325,28 +326,23 @@ def images_of(
             file as in memory, past a page: so will the memory that they are read to, most likely.
         digests: as of `Image`.
     """
-    place = _shared_out(nbytes, framings, len(names))
-    addresses = np.zeros(len(nbytes), dtype=np.int64)
-    for row in np.flatnonzero(nbytes >= least_in_place).tolist():
-        address = payloads.address(row)
-        if framings[row] is not None and not address % ALIGNMENT:
-            addresses[row] = address
+    place = _shared_out(nbytes, kind, framings, len(names))
+    framed = np.fromiter((framing is not None for framing in framings), np.bool_, len(framings))
+    large = (nbytes >= least_in_place) & framed[kind]
+    lies = large & (payloads.addresses % ALIGNMENT == 0)
+    addresses = np.where(lies, payloads.addresses, 0)
     images = []
     for file, name in enumerate(names):
         rows = np.flatnonzero(place == file)
-        here = rows.tolist()
-        its_crcs = {at: crcs[row] for at, row in enumerate(here) if row in crcs}
-        its_framings = [framings[row] for row in here]
-        layout = lay_out(nbytes[rows], its_framings, addresses[rows] % PAGE, window)
         its_bytes, its_addresses = nbytes[rows], addresses[rows]
         images.append(
             Image(
                 name,
-                layout,
+                lay_out(its_bytes, kind[rows], framings, its_addresses % PAGE, window),
                 payloads,
                 rows,
                 its_bytes,
-                its_crcs,
+                {at: crcs[row] for at, row in enumerate(rows.tolist()) if row in crcs},
                 its_addresses,
                 in_place=in_place,
                 digests=digests,
@@ -355,14 +351,14 @@ def images_of(
     return images
 
 
-def _shared_out(nbytes: I64, framings: Sequence[Framing | None], files: int) -> I64:
+def _shared_out(nbytes: I64, kind: I64, framings: Sequence[Framing | None], files: int) -> I64:
     """The file of each payload: even in bytes, with what lies around them, as small ones have more
     of that than of their own.
     """
     if files < 2:
         return np.zeros(len(nbytes), dtype=np.int64)
     around = [0 if framing is None else _around(framing) for framing in framings]
-    return pack(nbytes + np.array(around, dtype=np.int64), files)
+    return pack(nbytes + np.array(around, dtype=np.int64)[kind], files)
 
 
 def _around(framing: Framing) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,24 +23,25 @@ _FEW = 32
 """Things of one size up to which a call for each is as quick."""
 
 
-def pick_up(addresses: I64, sizes: I64) -> list[bytes]:
-    """Copies of what lies at these addresses, in so many bytes each.
+def pick_up(addresses: I64, into: NDArray[np.uint8]) -> None:
+    """Copy things alike, by the address of each, into the rows of a table.
 
     The memory must stay as it is meanwhile; of what lies between nothing is looked at.
+
+    Args:
+        addresses: [N] where each lies; 0 leaves the row as it is.
+        into: [N, bytes] whose rows are contiguous, but need not follow each other.
     """
-    found, left = [b""] * len(sizes), np.ones(len(sizes), dtype=np.bool_)
-    for size, rows in _alike(sizes, addresses % _WORD == 0):
-        words, index = _words(addresses[rows], size)
-        data = words[index].tobytes()
-        parts = [data[at : at + size] for at in range(0, len(data), size)]
-        if len(rows) == len(found):
-            return parts
-        for row, part in zip(rows.tolist(), parts, strict=True):
-            found[row] = part
-        left[rows] = False
-    for row in np.flatnonzero(left).tolist():
-        found[row] = ctypes.string_at(int(addresses[row]), int(sizes[row]))
-    return found
+    rows, size = np.flatnonzero(addresses), into.shape[1]
+    if not size or not len(rows):
+        return
+    there = addresses[rows]
+    if size % _WORD == 0 and not (there % _WORD).any():
+        words, index = _words(there, size)
+        into[rows] = words[index].view(np.uint8)
+        return
+    places = into.ctypes.data + rows * into.strides[0]
+    deque(map(ctypes.memmove, places.tolist(), there.tolist(), repeat(size)), maxlen=0)
 
 
 def put(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses: I64) -> None:

@@ -39,7 +39,7 @@ class Places:
     def __init__(self, payloads: Payloads, nbytes: I64) -> None:
         large = nbytes >= least_in_place
         past = np.zeros_like(nbytes)
-        past[large] = [payloads.address(row) % PAGE for row in np.flatnonzero(large).tolist()]
+        past[large] = payloads.addresses[large] % PAGE
         past[past % ALIGNMENT != 0] = 0
         unit = np.where(large, PAGE, ALIGNMENT)
         room = -(-(past + nbytes) // unit) * unit
@@ -65,14 +65,12 @@ class Staged(Payloads):
 
     def __init__(self, memory: NDArray[np.uint8], places: Places) -> None:
         self._memory = memory
-        self._addresses: list[int] = (memory.ctypes.data + places.starts).tolist()
+        self.addresses = memory.ctypes.data + places.starts
+        self._addresses: list[int] = self.addresses.tolist()
         self._sizes: list[int] = places.sizes.tolist()
         blocks = np.cumsum(-(-places.sizes // BLOCK))
         self._first: list[int] = [0, *blocks.tolist()]
         self._digests = [0] * self._first[-1]
-
-    def address(self, row: int) -> int:
-        return self._addresses[row]
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         # Without giving up the interpreter's lock, which a busy caller keeps for milliseconds.

@@ -42,7 +42,7 @@ def contents(
     }
     found = {f"object {name!r}": _of_object(name, objects[name]) for name in wanted & set(objects)}
     mine = [row for row, t in enumerate(pieces.piece.tolist()) if tensors.names[t] in wanted]
-    payloads = StatePayloads([pieces.memory[row] for row in mine], [])
+    payloads = StatePayloads([pieces.memory[row] for row in mine], pieces.addresses[mine])
     space = np.empty(_STEP, dtype=np.uint8)
     for k, row in enumerate(mine):
         tensor = int(pieces.piece[row])

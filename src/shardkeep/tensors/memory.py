@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from shardkeep.errors import Mismatch
 from shardkeep.types import DTYPES, I64, DType
 
-__all__ = ["Landings", "address", "landing", "payload", "raw", "words"]
+__all__ = ["Landings", "in_order", "landing", "payload", "raw", "words"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DTYPES = [getattr(torch, dtype.name, None) for dtype in DTYPES]
-"""Torch's own, by code; None where this torch has none."""
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
 
@@ -95,35 +92,18 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     return raw(buffer), finish
 
 
-def address(tensor: torch.Tensor, dtype: torch.dtype | None, nbytes: int) -> int:
-    """Where the bytes can be put, one after the other, that a load reads for `tensor`.
+def in_order(tensor: torch.Tensor) -> bool:
+    """Whether a plain tensor's elements lie in memory of the CPU as they are, in C order."""
+    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
 
-    Args:
-        tensor: to be filled, as for `landing`.
-        dtype: what the bytes are: the stored dtype; None if this torch does not have it.
-        nbytes: how many there are.
 
-    Returns:
-        The address of its first element, if it is plain memory of that dtype and of so many bytes,
-        on the CPU, in C order without gaps; else 0: ask `landing`.
+def _has_memory(tensor: torch.Tensor, nbytes: int) -> bool:
+    """Whether a storage still has what a tensor shows: it may have been made smaller, or given back
+    (as FSDP does).
     """
-    plain = (
-        type(tensor) in _PLAIN
-        and tensor.dtype is dtype
-        and tensor.nbytes == nbytes
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-    )
-    if not plain:
-        return 0
-    # A storage may have been made smaller than its tensors, or given back (as FSDP does).
     first = tensor.storage_offset()
     begin = first * tensor.element_size() if first else 0
-    if begin + nbytes > tensor.untyped_storage().nbytes():
-        return 0
-    return tensor.data_ptr()
+    return begin + nbytes <= tensor.untyped_storage().nbytes()
 
 
 class Landings:
@@ -131,21 +111,27 @@ class Landings:
 
     Args:
         tensors: [N] to be filled.
+        addresses: [N] where one's elements lie in order, of the dtype that is stored; else 0.
         codes: [N] of the dtypes that are stored.
         nbytes: [N] what is stored of each.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], codes: NDArray[np.uint8], nbytes: I64
+        self,
+        tensors: Sequence[torch.Tensor],
+        addresses: I64,
+        codes: NDArray[np.uint8],
+        nbytes: I64,
     ) -> None:
-        self._tensors, self._codes, self._nbytes = tensors, codes.tolist(), nbytes.tolist()
-        self._dtypes = [_DTYPES[code] for code in self._codes]
+        self._tensors, self._addresses = tensors, addresses
+        self._codes, self._nbytes = codes, nbytes
         self._last: list[Callable[[], None]] = []
 
-    def addresses(self, rows: Sequence[int]) -> list[int]:
-        """The `address` of each row."""
-        tensors, dtypes, nbytes = self._tensors, self._dtypes, self._nbytes
-        return [address(tensors[row], dtypes[row], nbytes[row]) for row in rows]
+    def addresses(self, rows: I64) -> I64:
+        """[R] those of these rows; 0 also for one whose memory is not all there."""
+        tensors = map(self._tensors.__getitem__, rows.tolist())
+        there = map(_has_memory, tensors, self._nbytes[rows].tolist())
+        return np.where(np.fromiter(there, np.bool_, len(rows)), self._addresses[rows], 0)
 
     def array(self, row: int) -> NDArray[Any]:
         """The array of `landing`; Mismatch as from there."""

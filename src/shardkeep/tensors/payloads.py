@@ -14,6 +14,7 @@ import torch
 from shardkeep.contracts import Payloads
 from shardkeep.tensors.devices import copy_out, finish_work
 from shardkeep.tensors.memory import words
+from shardkeep.types import I64
 
 __all__ = ["StatePayloads"]
 
@@ -34,20 +35,20 @@ class StatePayloads(Payloads):
 
     Args:
         tensors: on any device, with any strides.
+        addresses: [N] where those lie that are in memory of the CPU in C order; 0 for others.
         objects: the bytes of their items.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], objects: Sequence[bytes] = ()) -> None:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], addresses: I64, objects: Sequence[bytes] = ()
+    ) -> None:
         self._tensors, self._objects = tensors, objects
-        self._addresses = [_address(tensor) for tensor in tensors]
-        self._addresses += [np.frombuffer(data, np.uint8).ctypes.data for data in objects]
-        self.devices = {t.device for t, a in zip(tensors, self._addresses, strict=False) if not a}
+        at = [np.frombuffer(data, np.uint8).ctypes.data for data in objects]
+        self.addresses = np.concatenate([addresses, np.array(at, dtype=np.int64)])
+        self._addresses: list[int] = self.addresses.tolist()
+        self.devices = {tensors[row].device for row in np.flatnonzero(addresses == 0).tolist()}
         """Of the tensors that have to be copied by torch."""
         finish_work(self.devices)
-
-    def address(self, row: int) -> int:
-        """Where one payload lies in memory, all of it in order; 0 if it does not."""
-        return self._addresses[row]
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
@@ -58,13 +59,6 @@ class StatePayloads(Payloads):
             ctypes.memmove(address, source + start, nbytes)
         else:
             _memcpy(address, source + start, nbytes)
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Where the elements lie in C order, in memory of the CPU; 0 if they don't."""
-    if tensor.is_contiguous() and tensor.is_cpu and not (tensor.is_conj() or tensor.is_neg()):
-        return tensor.data_ptr()
-    return 0
 
 
 def _copy_strided(tensor: torch.Tensor, start: int, nbytes: int, address: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from shardkeep.plan.cutting import cut
+from shardkeep.tensors.memory import in_order
 from shardkeep.tensors.pieces import Described, Piece
 from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Tensors
 
@@ -27,6 +28,8 @@ class Pieces:
     memory: Sequence[torch.Tensor]
     pointers: I64
     """[P] where the first element lies."""
+    addresses: I64
+    """[P] the same for those that lie in memory of the CPU in C order; 0 for others."""
 
     def of(self, tensor: int, ndim: int) -> tuple[Piece, ...]:
         """Those of one tensor of so many dimensions."""
@@ -47,6 +50,8 @@ class Rows:
     """Row of a tensor -> how many pieces it has, where that is not one."""
     memory: list[torch.Tensor] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
+    apart: list[int] = field(default_factory=list)
+    """Rows of pieces that don't lie in memory of the CPU in C order."""
     boxes: dict[int, Box] = field(default_factory=dict)
     """Row of a piece -> its box, where that is not the whole tensor."""
 
@@ -58,6 +63,8 @@ class Rows:
         self.shapes.append(described.shape)
         for piece in described.pieces:
             self.boxes[len(self.memory)] = piece.box
+            if not in_order(piece.local):
+                self.apart.append(len(self.memory))
             self.memory.append(piece.local)
             self.pointers.append(piece.local.data_ptr() if piece.local.numel() else 0)
 
@@ -78,7 +85,9 @@ class Rows:
         for row, box in self.boxes.items():
             offsets[row, : box.ndim], sizes[row, : box.ndim] = box.offsets, box.sizes
         pointers = np.array(self.pointers, dtype=np.uint64).view(np.int64)
-        return Pieces(piece, offsets, sizes, self.memory, pointers)
+        addresses = pointers.copy()
+        addresses[self.apart] = 0
+        return Pieces(piece, offsets, sizes, self.memory, pointers, addresses)
 
 
 def cut_large(tensors: Tensors, whole: Pieces, limit: int) -> Pieces:
@@ -103,12 +112,13 @@ def cut_large(tensors: Tensors, whole: Pieces, limit: int) -> Pieces:
         counts[row], done = len(parts), row + 1
     views += whole.memory[done:]
     offsets, sizes = (np.repeat(t, counts, axis=0) for t in (whole.offsets, whole.sizes))
-    pointers = np.repeat(whole.pointers, counts)
+    pointers, addresses = (np.repeat(t, counts) for t in (whole.pointers, whole.addresses))
     changed = np.flatnonzero(np.repeat(np.isin(np.arange(len(counts)), large), counts))
     for row, box in zip(changed.tolist(), boxes, strict=True):
         offsets[row, : box.ndim], sizes[row, : box.ndim] = box.offsets, box.sizes
         pointers[row] = np.uint64(views[row].data_ptr()).view(np.int64)
-    return Pieces(np.repeat(whole.piece, counts), offsets, sizes, views, pointers)
+        addresses[row] = pointers[row] if in_order(views[row]) else 0
+    return Pieces(np.repeat(whole.piece, counts), offsets, sizes, views, pointers, addresses)
 
 
 def aliases(tensors: Tensors, pieces: Pieces) -> I64:

@@ -24,7 +24,7 @@ from shardkeep.tensors.pieces import (
 from shardkeep.tensors.rows import Rows, aliases, cut_large
 from shardkeep.tensors.stateful import expand
 from shardkeep.tree import Flat, flatten
-from shardkeep.types import Claim, Path, Structure
+from shardkeep.types import I64, Claim, Path, Structure
 
 __all__ = ["Local", "describe_state", "describe_tensors"]
 
@@ -43,11 +43,13 @@ class Local:
         claim: names and boxes, for the other ranks.
         memory: of each piece, row by row as in the claim; any strides and device, some of them not
             detached. The shape is that of the piece's box.
+        addresses: of each piece, where it lies in memory of the CPU in C order; 0 if it does not.
         objects: name -> value of objects and twins.
     """
 
     claim: Claim
     memory: Sequence[torch.Tensor]
+    addresses: I64
     objects: Mapping[str, Any]
 
 
@@ -91,6 +93,7 @@ def describe_state(
             content=contents(marked.places("Replicated"), structure, tensors, pieces, objects),
         ),
         memory=pieces.memory,
+        addresses=pieces.addresses,
         objects={**objects, **{twin.name: twin.value for twin in flat.twins}},
     )
 
@@ -103,12 +106,15 @@ def describe_tensors(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
     """
     rows, objects, inner = Rows(), dict[str, Any](), False
     names, codes, shapes = rows.names, rows.codes, rows.shapes
-    memory, pointers = rows.memory, rows.pointers
+    memory, pointers, apart = rows.memory, rows.pointers, rows.apart
     for name, value in flat.items():
         if lies_plainly(value):
             names.append(name)
             codes.append(CODES[value.dtype])
             shapes.append(value.shape)
+            plain = value.is_contiguous() and value.is_cpu  # `in_order`, but no call of it
+            if not plain or value.is_conj() or value.is_neg():
+                apart.append(len(memory))
             memory.append(value)
             pointers.append(value.data_ptr())
         elif is_tensor(value):
