@@ -175,7 +175,7 @@ def test_a_thousand_tensors_are_few_reads_and_no_copies(monkeypatch):
     store.reads = 0
     told = []
     report = sk.load(template, store, progress=lambda *what: told.append(what))
-    assert copies[0][1].copies == []
+    assert copies[0].copies == []
     assert store.reads == 1
     assert told == [("read", report.read, report.read)]
     assert all(held["weight"].eq(int(i)).all() for i, held in template["layers"].items())
@@ -213,14 +213,14 @@ def test_one_more_small_tensor_costs_next_to_no_call():
                 source = checkpoint.open(store)
                 own = OwnValues(source, 0, 1, str)
                 matched = matching.match(flat, matching.Contents(source, ()), own)
-                _, filling = loading._plan(matched.found, source, 1)
+                filling = loading._plan(matched.found, source, 1, None)
                 filling.run(store, verify=True, threads=1, progress=None)
                 loading._report(matched, ())
 
             load()
             calls[count] = calls_of(load)
-    # A look at its memory, with the sizes of its dtype and the like; all else is columns.
-    assert (calls[1500] - calls[500]) / 1000 <= 9
+    # A look at its memory, with what torch calls for its storage; all else is columns.
+    assert (calls[1500] - calls[500]) / 1000 <= 7.1, calls
 
 
 def test_memory_that_is_not_plain_is_filled_in_the_general_way():

@@ -352,14 +352,22 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return _boxes(rows, boxes, self.index.chunks.offsets.shape[1])
 
     def plan(
-        self, wanted: Boxes, memory: Memory, *, threads: int, together: bool = False
+        self,
+        wanted: Boxes,
+        memory: Memory,
+        *,
+        threads: int,
+        together: bool = False,
+        budget: int | None = None,
     ) -> Filling:
         """Decide how to read boxes into memory, as `filling.plan` does.
 
         Raises: as `fill`, but for what is read.
         """
         self._check_cover(distinct(wanted.tensor))
-        return filling.plan(self.sources, wanted, memory, threads=threads, together=together)
+        return filling.plan(
+            self.sources, wanted, memory, threads=threads, together=together, budget=budget
+        )
 
     def check_cover(self) -> None:
         """Refuse any tensor with holes, as reading it would, with a FormatError."""
@@ -402,6 +410,9 @@ class _Arrays(Memory):
 
     def array(self, row: int) -> NDArray[Any]:
         return self._requests[row].into
+
+    def put(self, row: int, part: Box, data: NDArray[np.uint8]) -> None:
+        raise NotImplementedError("every request has an array")
 
 
 _OFFSETS, _SIZES = attrgetter("offsets"), attrgetter("sizes")

@@ -6,7 +6,10 @@ general way, which says what is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +17,11 @@ from numpy.typing import NDArray
 
 from shardkeep import knobs
 from shardkeep.contracts import Progress, Store
-from shardkeep.io.read import Copy, ReadStats, read_copies
+from shardkeep.io.arena import aligned
+from shardkeep.io.read import Copy, ReadStats, Round, read_copies
 from shardkeep.io.small import Batch, Small, batches, by_place, read_small
 from shardkeep.plan.overlap import Boxes, Overlap, distinct, first_element, one_run, overlap
+from shardkeep.plan.rounds import Part, in_rounds
 from shardkeep.sources import Plain, Sources
 from shardkeep.types import I64, ITEMSIZES, Box, Chunks, Index
 
@@ -36,8 +41,20 @@ class Memory(Protocol):
         """
         ...
 
-    def array(self, row: int) -> NDArray[Any]:
-        """An array for a whole box, to be filled as `io.jobs.Copy.into`. Asked for once a row."""
+    def array(self, row: int) -> NDArray[Any] | None:
+        """An array for a whole box, to be filled as `io.jobs.Copy.into`. Asked for once a row.
+
+        None where bytes can't be read to: they are `put` there.
+        """
+        ...
+
+    def put(self, row: int, part: Box, data: NDArray[np.uint8]) -> None:
+        """Take part of a box, whose elements `data` holds in C order, as they are stored.
+
+        Args:
+            part: relative to the box.
+            data: is used again for something else.
+        """
         ...
 
 
@@ -47,7 +64,8 @@ class Filling:
 
     Attributes:
         small: whole payloads for memory that has an address, and `reads`: how they are read.
-        copies: everything else.
+        copies: all else that is read to where it belongs.
+        rounds: what is not: it is put there, part by part. `room`: bytes of memory that this takes.
         resharded: [R] whether a box is put together from other boxes than itself. Large chunks that
             tile it run after run are itself: large boxes are cut like that when they are saved.
         memory: kept alive by this.
@@ -56,6 +74,8 @@ class Filling:
     small: Small
     reads: list[Batch]
     copies: list[Copy]
+    rounds: list[Round]
+    room: int
     resharded: Mask
     memory: Memory
 
@@ -70,12 +90,14 @@ class Filling:
     ) -> ReadStats:
         """Read everything, as `io.read.read_copies` does; it raises what that does."""
         told = _Told(progress, sum(read.high - read.low for read in self.reads))
+        budget = knobs.host_budget() if budget is None else budget
         stats = read_copies(
             store,
             self.copies,
+            self.rounds,
             verify=verify,
             threads=threads,
-            budget=budget,
+            budget=max(0, budget - 2 * self.room),  # of which the store has half
             progress=told.copies,
         )
         nbytes = read_small(
@@ -116,7 +138,13 @@ def _nobody(phase: str, done: int, total: int) -> None:
 
 
 def plan(
-    sources: Sources, wanted: Boxes, memory: Memory, *, threads: int, together: bool = False
+    sources: Sources,
+    wanted: Boxes,
+    memory: Memory,
+    *,
+    threads: int,
+    together: bool = False,
+    budget: int | None = None,
 ) -> Filling:
     """Decide how to read some boxes. Item headers are read where the index does not say enough.
 
@@ -125,6 +153,7 @@ def plan(
         memory: where each of them goes.
         together: other ranks of this machine load at the same time. Whole tensors are what all of
             them want: those are read through the page cache, so that the disk is read once.
+        budget: as of `Filling.run`; a quarter of it is for what is not read to where it belongs.
 
     Raises:
         Damaged, FormatError: as from `Sources.locate`.
@@ -149,9 +178,73 @@ def plan(
     slow = np.ones(len(wanted.tensor), dtype=np.bool_)
     slow[found.left[fast]] = False
     slow[found.left[rest]] = True
-    arrays = {row: memory.array(row) for row in np.flatnonzero(slow).tolist()}
-    copies = _copies(sources, wanted, found, rest, arrays, threads, together)
-    return Filling(small, batches(small, knobs.gap()), copies, resharded, memory)
+    given = {row: memory.array(row) for row in np.flatnonzero(slow).tolist()}
+    arrays = {row: array for row, array in given.items() if array is not None}
+    around = np.array([row for row in given if row not in arrays], dtype=np.int64)
+    shapes = sources.index.tensors.shape[wanted.tensor][:, : wanted.sizes.shape[1]]
+    shared = together & (wanted.sizes == shapes).all(axis=1)
+    rest = rest[~np.isin(found.left[rest], around)]
+    copies = _copies(sources, wanted, found, rest, arrays, shared, threads)
+    room = (knobs.host_budget() if budget is None else budget) // 4
+    room = max(1, room // knobs.BLOCK) * knobs.BLOCK
+    rounds = _rounds(sources, wanted, around, memory, shared, threads, room)
+    room = room if rounds else 0
+    return Filling(small, batches(small, knobs.gap()), copies, rounds, room, resharded, memory)
+
+
+def _rounds(
+    sources: Sources,
+    wanted: Boxes,
+    rows: I64,
+    memory: Memory,
+    shared: Mask,
+    threads: int,
+    room: int,
+) -> list[Round]:
+    """These of the wanted boxes, in parts that are read to so many bytes of memory, and put."""
+    if not len(rows):
+        return []
+    groups = in_rounds(_shapes(sources.index, wanted, rows), room)
+    parts = [part for group in groups for part in group]
+    space = aligned(max((part.start + part.nbytes for part in parts), default=1))
+    its_bytes = [space[part.start : part.start + part.nbytes] for part in parts]
+    of = np.array([part.row for part in parts], dtype=np.int64)
+    itemsizes = ITEMSIZES[sources.index.tensors.dtype[wanted.tensor[of]]].tolist()
+    arrays = {
+        at: data.view(f"V{itemsize}").reshape(part.inside.sizes)
+        for at, (part, data, itemsize) in enumerate(zip(parts, its_bytes, itemsizes, strict=True))
+    }
+    boxes = Boxes(wanted.tensor[of], wanted.offsets[of], wanted.sizes[of])
+    for at, part in enumerate(parts):
+        boxes.offsets[at, : part.inside.ndim] += np.array(part.inside.offsets, dtype=np.int64)
+        boxes.sizes[at, : part.inside.ndim] = part.inside.sizes
+    found = _meet(boxes, sources.index.chunks)
+    ends = np.cumsum([len(group) for group in groups])
+    cuts = np.searchsorted(found.left, [0, *ends])
+    rounds = []
+    for group, (first, last), end in zip(groups, pairwise(cuts), ends, strict=True):
+        copies = _copies(sources, boxes, found, np.arange(first, last), arrays, shared[of], threads)
+        mine = its_bytes[end - len(group) : end]
+        rounds.append(Round(copies, partial(_put, memory, group, mine)))
+    return rounds
+
+
+def _shapes(index: Index, wanted: Boxes, rows: I64) -> list[tuple[int, Box, int]]:
+    """For each of these rows itself, its box without padding, and the bytes of an element."""
+    tensor = wanted.tensor[rows]
+    ndims, itemsizes = index.tensors.ndim[tensor], ITEMSIZES[index.tensors.dtype[tensor]]
+    sizes = wanted.sizes[rows].tolist()
+    return [
+        (row, Box.whole(tuple(size[:ndim])), itemsize)
+        for row, size, ndim, itemsize in zip(
+            rows.tolist(), sizes, ndims.tolist(), itemsizes.tolist(), strict=True
+        )
+    ]
+
+
+def _put(memory: Memory, parts: Sequence[Part], its_bytes: Sequence[NDArray[np.uint8]]) -> None:
+    for part, data in zip(parts, its_bytes, strict=True):
+        memory.put(part.row, part.inside, data)
 
 
 def _as_saved(wanted: Boxes, found: Overlap, index: Index) -> Mask:
@@ -200,11 +293,11 @@ def _copies(
     wanted: Boxes,
     found: Overlap,
     rows: I64,
-    arrays: dict[int, NDArray[Any]],
+    arrays: Mapping[int, NDArray[Any]],
+    shared: Mask,
     threads: int,
-    together: bool,
 ) -> list[Copy]:
-    """The given rows of `found` as copies."""
+    """The given rows of `found` as copies; `shared`: which wanted boxes others want, too."""
     left, right = found.left[rows], found.right[rows]
     index = sources.index
     known = sources.locate(distinct(right).tolist(), threads=threads)
@@ -212,8 +305,6 @@ def _copies(
     into = found.offsets[rows] - wanted.offsets[left]
     ndims = index.tensors.ndim[wanted.tensor[left]].tolist()
     sizes_of = found.sizes[rows]
-    shapes = index.tensors.shape[wanted.tensor[left]]
-    shared = together & (wanted.sizes[left] == shapes[:, : wanted.sizes.shape[1]]).all(axis=1)
     copies = []
     for k, (ndim, to, row) in enumerate(zip(ndims, left.tolist(), right.tolist(), strict=True)):
         sizes = tuple(sizes_of[k, :ndim].tolist())
@@ -225,7 +316,7 @@ def _copies(
                 source=known[row],
                 box=Box(tuple(inside[k, :ndim].tolist()), sizes),
                 into=arrays[to][view],
-                shared=bool(shared[k]),
+                shared=bool(shared[to]),
             )
         )
     return copies

@@ -161,7 +161,9 @@ def load(
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
         with collector.paused():  # what is made for each tensor is gone again when this ends
-            planned = _planned(state, store, session, clock, strict, dtype, trust, per_rank)
+            planned = _planned(
+                state, store, session, clock, strict, dtype, trust, per_rank, host_budget
+            )
 
         clock.part("read")
         with shown(progress, session) as tell:
@@ -174,7 +176,6 @@ def load(
             )
 
         clock.part("restore")
-        planned.landings.finish()
         for tensor, value in planned.inside:
             _copy(tensor, value)
         for leaf, value in planned.values:
@@ -200,7 +201,7 @@ class _Planned:
 
     Attributes:
         template, statefuls: as from `expand`; `marked`: the template without its marks.
-        landings, filling: the tensors that are read, and how.
+        filling: the tensors that are read, and how.
         inside: tensors that the checkpoint has inside an object, and their values.
         values: the other leaves, and their values.
         report: what is known of the load before it is done.
@@ -209,7 +210,6 @@ class _Planned:
     template: Mapping[Any, Any]
     statefuls: Statefuls
     marked: Unwrapped
-    landings: Landings
     filling: Filling
     inside: list[tuple[Described, torch.Tensor]]
     values: list[tuple[Leaf, Any]]
@@ -225,6 +225,7 @@ def _planned(
     dtype: DtypePolicy,
     trust: Sequence[str],
     per_rank: PerRankPolicy,
+    budget: int | None,
 ) -> _Planned:
     clock.phase("open")
     source = checkpoint.open(store, rank=(session.rank, session.size))
@@ -242,21 +243,19 @@ def _planned(
 
     clock.phase("read")
     clock.part("plan")
-    landings, filling = _plan(matched.found, source, knobs.ranks_here(session.size))
+    filling = _plan(matched.found, source, knobs.ranks_here(session.size), budget)
     report = _report(matched, matched.found.names_of(filling.resharded))
     report = replace(report, skipped=tuple(own.skipped))
-    return _Planned(
-        template, statefuls, marked, landings, filling, matched.inside, matched.values, report
-    )
+    return _Planned(template, statefuls, marked, filling, matched.inside, matched.values, report)
 
 
-def _plan(found: Found, source: Checkpoint, ranks_here: int) -> tuple[Landings, Filling]:
+def _plan(found: Found, source: Checkpoint, ranks_here: int, budget: int | None) -> Filling:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     codes = source.index.tensors.dtype[found.wanted.tensor]
     nbytes = found.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
     landings = Landings(found.memory, found.addresses, codes, nbytes)
     threads, together = knobs.threads(ranks_here), ranks_here > 1
-    return landings, source.plan(found.wanted, landings, threads=threads, together=together)
+    return source.plan(found.wanted, landings, threads=threads, together=together, budget=budget)
 
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:

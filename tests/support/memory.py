@@ -63,6 +63,8 @@ def main(path: str) -> dict[str, Any]:
                 t, f"{path}/a", host_budget=BUDGET, verify=v, strict={"*": True}
             )
         )
+    cast = {name: torch.zeros(4096, 2048, dtype=torch.float16) for name in mine if name[0] == "l"}
+    found["load cast"] = peak(lambda: sk.load(cast, f"{path}/a", host_budget=BUDGET, dtype="cast"))
     ckpt = sk.open(f"{path}/a")
     found["slice"] = peak(lambda: ckpt.read("l1", Box((0, 5), (4096, 1)))) - 4096 * 4
     return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import cast
+from functools import cache, partial
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from shardkeep.io.sums import Sums
 from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.plan.reads import block_range, runs
 
-__all__ = ["Copy", "Payload", "ReadStats", "read_copies", "verify_payloads"]
+__all__ = ["Copy", "Payload", "ReadStats", "Round", "read_copies", "verify_payloads"]
 
 _MOST = 4 << 20
 """Bytes of one read into a buffer at most, however large the budget: they should stay cached."""
@@ -35,7 +35,7 @@ _STEP = 8 * BLOCK
 """Bytes that are checked at once, soon after they were read: they are in a cache still. With less,
 threads spend more time in waiting for the interpreter than they save in the cache."""
 
-_Job = Straight | Rows | Read | Copy
+_Job = Straight | Rows | Read | Copy | Callable[[], None]
 """A copy is a job of its own if its source's bytes are in memory already."""
 
 
@@ -54,16 +54,32 @@ class ReadStats:
     bytes_unchecked: int = 0
 
 
+class Round(NamedTuple):
+    """Copies that are read before others are.
+
+    Attributes:
+        copies: what is read.
+        done: called when all of it is there, while the next round is read: the one after that may
+            want the same memory.
+    """
+
+    copies: Sequence[Copy]
+    done: Callable[[], None]
+
+
 def read_copies(
     store: Store,
     copies: Sequence[Copy],
+    rounds: Sequence[Round] = (),
     *,
     verify: bool = True,
     threads: int,
     budget: int | None = None,
     progress: Progress | None = None,
 ) -> ReadStats:
-    """Fill all destinations, in parallel. Digested payloads are read and checked by whole blocks.
+    """Fill all destinations, in parallel: those of `copies`, then those of each round.
+
+    Digested payloads are read and checked by whole blocks.
 
     The buffers take at most half of `budget` bytes in all (but 1 MiB a thread at least), by default
     `knobs.host_budget()`; the other half is the store's. After an error the content of the
@@ -80,35 +96,46 @@ def read_copies(
     limit = max(_LEAST, min(_MOST, limit))
     in_rows = isinstance(store, StoreInRows)
     mapped = cache(store.mapped) if knobs.mapping() and isinstance(store, StoreMapped) else None
-    planner = Planner(knobs.gap(), limit, verify, in_rows, mapped)
+    every = [*copies, *(copy for later in rounds for copy in later.copies)]
+    needed = sum(map(_check, every))
+
+    def planned(some: Sequence[Copy]) -> tuple[list[_Job], list[Use]]:
+        planner = Planner(knobs.gap(), limit, verify, in_rows, mapped)
+        return _jobs(some, planner), planner.uses
+
+    work = [planned(copies), *(planned(later.copies) for later in rounds)]
+    meter = Meter(progress, "read", sum(_nbytes(job) for jobs, _ in work for job in jobs))
+    sums = Sums(every, verify)
+    read: list[int] = []
+
+    def worker(uses: list[Use], mine: Iterator[_Job]) -> None:
+        hand = _Worker(store, verify, limit, sums)
+        for job in mine:
+            read.append(hand.do(job, uses))
+            meter.add(_nbytes(job))
+
+    before: list[_Job] = []
+    for number, (jobs, uses) in enumerate(work):
+        parallel([*before, *jobs], partial(worker, uses), threads)
+        before = [rounds[number - 1].done] if number else []
+    parallel(before, partial(worker, []), 1)
+    left = [copy for copy in sums.compare() if copy.into.nbytes]
+    names = tuple(dict.fromkeys(copy.name for copy in left))
+    return ReadStats(sum(read), needed, names, sum(copy.into.nbytes for copy in left))
+
+
+def _jobs(copies: Sequence[Copy], planner: Planner) -> list[_Job]:
+    """What there is to read for some copies."""
     jobs: list[_Job] = []
-    needed = 0
     for copy in copies:
-        nbytes = _check(copy)
-        needed += nbytes
         if copy.source.data is not None:
             jobs.append(copy)
-        elif nbytes:
+        elif copy.into.nbytes:
             try:
                 planner.add(copy)
             except FormatError as error:
                 raise error.within(place=f"tensor {copy.name!r}") from None
-    jobs += planner.in_memory
-    jobs += planner.jobs()
-    meter = Meter(progress, "read", sum(map(_nbytes, jobs)))
-    sums = Sums(copies, verify)
-    read: list[int] = []
-
-    def worker(mine: Iterator[_Job]) -> None:
-        hand = _Worker(store, verify, limit, sums)
-        for job in mine:
-            read.append(hand.do(job, planner.uses))
-            meter.add(_nbytes(job))
-
-    parallel(jobs, worker, threads)
-    left = [copy for copy in sums.compare() if copy.into.nbytes]
-    names = tuple(dict.fromkeys(copy.name for copy in left))
-    return ReadStats(sum(read), needed, names, sum(copy.into.nbytes for copy in left))
+    return [*jobs, *planner.in_memory, *planner.jobs()]
 
 
 class _Worker:
@@ -122,6 +149,9 @@ class _Worker:
         """Do one job; bytes read from the store."""
         if isinstance(job, Copy):
             _take_from_memory(job, self._verify)
+            return 0
+        if callable(job):
+            job()
             return 0
         if isinstance(job, Straight):
             _read_straight(self._store, job, self._sums)
@@ -147,6 +177,8 @@ class _Worker:
 
 
 def _nbytes(job: _Job) -> int:
+    if callable(job):
+        return 0
     return job.into.nbytes if isinstance(job, Copy | Rows) else job.high - job.low
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardkeep.errors import Mismatch
-from shardkeep.types import DTYPES, I64, DType
+from shardkeep.types import DTYPES, I64, Box, DType
 
 __all__ = ["Landings", "in_order", "landing", "payload", "raw", "words"]
 
@@ -73,23 +73,36 @@ def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[
     Raises:
         Mismatch: this torch does not have the dtype, or can't cast it (raised by the call).
     """
-    stored = getattr(torch, dtype.name, None)
-    if not isinstance(stored, torch.dtype):
-        raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
-    lazy = tensor.is_conj() or tensor.is_neg()
-    if tensor.device.type == "cpu" and tensor.dtype == stored and not lazy:
+    stored = _stored(dtype)
+    if _takes_bytes(tensor, stored):
         return raw(tensor), _nothing
     buffer = torch.empty(tuple(tensor.shape), dtype=stored)
+    return raw(buffer), lambda: _fill(tensor, buffer)
 
-    def finish() -> None:
-        # Inference tensors change in inference mode only. It sets the grad mode, even to leave it.
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            try:
-                tensor.copy_(buffer)
-            except (RuntimeError, NotImplementedError) as error:
-                raise Mismatch(f"can't cast {dtype} to {tensor.dtype}: {error}") from error
 
-    return raw(buffer), finish
+def _stored(dtype: DType) -> torch.dtype:
+    """Torch's own; Mismatch if this torch does not have it."""
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
+    return found
+
+
+def _takes_bytes(tensor: torch.Tensor, stored: torch.dtype) -> bool:
+    """Whether elements of that dtype can be read to where the tensor's own are."""
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.device.type == "cpu" and tensor.dtype == stored and not lazy
+
+
+def _fill(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Move and cast; Mismatch if that can't be done."""
+    # Inference tensors change in inference mode only. It sets the grad mode, even to leave it.
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        try:
+            tensor.copy_(buffer)
+        except (RuntimeError, NotImplementedError) as error:
+            dtypes = f"{str(buffer.dtype).removeprefix('torch.')} to {tensor.dtype}"
+            raise Mismatch(f"can't cast {dtypes}: {error}") from error
 
 
 def in_order(tensor: torch.Tensor) -> bool:
@@ -125,7 +138,6 @@ class Landings:
     ) -> None:
         self._tensors, self._addresses = tensors, addresses
         self._codes, self._nbytes = codes, nbytes
-        self._last: list[Callable[[], None]] = []
 
     def addresses(self, rows: I64) -> I64:
         """[R] those of these rows; 0 also for one whose memory is not all there."""
@@ -133,17 +145,23 @@ class Landings:
         there = map(_has_memory, tensors, self._nbytes[rows].tolist())
         return np.where(np.fromiter(there, np.bool_, len(rows)), self._addresses[rows], 0)
 
-    def array(self, row: int) -> NDArray[Any]:
-        """The array of `landing`; Mismatch as from there."""
-        array, done = landing(self._tensors[row], DTYPES[self._codes[row]])
-        if done is not _nothing:
-            self._last.append(done)
-        return array
+    def array(self, row: int) -> NDArray[Any] | None:
+        """The tensor's memory, as of `raw`; None where bytes have to be moved there, or cast.
 
-    def finish(self) -> None:
-        """When all is read: move and cast what went to buffers. Mismatch as from `landing`."""
-        for done in self._last:
-            done()
+        Raises:
+            Mismatch: this torch does not have the dtype.
+        """
+        tensor = self._tensors[row]
+        return raw(tensor) if _takes_bytes(tensor, self._dtype(row)) else None
+
+    def put(self, row: int, part: Box, data: NDArray[np.uint8]) -> None:
+        """Move and cast part of what is stored for a tensor. Mismatch if that can't be done."""
+        found = torch.from_numpy(data).view(self._dtype(row)).reshape(part.sizes)
+        place: tuple[Any, ...] = (*part.slices, ...)  # a view, even of a scalar
+        _fill(self._tensors[row].detach()[place], found)
+
+    def _dtype(self, row: int) -> torch.dtype:
+        return _stored(DTYPES[self._codes[row]])
 
 
 def _nothing() -> None:
