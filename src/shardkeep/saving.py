@@ -139,8 +139,9 @@ def save(
         overwrite: replace the checkpoint at `path`; it loads until the new one is durable.
         flatten: False keeps each top-level value as one leaf: containers become objects, with
             their tensors inside (what DCP calls `flatten_state_dict=False`).
-        files: data files of each rank, even in bytes. By default one, and none for a rank that
-            writes nothing.
+        files: data files of each rank at most, as even in bytes as whole items can make them; what
+            is larger than `SHARDKEEP_PART` is several items. By default one, and none for a rank
+            that writes nothing.
         spread: share replicas out over the ranks that hold them; else the lowest one writes them.
         same_objects: refuse objects that differ between ranks under one name; else the lowest
             rank's is saved, with a warning. Values that stand in the manifest are compared.
