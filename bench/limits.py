@@ -26,7 +26,7 @@ from bench.states import State, locals_of, nbytes_of
 __all__ = ["Aside", "Copy", "Crc", "DirectRead", "DirectWrite", "Preadv"]
 
 PAGE = 4096
-WRITE, READ, CACHED = 8 << 20, 2 << 20, 4 << 20
+WRITE, CACHED = 8 << 20, 4 << 20
 """Bytes of one system call."""
 
 
@@ -76,13 +76,19 @@ class Preadv(_Raw):
 
 
 class DirectRead(_Raw):
-    """Reads from the disk itself, into buffers that are used again and again."""
+    """Reads from the disk itself, so many MiB a call, into buffers that are used over and over."""
+
+    def __init__(self, rank: int, ranks: int, *, threads: int = 2, mib: int = 2) -> None:
+        super().__init__(rank, ranks, threads=threads)
+        self._nbytes = mib << 20
 
     def load(self, state: State, path: Path) -> dict[str, float]:
         file = os.open(self.file(path), os.O_RDONLY | _direct())
         try:
-            starts = range(0, os.fstat(file).st_size, READ)
-            _with_buffers(self.threads, starts, lambda b, at: os.preadv(file, [b], at))
+            starts = range(0, os.fstat(file).st_size, self._nbytes)
+            _with_buffers(
+                self.threads, self._nbytes, starts, lambda b, at: os.preadv(file, [b], at)
+            )
         finally:
             os.close(file)
         return {}
@@ -200,21 +206,21 @@ def _direct() -> int:
     return getattr(os, "O_DIRECT", 0)
 
 
-_landings: dict[int, memoryview] = {}
-"""By number: buffers of direct reads, kept from one to the next."""
+_landings: dict[tuple[int, int], memoryview] = {}
+"""By number and bytes: buffers of direct reads, kept from one to the next."""
 
 
 def _with_buffers(
-    threads: int, starts: Iterable[int], call: Callable[[memoryview, int], Any]
+    threads: int, nbytes: int, starts: Iterable[int], call: Callable[[memoryview, int], Any]
 ) -> None:
     mine = threading.local()
 
     def one(at: int) -> None:
         if not hasattr(mine, "buffer"):
             number = next(taken)
-            if number not in _landings:
-                _landings[number] = memoryview(mmap.mmap(-1, READ))
-            mine.buffer = _landings[number]
+            if (number, nbytes) not in _landings:
+                _landings[number, nbytes] = memoryview(mmap.mmap(-1, nbytes))
+            mine.buffer = _landings[number, nbytes]
         call(mine.buffer, at)
 
     taken = itertools.count()

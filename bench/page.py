@@ -43,7 +43,8 @@ METHOD = """\
 - **The limits** move the same number of bytes with nothing around it: `O_DIRECT` writes of
   the state's bytes, copied to aligned memory before, into a file that was allocated ahead, then
   truncated and synced; `preadv` from the page
-  cache into the tensors; `O_DIRECT` reads of 2 MiB; torch's copy between tensors that are there.
+  cache into the tensors; `O_DIRECT` reads of 2 or 8 MiB; torch's copy between tensors that are
+  there.
 - **Time** is from the first rank's begin to the last one's end. **CPU** and **memory** are those
   of all ranks together; memory is the peak of what is resident beyond what was before the call,
   pages of mapped files included. Helper processes are in neither.
@@ -55,7 +56,7 @@ METHOD = """\
 
 ```console
 $ make bench                            # everything: an hour and more; writes this page
-$ make bench QUICK=1                    # tiny sizes, in two minutes or three: does everything work?
+$ make bench QUICK=1                    # tiny sizes, in 5 minutes: does everything work?
 $ .venv-bench/bin/python -m bench save-1 --rounds 9 --size 4
 ```
 
@@ -104,7 +105,10 @@ def _machines(results: Mapping[str, Result]) -> Iterator[str]:
     for key in every[-1].machine:
         values = list(dict.fromkeys(result.machine.get(key, "unknown") for result in every))
         if key == "load before the run":
-            shown = f"{min(map(float, values))} to {max(map(float, values))}"
+            shown = (
+                f"{min(map(float, values))} to {max(map(float, values))} (mean of a minute: most"
+            )
+            shown += " of it is the workload before)"
         else:
             shown = "; ".join(values)
         yield f"- {key}: {shown}"
@@ -150,7 +154,7 @@ def _ahead(result: Result) -> Iterator[str]:
         if ratio is None or ratio < 1 - LEVEL:
             continue
         loose = times(result, "unverified", key)
-        more = f"; with `verify=False`: {_number(loose)} ×" if loose is not None else ""
+        more = "" if loose is None else f"; with `verify=False` {_compared(loose)}"
         if ratio <= 1 + LEVEL:
             yield f"- {result.title}: level with {series.label}{more}."
         else:
@@ -158,6 +162,14 @@ def _ahead(result: Result) -> Iterator[str]:
     for series in result.series.values():
         if series.role == "ours" and series.error:
             yield f"- {result.title}: {series.label} does not run: `{_escaped(series.error)}`"
+
+
+def _compared(ratio: float) -> str:
+    """How another's speed stands to Shardkeep's."""
+    if abs(ratio - 1) <= LEVEL:
+        return "level"
+    ahead, how = ("that", ratio) if ratio > 1 else ("Shardkeep", 1 / ratio)
+    return f"{ahead} is {_number(how)} × as fast"
 
 
 def _table(result: Result) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 from bench.measure import Result, Series
 from bench.page import ordered
@@ -43,9 +45,11 @@ COLUMNS = 4
 def draw(results: Mapping[str, Result], path: Path) -> None:
     """Bars of median GB/s (tensors a second for many small ones) with the spread of the rounds."""
     shown = [result for result in ordered(results) if _drawn(result)]
+    loops = [result for result in results.values() if result.work == "step" and _bars(result)]
     if not shown:
         return
-    rows = -(-len(shown) // COLUMNS)
+    count = len(shown) + len(loops)
+    rows = -(-count // COLUMNS)
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure, grid = plt.subplots(
@@ -54,15 +58,25 @@ def draw(results: Mapping[str, Result], path: Path) -> None:
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         for axes, result in zip(grid.flat, shown, strict=False):
             _panel(axes, result)
-        for axes in list(grid.flat)[len(shown) :]:
+        for axes, result in zip(grid.flat[len(shown) :], loops, strict=False):
+            _steps(axes, result)
+        for axes in grid.flat[count:]:
             axes.set_visible(False)
         figure.suptitle(
-            "Longer is faster. Red: what the machine itself can do. Thin lines: all rounds.",
+            "Longer is faster, but for the last. Red: what the machine itself can do. "
+            "Thin lines: all rounds. " + _when_and_where(results),
             fontsize=12,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=100)
         plt.close(figure)
+
+
+def _when_and_where(results: Mapping[str, Result]) -> str:
+    dates = sorted({result.date for result in results.values()})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    machine = next(iter(results.values())).machine
+    return f"{machine.get('processor', 'unknown processor')}, {span}."
 
 
 def _drawn(result: Result) -> bool:
@@ -94,13 +108,45 @@ def _panel(axes: Axes, result: Result) -> None:
             textcoords="offset points",
             va="center",
             fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            zorder=5,  # not crossed by the limit
         )
     axes.set_yticks(range(len(bars)), [NAMES.get(key, key) for key in bars])
     axes.invert_yaxis()
     axes.set_xlabel("tensors/s" if small else "GB/s", fontsize=8)
     _limit(axes, result, amount)
     axes.set_title(_title(result), loc="left", fontsize=9, fontweight="bold")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    axes.grid(axis="x", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _steps(axes: Axes, result: Result) -> None:
+    """How long the slowest hundredth of a loop's steps takes, by what runs beside them."""
+    series = [one for one in result.series.values() if one.figures.get("p99")]
+    for row, one in enumerate(series):
+        value = 1000 * one.figures["p99"][0]
+        color = {"ours": COLORS["shardkeep"], "stock": COLORS["stock"]}.get(one.role, OTHER)
+        axes.barh(row, value, color=color, height=0.72)
+        axes.annotate(
+            f"{value:.2f}",
+            (value, row),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(series)), [textwrap.fill(one.label, 18) for one in series])
+    axes.tick_params(axis="y", labelsize=7.5)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * axes.dataLim.x1)
+    axes.set_xlabel("ms, 99th percentile", fontsize=8)
+    axes.set_title(
+        "A step of a loop beside a save\n(shorter is better)\n",
+        loc="left",
+        fontsize=9,
+        fontweight="bold",
+    )
     axes.grid(axis="x", color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -114,7 +160,7 @@ def _limit(axes: Axes, result: Result, amount: float) -> None:
     axes.locator_params(axis="x", nbins=4)  # large numbers would run into each other
     if series is None or not limit:
         return
-    axes.axvline(limit, color=LIMIT, linewidth=1.8, linestyle="--")
+    axes.axvline(limit, color=LIMIT, linewidth=1.8, linestyle="--", zorder=3)
     right = limit > axes.get_xlim()[1] / 2
     axes.annotate(
         f"{series.label.partition(', ')[0]} {limit:.2f}",

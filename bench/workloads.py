@@ -74,6 +74,13 @@ COPIERS = (STOCK.key, TORCH.key, TENSORS.key)
 STATES = {"adamw": "AdamW state", "bf16": "bf16 model"}
 
 
+def left_out(entries: Sequence[Entry]) -> list[str]:
+    """A note of who could have taken part, but did not."""
+    there = {entry.contestant for entry in entries}
+    out = [entry.label.partition(", ")[0] for entry in EVERYONE if entry.contestant not in there]
+    return [f"Not among these: {', '.join(out)}."] if out else []
+
+
 def writing(ranks: int) -> Entry:
     threads: Variants = ({"threads": 2}, {"threads": 3}) if ranks == 1 else ({"threads": 1},)
     return Entry("direct_write", "raw direct write", role="limit", variants=threads)
@@ -82,8 +89,8 @@ def writing(ranks: int) -> Entry:
 def reading(ranks: int, cold: bool) -> Entry:
     """The limit of reading what `direct_write` wrote; a direct read leaves it in its buffers."""
     if cold:
-        several: Variants = ({"threads": 1}, {"threads": 4})
-        threads: Variants = ({"threads": 4},) if ranks == 1 else several
+        counts = (2, 4) if ranks == 1 else (1, 2, 4)
+        threads: Variants = tuple({"threads": n, "mib": mib} for n in counts for mib in (2, 8))
         entry = Entry("direct_read", "raw direct read", variants=threads)
     else:
         threads = ({"threads": 2},) if ranks == 1 else ({"threads": 1},)
@@ -105,6 +112,7 @@ def saves(
     with Crew(ranks, bench.folder) as crew:
         result = started(bench, crew, name, title, "save", kind, bench.nbytes)
         result.limit = "direct_write"
+        result.notes += left_out(entries)
         yield Race(bench, crew, result, entries).run(saving(bench, crew))
 
 
@@ -128,6 +136,7 @@ def loads(
     with Crew(ranks, bench.folder) as crew:
         result = started(bench, crew, name, title, "load", kind, bench.nbytes)
         result.limit = entries[-1].key
+        result.notes += left_out(entries)
         race = Race(bench, crew, result, entries)
         files = written(race, entries)
         yield race.run(loading(bench, crew, files, result, cold), trials=1)
@@ -151,6 +160,7 @@ def reshard(bench: Bench) -> Iterator[Result]:
         )
         crew.keep("build", "rows", "adamw", bench.nbytes)
         result.limit = "straight"
+        result.notes += left_out(entries)
         race = Race(bench, crew, result, entries)
         files = written(race, entries, state="rows")
         yield race.run(loading(bench, crew, files, result), trials=1)
@@ -162,6 +172,7 @@ def other_ranks(bench: Bench, name: str, before: int, after: int) -> Iterator[Re
     limit = reading(after, cold=False)
     entries = (OURS, UNVERIFIED, STOCK, RESHARDING, limit)
     result = Result(name, title, name, "load", after, 0, limit=limit.key)
+    result.notes += left_out(entries)
     with Crew(before, bench.folder) as crew:
         crew.keep("build", "state", "adamw", bench.nbytes)
         race = Race(bench, crew, result, entries[:-1])
@@ -186,6 +197,7 @@ def column_slice(bench: Bench) -> Iterator[Result]:
             f"The tensor has {amount / 1e6:.0f} MB; stock DCP has no call that reads a part of a "
             "tensor in one process, so it reads all of it."
         )
+        result.notes += left_out(entries)
         race = Race(bench, crew, result, entries)
         files = written(race, entries)
 
@@ -204,16 +216,18 @@ def small(bench: Bench, number: int) -> Iterator[Result]:
     long = count > 50_000  # minutes for a trial: settings are not tried, slow ones left out
     stock = replace(STOCK, variants=plans[1:] if long else plans)
     others = FEW if long else EVERYONE
+    seconds = 2.5 * LONG if long else LONG  # five rounds, of which stock takes nearly all
     with Crew(1, bench.folder) as crew:
         crew.keep("build", "state", "small", count)
         for work in ("save", "load"):
             title = f"{count:,} tensors of 64 bytes: {work}, 1 process"
             result = Result(f"small-{count}-{work}", title, "small", work, 1, count * 64, count)
+            result.notes += left_out((OURS, stock, *others))
             if work == "save":
-                race = Race(bench, crew, result, (OURS, stock, *others), LONG / 2)
+                race = Race(bench, crew, result, (OURS, stock, *others), seconds)
                 yield race.run(saving(bench, crew), trials=1 if long else 2)
             else:
-                race = Race(bench, crew, result, (OURS, STOCK, *others), LONG / 2)
+                race = Race(bench, crew, result, (OURS, STOCK, *others), seconds)
                 files = written(race, race.entries)
                 yield race.run(loading(bench, crew, files, result), trials=1)
 
