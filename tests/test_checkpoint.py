@@ -51,7 +51,7 @@ def test_boxes_outside_and_names_that_are_not_there(tmp_path):
         checkpoint.read("w", sk.Box((0, 0), (5, 4)))
     with pytest.raises(ValueError, match="'n' is an object: it has no box to read"):
         checkpoint.read("n", sk.Box((), ()))
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"holds no 'x'"):
         checkpoint.read("x")
     with pytest.raises(KeyError):
         checkpoint["x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import pytest
@@ -31,6 +32,66 @@ def test_the_report_is_one_line():
     assert LoadReport("run").rate == 0.0
     assert str(LoadReport("run", nbytes=1023)).startswith("loaded 1023 B in 0.00 s (0.0 GB/s)")
     assert str(LoadReport("run", nbytes=1024)).startswith("loaded 1.0 KiB in")
+
+
+def test_so_is_that_of_a_save():
+    report = sk.SaveReport(
+        "run", "0" * 32, tensors=3, objects=1, nbytes=397_110, written=1024,
+        seconds={"plan": 0.0156, "write": 0.5, "sync": 0.25, "commit": 0.001}, slowest=(3, 0.7812),
+    )  # fmt: skip
+    assert str(report) == (
+        "saved 387.8 KiB in 0.77 s, this rank 1.0 KiB (0.0 GB/s): "
+        "plan 0.02, write 0.50, sync 0.25, commit 0.00; slowest rank 3, 0.78 s"
+    )
+    assert report.rate == pytest.approx(1024 / 0.75 / 1e9)
+
+
+class Terminal(io.StringIO):
+    """A standard error that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("work", ["save", "load", "async_save"])
+def test_a_bar_is_shown_where_it_is_asked_for_on_a_terminal_alone(monkeypatch, work):
+    state, store = {"w": torch.zeros(4)}, MemoryStore()
+    sk.save(state, store)
+
+    def shown(terminal, **how):
+        monkeypatch.setattr("sys.stderr", terminal)
+        if work == "load":
+            sk.load(state, store, **how)
+        elif work == "save":
+            sk.save(state, store, overwrite=True, **how)
+        else:
+            sk.async_save(state, store, overwrite=True, **how).result()
+        return terminal.getvalue()
+
+    bar = shown(Terminal(), progress=True)
+    assert ("read" if work == "load" else "write") in bar
+    assert "check" not in bar
+    assert shown(Terminal()) == shown(io.StringIO(), progress=True) == ""
+
+
+def test_policies_are_checked_also_where_nothing_differs():
+    state, store = {"w": torch.zeros(4)}, MemoryStore()
+    sk.save(state, store)
+    for how, words in (
+        ({"dtype": "csat"}, "dtype policy must be one of .*'error', 'cast', 'upcast'.*not 'csat'"),
+        ({"dtype": {"b": "no"}}, "not 'no'"),
+        ({"strict": "no"}, "strict must be True or False, not 'no'"),
+        ({"strict": {"b": 1}}, "strict must be True or False, not 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sk.load(state, store, **how)
+
+
+def test_one_name_that_does_not_match_is_one():
+    store = MemoryStore()
+    sk.save({"w": torch.zeros(4)}, store)
+    with pytest.raises(sk.errors.Mismatch, match="1 name does not match; nothing was read"):
+        sk.load({"w": torch.zeros(5)}, store)
 
 
 class Slow(dict):

@@ -190,7 +190,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     def is_tensor(self, name: str) -> bool:
         """Whether that name is a tensor's. KeyError if there is no such name."""
         if name not in self:
-            raise KeyError(name)
+            raise KeyError(f"{self.url} holds no {name!r}")
         return name in self._tensors
 
     def shape_of(self, name: str) -> tuple[DType, tuple[int, ...]]:

@@ -41,7 +41,8 @@ def _number(name: str, default: float) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name} must be a number, not {text!r}") from None
+        what = f"{name} must be a plain number, as {default:g} is, not {text!r}"
+        raise ValueError(what) from None
 
 
 def cores() -> int:

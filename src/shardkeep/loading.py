@@ -28,6 +28,7 @@ from shardkeep.tensors.pieces import Described, is_any_tensor
 from shardkeep.tensors.stateful import Statefuls, Stored, expand, make_room, restore
 from shardkeep.tree import Leaf, put
 from shardkeep.types import ITEMSIZES
+from shardkeep.words import count, human
 
 __all__ = ["LoadReport", "load"]
 
@@ -93,22 +94,15 @@ class LoadReport:
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
         rank, longest = self.slowest
         return (
-            f"loaded {_size(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
+            f"loaded {human(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
             f"slowest rank {rank}, {longest:.2f} s" + self._doubt()
         )
 
     def _doubt(self) -> str:
-        count = len(self.unchecked)
-        of = f"{_size(self.bytes_unchecked)} of {count} tensor{'' if count == 1 else 's'}"
-        return f"; unchecked: {of}" if count else ""
-
-
-def _size(nbytes: int) -> str:
-    """Bytes as people read them: "1.9 GiB"."""
-    if nbytes < 1 << 10:
-        return f"{nbytes} B"
-    power = min(5, (nbytes.bit_length() - 1) // 10)
-    return f"{nbytes / (1 << 10 * power):.1f} {' KMGTP'[power]}iB"
+        if not self.unchecked:
+            return ""
+        of = count(len(self.unchecked), "tensor")
+        return f"; unchecked: {human(self.bytes_unchecked)} of {of}"
 
 
 def load(
@@ -156,6 +150,7 @@ def load(
         Untrusted: an object holds a class that was not trusted.
         RankFailed: another rank failed.
     """
+    _check_policies(strict, dtype)
     job = take_part(ranks)
     store = store_at(path, budget=host_budget)
     with job.session("load", store.url) as session:
@@ -278,8 +273,6 @@ def _refuse(matched: Match, strict: Strict, dtype: DtypePolicy) -> None:
     refused |= matched.refused
     for name, (stored, wanted) in matched.dtypes.items():
         policy = _policy(dtype, name, "error")
-        if policy not in _POLICIES:
-            raise ValueError(f"dtype policy must be one of {_POLICIES}, not {policy!r}")
         if policy == "error" or (policy == "upcast" and not _widens(stored, wanted)):
             refused[name] = f"dtype: {stored} in the checkpoint, {wanted} in the template"
     if not refused:
@@ -287,7 +280,8 @@ def _refuse(matched: Match, strict: Strict, dtype: DtypePolicy) -> None:
     lines = [f"  {name}: {why}" for name, why in list(refused.items())[:_SHOWN]]
     if len(refused) > len(lines):
         lines.append(f"  and {len(refused) - len(lines)} more")
-    few = f"{matched.path}: {len(refused)} names do not match; nothing was read"
+    many = f"{count(len(refused), 'name')} {'does' if len(refused) == 1 else 'do'} not match"
+    few = f"{matched.path}: {many}; nothing was read"
     message = "\n".join([few, *lines])
     raise Mismatch(message, LoadReport(matched.path, **_lists(matched), refused=refused))
 
@@ -316,6 +310,20 @@ def _policy(policy: Any, name: str, default: Any) -> Any:
         return policy
     fitting = (value for pattern, value in policy.items() if fnmatchcase(name, pattern))
     return next(fitting, default)
+
+
+def _check_policies(strict: Strict, dtype: DtypePolicy) -> None:
+    """Refuse what is none, also where it would not be asked: the next load may ask."""
+    for policy in _each(dtype):
+        if policy not in _POLICIES:
+            raise ValueError(f"dtype policy must be one of {_POLICIES}, not {policy!r}")
+    for policy in _each(strict):
+        if not isinstance(policy, bool):
+            raise ValueError(f"strict must be True or False, not {policy!r}")
+
+
+def _each(policy: Any) -> list[Any]:
+    return list(policy.values()) if isinstance(policy, Mapping) else [policy]
 
 
 def _widens(stored: str, wanted: str) -> bool:

@@ -23,17 +23,22 @@ def bar(*, show: bool = True) -> Iterator[Progress]:
         return
     # Only here: importing them takes as long as listing a small checkpoint.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
 
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)
-    with Bars(
-        *columns, TransferSpeedColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
-        task = bars.add_task("check", total=None)
+    rates = TransferSpeedColumn(), TimeRemainingColumn()
+    with Bars(*columns, *rates, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None, visible=False)  # until something is known
 
         def show_done(phase: str, done: int, total: int) -> None:
-            bars.update(task, description=phase, completed=done, total=total)
+            bars.update(task, description=phase, completed=done, total=total, visible=True)
 
         yield show_done
 

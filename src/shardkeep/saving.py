@@ -45,6 +45,7 @@ from shardkeep.tensors.objects import to_bytes
 from shardkeep.tensors.payloads import StatePayloads
 from shardkeep.tensors.state import Local, describe_state
 from shardkeep.types import DTYPES, ITEMSIZES, Index, no_rest
+from shardkeep.words import human
 
 __all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
 
@@ -87,10 +88,10 @@ class SaveReport:
 
     def __str__(self) -> str:
         return (
-            f"saved {self.nbytes / 1e9:.3f} GB in {sum(self.seconds.values()):.3f} s, this rank "
-            f"{self.written / 1e9:.3f} GB at {self.rate:.2f} GB/s: "
-            + ", ".join(f"{phase} {spent:.3f}" for phase, spent in self.seconds.items())
-            + f"; slowest rank {self.slowest[0]}, {self.slowest[1]:.3f} s"
+            f"saved {human(self.nbytes)} in {sum(self.seconds.values()):.2f} s, this rank "
+            f"{human(self.written)} ({self.rate:.1f} GB/s): "
+            + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items())
+            + f"; slowest rank {self.slowest[0]}, {self.slowest[1]:.2f} s"
         )
 
 

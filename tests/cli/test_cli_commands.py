@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -439,6 +440,23 @@ def test_a_missing_manifest_is_damage(ckpt: Path, run: Run) -> None:
     ran = run("verify", ckpt, "--json")
     assert ran.code == 1
     assert "missing" in ran.json["damaged"][0]["what"]
+
+
+@pytest.mark.parametrize("command", [["ls"], ["show", "x"], ["verify"]])
+def test_a_folder_of_checkpoints_names_them(
+    tmp_path: Path, ckpt: Path, run: Run, command: list[str]
+) -> None:
+    run_folder = tmp_path / "run"
+    for step in range(10):
+        (run_folder / f"step_{step}").mkdir(parents=True)
+        shutil.copy(ckpt / ".metadata", run_folder / f"step_{step}" / ".metadata")
+    ran = run(command[0], run_folder, *command[1:])
+    names = ", ".join(f"step_{step}" for step in range(8))
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        f"shardkeep: {run_folder} has no .metadata and no .safetensors file: no checkpoint is "
+        f"committed there; below it are {names} and 2 more: name one\n"
+    )
 
 
 @pytest.mark.parametrize("command", [["ls"], ["show", "x"], ["verify"], ["verify", "--quiet"]])

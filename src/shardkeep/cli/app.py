@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,9 @@ app = typer.Typer(
 _DONE, _WRONG, _NO_CHECKPOINT = 0, 1, 2
 _USAGE = _NO_CHECKPOINT
 _INTERRUPTED, _PIPE_CLOSED = 130, 141
+
+_SHOWN = 8
+"""Folders that a message names."""
 
 _UsageError: Any = typer.BadParameter.__base__
 """Wrong arguments. Newer releases of typer carry a click of their own: click can't be asked."""
@@ -189,7 +193,20 @@ def _open(path: str) -> Checkpoint:
 
     if "://" in path:
         raise CommandError(f"{path!r} is a URL: only folders can be looked into", _NO_CHECKPOINT)
-    return checkpoint.open(path)
+    try:
+        return checkpoint.open(path)
+    except NotACheckpoint as error:
+        below = _checkpoints_below(path)
+        if not below:
+            raise
+        raise NotACheckpoint(f"{error}; below it are {below}: name one") from None
+
+
+def _checkpoints_below(path: str) -> str:
+    """The folders in a folder that hold one each, in words; "" if there is none."""
+    found = sorted(record.parent.name for record in Path(path).glob("*/.metadata"))
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkeep import commit
-from shardkeep.cli.terminal import CommandError, Output, count, escape, human
+from shardkeep.cli.terminal import CommandError, Output, escape
 from shardkeep.leases import Lease
 from shardkeep.remains import Remain, collect, remains
 from shardkeep.stores import LocalStore
+from shardkeep.words import count, human
 
 __all__ = ["gc"]
 

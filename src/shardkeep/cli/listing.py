@@ -11,9 +11,10 @@ import numpy as np
 from shardkeep.checkpoint import Checkpoint
 from shardkeep.cli.entries import Node, Row, matching, rows, tree
 from shardkeep.cli.render import brief, is_json
-from shardkeep.cli.terminal import CommandError, Output, count, escape, human, one_line
+from shardkeep.cli.terminal import CommandError, Output, escape, one_line
 from shardkeep.errors import ShardkeepError
 from shardkeep.format.manifest import Outline
+from shardkeep.words import count, human
 
 __all__ = ["ls", "print_tree"]
 

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TextIO
 
-__all__ = ["CommandError", "Output", "PipeClosed", "count", "escape", "human", "one_line"]
+__all__ = ["CommandError", "Output", "PipeClosed", "escape", "one_line"]
 
 _LINES = 1024
 """Lines a write: early enough for `| head`, and few enough calls for 100,000 lines."""
-
-_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -35,21 +33,6 @@ def escape(text: str) -> str:
 def one_line(text: str) -> str:
     """A message or a `repr` as one line, escaped; backslashes stay, as it has some of its own."""
     return " ".join("\\".join(map(escape, line.split("\\"))) for line in text.splitlines())
-
-
-def human(nbytes: int) -> str:
-    """A number of bytes in three digits or so: `999 B`, `1.5 KiB`, `12.0 GiB`."""
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    unit, value = 0, nbytes / 1024
-    while value >= 1023.95 and unit < len(_UNITS) - 1:
-        unit, value = unit + 1, value / 1024
-    return f"{value:.1f} {_UNITS[unit]}"
-
-
-def count(number: int, thing: str) -> str:
-    """A number of things: `1 tensor`, `2,000 tensors`."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 class CommandError(Exception):

@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterator
 
 from shardkeep.checkpoint import Checkpoint
-from shardkeep.cli.terminal import Output, count, escape, human, one_line
+from shardkeep.cli.terminal import Output, escape, one_line
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.progress import bar
 from shardkeep.verify import VerifyReport
+from shardkeep.words import count, human
 
 __all__ = ["verify"]
 
