@@ -330,9 +330,11 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         *,
         verify: bool = True,
         threads: int | None = None,
-        progress: Progress | None = None,
+        budget: int | None = None,
     ) -> ReadStats:
         """Read many boxes into memory, in parallel, only the byte ranges that are needed.
+
+        `budget`: as of `Filling.run`.
 
         Raises:
             FormatError: the chunks of a tensor do not cover it.
@@ -342,7 +344,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         names = [request.name for request in requests]
         wanted = self.boxes(names, [request.box for request in requests])
         planned = self.plan(wanted, _Arrays(requests), threads=threads)
-        return planned.run(self.store, verify=verify, threads=threads, progress=progress)
+        return planned.run(self.store, verify=verify, threads=threads, budget=budget)
 
     def boxes(self, names: Sequence[str], boxes: Sequence[Box]) -> Boxes:
         """Boxes of tensors, by name, as columns. KeyError if no tensor has a name."""

@@ -31,7 +31,7 @@ __all__ = [
 __getattr__ = rest_of("_consolidate_hf_safetensors")
 
 _SLAB = 16 << 20
-"""Bytes that a thread holds of what it joins."""
+"""Bytes that a thread reads at a time of what it joins, at most."""
 
 _SHOWN = 5
 
@@ -53,7 +53,7 @@ def consolidate_safetensors_files(
     Args:
         input_dir, output_dir: folders, or URLs that fsspec knows.
         fqn_to_index_mapping: tensor -> number of the file that it goes to, from 1 on.
-        num_threads: files that are written at a time; each takes some 50 MiB of memory at most.
+        num_threads: files that are written at a time; all of them share `SHARDKEEP_HOST_BUDGET`.
 
     Raises:
         NotACheckpoint: there is nothing to join.
@@ -134,17 +134,21 @@ def _publish(source: Checkpoint, output: Folder, files: _Files) -> None:
 
 
 def _write(source: Checkpoint, output: Folder, files: _Files, threads: int) -> None:
-    readers = max(1, knobs.threads() // max(1, min(threads, len(files))))
-    content = {file: _content(source, names, readers) for file, names in files.items()}
+    together = max(1, min(threads, len(files)))
+    readers, budget = max(1, knobs.threads() // together), knobs.host_budget() // together
+    content = {file: _content(source, names, readers, budget) for file, names in files.items()}
     output.write(content, threads)
 
 
-def _content(source: Checkpoint, names: Sequence[str], readers: int) -> list[Item]:
-    """A file as its header and slabs, which are read when their turn comes."""
+def _content(source: Checkpoint, names: Sequence[str], readers: int, budget: int) -> list[Item]:
+    """A file as its header and slabs, which are read when their turn comes.
+
+    While one is read, the one before it may still be there: each takes a quarter of the budget.
+    """
     laid_out = layout({name: source.shape_of(name) for name in names}, of_wholes())
     items = [Item(Bare(len(laid_out.header)), memoryview(laid_out.header))]
-    for slab, nbytes in _slabs(source, laid_out.names):
-        read: Callable[[], memoryview] = partial(_read, source, slab, nbytes, readers)
+    for slab, nbytes in _slabs(source, laid_out.names, max(1, min(_SLAB, budget // 4))):
+        read: Callable[[], memoryview] = partial(_read, source, slab, nbytes, readers, budget // 4)
         items.append(Item(Bare(nbytes), read))
     return items
 
@@ -153,15 +157,15 @@ _Slab = list[tuple[str, Box]]
 """Boxes of tensors: their bytes follow each other in the file."""
 
 
-def _slabs(source: Checkpoint, names: Sequence[str]) -> Iterator[tuple[_Slab, int]]:
-    """Small tensors together, large ones in pieces."""
+def _slabs(source: Checkpoint, names: Sequence[str], most: int) -> Iterator[tuple[_Slab, int]]:
+    """Small tensors together, large ones in pieces, of so many bytes at most."""
     slab: _Slab = []
     size = 0
     for name in names:
         dtype, shape = source.shape_of(name)
-        for box in _pieces(shape, max(1, _SLAB // dtype.itemsize)):
+        for box in _pieces(shape, max(1, most // dtype.itemsize)):
             nbytes = box.numel * dtype.itemsize
-            if slab and size + nbytes > _SLAB:
+            if slab and size + nbytes > most:
                 yield slab, size
                 slab, size = [], 0
             slab.append((name, box))
@@ -188,7 +192,7 @@ def _pieces(shape: tuple[int, ...], most: int) -> Iterator[Box]:
             yield Box((*outer, row, *inner), sizes)
 
 
-def _read(source: Checkpoint, slab: _Slab, nbytes: int, threads: int) -> memoryview:
+def _read(source: Checkpoint, slab: _Slab, nbytes: int, threads: int, budget: int) -> memoryview:
     space = np.empty(nbytes, dtype=np.uint8)
     requests = []
     at = 0
@@ -197,5 +201,5 @@ def _read(source: Checkpoint, slab: _Slab, nbytes: int, threads: int) -> memoryv
         into = np.ndarray(box.sizes, f"V{dtype.itemsize}", space.data, at)
         requests.append(Request(name, box, into))
         at += into.nbytes
-    source.fill(requests, threads=threads)
+    source.fill(requests, threads=threads, budget=budget)
     return space.data
