@@ -57,12 +57,16 @@ def paths_of(structure: Structure, names: Sequence[str]) -> Paths:
         key if type(key := path[-1]) is str else _mark(key)
         for path in chain(containers[1:], leaves)
     ]
-    number = dict(zip(dict.fromkeys(marks), count(), strict=False))
-    key = np.fromiter(map(number.__getitem__, marks), np.int64, len(marks))
+    different = dict.fromkeys(marks)
+    if len(different) == len(marks):
+        key = np.arange(len(marks), dtype=np.int64)
+    else:
+        number = dict(zip(different, count(), strict=False))
+        key = np.fromiter(map(number.__getitem__, marks), np.int64, len(marks))
     if (outer > np.arange(len(outer))).any():
         raise ValueError("the structure's containers do not come outer before inner")
     return Paths(
-        [mark if type(mark) is str else mark[1] for mark in number],
+        [mark if type(mark) is str else mark[1] for mark in different],
         (outer, key[: len(outer)]),
         (around, key[len(outer) :]),
         named,
