@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import warnings
 
@@ -155,6 +156,44 @@ def test_old_files_go_only_after_the_commit(tmp_path, whole):
     assert order.index("publish") < order.index("remove")
     assert not theirs & set(store.inner.names())
     assert what_is_there(store.inner, whole) == "new"
+
+
+def linked_backup(path):
+    """A backup as `cp -al` makes it: the old commit record keeps a link when it is replaced."""
+    backup = path.with_name("backup")
+    backup.mkdir()
+    for file in path.iterdir():
+        (backup / file.name).hardlink_to(file)
+
+
+def test_beside_a_backup_of_hard_links_old_files_go(tmp_path, whole):
+    path = tmp_path / "ckpt"
+    sk.save(OLD, path)
+    linked_backup(path)
+    old = {file.name for file in path.iterdir()}
+    sk.save(NEW, path, overwrite=True)
+    assert {file.name for file in path.iterdir()} & old == {commit.METADATA}
+    assert what_is_there(LocalStore(path), whole) == "new"
+    assert what_is_there(LocalStore(tmp_path / "backup"), whole) == "old"
+
+
+class Late(LocalStore):
+    """Commits, and says that it could not: as when syncing the folder fails after the rename."""
+
+    def publish(self, name, data):
+        super().publish(name, data)
+        raise OSError(errno.EIO, "Input/output error", name)
+
+
+@pytest.mark.parametrize("backup", [False, True])
+def test_what_was_committed_stays_whatever_is_raised_afterwards(tmp_path, whole, backup):
+    path = tmp_path / "ckpt"
+    sk.save(OLD, path)
+    if backup:
+        linked_backup(path)
+    with pytest.raises(OSError, match="Input/output error"):
+        sk.save(NEW, Late(path), overwrite=True)
+    assert what_is_there(LocalStore(path), whole) == "new"
 
 
 def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):

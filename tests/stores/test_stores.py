@@ -380,6 +380,20 @@ class TestLocalStore(StoreTests):
         with pytest.raises(FileNotFoundError):
             reader.read("x", 0, 9)
 
+    def test_a_replaced_file_is_not_read_where_another_link_keeps_it(self, tmp_path: Path) -> None:
+        """As backups by `cp -al` or `rsync --link-dest` do."""
+        reader, writer = LocalStore(tmp_path), LocalStore(tmp_path)
+        writer.publish("x", b"old")
+        assert writer.read("x", 0, 9) == reader.read("x", 0, 9) == b"old"
+        os.link(tmp_path / "x", tmp_path / "backup")
+        writer.publish("x", b"new")
+        assert writer.read("x", 0, 9) == reader.read("x", 0, 9) == b"new"
+        os.link(tmp_path / "x", tmp_path / "another")
+        writer.remove("x")
+        with pytest.raises(FileNotFoundError):
+            reader.read("x", 0, 9)
+        assert reader.read("backup", 0, 9) == b"old"
+
     def test_descriptors_are_bounded_and_closed(self, store: LocalStore) -> None:
         before = descriptors()
         for number in range(20):

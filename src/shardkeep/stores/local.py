@@ -37,8 +37,10 @@ class _Open:
         self._map: mmap.mmap | None = None
         # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
         self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
-        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
+        self._path, self._identity = path, (found.st_dev, found.st_ino)
 
     def mapped(self) -> memoryview:
         """Its bytes as memory."""
@@ -47,8 +49,15 @@ class _Open:
         return memoryview(self._map)
 
     def replaced(self) -> bool:
-        """Whether the name that it was opened by is gone, or leads to another file by now."""
-        return os.fstat(self.fd).st_nlink == 0
+        """Whether the name that it was opened by is gone, or leads to another file by now.
+
+        Its count of links does not tell: a backup may hold one, and NFS keeps what is still open.
+        """
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - hot
+        except OSError:
+            return True  # opening it again says what is wrong
+        return (found.st_dev, found.st_ino) != self._identity
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -203,6 +212,8 @@ class LocalStore(Store):
         except BaseException:
             self.remove(temporary)
             raise
+        finally:
+            self._forget(path)
         self.sync()
 
     def _anchor(self) -> None:
