@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 import time
@@ -435,6 +436,23 @@ class TestLocalStore(StoreTests):
         (tmp_path / "file").write_bytes(b"")
         with pytest.raises(NotADirectoryError):
             list(LocalStore(tmp_path / "file").names())
+
+    def test_a_folder_below_is_used_as_the_store_was_told_to(self, tmp_path: Path) -> None:
+        store = LocalStore(tmp_path, open_files=3, direct=False, budget=1 << 20)
+        inner = store.below("a").below("b")
+        assert isinstance(inner, LocalStore)
+        put(inner, "x", b"1")
+        with inner.reserve("y", 1 << 20) as target:
+            assert not fcntl.fcntl(target._fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+        assert not inner._cold.works
+        before = descriptors()
+        for number in range(9):
+            put(inner, str(number), b"1")
+            inner.read(str(number), 0, 1)
+        assert descriptors() == before + 3
+        inner.close()
+        reading = LocalStore(tmp_path, budget=1 << 20).below("a")
+        assert reading._cold._budget == 1 << 20
 
     def test_relative_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +85,11 @@ class LocalStore(Store):
         budget: int | None = None,
     ) -> None:
         self._root = os.fspath(path) or "."
+        self._options: dict[str, Any] = {
+            "open_files": open_files,
+            "direct": direct,
+            "budget": budget,
+        }
         self._limit = max(1, open_files)
         self._lock = Lock()
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
@@ -259,7 +265,7 @@ class LocalStore(Store):
                     yield entry.name
 
     def below(self, folder: str) -> LocalStore:
-        return LocalStore(self.path_of(folder))
+        return LocalStore(self.path_of(folder), **self._options)
 
     def drop(self, folder: str) -> None:
         path = self.path_of(folder)
