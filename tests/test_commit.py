@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
 import warnings
 
 import pytest
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.torch
 import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
-from shardkeep import commit
+from shardkeep import commit, saving
+from shardkeep.ranks.threads import run
 from shardkeep.stores import LocalStore, MemoryStore
 from support.faults import WAYS, Died, FaultyStore
 from support.scenarios import bits, values
@@ -194,6 +196,51 @@ def test_what_was_committed_stays_whatever_is_raised_afterwards(tmp_path, whole,
     with pytest.raises(OSError, match="Input/output error"):
         sk.save(NEW, Late(path), overwrite=True)
     assert what_is_there(LocalStore(path), whole) == "new"
+
+
+@pytest.mark.parametrize("part", ["publish", "create"])
+def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part):
+    content = files(saved(OLD))
+    record = bytearray(content[commit.METADATA])
+    record[-10] ^= 1
+    content[commit.METADATA] = bytes(record)
+    log = FaultyStore(store_of(content))
+    sk.save(NEW, log, overwrite=True)
+    wanted = commit.METADATA if part == "publish" else ".manifest"
+    at = [(what, name[: len(wanted)]) for what, name in log.log].index((part, wanted))
+    inner = store_of(content)
+    with pytest.raises(OSError, match="No space left"):
+        sk.save(NEW, FaultyStore(inner, at), overwrite=True)
+    assert files(inner) == content
+
+
+def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, monkeypatch):
+    """An answer that is lost: its message arrived, and the others may commit what it wrote."""
+    store, committed = MemoryStore(), threading.Event()
+    report, publish = saving.report, commit.publish
+
+    def lost(session, *args):
+        found = report(session, *args)
+        if session.rank == 1:
+            assert committed.wait(30)
+            raise ConnectionError("no answer")
+        return found
+
+    def published(*args):
+        publish(*args)
+        committed.set()
+
+    monkeypatch.setattr(saving, "report", lost)
+    monkeypatch.setattr(commit, "publish", published)
+
+    def one(ranks):
+        sk.save({f"w{ranks.rank}": torch.ones(4)}, store, ranks=ranks)
+
+    with pytest.raises(ConnectionError, match="no answer"):
+        run(2, one)
+    checkpoint = sk.open(store)
+    assert sorted(checkpoint) == ["w0", "w1"]
+    assert checkpoint.verify().ok
 
 
 def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):

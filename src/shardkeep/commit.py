@@ -42,7 +42,7 @@ __all__ = [
     "new_id",
     "publish",
     "rank_of",
-    "remove_files",
+    "removed_on_failure",
     "size_of",
     "sweep",
     "undone_on_failure",
@@ -73,14 +73,6 @@ def rank_of(file: str) -> int:
     if parts is None:
         raise ValueError(f"{file!r} is not the name of a data file")
     return int(parts[1])
-
-
-def remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
-    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
-    for name in list(store.names()):
-        parts = _DATA_FILE.fullmatch(name)
-        if parts and parts[2] == save_id and rank in (None, int(parts[1])):
-            store.remove(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +148,8 @@ def publish(
 ) -> None:
     """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
 
-    The data files that `index` names are durable already, names and all. If it fails, and nothing
-    was committed, they are removed.
+    The data files that `index` names are durable already, names and all. To be called inside of
+    `undone_on_failure`.
 
     Args:
         store: where to.
@@ -170,18 +162,32 @@ def publish(
     pickle = metadata_bytes(index, paths, rest)
     trailer = Trailer.of(save_id, pickle, manifest)
     rest()
-    with undone_on_failure(store, save_id):
-        with store.create(manifest_name(save_id)) as sink:
-            sink.write(manifest)
-        rest()
-        store.sync()
-        rest()
-        store.publish(METADATA, pickle + trailer.to_bytes())
+    with store.create(manifest_name(save_id)) as sink:
+        sink.write(manifest)
+    rest()
+    store.sync()
+    rest()
+    store.publish(METADATA, pickle + trailer.to_bytes())
+
+
+@contextmanager
+def removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
+    """What this rank can't finish does not stay, or a full disk would stay full.
+
+    To be left before anybody is told that the files are there: from then on, only the coordinator
+    knows whether they are committed. It removes all ranks' files: some of them may be dead.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            _remove_files(store, save_id, rank or None)
+        raise
 
 
 @contextmanager
 def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iterator[None]:
-    """What was not committed does not stay, or a full disk would stay full.
+    """What was not committed does not stay, of any rank.
 
     Only who commits can know: False for `leads` does nothing.
 
@@ -192,11 +198,27 @@ def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iter
         yield
     except BaseException:
         with suppress(OSError):
-            trailer = _record(store)[1] if leads else None
-            if leads and (trailer is None or trailer.save_id != save_id):
-                remove_files(store, save_id)
+            if leads and not _is_committed(store, save_id):
+                _remove_files(store, save_id)
                 store.remove(manifest_name(save_id))
         raise
+
+
+def _is_committed(store: Store, save_id: str) -> bool:
+    """Whether the commit record is that save's. One that is broken is an older one's."""
+    try:
+        trailer = _record(store)[1]
+    except FormatError:
+        return False
+    return trailer is not None and trailer.save_id == save_id
+
+
+def _remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
+    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
+    for name in list(store.names()):
+        parts = _DATA_FILE.fullmatch(name)
+        if parts and parts[2] == save_id and rank in (None, int(parts[1])):
+            store.remove(name)
 
 
 def files_of(store: Store) -> frozenset[str]:

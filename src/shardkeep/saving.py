@@ -222,7 +222,7 @@ def life(
             staged = None
 
         clock.phase("write")
-        with _removed_on_failure(store, order.save_id, session.rank):
+        with commit.removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
                 _give_way()
             name = partial(commit.data_file, session.rank, save_id=order.save_id)
@@ -233,12 +233,14 @@ def life(
             last = slowest(session, sum(clock.seconds().values()))
             with quiet():
                 written = written_in(images)
-                rest()
+            rest()
+
+        with commit.undone_on_failure(store, order.save_id, leads=session.rank == 0):
+            with quiet():
                 index = report(session, order, written)
             if index is not None:
                 _check_there(store, index, session)
 
-        with commit.undone_on_failure(store, order.save_id, leads=index is not None):
             clock.phase("commit")
             if index is not None:
                 lease.confirm()
@@ -404,21 +406,6 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
             f"{store.url} already holds a checkpoint; pass overwrite=True to replace it"
         )
     return commit.files_of(store)
-
-
-@contextlib.contextmanager
-def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
-    """What can't be committed any more does not stay, or a full disk would stay full.
-
-    The coordinator removes all ranks' files: some ranks may be dead, and those that wait for the
-    commit can't know whether it came about, so later failures remove nothing.
-    """
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            commit.remove_files(store, save_id, rank or None)
-        raise
 
 
 def _check_there(store: Store, index: Index, session: Session) -> None:
