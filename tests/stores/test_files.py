@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,25 @@ def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatc
             target.write_at(0, [page(4, 5).data])
         assert content(store, name) == bytes([4]) * PAGE + bytes([5]) * 3
     assert refused == [0]
+
+
+def test_threads_that_are_refused_at_once_both_go_on(tmp_path, monkeypatch):
+    real, both = os.pwritev, threading.Barrier(2)
+
+    def pwritev(fd, parts, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            both.wait(30)  # each is in its call before the other one's is refused
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, parts, offset)
+
+    store = LocalStore(tmp_path)
+    target = store.reserve("x", 2 * PAGE)
+    if not is_direct(target):
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with target, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda at: target.write_at(at * PAGE, [page(4 + at).data]), range(2)))
+    assert content(store, "x") == bytes([4]) * PAGE + bytes([5]) * PAGE
 
 
 def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
