@@ -16,6 +16,7 @@ from shardkeep.io.arena import aligned
 from shardkeep.knobs import PAGE
 from shardkeep.stores import LocalStore, kernel
 from shardkeep.stores import files as module
+from shardkeep.stores.descriptors import Descriptor
 
 TMPFS = Path("/dev/shm")
 
@@ -243,15 +244,17 @@ def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeyp
 
 @pytest.mark.parametrize("call", ["pwritev", "ftruncate", "fsync", "close"])
 def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
-    store, real, failed = LocalStore(tmp_path), getattr(os, call), []
+    store, where, failed = LocalStore(tmp_path), Descriptor if call == "close" else os, []
+    real = getattr(where, call)
 
-    def once(fd, *rest):
+    def once(of, *rest):
+        fd = of.fileno() if call == "close" else of
         if failed or Path(f"/proc/self/fd/{fd}").readlink().name != "x":
-            return real(fd, *rest)
+            return real(of, *rest)
         failed.append(call)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, call, once)
+    monkeypatch.setattr(where, call, once)
     with pytest.raises(OSError, match="Input/output error") as caught:  # noqa: SIM117
         with store.reserve("x", PAGE) as target:
             target.write_at(0, [page(1).data])

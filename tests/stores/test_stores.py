@@ -7,9 +7,11 @@ import fcntl
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from shardkeep.contracts import Store
 from shardkeep.stores import LocalStore, MemoryStore, store_at
+from shardkeep.stores.descriptors import Descriptor, opened
 
 # The store is shared by the examples of a test, which leave it empty; the same test runs in several
 # subclasses.
@@ -361,17 +364,18 @@ class TestLocalStore(StoreTests):
     def test_failed_write_leaves_nothing(
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, call: str
     ) -> None:
-        real, failed = getattr(os, call), []
+        where, failed = Descriptor if call == "close" else os, []
+        real = getattr(where, call)
 
-        def once(fd: int, *rest: object) -> int:
-            # close: only the file itself, as os.walk and the rest close descriptors, too.
+        def once(of: Any, *rest: object) -> int:
+            fd = of.fileno() if call == "close" else of
             if failed or not path_of(fd).endswith("/step/x"):
-                return real(fd, *rest)
+                return real(of, *rest)
             failed.append(call)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, call, once)
+            patch.setattr(where, call, once)
             with pytest.raises(OSError, match="Input/output error"):
                 put(store, "x", b"data")
         assert failed
@@ -463,6 +467,29 @@ class TestLocalStore(StoreTests):
             store.publish("x", b"2")
             assert list(store.names()) in (["x"], ["new/x"])
             store.remove("x")
+
+
+def test_a_file_that_nobody_closed_is_closed_without_a_word(tmp_path: Path) -> None:
+    before = descriptors()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        file = opened(str(tmp_path / "x"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        assert os.write(file.fileno(), b"1") == 1
+        assert descriptors() == before + 1
+        del file
+    assert caught == []
+    assert descriptors() == before
+
+
+def test_a_folder_is_no_file_and_does_not_stay_open(tmp_path: Path) -> None:
+    before = descriptors()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"not a regular file.*folder"):
+        LocalStore(tmp_path).read("folder", 0, 1)
+    with pytest.raises(FileNotFoundError) as caught:
+        opened(str(tmp_path / "none"), os.O_RDONLY)
+    assert caught.value.filename == str(tmp_path / "none")
+    assert descriptors() == before
 
 
 def test_store_at(tmp_path: Path) -> None:

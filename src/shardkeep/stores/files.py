@@ -12,6 +12,7 @@ from types import TracebackType
 from shardkeep.contracts import Buffer
 from shardkeep.knobs import PAGE
 from shardkeep.stores import kernel
+from shardkeep.stores.descriptors import opened
 from shardkeep.stores.naming import naming
 from shardkeep.stores.parts import AT_ONCE, after
 
@@ -59,8 +60,12 @@ class _NewFile:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._fd = path, -1
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._path = path
+        self._file = opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+    @property
+    def _fd(self) -> int:
+        return self._file.fileno()
 
     def _end(self) -> None:
         """What is to be done before it is synced."""
@@ -76,24 +81,16 @@ class _NewFile:
                 with naming(self._path):
                     self._end()
                     os.fsync(self._fd)
-                    fd, self._fd = self._fd, -1
-                    os.close(fd)
+                    self._file.close()
         except BaseException:
             self._discard()
             raise
         if kind is not None:
             self._discard()
 
-    def __del__(self) -> None:
-        # Where a Ctrl-C came before its block was entered.
-        if self._fd >= 0:
-            os.close(self._fd)
-
     def _discard(self) -> None:
-        fd, self._fd = self._fd, -1
         with suppress(OSError):
-            if fd >= 0:
-                os.close(fd)
+            self._file.close()
         with suppress(FileNotFoundError):
             os.unlink(self._path)  # noqa: PTH108
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shardkeep.contracts import Buffer, Store
 from shardkeep.stores import cold
+from shardkeep.stores.descriptors import opened
 from shardkeep.stores.files import Direct, LocalSink, LocalTarget
 from shardkeep.stores.names import checked, checked_range
 from shardkeep.stores.naming import naming
@@ -34,10 +35,10 @@ class _Open:
     """A file open for reading. Closed with its last reference, so never under a reader's feet."""
 
     def __init__(self, path: str, flags: int) -> None:
-        self.fd = -1
         self._map: mmap.mmap | None = None
         # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+        self._file = opened(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+        self.fd = self._file.fileno()
         found = os.fstat(self.fd)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
@@ -59,10 +60,6 @@ class _Open:
         except OSError:
             return True  # opening it again says what is wrong
         return (found.st_dev, found.st_ino) != self._identity
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
 
 
 class LocalStore(Store):
@@ -210,13 +207,14 @@ class LocalStore(Store):
     def publish(self, name: str, data: Buffer) -> None:
         path = self.path_of(name)
         temporary = f"{checked(name)}.{token_hex(8)}.tmp"
-        with self.create(temporary) as sink:
-            sink.write(data)
         try:
+            with self.create(temporary) as sink:
+                sink.write(data)
             self._anchor()
             os.replace(self.path_of(temporary), path)  # noqa: PTH105
         except BaseException:
-            self.remove(temporary)
+            with suppress(OSError):  # it must not hide what went wrong
+                self.remove(temporary)
             raise
         finally:
             self._forget(path)
@@ -346,12 +344,15 @@ def _above(folder: str) -> list[str]:
 def _sync_folder(folder: str) -> None:
     folder = folder or "."
     with naming(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        held: list[int] = []
         try:
-            os.fsync(fd)
+            # In one go of C code: between two calls, a Ctrl-C would lose the number.
+            held.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
+            os.fsync(held[0])
         except OSError as error:
             # Some mounted file systems (CIFS, several FUSE) refuse to sync a folder.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            if not held or error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
-            os.close(fd)
+            for fd in held:
+                os.close(fd)
