@@ -243,6 +243,23 @@ def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, m
     assert checkpoint.verify().ok
 
 
+class Kept(MemoryStore):
+    """Takes new data files, and keeps them."""
+
+    def remove(self, name):
+        if name.endswith(".distcp"):
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        super().remove(name)
+
+
+def test_the_warning_of_old_files_names_the_line_that_saved():
+    store = Kept()
+    sk.save(OLD, store)
+    with pytest.warns(UserWarning, match="files of the overwritten checkpoint") as caught:
+        sk.save(NEW, store, overwrite=True)
+    assert [one.filename for one in caught] == [__file__]
+
+
 def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):
     sk.save(OLD, tmp_path)
     newer = {"model": NEW["model"], "note": "from torch"}

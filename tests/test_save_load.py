@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep as sk
+from shardkeep import saving
 from shardkeep.ranks import threads
 from shardkeep.tensors.placements import Replicate, Shard, StridedShard
 from shardkeep.types import Box
@@ -311,3 +315,12 @@ def save_replicas(ranks, path, spread):
 def test_who_writes_replicas(tmp_path, spread, ranks):
     threads.run(3, save_replicas, tmp_path, spread)
     assert {int(path.name.split("_")[2]) for path in tmp_path.glob("*.distcp")} == ranks
+
+
+@pytest.mark.parametrize(("platform", "asked"), [("linux", 1), ("darwin", 0)])
+def test_only_where_its_number_means_a_thread_one_gives_way(monkeypatch, platform, asked):
+    calls = []
+    monkeypatch.setattr(saving.os, "setpriority", lambda *of: calls.append(of), raising=False)
+    monkeypatch.setattr(saving.sys, "platform", platform)
+    saving._give_way()
+    assert calls == [(os.PRIO_PROCESS, threading.get_native_id(), 19)] * asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -306,8 +307,13 @@ def _closing(store: Store) -> Iterator[None]:
 
 
 def _give_way() -> None:
-    """Give this thread, and those that it starts, the lowest priority, where threads have one."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Give this thread, and those that it starts, the lowest priority, where threads have one.
+
+    Elsewhere than on Linux, a thread's number may be that of some other process.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
@@ -447,7 +453,7 @@ def sweep(store: Store, old: frozenset[str], lease: Lease) -> None:
         collect(store, lease)
     except (OSError, LeaseLost) as error:
         what = "files of the overwritten checkpoint, or of dead saves, stay behind"
-        warnings.warn(f"{what}: {error}", stacklevel=3)
+        warnings.warn(f"{what}: {error}", stacklevel=4)
 
 
 def header(ranks: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
