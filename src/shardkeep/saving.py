@@ -97,7 +97,11 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """How to save; see `save`."""
+    """How to save; see `save`.
+
+    Raises:
+        ValueError: no number of files, or of bytes.
+    """
 
     overwrite: bool = False
     flatten: bool = True
@@ -110,6 +114,11 @@ class Options:
     gentle: bool = False
     metrics: Mapping[str, float] | None = None
     retries: int = 0
+
+    def __post_init__(self) -> None:
+        knobs.check_budget(self.host_budget)
+        if self.files is not None and self.files < 1:
+            raise ValueError(f"files={self.files} can't be: 1 or more")
 
 
 def save(
@@ -156,15 +165,16 @@ def save(
     Raises:
         AlreadyExists: there is a checkpoint, and `overwrite` is False.
         Conflict: two things under one name, overlapping or missing boxes; nothing was written.
+        TypeError, ValueError: an argument that can't be; nothing was made.
         AsyncSaveFailed: an asynchronous save failed before, and nobody asked for its result; this
             one was not begun.
         RankFailed: another rank failed; nothing was committed.
     """
-    line = line_of(simulated(ranks))
-    line.finish()  # One of them may be on its way to the same place.
     options = Options(
         overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
     )
+    line = line_of(simulated(ranks))
+    line.finish()  # One of them may be on its way to the same place.
     return life([line.owed(state)], store_at(path), take_part(ranks), options)
 
 
