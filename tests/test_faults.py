@@ -250,5 +250,5 @@ print(raised > rounds // 4, len(os.listdir("/proc/self/fd")) - files, lost)
 
 
 def test_an_interrupt_at_any_moment_loses_no_descriptor_and_leaves_nothing_for_long(tmp_path):
-    program = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "ckpt"), "60"]
+    program = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "ckpt"), "40"]
     assert run(program) == "True 0 []\n"
