@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import threading
 import warnings
 
 import pytest
@@ -13,7 +15,8 @@ pytestmark = pytest.mark.torch
 import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
-from shardkeep import commit
+from shardkeep import commit, saving
+from shardkeep.ranks.threads import run
 from shardkeep.stores import LocalStore, MemoryStore
 from support.faults import WAYS, Died, FaultyStore
 from support.scenarios import bits, values
@@ -155,6 +158,106 @@ def test_old_files_go_only_after_the_commit(tmp_path, whole):
     assert order.index("publish") < order.index("remove")
     assert not theirs & set(store.inner.names())
     assert what_is_there(store.inner, whole) == "new"
+
+
+def linked_backup(path):
+    """A backup as `cp -al` makes it: the old commit record keeps a link when it is replaced."""
+    backup = path.with_name("backup")
+    backup.mkdir()
+    for file in path.iterdir():
+        (backup / file.name).hardlink_to(file)
+
+
+def test_beside_a_backup_of_hard_links_old_files_go(tmp_path, whole):
+    path = tmp_path / "ckpt"
+    sk.save(OLD, path)
+    linked_backup(path)
+    old = {file.name for file in path.iterdir()}
+    sk.save(NEW, path, overwrite=True)
+    assert {file.name for file in path.iterdir()} & old == {commit.METADATA}
+    assert what_is_there(LocalStore(path), whole) == "new"
+    assert what_is_there(LocalStore(tmp_path / "backup"), whole) == "old"
+
+
+class Late(LocalStore):
+    """Commits, and says that it could not: as when syncing the folder fails after the rename."""
+
+    def publish(self, name, data):
+        super().publish(name, data)
+        raise OSError(errno.EIO, "Input/output error", name)
+
+
+@pytest.mark.parametrize("backup", [False, True])
+def test_what_was_committed_stays_whatever_is_raised_afterwards(tmp_path, whole, backup):
+    path = tmp_path / "ckpt"
+    sk.save(OLD, path)
+    if backup:
+        linked_backup(path)
+    with pytest.raises(OSError, match="Input/output error"):
+        sk.save(NEW, Late(path), overwrite=True)
+    assert what_is_there(LocalStore(path), whole) == "new"
+
+
+@pytest.mark.parametrize("part", ["publish", "create"])
+def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part):
+    content = files(saved(OLD))
+    record = bytearray(content[commit.METADATA])
+    record[-10] ^= 1
+    content[commit.METADATA] = bytes(record)
+    log = FaultyStore(store_of(content))
+    sk.save(NEW, log, overwrite=True)
+    wanted = commit.METADATA if part == "publish" else ".manifest"
+    at = [(what, name[: len(wanted)]) for what, name in log.log].index((part, wanted))
+    inner = store_of(content)
+    with pytest.raises(OSError, match="No space left"):
+        sk.save(NEW, FaultyStore(inner, at), overwrite=True)
+    assert files(inner) == content
+
+
+def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, monkeypatch):
+    """An answer that is lost: its message arrived, and the others may commit what it wrote."""
+    store, committed = MemoryStore(), threading.Event()
+    report, publish = saving.report, commit.publish
+
+    def lost(session, *args):
+        found = report(session, *args)
+        if session.rank == 1:
+            assert committed.wait(30)
+            raise ConnectionError("no answer")
+        return found
+
+    def published(*args):
+        publish(*args)
+        committed.set()
+
+    monkeypatch.setattr(saving, "report", lost)
+    monkeypatch.setattr(commit, "publish", published)
+
+    def one(ranks):
+        sk.save({f"w{ranks.rank}": torch.ones(4)}, store, ranks=ranks)
+
+    with pytest.raises(ConnectionError, match="no answer"):
+        run(2, one)
+    checkpoint = sk.open(store)
+    assert sorted(checkpoint) == ["w0", "w1"]
+    assert checkpoint.verify().ok
+
+
+class Kept(MemoryStore):
+    """Takes new data files, and keeps them."""
+
+    def remove(self, name):
+        if name.endswith(".distcp"):
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        super().remove(name)
+
+
+def test_the_warning_of_old_files_names_the_line_that_saved():
+    store = Kept()
+    sk.save(OLD, store)
+    with pytest.warns(UserWarning, match="files of the overwritten checkpoint") as caught:
+        sk.save(NEW, store, overwrite=True)
+    assert [one.filename for one in caught] == [__file__]
 
 
 def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep as sk
+from shardkeep import saving
 from shardkeep.ranks import threads
 from shardkeep.tensors.placements import Replicate, Shard, StridedShard
 from shardkeep.types import Box
@@ -311,3 +316,53 @@ def save_replicas(ranks, path, spread):
 def test_who_writes_replicas(tmp_path, spread, ranks):
     threads.run(3, save_replicas, tmp_path, spread)
     assert {int(path.name.split("_")[2]) for path in tmp_path.glob("*.distcp")} == ranks
+
+
+@pytest.mark.parametrize(("platform", "asked"), [("linux", 1), ("darwin", 0)])
+def test_only_where_its_number_means_a_thread_one_gives_way(monkeypatch, platform, asked):
+    calls = []
+    monkeypatch.setattr(saving.os, "setpriority", lambda *of: calls.append(of), raising=False)
+    monkeypatch.setattr(saving.sys, "platform", platform)
+    saving._give_way()
+    assert calls == [(os.PRIO_PROCESS, threading.get_native_id(), 19)] * asked
+
+
+MODULE = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("call", [sk.save, sk.async_save, sk.load])
+@pytest.mark.parametrize(
+    ("given", "options", "kind", "message"),
+    [
+        (torch.ones(2), {}, TypeError, "a state is a mapping of names to values, not a Tensor"),
+        (MODULE, {}, TypeError, "a state is a mapping of names to values, not a Linear"),
+        ([("a", 1)], {}, TypeError, "a state is a mapping of names to values, not a list"),
+        ({}, {"files": 0}, ValueError, "files=0 can't be: 1 or more"),
+        ({}, {"files": -3}, ValueError, "files=-3 can't be: 1 or more"),
+        ({}, {"host_budget": "64MB"}, ValueError, "a number of bytes, 1 or more, not '64MB'"),
+        ({}, {"host_budget": 0}, ValueError, "host_budget must be a number of bytes, .* not 0"),
+        ({}, {"host_budget": -1}, ValueError, "host_budget must be a number of bytes, .* not -1"),
+        ({}, {"host_budget": 2e9}, ValueError, "a number of bytes, .* not 2000000000.0"),
+        ({}, {"host_budget": True}, ValueError, "a number of bytes, .* not True"),
+    ],
+)
+def test_arguments_that_can_not_be_are_refused_before_anything_is_made(
+    tmp_path, call, given, options, kind, message
+):
+    if call is sk.load:
+        sk.save({"a": 1}, tmp_path / "x")
+        if "files" in options:
+            pytest.skip("no argument of load")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(kind, match=message):
+        call(given, tmp_path / "x", **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_any_number_of_bytes_is_a_budget(tmp_path):
+    mine = {"w": torch.arange(400_000.0)}
+    for budget in (1, 1000, 1 << 20, np.int64(3 << 20), 1 << 40):
+        sk.save(mine, tmp_path, overwrite=True, host_budget=budget)
+        found = {"w": torch.zeros(400_000)}
+        sk.load(found, tmp_path, host_budget=budget)
+        assert equal(found["w"], mine["w"])

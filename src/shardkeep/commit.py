@@ -8,7 +8,6 @@ never used before: the checkpoint that is being overwritten stays whole until th
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
+from shardkeep.filenames import METADATA, data_file, data_file_parts, of_ranks
 from shardkeep.format import safetensors
 from shardkeep.format.manifest import (
     Outline,
@@ -42,7 +42,7 @@ __all__ = [
     "new_id",
     "publish",
     "rank_of",
-    "remove_files",
+    "removed_on_failure",
     "size_of",
     "sweep",
     "undone_on_failure",
@@ -51,9 +51,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-METADATA = ".metadata"
-_DATA_FILE = re.compile(r"__(\d+)_\d+_([0-9a-f]+)\.distcp")
-_PER_RANK = re.compile(r"__(\d+)\.metadata")
 _MAX_INDEX_JSON = 1 << 28
 
 
@@ -62,25 +59,12 @@ def new_id() -> str:
     return secrets.token_hex(16)
 
 
-def data_file(rank: int, number: int, save_id: str) -> str:
-    """The name of a data file, never used before. Stock torch loads any name."""
-    return f"__{rank}_{number}_{save_id}.distcp"
-
-
 def rank_of(file: str) -> int:
     """The rank that wrote a data file."""
-    parts = _DATA_FILE.fullmatch(file)
+    parts = data_file_parts(file)
     if parts is None:
         raise ValueError(f"{file!r} is not the name of a data file")
-    return int(parts[1])
-
-
-def remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
-    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
-    for name in list(store.names()):
-        parts = _DATA_FILE.fullmatch(name)
-        if parts and parts[2] == save_id and rank in (None, int(parts[1])):
-            store.remove(name)
+    return parts[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +114,7 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
     if there:
         return Found.whole("dcp", METADATA, lambda: _metadata(store, trailer))
     names = sorted(store.names())
-    per_rank = sorted((int(m[1]), m[0]) for m in map(_PER_RANK.fullmatch, names) if m)
+    per_rank = of_ranks(names)
     if per_rank and rank is not None and [n for n, _ in per_rank] == list(range(rank[1])):
         own = per_rank[rank[0]][1]
         return Found.whole("dcp-per-rank", own, lambda: read_metadata(_whole(store, own), file=own))
@@ -156,8 +140,8 @@ def publish(
 ) -> None:
     """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
 
-    The data files that `index` names are durable already, names and all. If it fails, and nothing
-    was committed, they are removed.
+    The data files that `index` names are durable already, names and all. To be called inside of
+    `undone_on_failure`.
 
     Args:
         store: where to.
@@ -170,18 +154,32 @@ def publish(
     pickle = metadata_bytes(index, paths, rest)
     trailer = Trailer.of(save_id, pickle, manifest)
     rest()
-    with undone_on_failure(store, save_id):
-        with store.create(manifest_name(save_id)) as sink:
-            sink.write(manifest)
-        rest()
-        store.sync()
-        rest()
-        store.publish(METADATA, pickle + trailer.to_bytes())
+    with store.create(manifest_name(save_id)) as sink:
+        sink.write(manifest)
+    rest()
+    store.sync()
+    rest()
+    store.publish(METADATA, pickle + trailer.to_bytes())
+
+
+@contextmanager
+def removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
+    """What this rank can't finish does not stay, or a full disk would stay full.
+
+    To be left before anybody is told that the files are there: from then on, only the coordinator
+    knows whether they are committed. It removes all ranks' files: some of them may be dead.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            _remove_files(store, save_id, rank or None)
+        raise
 
 
 @contextmanager
 def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iterator[None]:
-    """What was not committed does not stay, or a full disk would stay full.
+    """What was not committed does not stay, of any rank.
 
     Only who commits can know: False for `leads` does nothing.
 
@@ -192,11 +190,27 @@ def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iter
         yield
     except BaseException:
         with suppress(OSError):
-            trailer = _record(store)[1] if leads else None
-            if leads and (trailer is None or trailer.save_id != save_id):
-                remove_files(store, save_id)
+            if leads and not _is_committed(store, save_id):
+                _remove_files(store, save_id)
                 store.remove(manifest_name(save_id))
         raise
+
+
+def _is_committed(store: Store, save_id: str) -> bool:
+    """Whether the commit record is that save's. One that is broken is an older one's."""
+    try:
+        trailer = _record(store)[1]
+    except FormatError:
+        return False
+    return trailer is not None and trailer.save_id == save_id
+
+
+def _remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
+    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
+    for name in list(store.names()):
+        parts = data_file_parts(name)
+        if parts and parts[1] == save_id and rank in (None, parts[0]):
+            store.remove(name)
 
 
 def files_of(store: Store) -> frozenset[str]:
@@ -219,7 +233,7 @@ def committed_files(store: Store) -> frozenset[str]:
     if found.trailer is not None:
         files.add(manifest_name(found.trailer.save_id))
     if found.kind == "dcp-per-rank":
-        files.update(filter(_PER_RANK.fullmatch, store.names()))
+        files.update(name for _, name in of_ranks(store.names()))
     return frozenset(files)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from shardkeep.filenames import data_file_parts
 
 __all__ = [
     "AlreadyExists",
@@ -18,9 +19,6 @@ __all__ = [
     "ShardkeepError",
     "Untrusted",
 ]
-
-
-_DATA_FILE = re.compile(r"__(\d{1,9})_\d+(?:_[0-9a-f]+)?\.distcp")
 
 
 class ShardkeepError(Exception):
@@ -98,8 +96,8 @@ class Damaged(ShardkeepError):
     @property
     def rank(self) -> int | None:
         """The rank that wrote the file, as data files are named; None for others."""
-        found = _DATA_FILE.match(self.file)
-        return int(found[1]) if found else None
+        found = data_file_parts(self.file)
+        return found[0] if found else None
 
 
 class Conflict(ShardkeepError):

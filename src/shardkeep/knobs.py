@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 
 __all__ = [
     "ALIGNMENT",
     "BLOCK",
     "PAGE",
+    "check_budget",
     "cores",
     "deadline",
     "gap",
@@ -82,6 +84,18 @@ def host_budget() -> int:
     Of a load's, half are for reads past the page cache.
     """
     return max(1 << 20, int(_number("SHARDKEEP_HOST_BUDGET", 64 << 20)))
+
+
+def check_budget(given: object) -> None:
+    """Refuse a `host_budget` that is none; None stands for the default.
+
+    Raises:
+        ValueError: no number of bytes; it says what was given.
+    """
+    if given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
+        raise ValueError(f"host_budget must be a number of bytes, 1 or more, not {given!r}")
 
 
 def ranks_here(size: int) -> int:

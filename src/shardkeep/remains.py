@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from shardkeep import commit
 from shardkeep.contracts import Store
 from shardkeep.errors import NotACheckpoint, ShardkeepError
+from shardkeep.filenames import data_file_parts, of_ranks
 from shardkeep.format.metadata import read_metadata
 from shardkeep.format.trailer import manifest_save_id
 from shardkeep.leases import Lease, lease_save_id, living
 
 __all__ = ["Remain", "collect", "remains"]
 
-_DATA_FILE = re.compile(r"__\d+_\d+_([0-9a-f]{32})\.distcp")
-_PER_RANK = re.compile(r"__\d+\.metadata")
+_ID = re.compile(r"[0-9a-f]{32}")
 _LEASE_TO_BE = re.compile(r"(\.lease_[0-9a-f]{32}\.json)\.[0-9a-f]{16}\.tmp")
 _RECORD_TO_BE = re.compile(r"\.metadata\.[0-9a-f]{16}\.tmp")
 """A commit record that was not renamed. It does not say whose it is."""
@@ -97,8 +97,8 @@ def collect(store: Store, lease: Lease) -> list[Remain]:
 
 def _save_id(name: str) -> str | None:
     """Whose file it is: "" if that can't be said, None if it is not a save's."""
-    if match := _DATA_FILE.fullmatch(name):
-        return match[1]
+    if parts := data_file_parts(name):
+        return parts[1] if _ID.fullmatch(parts[1]) else None
     if match := _LEASE_TO_BE.fullmatch(name):
         return lease_save_id(match[1])
     if _RECORD_TO_BE.fullmatch(name):
@@ -110,7 +110,7 @@ def _named(store: Store) -> frozenset[str] | None:
     """All files that commit records name; None if one of them can't be read."""
     try:
         files = set(commit.committed_files(store))
-        for name in sorted(filter(_PER_RANK.fullmatch, store.names())):
+        for _, name in of_ranks(store.names()):
             data = store.read(name, 0, store.size(name))
             files.update(read_metadata(data, file=name).files)
     except NotACheckpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,7 +98,11 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """How to save; see `save`."""
+    """How to save; see `save`.
+
+    Raises:
+        ValueError: no number of files, or of bytes.
+    """
 
     overwrite: bool = False
     flatten: bool = True
@@ -110,6 +115,11 @@ class Options:
     gentle: bool = False
     metrics: Mapping[str, float] | None = None
     retries: int = 0
+
+    def __post_init__(self) -> None:
+        knobs.check_budget(self.host_budget)
+        if self.files is not None and self.files < 1:
+            raise ValueError(f"files={self.files} can't be: 1 or more")
 
 
 def save(
@@ -157,15 +167,16 @@ def save(
     Raises:
         AlreadyExists: there is a checkpoint, and `overwrite` is False.
         Conflict: two things under one name, overlapping or missing boxes; nothing was written.
+        TypeError, ValueError: an argument that can't be; nothing was made.
         AsyncSaveFailed: an asynchronous save failed before, and nobody asked for its result; this
             one was not begun.
         RankFailed: another rank failed; nothing was committed.
     """
-    line = line_of(simulated(ranks))
-    line.finish()  # One of them may be on its way to the same place.
     options = Options(
         overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
     )
+    line = line_of(simulated(ranks))
+    line.finish()  # One of them may be on its way to the same place.
     return life([line.owed(state)], store_at(path), take_part(ranks), options)
 
 
@@ -224,7 +235,7 @@ def life(
             staged = None
 
         clock.phase("write")
-        with _removed_on_failure(store, order.save_id, session.rank):
+        with commit.removed_on_failure(store, order.save_id, session.rank):
             if options.gentle:
                 _give_way()
             name = partial(commit.data_file, session.rank, save_id=order.save_id)
@@ -235,12 +246,14 @@ def life(
             last = slowest(session, sum(clock.seconds().values()))
             with quiet():
                 written = written_in(images)
-                rest()
+            rest()
+
+        with commit.undone_on_failure(store, order.save_id, leads=session.rank == 0):
+            with quiet():
                 index = report(session, order, written)
             if index is not None:
                 _check_there(store, index, session)
 
-        with commit.undone_on_failure(store, order.save_id, leads=index is not None):
             clock.phase("commit")
             if index is not None:
                 lease.confirm()
@@ -306,8 +319,13 @@ def _closing(store: Store) -> Iterator[None]:
 
 
 def _give_way() -> None:
-    """Give this thread, and those that it starts, the lowest priority, where threads have one."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Give this thread, and those that it starts, the lowest priority, where threads have one.
+
+    Elsewhere than on Linux, a thread's number may be that of some other process.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
@@ -408,21 +426,6 @@ def _admit(store: Store, overwrite: bool) -> frozenset[str]:
     return commit.files_of(store)
 
 
-@contextlib.contextmanager
-def _removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
-    """What can't be committed any more does not stay, or a full disk would stay full.
-
-    The coordinator removes all ranks' files: some ranks may be dead, and those that wait for the
-    commit can't know whether it came about, so later failures remove nothing.
-    """
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            commit.remove_files(store, save_id, rank or None)
-        raise
-
-
 def _check_there(store: Store, index: Index, session: Session) -> None:
     """Refuse what could never be read: a folder that has gone, or one on a disk of each rank's."""
     gone = [file for file in index.files if not commit.exists(store, file)]
@@ -462,7 +465,7 @@ def sweep(store: Store, old: frozenset[str], lease: Lease) -> None:
         collect(store, lease)
     except (OSError, LeaseLost) as error:
         what = "files of the overwritten checkpoint, or of dead saves, stay behind"
-        warnings.warn(f"{what}: {error}", stacklevel=3)
+        warnings.warn(f"{what}: {error}", stacklevel=4)
 
 
 def header(ranks: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:

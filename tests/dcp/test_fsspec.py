@@ -21,6 +21,7 @@ import torch.distributed.checkpoint.filesystem as stock_files
 import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.contracts import Store
+from shardkeep.dcp.bridge.safetensors import Folder, Part, part_items
 from shardkeep.dcp.bridge.streams import FsspecStore, StreamStore, store_of
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
 from shardkeep.dcp.handed import theirs
@@ -268,6 +269,52 @@ def test_a_failing_file_system_leaves_the_old_checkpoint():
     with pytest.raises(OSError, match="can't rename"):
         sk.save({"n": 2}, store, overwrite=True)
     assert sk.open(StreamStore(fs, "place")).read("n") == 1
+
+
+def test_safetensors_are_never_gone_while_they_are_replaced():
+    class Failing(Listing):
+        """Does not rename over what is there, and not to this name when nothing is there either."""
+
+        fails = False
+
+        def rename(self, path: Any, new_path: Any) -> None:
+            if self.fails and path.endswith(".tmp"):
+                raise OSError("can't rename")
+            super().rename(path, new_path)
+
+    def write(number: float) -> None:
+        part = Part("w", torch.full((3,), number), (0,))
+        folder.write({"model.safetensors": part_items([part])}, threads=1)
+
+    fs = Failing()
+    folder = Folder("place", fs)
+    write(1)
+    write(2)  # the first one went aside, and then away
+    old = dict(fs.files)
+    assert list(old) == ["place/model.safetensors"]
+    fs.fails = True
+    with pytest.raises(OSError, match="can't rename"):
+        write(3)
+    assert fs.files == old
+
+
+def test_a_folder_that_can_not_be_listed_is_no_file(tmp_path):
+    class Locked(Local):
+        def ls(self, path: Any) -> list[str]:
+            if Path(path).name == "locked":
+                raise PermissionError(13, "Permission denied", str(path))
+            if Path(path).is_file():
+                raise ValueError("a file has no list")  # who knows what somebody's says of one
+            return [str(one) for one in Path(path).iterdir()]
+
+    fs = Locked()
+    store = StreamStore(fs, fs.init_path(tmp_path))
+    for name in ("x", "a/y"):
+        store.publish(name, b"1")
+    assert sorted(store.names()) == ["a/y", "x"]
+    (tmp_path / "a" / "locked").mkdir()
+    with pytest.raises(PermissionError, match="locked"):
+        list(store.names())
 
 
 def test_local_paths_are_the_engines_own(tmp_path):

@@ -17,6 +17,7 @@ from format.strategies import column, indexes, plain
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format.manifest import read_files, read_manifest, read_outline, write_manifest
 from shardkeep.format.values import NotEncodable, decode
+from shardkeep.knobs import BLOCK
 from shardkeep.types import Chunks, DType, Index, Objects, Structure, Tensors
 
 SAVE = "0123456789abcdef" * 2
@@ -341,6 +342,65 @@ def test_a_forged_manifest_is_one_error(changes, head, message):
     with pytest.raises(FormatError) as caught:
         plain(read(forged(changes, head)))
     assert message in str(caught.value)
+
+
+def wrapping():
+    """A manifest whose counts of digests go once around all numbers of 64 bits, to end at one.
+
+    Two tensors of 2**61 bytes, in as many chunks of as many blocks; between them a small one, whose
+    only digest would be read at a negative place.
+    """
+    elements = 2**58
+    chunks = 2**64 // (elements * 8 // BLOCK)
+    sizes = np.full((chunks + 1, 1), elements)
+    sizes[chunks // 2 + 1] = 1
+    nbytes = sizes[:, 0] * 8
+    rows = np.zeros(chunks + 1, np.int64)
+    tensor = rows.copy()
+    tensor[chunks // 2 + 1 :] = 1
+    tensor[chunks // 2 + 2 :] = 2
+    return Index(
+        ("f.distcp",),
+        Tensors(
+            ("a", "small", "b"),
+            np.full(3, DType.named("float64").code, np.uint8),
+            np.ones(3, np.uint8),
+            column([[elements], [1], [elements]]),
+        ),
+        Chunks(
+            tensor,
+            rows[:, None],
+            sizes,
+            rows.astype(np.int32),
+            rows,
+            nbytes,
+            rows,
+            rows.astype(np.int16),
+            np.concatenate([rows[:1], np.cumsum(-(-nbytes // BLOCK))]),
+            np.array([123], np.uint32),
+        ),
+        Objects(
+            (),
+            rows[:0].astype(np.int32),
+            rows[:0],
+            rows[:0],
+            rows[:0].astype(np.int16),
+            rows[:0],
+            {},
+        ),
+    )
+
+
+def test_counts_that_sum_up_by_wrapping_around_are_refused():
+    index = wrapping()
+    assert index.chunks.block[-1] == 1
+    assert index.chunks.block[index.chunks.tensor.searchsorted(1)] < 0
+    data = write_manifest(index, {})
+    assert len(data) < 1 << 20
+    with pytest.raises(
+        FormatError, match=r"chunks\.blocks\.npy: does not fit the payloads or the dig"
+    ):
+        read(data)
 
 
 def test_a_broken_value_names_its_object():

@@ -276,6 +276,12 @@ def test_buffers_are_few_and_used_again(store, cold, monkeypatch, in_place):
     assert sum(length for length, _ in made) <= (2 << 20) + 4 * 4096
 
 
+def test_a_budget_of_nothing_is_less_than_the_usual_one(store, cold, calls):
+    with LocalStore(store.path, budget=0) as bare:
+        assert read(bare) == DATA
+    assert not any(direct for direct, *_ in calls)  # without a buffer
+
+
 def test_descriptors_for_direct_reads_count_too(tmp_path, cold):
     store = LocalStore(tmp_path, open_files=3)
     before = descriptors()

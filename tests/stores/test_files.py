@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from shardkeep.io.arena import aligned
 from shardkeep.knobs import PAGE
 from shardkeep.stores import LocalStore, kernel
 from shardkeep.stores import files as module
+from shardkeep.stores.descriptors import Descriptor
 
 TMPFS = Path("/dev/shm")
 
@@ -143,6 +145,25 @@ def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatc
     assert refused == [0]
 
 
+def test_threads_that_are_refused_at_once_both_go_on(tmp_path, monkeypatch):
+    real, both = os.pwritev, threading.Barrier(2)
+
+    def pwritev(fd, parts, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            both.wait(30)  # each is in its call before the other one's is refused
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, parts, offset)
+
+    store = LocalStore(tmp_path)
+    target = store.reserve("x", 2 * PAGE)
+    if not is_direct(target):
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with target, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda at: target.write_at(at * PAGE, [page(4 + at).data]), range(2)))
+    assert content(store, "x") == bytes([4]) * PAGE + bytes([5]) * PAGE
+
+
 def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
     def refuse(fd, parts, offset):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -223,15 +244,17 @@ def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeyp
 
 @pytest.mark.parametrize("call", ["pwritev", "ftruncate", "fsync", "close"])
 def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
-    store, real, failed = LocalStore(tmp_path), getattr(os, call), []
+    store, where, failed = LocalStore(tmp_path), Descriptor if call == "close" else os, []
+    real = getattr(where, call)
 
-    def once(fd, *rest):
+    def once(of, *rest):
+        fd = of.fileno() if call == "close" else of
         if failed or Path(f"/proc/self/fd/{fd}").readlink().name != "x":
-            return real(fd, *rest)
+            return real(of, *rest)
         failed.append(call)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, call, once)
+    monkeypatch.setattr(where, call, once)
     with pytest.raises(OSError, match="Input/output error") as caught:  # noqa: SIM117
         with store.reserve("x", PAGE) as target:
             target.write_at(0, [page(1).data])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from shardkeep.contracts import Store
 from shardkeep.stores import LocalStore, MemoryStore, store_at
+from shardkeep.stores.descriptors import Descriptor, opened
 
 # The store is shared by the examples of a test, which leave it empty; the same test runs in several
 # subclasses.
@@ -336,21 +340,42 @@ class TestLocalStore(StoreTests):
         assert list(store.names()) == ["x"]
         assert store.read("x", 0, 9) == b"old"
 
+    def test_publishing_below_folders_that_can_not_be_synced_leaves_nothing(
+        self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        real = os.fsync
+
+        def fsync(fd: int) -> None:
+            if path_of(fd) == str(tmp_path):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(fd)
+
+        put(store, "y", b"1")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises(OSError, match="Input/output error") as caught:
+                store.publish("x", b"new")
+            assert caught.value.filename == str(tmp_path)
+        assert list(store.names()) == ["y"]
+        store.publish("x", b"new")
+        assert store.read("x", 0, 9) == b"new"
+
     @pytest.mark.parametrize("call", ["write", "fsync", "close"])
     def test_failed_write_leaves_nothing(
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, call: str
     ) -> None:
-        real, failed = getattr(os, call), []
+        where, failed = Descriptor if call == "close" else os, []
+        real = getattr(where, call)
 
-        def once(fd: int, *rest: object) -> int:
-            # close: only the file itself, as os.walk and the rest close descriptors, too.
+        def once(of: Any, *rest: object) -> int:
+            fd = of.fileno() if call == "close" else of
             if failed or not path_of(fd).endswith("/step/x"):
-                return real(fd, *rest)
+                return real(of, *rest)
             failed.append(call)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, call, once)
+            patch.setattr(where, call, once)
             with pytest.raises(OSError, match="Input/output error"):
                 put(store, "x", b"data")
         assert failed
@@ -380,6 +405,20 @@ class TestLocalStore(StoreTests):
         with pytest.raises(FileNotFoundError):
             reader.read("x", 0, 9)
 
+    def test_a_replaced_file_is_not_read_where_another_link_keeps_it(self, tmp_path: Path) -> None:
+        """As backups by `cp -al` or `rsync --link-dest` do."""
+        reader, writer = LocalStore(tmp_path), LocalStore(tmp_path)
+        writer.publish("x", b"old")
+        assert writer.read("x", 0, 9) == reader.read("x", 0, 9) == b"old"
+        os.link(tmp_path / "x", tmp_path / "backup")
+        writer.publish("x", b"new")
+        assert writer.read("x", 0, 9) == reader.read("x", 0, 9) == b"new"
+        os.link(tmp_path / "x", tmp_path / "another")
+        writer.remove("x")
+        with pytest.raises(FileNotFoundError):
+            reader.read("x", 0, 9)
+        assert reader.read("backup", 0, 9) == b"old"
+
     def test_descriptors_are_bounded_and_closed(self, store: LocalStore) -> None:
         before = descriptors()
         for number in range(20):
@@ -402,6 +441,23 @@ class TestLocalStore(StoreTests):
         with pytest.raises(NotADirectoryError):
             list(LocalStore(tmp_path / "file").names())
 
+    def test_a_folder_below_is_used_as_the_store_was_told_to(self, tmp_path: Path) -> None:
+        store = LocalStore(tmp_path, open_files=3, direct=False, budget=1 << 20)
+        inner = store.below("a").below("b")
+        assert isinstance(inner, LocalStore)
+        put(inner, "x", b"1")
+        with inner.reserve("y", 1 << 20) as target:
+            assert not fcntl.fcntl(target._fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+        assert not inner._cold.works
+        before = descriptors()
+        for number in range(9):
+            put(inner, str(number), b"1")
+            inner.read(str(number), 0, 1)
+        assert descriptors() == before + 3
+        inner.close()
+        reading = LocalStore(tmp_path, budget=1 << 20).below("a")
+        assert reading._cold._budget == 1 << 20
+
     def test_relative_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         for root in ("", ".", "new"):
@@ -411,6 +467,29 @@ class TestLocalStore(StoreTests):
             store.publish("x", b"2")
             assert list(store.names()) in (["x"], ["new/x"])
             store.remove("x")
+
+
+def test_a_file_that_nobody_closed_is_closed_without_a_word(tmp_path: Path) -> None:
+    before = descriptors()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        file = opened(str(tmp_path / "x"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        assert os.write(file.fileno(), b"1") == 1
+        assert descriptors() == before + 1
+        del file
+    assert caught == []
+    assert descriptors() == before
+
+
+def test_a_folder_is_no_file_and_does_not_stay_open(tmp_path: Path) -> None:
+    before = descriptors()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"not a regular file.*folder"):
+        LocalStore(tmp_path).read("folder", 0, 1)
+    with pytest.raises(FileNotFoundError) as caught:
+        opened(str(tmp_path / "none"), os.O_RDONLY)
+    assert caught.value.filename == str(tmp_path / "none")
+    assert descriptors() == before
 
 
 def test_store_at(tmp_path: Path) -> None:

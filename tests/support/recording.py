@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardkeep.stores.descriptors import Descriptor
 from support.disk import Folder, Link, Operation, Rename, Sync, Truncate, Unlink, Write
 
 __all__ = ["recorded"]
@@ -21,6 +22,7 @@ class _Recorder:
         self.operations: list[Operation] = []
         self.files: dict[int, int | str] = {}
         self.real = {name: getattr(os, name) for name in _CALLS}
+        self.real_end = Descriptor.close
         self.count = 0
 
     def inner(self, path: Any) -> str | None:
@@ -45,6 +47,11 @@ class _Recorder:
     def close(self, fd: int) -> None:
         self.files.pop(fd, None)
         self.real["close"](fd)
+
+    def end(self, file: Descriptor) -> None:
+        if not file.closed:
+            self.files.pop(file.fileno(), None)
+        self.real_end(file)
 
     def write(self, fd: int, data: Any) -> int:
         if fd not in self.files:
@@ -104,8 +111,14 @@ def recorded(root: Path) -> Iterator[list[Operation]]:
     recorder = _Recorder(root)
     for name in _CALLS:
         setattr(os, name, getattr(recorder, name))
+
+    def end(file: Descriptor) -> None:
+        recorder.end(file)
+
+    Descriptor.close = end
     try:
         yield recorder.operations
     finally:
+        del Descriptor.close
         for name, call in recorder.real.items():
             setattr(os, name, call)

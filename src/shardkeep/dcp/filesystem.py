@@ -33,6 +33,7 @@ from shardkeep.dcp.bridge.tensor_files import write_tensor_files
 from shardkeep.dcp.bridge.unpickle import metadata_in
 from shardkeep.dcp.handed import rest_of
 from shardkeep.errors import AlreadyExists, FormatError, NotACheckpoint, ShardkeepError
+from shardkeep.filenames import of_ranks
 from shardkeep.format.metadata import merge_metadata
 from shardkeep.leases import Lease
 from shardkeep.sources import Sources
@@ -42,7 +43,6 @@ __all__ = ["FileSystemReader", "FileSystemWriter"]
 __getattr__ = rest_of("filesystem")
 
 _SUFFIX = getattr(stock, "DEFAULT_SUFFIX", ".distcp")
-_PER_RANK = re.compile(r"__\d+\.metadata")
 
 
 class CheckpointExists(AlreadyExists, RuntimeError):
@@ -335,7 +335,7 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         except Exception as error:
             if self.fs.exists(path):
                 raise
-            parts = [] if rank is None else sorted(filter(_PER_RANK.fullmatch, store.names()))
+            parts = [] if rank is None else [name for _, name in of_ranks(store.names())]
             if not parts:
                 raise _Missing(f"there is no {path}: no checkpoint is committed there") from error
             index = merge_metadata(

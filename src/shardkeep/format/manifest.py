@@ -209,7 +209,8 @@ class _Reader:
         ).any():
             self._refuse("chunks.payload.npy", "holds a payload outside its item")
         blocks, digests = column("chunks.blocks", count), self._count("digests")
-        if ((blocks != 0) & (blocks != -(-nbytes // BLOCK))).any() or blocks.sum() != digests:
+        block = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
+        if ((blocks != 0) & (blocks != -(-nbytes // BLOCK))).any() or not _sums_to(block, digests):
             self._refuse("chunks.blocks.npy", "does not fit the payloads or the digests")
         return Chunks(
             tensor,
@@ -220,7 +221,7 @@ class _Reader:
             length,
             np.where(known, item + payload, -1),
             place[1],
-            np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)]),
+            block,
             column("chunks.digests", digests, dtype=np.uint32),
         )
 
@@ -258,7 +259,7 @@ class _Reader:
         lengths = self._archive.column(f"{name}.lengths", count)
         self._within(f"{name}.lengths", lengths, 0, size)
         ends = np.cumsum(lengths)
-        if (ends[-1] if count else 0) != size or (np.diff(ends) < 0).any():
+        if not _sums_to(ends, size):
             self._refuse(f"{name}.lengths.npy", f"does not sum up to {size} bytes")
         return self._archive.blob(name, size), ends.tolist()
 
@@ -444,6 +445,15 @@ def _distinct(keys: list[Any], *tables: tuple[I64, I64]) -> bool:
         return False
     pairs = (np.sort(parents * len(keys) + rows) for parents, rows in tables)
     return all((pair[1:] != pair[:-1]).all() for pair in pairs)
+
+
+def _sums_to(sums: I64, total: int) -> bool:
+    """Whether running sums of numbers from 0 to 2**62 end there, and none has wrapped around.
+
+    One that has was negative on its way: no step leads past all negative numbers at once. (What
+    the sums differ by does not tell: a difference wraps around just the same.)
+    """
+    return (int(sums[-1]) if len(sums) else 0) == total and not (sums < 0).any()
 
 
 def _bytes(tensors: Tensors) -> I64:

@@ -6,7 +6,6 @@ used, and nothing else is looked at.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import PurePath
 from typing import Any
 
 from shardkeep.errors import FormatError
+from shardkeep.filenames import metadata_rank
 from shardkeep.format.builders import CORE
 from shardkeep.format.inert import Builder, Registry
 from shardkeep.format.metadata_columns import (
@@ -147,8 +147,8 @@ def pickle_length(data: bytes) -> int:
 
 
 def _rank(name: str) -> tuple[int, str]:
-    found = re.search(r"__(\d{1,18})\.metadata$", name)
-    return (int(found[1]) if found else 1 << 62, name)
+    rank = metadata_rank(name.rpartition("/")[2])
+    return (1 << 62 if rank is None else rank, name)
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def read_copies(
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
-    limit = (budget or knobs.host_budget()) // 2 // max(1, threads) // BLOCK * BLOCK
+    whole = knobs.host_budget() if budget is None else budget
+    limit = whole // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
     in_rows = isinstance(store, StoreInRows)
     mapped = cache(store.mapped) if knobs.mapping() and isinstance(store, StoreMapped) else None

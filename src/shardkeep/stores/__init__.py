@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from shardkeep.contracts import Store
+from shardkeep.knobs import check_budget
 from shardkeep.stores.local import LocalStore
 from shardkeep.stores.memory import MemoryStore
 
@@ -15,9 +16,10 @@ def store_at(path: str | os.PathLike[str] | Store, *, budget: int | None = None)
     """The store of a local path, with a `budget` for its buffers; a store is returned as it is.
 
     Raises:
-        ValueError: a URL, which no store here serves.
+        ValueError: a URL, which no store here serves, or a budget that is no number of bytes.
         TypeError: neither a path nor a store.
     """
+    check_budget(budget)
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
         if "://" in text:

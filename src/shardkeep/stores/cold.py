@@ -162,7 +162,7 @@ class ColdReads:
         with self._lock:
             if self._free:
                 return self._free.pop()
-            budget = (self._budget or knobs.host_budget()) // 2
+            budget = (knobs.host_budget() if self._budget is None else self._budget) // 2
             size = min(PIECE, budget // knobs.threads()) // PAGE * PAGE
             if size < _LEAST or (self._taken + 1) * size > budget:
                 return None

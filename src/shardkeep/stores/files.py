@@ -12,10 +12,11 @@ from types import TracebackType
 from shardkeep.contracts import Buffer
 from shardkeep.knobs import PAGE
 from shardkeep.stores import kernel
+from shardkeep.stores.descriptors import opened
 from shardkeep.stores.naming import naming
 from shardkeep.stores.parts import AT_ONCE, after
 
-__all__ = ["Direct", "LocalSink", "LocalTarget"]
+__all__ = ["Direct", "LocalSink", "LocalTarget", "is_direct"]
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _NOT_DIRECT = (errno.EINVAL, errno.EFAULT)
@@ -39,14 +40,16 @@ class Direct:
                 raise
             self.works = False
 
-    def refuse(self, fd: int) -> bool:
-        """After a call was refused: go on without, if it was direct until now."""
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        if not flags & getattr(os, "O_DIRECT", 0):
-            return False
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-        self.works = False
-        return True
+    def refuse(self, fd: int) -> None:
+        """Go on without: in this file, if it is direct until now, and in all that come after it."""
+        if is_direct(fd):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            self.works = False
+
+
+def is_direct(fd: int) -> bool:
+    """Whether a file is written to past the page cache."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
 class _NewFile:
@@ -57,8 +60,12 @@ class _NewFile:
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._fd = path, -1
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._path = path
+        self._file = opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+    @property
+    def _fd(self) -> int:
+        return self._file.fileno()
 
     def _end(self) -> None:
         """What is to be done before it is synced."""
@@ -74,24 +81,16 @@ class _NewFile:
                 with naming(self._path):
                     self._end()
                     os.fsync(self._fd)
-                    fd, self._fd = self._fd, -1
-                    os.close(fd)
+                    self._file.close()
         except BaseException:
             self._discard()
             raise
         if kind is not None:
             self._discard()
 
-    def __del__(self) -> None:
-        # Where a Ctrl-C came before its block was entered.
-        if self._fd >= 0:
-            os.close(self._fd)
-
     def _discard(self) -> None:
-        fd, self._fd = self._fd, -1
         with suppress(OSError):
-            if fd >= 0:
-                os.close(fd)
+            self._file.close()
         with suppress(FileNotFoundError):
             os.unlink(self._path)  # noqa: PTH108
 
@@ -143,12 +142,15 @@ class LocalTarget(_NewFile):
     def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
         with naming(self._path):
             while parts:
+                # Before the call: another thread may be refused at the same time, and be first.
+                direct = is_direct(self._fd)
                 try:
                     done = os.pwritev(self._fd, parts[:AT_ONCE], offset)
                 except OSError as error:
-                    if error.errno in _NOT_DIRECT and self._direct.refuse(self._fd):
-                        continue
-                    raise
+                    if not direct or error.errno not in _NOT_DIRECT:
+                        raise
+                    self._direct.refuse(self._fd)
+                    continue
                 if done % PAGE:
                     self._direct.refuse(self._fd)  # What is left is not aligned any more.
                 parts, offset = after(parts, done), offset + done

@@ -12,12 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep.contracts import Buffer, Store
 from shardkeep.stores import cold
+from shardkeep.stores.descriptors import opened
 from shardkeep.stores.files import Direct, LocalSink, LocalTarget
 from shardkeep.stores.names import checked, checked_range
 from shardkeep.stores.naming import naming
@@ -33,12 +35,14 @@ class _Open:
     """A file open for reading. Closed with its last reference, so never under a reader's feet."""
 
     def __init__(self, path: str, flags: int) -> None:
-        self.fd = -1
         self._map: mmap.mmap | None = None
         # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
-        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+        self._file = opened(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+        self.fd = self._file.fileno()
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
+        self._path, self._identity = path, (found.st_dev, found.st_ino)
 
     def mapped(self) -> memoryview:
         """Its bytes as memory."""
@@ -47,12 +51,15 @@ class _Open:
         return memoryview(self._map)
 
     def replaced(self) -> bool:
-        """Whether the name that it was opened by is gone, or leads to another file by now."""
-        return os.fstat(self.fd).st_nlink == 0
+        """Whether the name that it was opened by is gone, or leads to another file by now.
 
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        Its count of links does not tell: a backup may hold one, and NFS keeps what is still open.
+        """
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - hot
+        except OSError:
+            return True  # opening it again says what is wrong
+        return (found.st_dev, found.st_ino) != self._identity
 
 
 class LocalStore(Store):
@@ -75,6 +82,11 @@ class LocalStore(Store):
         budget: int | None = None,
     ) -> None:
         self._root = os.fspath(path) or "."
+        self._options: dict[str, Any] = {
+            "open_files": open_files,
+            "direct": direct,
+            "budget": budget,
+        }
         self._limit = max(1, open_files)
         self._lock = Lock()
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
@@ -195,14 +207,17 @@ class LocalStore(Store):
     def publish(self, name: str, data: Buffer) -> None:
         path = self.path_of(name)
         temporary = f"{checked(name)}.{token_hex(8)}.tmp"
-        with self.create(temporary) as sink:
-            sink.write(data)
-        self._anchor()
         try:
+            with self.create(temporary) as sink:
+                sink.write(data)
+            self._anchor()
             os.replace(self.path_of(temporary), path)  # noqa: PTH105
         except BaseException:
-            self.remove(temporary)
+            with suppress(OSError):  # it must not hide what went wrong
+                self.remove(temporary)
             raise
+        finally:
+            self._forget(path)
         self.sync()
 
     def _anchor(self) -> None:
@@ -248,7 +263,7 @@ class LocalStore(Store):
                     yield entry.name
 
     def below(self, folder: str) -> LocalStore:
-        return LocalStore(self.path_of(folder))
+        return LocalStore(self.path_of(folder), **self._options)
 
     def drop(self, folder: str) -> None:
         path = self.path_of(folder)
@@ -329,12 +344,15 @@ def _above(folder: str) -> list[str]:
 def _sync_folder(folder: str) -> None:
     folder = folder or "."
     with naming(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        held: list[int] = []
         try:
-            os.fsync(fd)
+            # In one go of C code: between two calls, a Ctrl-C would lose the number.
+            held.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
+            os.fsync(held[0])
         except OSError as error:
             # Some mounted file systems (CIFS, several FUSE) refuse to sync a folder.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            if not held or error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
-            os.close(fd)
+            for fd in held:
+                os.close(fd)

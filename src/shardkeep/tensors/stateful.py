@@ -26,12 +26,18 @@ def expand(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Statefuls]:
 
     An object has one if it has both `state_dict` and `load_state_dict`, as in DCP. The order of the
     keys stays. Without such an object, this is the state itself; else a shallow copy.
+
+    Raises:
+        TypeError: it is no mapping.
     """
+    if not callable(getattr(state, "items", None)):
+        kind = type(state).__name__
+        raise TypeError(f"a state is a mapping of names to values, not a {kind}")
     statefuls = {key: value for key, value in state.items() if has_state(value)}
     if not statefuls:
         return state, {}
-    kind = OrderedDict if isinstance(state, OrderedDict) else dict
-    plain = kind(
+    made = OrderedDict if isinstance(state, OrderedDict) else dict
+    plain = made(
         (key, value.state_dict() if key in statefuls else value) for key, value in state.items()
     )
     return plain, statefuls

@@ -41,7 +41,8 @@ def publish(
     old = commit.files_of(store)
     index = _index(metadata, results)
     if index is not None and is_whole(index) and name == commit.METADATA:
-        commit.publish(store, lease.save_id, index, saving.header(ranks))
+        with commit.undone_on_failure(store, lease.save_id):
+            commit.publish(store, lease.save_id, index, saving.header(ranks))
     else:
         store.publish(name, pickled(metadata) if index is None else metadata_bytes(index))
     if index is not None or commit.files_of(store):

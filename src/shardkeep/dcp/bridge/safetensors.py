@@ -19,7 +19,7 @@ from shardkeep import commit
 from shardkeep.checkpoint import Checkpoint, Request
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.batches import batches
-from shardkeep.dcp.bridge.streams import store_of
+from shardkeep.dcp.bridge.streams import replace, store_of
 from shardkeep.dcp.handed import theirs
 from shardkeep.errors import Mismatch, NotACheckpoint
 from shardkeep.format import safetensors
@@ -80,23 +80,14 @@ class Folder:
             parts = {temporary: files[name] for temporary, name in unfinished.items()}
             write_items(self.store, parts, threads=threads)
             for temporary, name in unfinished.items():
-                self._rename(temporary, name)
+                path = self.fs.concat_path
+                replace(self.fs, path(self.path, temporary), path(self.path, name))
         except BaseException:
             for temporary in unfinished:
                 with suppress(OSError):
                     self.store.remove(temporary)
             raise
         self.store.sync()
-
-    def _rename(self, old: str, new: str) -> None:
-        source, target = (self.fs.concat_path(self.path, name) for name in (old, new))
-        try:
-            self.fs.rename(source, target)
-        except Exception:
-            if not self.fs.exists(target):
-                raise
-            self.fs.rm_file(target)  # Some file systems do not rename over what is there.
-            self.fs.rename(source, target)
 
     def sweep(self, kept: set[str], *, shards: bool) -> None:
         """Remove the files of earlier saves: those with shards, or those without."""

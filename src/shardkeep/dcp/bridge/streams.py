@@ -19,7 +19,7 @@ from shardkeep.dcp.handed import theirs
 from shardkeep.stores import LocalStore
 from shardkeep.stores.names import checked, checked_range
 
-__all__ = ["FsspecStore", "StreamStore", "store_of"]
+__all__ = ["FsspecStore", "StreamStore", "replace", "store_of"]
 
 _METADATA = ".metadata"
 _PATTERN = frozenset("*?[")
@@ -44,6 +44,35 @@ def store_of(storage: Any) -> Store:
 def _reads_as(fs: Any, kind: Any) -> bool:
     """Whether a file system reads as its class does: what a user made of it must be called."""
     return type(fs).create_stream is kind.create_stream and "create_stream" not in vars(fs)
+
+
+def replace(fs: Any, source: Any, target: Any) -> None:
+    """Rename a file over one that may be there, also where `rename` refuses that.
+
+    What was there is never removed before: it goes aside, and back if need be.
+    """
+    try:
+        fs.rename(source, target)
+    except Exception:
+        if not fs.exists(source) or not fs.exists(target):
+            raise
+        aside = f"{target}.{token_hex(8)}.old"
+        fs.rename(target, aside)
+        try:
+            fs.rename(source, target)
+        except BaseException:
+            fs.rename(aside, target)
+            raise
+        _remove(fs, aside)
+
+
+def _remove(fs: Any, path: Any) -> None:
+    """Remove that file alone: torch's `rm_file` lets fsspec take its path for a pattern."""
+    inner: Any = getattr(fs, "fs", None)
+    if _PATTERN.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
+        fs.rm_file(path)
+    else:
+        inner.rm_file(path)
 
 
 class StreamStore(Store):
@@ -132,7 +161,7 @@ class StreamStore(Store):
         with self.create(temporary) as sink:
             sink.write(data)
         try:
-            self._replace(self.path_of(temporary), self.path_of(plain))
+            replace(self._fs, self.path_of(temporary), self.path_of(plain))
         except BaseException:
             self.remove(temporary)
             raise
@@ -145,18 +174,10 @@ class StreamStore(Store):
         with self._lock:
             self._made.discard(checked(name))
         try:
-            self._remove(path)
+            _remove(self._fs, path)
         except Exception:
             if self._exists(path):
                 raise
-
-    def _remove(self, path: Any) -> None:
-        """Remove that file alone: torch's `rm_file` lets fsspec take its path for a pattern."""
-        inner: Any = getattr(self._fs, "fs", None)
-        if _PATTERN.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
-            self._fs.rm_file(path)
-        else:
-            inner.rm_file(path)
 
     def sync(self) -> None:
         """Nothing to do: names are as durable as the file system makes them."""
@@ -180,22 +201,6 @@ class StreamStore(Store):
         self._fs.mkdir(self.path_of(folder) if folder else self._path)
         with self._lock:
             self._folders.add(folder)
-
-    def _replace(self, source: Any, target: Any) -> None:
-        """Rename over what may be there, also where `rename` refuses that."""
-        try:
-            self._fs.rename(source, target)
-        except Exception:
-            if not self._exists(source) or not self._exists(target):
-                raise
-            aside = f"{target}.{token_hex(8)}.old"
-            self._fs.rename(target, aside)
-            try:
-                self._fs.rename(source, target)
-            except BaseException:
-                self._fs.rename(aside, target)
-                raise
-            self._fs.rm_file(aside)
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
@@ -232,15 +237,23 @@ class StreamStore(Store):
     def _is_folder(self, path: Any) -> bool:
         try:
             inside = [os.fspath(entry).rstrip("/") for entry in self._fs.ls(path)]
-        except Exception:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except Exception:
+            # A folder that can't be listed must not look like a file.
+            if self._opens(path):
+                return False
+            raise
         if len(inside) > 1 or (inside and not str(path).endswith(inside[0])):
             return True
-        try:  # Many file systems list a file as itself.
+        return not self._opens(path)  # Many file systems list a file as itself.
+
+    def _opens(self, path: Any) -> bool:
+        try:
             with self._reading, self._fs.create_stream(path, "rb"):
-                return False
+                return True
         except Exception:
-            return True
+            return False
 
 
 class StreamSink:
