@@ -134,6 +134,55 @@ def test_what_was_passed_over_may_be_saved_anew_and_is_not_deleted(tmp_path):
     assert m.steps() == [6]
 
 
+@pytest.mark.parametrize("looked", [True, False])
+def test_row_02_a_step_that_can_not_be_looked_at_stops_no_deletion_but_its_own(tmp_path, looked):
+    with sk.Manager(tmp_path) as m:
+        for step in (1, 2, 3):
+            m.save(step, state(step), metrics={"loss": step})
+    shown = tmp_path / "step_3" / ".metadata"
+    shown.unlink()
+    shown.mkdir()
+    m = sk.Manager(tmp_path, keep=sk.KeepLast(1) | sk.KeepBest("loss"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if looked:
+            assert m.restore(blank()) == 2
+        for step in (4, 5):
+            m.save(step, state(step), metrics={"loss": step})
+            m.wait()
+            assert m.steps() == [1, 3, step]
+        m.save(6, state(6), metrics={"loss": 0.5})
+        m.wait()
+        assert m.steps() == [3, 6] and m.prune() == ()
+    told = [str(one.message) for one in caught if "step 3 stays" in str(one.message)]
+    assert told == [] if looked else "not a regular file" in told[0]
+
+
+def test_a_step_that_can_not_be_removed_does_not_keep_the_others(tmp_path):
+    class Stuck(LocalStore):
+        """A root of which one step can't be removed."""
+
+        def below(self, folder):
+            class Step(LocalStore):
+                def remove(self, name):
+                    if folder == "step_1":
+                        raise PermissionError(1, "Operation not permitted", self.path_of(name))
+                    return super().remove(name)
+
+            return Step(self.path_of(folder))
+
+    for step in (1, 2, 3, 4):
+        sk.save(state(step), tmp_path / f"step_{step}")
+    m = sk.Manager(Stuck(tmp_path), keep=sk.KeepLast(1))
+    with pytest.raises(PermissionError, match="Operation not permitted"):
+        m.prune()
+    assert m.steps() == [1, 4]
+    with pytest.warns(UserWarning, match="old steps stay: .*Operation not permitted"):
+        m.save(5, state(5))
+        m.close()
+    assert m.steps() == [1, 5]
+
+
 # --- a step that fails when some of it is there already ------------------------------------------
 
 BLOCKS = 200_000
