@@ -336,6 +336,26 @@ class TestLocalStore(StoreTests):
         assert list(store.names()) == ["x"]
         assert store.read("x", 0, 9) == b"old"
 
+    def test_publishing_below_folders_that_can_not_be_synced_leaves_nothing(
+        self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        real = os.fsync
+
+        def fsync(fd: int) -> None:
+            if path_of(fd) == str(tmp_path):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(fd)
+
+        put(store, "y", b"1")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises(OSError, match="Input/output error") as caught:
+                store.publish("x", b"new")
+            assert caught.value.filename == str(tmp_path)
+        assert list(store.names()) == ["y"]
+        store.publish("x", b"new")
+        assert store.read("x", 0, 9) == b"new"
+
     @pytest.mark.parametrize("call", ["write", "fsync", "close"])
     def test_failed_write_leaves_nothing(
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, call: str

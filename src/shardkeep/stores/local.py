@@ -197,8 +197,8 @@ class LocalStore(Store):
         temporary = f"{checked(name)}.{token_hex(8)}.tmp"
         with self.create(temporary) as sink:
             sink.write(data)
-        self._anchor()
         try:
+            self._anchor()
             os.replace(self.path_of(temporary), path)  # noqa: PTH105
         except BaseException:
             self.remove(temporary)
