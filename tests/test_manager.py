@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -181,6 +183,24 @@ def test_a_step_that_can_not_be_removed_does_not_keep_the_others(tmp_path):
         m.save(5, state(5))
         m.close()
     assert m.steps() == [1, 5]
+
+
+FIRST_SAVE = """
+import sys
+import torch, shardkeep as sk
+with sk.Manager(sys.argv[1]) as m:
+    m.restore({}, default=0)
+    before = set(sys.modules)
+    m.save(1, {"w": torch.ones(1 << 20), "odd": {1}}).result()
+print(sorted(name for name in set(sys.modules) - before if name.startswith("shardkeep")))
+"""
+
+
+def test_row_13_the_first_save_imports_nothing_that_a_restore_has_not(tmp_path):
+    command = [sys.executable, "-c", FIRST_SAVE, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 # --- a step that fails when some of it is there already ------------------------------------------

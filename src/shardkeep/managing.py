@@ -5,10 +5,12 @@ What looks at steps needs no torch; saving and restoring import it when they are
 
 from __future__ import annotations
 
+import importlib
 import signal
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from types import TracebackType
@@ -400,6 +402,7 @@ class Manager:
                 it by its number, into a state that no step has been loaded into.
             Untrusted, RankFailed: as of `load`.
         """
+        _get_ready()
         if self._flight is not None:
             self._flight.failure()
         self._keeper.finish()
@@ -485,6 +488,12 @@ def _grade(error: Exception) -> Grade:
     if isinstance(error, RankFailed):
         return Grade.TOLD
     return Grade.UNREADABLE if isinstance(error, _UNREADABLE) else Grade.FATAL
+
+
+def _get_ready() -> None:
+    """Import what a save needs, which takes a second, before the loop and not in its first save."""
+    with suppress(ImportError):  # Without torch a run can only be looked at.
+        importlib.import_module("shardkeep.async_saving")
 
 
 def _refuse_mixed(path: str, report: LoadReport, traces: Traces) -> None:
