@@ -18,7 +18,9 @@ KNOBS = {
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
-"""The death of a rank is noticed sooner than by default, as there are many of them."""
+"""The death of a rank is noticed sooner than by default, as there are many of them: during a save
+by its signs of life, between two saves by the deadline. The report says so.
+"""
 
 MODES = ("sync", "async", "overwrite", "manager")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from crash.notes import PHASES
-from crash.plans import MODES
+from crash.plans import KNOBS, MODES
 from crash.state import RANKS
 from crash.trial import Result
 
@@ -46,8 +46,14 @@ def _head(results: Sequence[Result]) -> Iterator[str]:
         median = told[len(told) // 2]
         yield (
             f"Where one rank was killed, the last of the others knew after {median:.1f} s (median; "
-            f"{told[-1]:.1f} s at most), with a sign of life every 0.1 s."
+            f"{told[-1]:.1f} s at most)."
         )
+    yield (
+        f"There was a sign of life every {KNOBS['SHARDKEEP_HEARTBEAT']} s, and a deadline of "
+        f"{KNOBS['SHARDKEEP_DEADLINE']} s. By default these are 1.5 s and 1,800 s; it is the "
+        "deadline for which a rank is waited for that dies between two saves, as it gives no sign "
+        "of life there that could be missed."
+    )
     in_between = sum(one.newest > one.acknowledged for one in results)
     yield (
         f"In {in_between} cases the step under way was committed, but no rank had been told yet."

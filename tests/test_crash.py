@@ -19,6 +19,7 @@ from crash.state import RANKS, differences, state
 from crash.trial import Result
 
 import shardkeep as sk
+from shardkeep import knobs
 from shardkeep.ranks import threads
 
 ROOT = Path(__file__).parent.parent
@@ -100,12 +101,18 @@ def test_moments_spread_over_phases_ranks_and_ways_to_save():
     assert plans != [draw(2, number, Path(), RANKS, spans) for number in range(1000)]
 
 
-def test_a_failure_is_in_the_report(tmp_path):
+def test_a_failure_is_in_the_report(tmp_path, monkeypatch):
     good = Result(5, 0, "sync", "one", "write", 1, 1, 0.5, [])
     bad = Result(5, 1, "async", "all", "publish", 3, 2, None, ["step 2 is there"])
     text = report.summary([good, bad])
     assert "**2 moments, 1 failures**" in text
     assert "- moment 1 of seed 5 (async, all, publish): step 2 is there" in text
+    assert "a sign of life every 0.1 s, and a deadline of 1.5 s. By default these are" in text
+    defaults = {"SHARDKEEP_HEARTBEAT": "1.5 s", "SHARDKEEP_DEADLINE": "1,800 s"}
+    for name in defaults:
+        monkeypatch.delenv(name, raising=False)
+    assert [f"{knobs.heartbeat():g} s", f"{knobs.deadline():,.0f} s"] == [*defaults.values()]
+    assert "{} and {}".format(*defaults.values()) in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.write(page, text)

@@ -111,6 +111,18 @@ def test_row_04_an_object_of_a_stock_checkpoint_is_named(made, name):
             assert (caught.value.file, caught.value.name) == (item.file, name)
 
 
+def test_row_04_an_object_is_one_block_however_large_it_is(tmp_path):
+    sk.save({"w": torch.ones(3), "large": list(range(300_000))}, tmp_path)
+    checkpoint = sk.open(tmp_path)
+    item = checkpoint.sources.object(checkpoint._objects["large"])
+    assert item.length > 4 * 256 * 1024
+    with damage.changed(tmp_path / item.file, item.offset + item.length // 2, 0):
+        (found,) = sk.open(tmp_path).verify().damaged
+        assert (found.file, found.name, found.rank, found.block) == (item.file, "large", 0, None)
+        with pytest.raises(sk.Damaged, match="'large'"):
+            sk.open(tmp_path).read("large")
+
+
 @pytest.mark.parametrize("codec", [False, True])
 def test_what_a_load_could_not_check_is_said(made, tmp_path, codec):
     path = made / "stock"

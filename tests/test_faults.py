@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 import shardkeep as sk
-from support import injected
+from support import injected, injected_store
 from support.injected import CALLS, Saver, outcome
 from support.phases import PHASES, happening
 
@@ -49,18 +49,58 @@ def open_files() -> int:
 
 # --- single system calls --------------------------------------------------------------------------
 
-SOME = [CALLS[index] for index in (2, 4, 7, 11, 16)]
+SOME = [
+    ("over", "write", "openat", "data", "EACCES", "refused"),
+    ("over", "sync", "ftruncate", "data", "EIO", "refused"),
+    ("over", "commit", "fsync", "folder above", "EIO", "refused"),
+    ("over", "commit", "rename", "new .metadata", "EROFS", "refused"),
+    ("over", "after", "unlink", "lease", "EIO", "kept"),
+    ("new", "own", "mkdir", "folder", "ENOSPC", "refused"),
+    ("async", "write", "pwritev2", "data", "ENOSPC", "refused"),
+    ("manager", "commit", "fsync", "folder", "EIO", "new"),
+    ("manager", "after", "unlink", "old data", "EIO", "kept"),
+]
 
 
 def test_errors_of_system_calls_leave_the_old_checkpoint(tmp_path):
     """Some of them; `make faults` tries all."""
     if not injected.works(tmp_path):
         pytest.skip("needs strace, and the right to trace")
+    calls = {(one.kind, one.phase, one.name, one.of): one for one in CALLS}
     with Saver() as saver:
-        for number, (call, error) in enumerate(
-            zip(SOME, ["EACCES", "ENOSPC", "EIO", "ENOSPC", "EROFS"], strict=True), 1
-        ):
-            assert outcome(saver, tmp_path, call, error, number) == "refused"
+        for number, (*where, error, expected) in enumerate(SOME, 1):
+            found = outcome(saver, tmp_path, calls[tuple(where)], error, number)
+            assert found == expected, where
+
+
+# --- single operations of a store ----------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+
+
+def on_page(kind: str, error: str) -> set[tuple[str, ...]]:
+    """What the page says of such saves and this error: row by row, each time that it comes."""
+    at = 5 + injected_store.ERRORS.index(error)
+    table = PAGE.read_text().partition("| Error comes |")[2].partition("\n\n")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    return {
+        (*line[:4], when, line[at])
+        for line in lines
+        if line[0] == kind
+        for when in line[4].split(", ")
+    }
+
+
+@pytest.mark.parametrize("kind", injected_store.KINDS)
+def test_errors_of_a_store_end_as_the_page_says(kind):
+    """One of the errors; `make faults` tries all, and writes the page."""
+    found = {
+        (*row[:4], when, row[5])
+        for row in injected_store.rows(kind, ["EIO"])
+        for when in row[4].split(", ")
+    }
+    assert len(found) >= 25
+    assert found == on_page(kind, "EIO")
 
 
 # --- a full, a read-only, a vanished folder -------------------------------------------------------

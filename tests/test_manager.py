@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -132,6 +134,190 @@ def test_what_was_passed_over_may_be_saved_anew_and_is_not_deleted(tmp_path):
     m.save(6, state(6))
     m.close()
     assert m.steps() == [6]
+
+
+@pytest.mark.parametrize("looked", [True, False])
+def test_row_02_a_step_that_can_not_be_looked_at_stops_no_deletion_but_its_own(tmp_path, looked):
+    with sk.Manager(tmp_path) as m:
+        for step in (1, 2, 3):
+            m.save(step, state(step), metrics={"loss": step})
+    shown = tmp_path / "step_3" / ".metadata"
+    shown.unlink()
+    shown.mkdir()
+    m = sk.Manager(tmp_path, keep=sk.KeepLast(1) | sk.KeepBest("loss"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if looked:
+            assert m.restore(blank()) == 2
+        for step in (4, 5):
+            m.save(step, state(step), metrics={"loss": step})
+            m.wait()
+            assert m.steps() == [1, 3, step]
+        m.save(6, state(6), metrics={"loss": 0.5})
+        m.wait()
+        assert m.steps() == [3, 6] and m.prune() == ()
+    told = [str(one.message) for one in caught if "step 3 stays" in str(one.message)]
+    assert told == [] if looked else "not a regular file" in told[0]
+
+
+def test_a_step_that_can_not_be_removed_does_not_keep_the_others(tmp_path):
+    class Stuck(LocalStore):
+        """A root of which one step can't be removed."""
+
+        def below(self, folder):
+            class Step(LocalStore):
+                def remove(self, name):
+                    if folder == "step_1":
+                        raise PermissionError(1, "Operation not permitted", self.path_of(name))
+                    return super().remove(name)
+
+            return Step(self.path_of(folder))
+
+    for step in (1, 2, 3, 4):
+        sk.save(state(step), tmp_path / f"step_{step}")
+    m = sk.Manager(Stuck(tmp_path), keep=sk.KeepLast(1))
+    with pytest.raises(PermissionError, match="Operation not permitted"):
+        m.prune()
+    assert m.steps() == [1, 4]
+    with pytest.warns(UserWarning, match="old steps stay: .*Operation not permitted"):
+        m.save(5, state(5))
+        m.close()
+    assert m.steps() == [1, 5]
+
+
+FIRST_SAVE = """
+import sys
+import torch, shardkeep as sk
+with sk.Manager(sys.argv[1]) as m:
+    m.restore({}, default=0)
+    before = set(sys.modules)
+    m.save(1, {"w": torch.ones(1 << 20), "odd": {1}}).result()
+print(sorted(name for name in set(sys.modules) - before if name.startswith("shardkeep")))
+"""
+
+
+def test_row_13_the_first_save_imports_nothing_that_a_restore_has_not(tmp_path):
+    command = [sys.executable, "-c", FIRST_SAVE, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# --- a step that fails when some of it is there already ------------------------------------------
+
+BLOCKS = 200_000
+"""Elements of a tensor of several blocks."""
+
+
+def wide(step: float, *more: str) -> dict:
+    """Tensors and objects that are not all read at once."""
+    tensors = {name: torch.full((BLOCKS,), float(step)) for name in ("a", *more)}
+    return {**tensors, "odd": {"kept", step}} if more else tensors
+
+
+def flip_last_block(folder: Path, value: float, pattern: str = "*.distcp") -> None:
+    """A bit of the last block of the first tensor of such a value."""
+    (data,) = folder.glob(pattern)
+    content = bytearray(data.read_bytes())
+    first = content.find(torch.full((64,), value).numpy().tobytes())
+    content[first + 4 * BLOCKS - 8] ^= 1
+    data.write_bytes(content)
+
+
+@pytest.mark.parametrize("strict", [False, {"b": False, "odd": False}])
+def test_row_02_what_a_damaged_step_has_filled_is_not_mixed_into_an_older_one(tmp_path, strict):
+    with sk.Manager(tmp_path) as m:
+        m.save(1, wide(1))
+        m.save(2, wide(2, "b"))
+    flip_last_block(tmp_path / "step_2", 2.0)
+    m = sk.Manager(tmp_path)
+    with pytest.raises(sk.Mismatch, match="may have filled") as caught:
+        m.restore(wide(0, "b"), strict=strict)  # of which "b" may be of step 2 by now
+    assert f"{tmp_path / 'step_1'} does not have 'b', 'odd', which step 2" in str(caught.value)
+    assert caught.value.report.missing == ("b", "odd") and m.restored is None
+    assert m.restore(fresh := wide(0, "b"), step=1, strict=strict) == 1
+    assert fresh["b"][0] == 0 and fresh["a"][0] == 1
+
+
+def test_row_02_an_older_step_that_fills_all_of_it_is_restored(tmp_path):
+    with sk.Manager(tmp_path) as m:
+        m.save(1, wide(1, "b"))
+        m.save(2, wide(2, "b"))
+    flip_last_block(tmp_path / "step_2", 2.0)
+    found = {**wide(0, "b"), "c": torch.zeros(3)}
+    with pytest.warns(UserWarning, match="step 2 can't be read"):
+        assert sk.Manager(tmp_path).restore(found, strict={"c": False}) == 1
+    assert all((found[name] == 1).all() for name in ("a", "b"))
+    assert found["odd"] == {"kept", 1} and not found["c"].any()
+
+
+def test_row_02_names_below_an_object_of_a_damaged_step_count_too(tmp_path):
+    """A checkpoint may hold as one object what a template has as a mapping."""
+    import torch.distributed.checkpoint as stock
+
+    with sk.Manager(tmp_path) as m:
+        m.save(1, wide(1))
+    held = {"a": torch.full((BLOCKS,), 2.0), "box": [{"t": torch.ones(3), "n": 2}]}
+    stock.save(held, checkpoint_id=tmp_path / "step_2", no_dist=True)
+    flip_last_block(tmp_path / "step_2", 2.0)
+    template = {"a": torch.zeros(BLOCKS), "box": [{"t": torch.zeros(3), "n": 0}]}
+    with pytest.raises(sk.Mismatch, match="which step 2 may have filled"):
+        sk.Manager(tmp_path).restore(template, strict=False)
+
+
+def test_row_02_a_step_that_could_not_even_be_opened_has_filled_nothing(tmp_path):
+    with sk.Manager(tmp_path) as m:
+        m.save(1, wide(1))
+        m.save(2, wide(2, "b"))
+        m.save(3, wide(3, "b"))
+    metadata = tmp_path / "step_3" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-1])
+    next((tmp_path / "step_2").glob(".manifest-*")).unlink()
+    found = wide(0, "b")
+    with pytest.warns(UserWarning, match="can't be read, so step 1 is restored"):
+        assert sk.Manager(tmp_path).restore(found, strict=False) == 1
+    assert found["a"][0] == 1 and found["b"][0] == 0 and found["odd"] == {"kept", 0}
+
+
+def mixing(ranks, path, strict):
+    """Only rank 1's part of step 2 is damaged; what it lacks is told as this rank sees it."""
+
+    def mine(value: float) -> dict:
+        row = torch.full((1, BLOCKS), float(value))
+        return {"w": sk.Shards((2, BLOCKS), [((ranks.rank, 0), row)])}
+
+    def more(value: float) -> dict:
+        return {"ema": torch.full((9,), value), "rng": sk.PerRank(torch.full((9,), value))}
+
+    with sk.Manager(path, ranks=ranks) as m:
+        m.save(1, mine(1))
+        m.save(2, mine(2) | more(2.0))
+    if ranks.rank == 1:
+        flip_last_block(path / "step_2", 2.0, "__1_*.distcp")
+    m = sk.Manager(path, ranks=ranks)
+    try:
+        m.restore(mine(0) | more(0.0), strict=strict)
+    except (sk.Mismatch, sk.RankFailed) as error:
+        return str(error)
+
+
+def test_row_04_all_ranks_refuse_a_step_that_would_be_mixed_on_one(tmp_path):
+    found = threads.run(2, mixing, tmp_path, {"ema": False, "rng*": False})
+    for rank, text in enumerate(found):
+        assert f"'ema', 'rng.rank_{rank}_of_2', which step 2 may have filled" in text
+
+
+def test_row_22_a_value_that_a_policy_leaves_alone_is_not_of_a_damaged_step(tmp_path):
+    def save(ranks, step):
+        with sk.Manager(tmp_path, ranks=ranks) as m:
+            m.save(step, {"a": torch.full((BLOCKS,), float(step)), "rng": sk.PerRank(step)})
+
+    threads.run(3, save, 1)
+    save(None, 2)
+    flip_last_block(tmp_path / "step_2", 2.0)
+    template = {"a": torch.zeros(BLOCKS), "rng": sk.PerRank(0)}
+    with pytest.raises(sk.Mismatch, match="step_1 does not have 'rng', which step 2"):
+        sk.Manager(tmp_path).restore(template, per_rank="skip")
 
 
 def test_all_steps_damaged(tmp_path):

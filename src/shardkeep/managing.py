@@ -5,10 +5,12 @@ What looks at steps needs no torch; saving and restoring import it when they are
 
 from __future__ import annotations
 
+import importlib
 import signal
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from types import TracebackType
@@ -16,13 +18,21 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 from shardkeep.background import Handle, simulated
 from shardkeep.contracts import KeepPolicy, Progress, Ranks, Session, Store
-from shardkeep.errors import Damaged, FormatError, NotACheckpoint, RankFailed, ShardkeepError
+from shardkeep.errors import (
+    Damaged,
+    FormatError,
+    Mismatch,
+    NotACheckpoint,
+    RankFailed,
+    ShardkeepError,
+)
 from shardkeep.format import columns
 from shardkeep.manager import StepNames, Steps
 from shardkeep.manager.keeper import Keeper
 from shardkeep.manager.metrics import finite
 from shardkeep.manager.policies import Mode
 from shardkeep.manager.signals import Signals
+from shardkeep.manager.traces import Traces
 from shardkeep.manager.turns import Grade, Worst, take_turn, worst
 from shardkeep.ranks import take_part
 
@@ -34,6 +44,9 @@ __all__ = ["Manager", "Restored", "StepHandle"]
 
 _UNREADABLE = (Damaged, FormatError, NotACheckpoint, OSError)
 """What an older step may help against."""
+
+_SHOWN = 20
+"""Names in a message at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +381,11 @@ class Manager:
         If a step can't be read, or does not match its digests, the one before is tried, with a
         warning; `restored` tells of it. What is wrong with the template is raised at once.
 
+        A step that turns out to be damaged may have filled a part of the state by then. The one
+        that is restored fills all of that anew. Where it does not, as names are missing that
+        `strict` lets be missing, or `per_rank` leaves values alone, it is refused: no state is of
+        two steps. After any error the state may hold parts of a step: don't go on with it.
+
         Args:
             state: the template, as of `load`.
             step: this one and no other.
@@ -380,8 +398,11 @@ class Manager:
         Raises:
             NotACheckpoint: nothing is committed, and there is no `default`.
             Damaged: no step is whole.
-            Mismatch, Untrusted, RankFailed: as of `load`.
+            Mismatch: as of `load`; or the step lacks what one that failed may have filled: restore
+                it by its number, into a state that no step has been loaded into.
+            Untrusted, RankFailed: as of `load`.
         """
+        _get_ready()
         if self._flight is not None:
             self._flight.failure()
         self._keeper.finish()
@@ -392,8 +413,9 @@ class Manager:
             if not steps:
                 raise NotACheckpoint(f"{self._url}: no step is committed there")
             passed_over: dict[int, str] = {}
+            traces = None if step is not None else Traces(session.rank, session.size)
             for number in steps:
-                found = self._tried(session, number, state, how, alone=step is not None)
+                found = self._tried(session, number, state, how, traces)
                 if not isinstance(found, str):
                     break
                 passed_over[number] = found
@@ -423,21 +445,29 @@ class Manager:
         step: int,
         state: MutableMapping[Any, Any],
         how: Mapping[str, Any],
-        *,
-        alone: bool,
+        traces: Traces | None,
     ) -> LoadReport | str:
-        """Load a step; why it can't be read on some rank, unless there is no other to try."""
+        """Load a step; why it can't be read on some rank, unless there is no other to try.
+
+        Args:
+            traces: what the tries before may have left in the state, to which a failed one is
+                added; None if there is no other to try.
+        """
         from shardkeep.loading import load
 
+        store = self._steps.store(step)
         grade, error, report = Grade.FINE, None, None
         try:
-            report = load(state, self._steps.store(step), ranks=self._job, **how)
+            report = load(state, store, ranks=self._job, **how)
+            if traces is not None:
+                _refuse_mixed(store.url, report, traces)
         except Exception as caught:
             grade, error = _grade(caught), caught
         outcome = worst(session, grade, error)
         if report is not None and outcome.grade is Grade.FINE:
             return report
-        if outcome.grade is Grade.UNREADABLE and not alone:
+        if outcome.grade is Grade.UNREADABLE and traces is not None:
+            traces.add(step, store, error)
             return outcome.text
         raise error or outcome.raised("load", self.path(step))
 
@@ -445,9 +475,10 @@ class Manager:
         """Delete now what `keep` does not keep: never the newest step that is whole.
 
         `save` does this by itself. Only the coordinator deletes; the steps that it deleted, there.
+        One that can't be read stays, with a warning.
 
         Raises:
-            OSError: from the store.
+            OSError: a step could not be deleted; the others that should be are gone.
         """
         self._keeper.finish()
         return self._keeper.prune(frozenset(self._passed_over)) if self._job.rank == 0 else ()
@@ -457,6 +488,28 @@ def _grade(error: Exception) -> Grade:
     if isinstance(error, RankFailed):
         return Grade.TOLD
     return Grade.UNREADABLE if isinstance(error, _UNREADABLE) else Grade.FATAL
+
+
+def _get_ready() -> None:
+    """Import what a save needs, which takes a second, before the loop and not in its first save."""
+    with suppress(ImportError):  # Without torch a run can only be looked at.
+        importlib.import_module("shardkeep.async_saving")
+
+
+def _refuse_mixed(path: str, report: LoadReport, traces: Traces) -> None:
+    """Raise Mismatch if something in the state may be of a step that could not be read."""
+    left = traces.left(report.missing, report.skipped)
+    if not left:
+        return
+    names = ", ".join(map(repr, list(left)[:_SHOWN]))
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    tried = ", ".join(f"step {step}" for step in sorted({*left.values()}, reverse=True))
+    raise Mismatch(
+        f"{path} does not have {names}{more}, which {tried} may have filled before that turned out "
+        "to be unreadable: the state would be of more than one step; make it anew, and restore a "
+        "step by its number",
+        report,
+    )
 
 
 def _checked(metrics: Mapping[str, SupportsFloat] | None) -> Mapping[str, float]:

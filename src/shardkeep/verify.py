@@ -32,7 +32,8 @@ class VerifyReport:
         kind: who wrote it, as `Checkpoint.kind`.
         files: how many files its metadata names.
         checked_bytes: bytes that were compared with a digest.
-        damaged: what is broken: file, tensor, rank and block of each.
+        damaged: what is broken: file, tensor, rank and block of each. An object is one block, with
+            one digest, so there is no block to name.
         unchecked: tensors, objects and files that have no digest. They may be damaged or not.
         unchecked_bytes: how many bytes those are.
     """

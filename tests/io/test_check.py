@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shardkeep.io.digest import block_digests
 from shardkeep.io.read import Payload, verify_payloads
-from shardkeep.knobs import BLOCK
+from shardkeep.knobs import BLOCK, PAGE
 from shardkeep.stores.local import LocalStore
 from shardkeep.stores.memory import MemoryStore
 
@@ -153,6 +153,65 @@ def test_media_errors_are_damage_and_others_are_not():
     ]
     with pytest.raises(PermissionError):
         verify_payloads(Failing(PermissionError(13, "denied")), payloads, threads=2)
+
+
+class BadSector(MemoryStore):
+    """What holds one byte of the file can't be read; told how far it came."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        super().__init__()
+        self.publish("f", data)
+        self.at = at
+
+    def read_steps(self, name, offset, buffer, step, *, keep=False):
+        for low in range(0, len(buffer), step):
+            part = buffer[low : low + step]
+            if offset + low <= self.at < offset + low + len(part):
+                raise OSError(errno.EIO, "Input/output error", name)
+            yield low + super().read_into(name, offset + low, part)
+
+
+@given(st.integers(0, 12 * BLOCK + 299), st.booleans())
+@settings(max_examples=30)
+def test_what_lies_beside_a_bad_sector_is_not_named(at, blocks):
+    sizes = (100, 9 * BLOCK, 100, 3 * BLOCK, 100)  # all read at once
+    data, payloads = np.random.default_rng(0).bytes(sum(sizes)), []
+    broken, first = bytearray(data), 0
+    broken[500] ^= 1
+    for number, nbytes in enumerate(sizes):
+        part = data[first : first + nbytes]
+        known = {"digests": block_digests(part)} if blocks else {"crc": zlib.crc32(part)}
+        payloads.append(Payload(f"t{number}", "f", first, nbytes, **known))
+        first += nbytes
+    found = verify_payloads(BadSector(bytes(broken), at), payloads, threads=1)
+    (here,) = [p.name for p in payloads if p.offset <= at < p.offset + p.nbytes]
+    unread = [error.name for error in found if "Input/output error" in str(error)]
+    wrong = [(error.name, error.block) for error in found if "CRC-32" in str(error)]
+    assert unread == [here]
+    assert wrong in ([], [("t1", 0 if blocks else None)]) and (here == "t1" or wrong)
+
+
+class Noting(LocalStore):
+    """Notes reads, and which would take a copy on the way from the disk."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.reads, self.copied = [], 0
+
+    def read_steps(self, name, offset, buffer, step, *, keep=False):
+        address = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
+        self.reads.append(len(buffer))
+        self.copied += (address - offset) % PAGE != 0
+        return super().read_steps(name, offset, buffer, step, keep=keep)
+
+
+def test_large_payloads_come_in_few_reads_that_need_no_copy(tmp_path):
+    data = np.random.default_rng(0).bytes(33 * BLOCK + 5)
+    (tmp_path / "f").write_bytes(b"x" * 777 + data)
+    store = Noting(tmp_path)
+    payload = Payload("t", "f", 777, len(data), digests=block_digests(data))
+    assert verify_payloads(store, [payload], threads=2) == []
+    assert sorted(store.reads) == [BLOCK + 5, 16 * BLOCK, 16 * BLOCK] and store.copied == 0
 
 
 def test_memory_stays_bounded(tmp_path):

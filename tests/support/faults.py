@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -24,10 +25,18 @@ class FaultyStore(Store):
         kind: "error" raises an OSError once; "crash" raises `Died` from then on, so nothing that
             should clean up does so either.
         when: "before" or "after" the operation has had its effect.
+        error: the number of the OSError.
     """
 
-    def __init__(self, inner: MemoryStore, at: int = -1, kind: str = "error", when: str = "before"):
-        self.inner, self.at, self.kind, self.when = inner, at, kind, when
+    def __init__(
+        self,
+        inner: MemoryStore,
+        at: int = -1,
+        kind: str = "error",
+        when: str = "before",
+        error: int = errno.ENOSPC,
+    ) -> None:
+        self.inner, self.at, self.kind, self.when, self.error = inner, at, kind, when, error
         self.log: list[tuple[str, str]] = []
         self.dead = False
 
@@ -48,7 +57,7 @@ class FaultyStore(Store):
         if self.kind == "crash":
             self.dead = True
             raise Died
-        raise OSError(errno.ENOSPC, "No space left on device", name)
+        raise OSError(self.error, os.strerror(self.error), name)
 
     @property
     def url(self) -> str:

@@ -15,52 +15,112 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 from shardkeep import commit
 from shardkeep.format.trailer import manifest_name
+from support import injected_store
 
 SIZE = 2
-ERRORS = ["ENOSPC", "EIO", "EACCES", "EROFS", "ENOENT"]
+ERRORS = injected_store.ERRORS
 
 
 class Call(NamedTuple):
-    """A system call of the save: in which phase, of what, and which one of several (from 1)."""
+    """A system call of a save or a load: in which phase, of what, which one of several (from 1).
+
+    Of a save also its kind: "over" an old checkpoint, to a "new" folder, "async" (over an old one),
+    or of a "manager" that keeps one step.
+    """
 
     phase: str
     name: str
     of: str
     number: int = 1
+    kind: str = "over"
+
+
+def _of(kind: str, calls: Iterable[tuple[Any, ...]]) -> list[Call]:
+    return [Call(*call)._replace(kind=kind) for call in calls]
 
 
 CALLS = [
-    Call("own", "openat", "lease"),
-    Call("own", "fsync", "lease"),
-    Call("write", "openat", "data"),
-    Call("write", "fallocate", "data"),
-    Call("write", "pwritev2", "data"),
-    Call("write", "pwritev2", "data", 2),
-    Call("sync", "ftruncate", "data"),
-    Call("sync", "fsync", "data"),
-    Call("sync", "close", "data"),
-    Call("sync", "fsync", "folder"),
-    Call("report", "newfstatat", "data"),
-    Call("commit", "openat", "manifest"),
-    Call("commit", "write", "manifest"),
-    Call("commit", "fsync", "manifest"),
-    Call("commit", "fsync", "folder", 2),
-    Call("commit", "openat", "new .metadata"),
-    Call("commit", "write", "new .metadata"),
-    Call("commit", "fsync", "new .metadata"),
-    Call("commit", "rename", "new .metadata"),
-    Call("commit", "fsync", "folder", 3),
-    Call("after", "unlink", "old data"),
+    *_of(
+        "over",
+        [
+            ("own", "openat", "lease"),
+            ("own", "fsync", "lease"),
+            ("write", "openat", "data"),
+            ("write", "fallocate", "data"),
+            ("write", "pwritev2", "data"),
+            ("write", "pwritev2", "data", 2),
+            ("sync", "ftruncate", "data"),
+            ("sync", "fsync", "data"),
+            ("sync", "close", "data"),
+            ("sync", "fsync", "folder"),
+            ("report", "newfstatat", "data"),
+            ("commit", "openat", "manifest"),
+            ("commit", "write", "manifest"),
+            ("commit", "fsync", "manifest"),
+            ("commit", "fsync", "folder", 2),
+            ("commit", "openat", "new .metadata"),
+            ("commit", "write", "new .metadata"),
+            ("commit", "fsync", "new .metadata"),
+            ("commit", "fsync", "folder above"),
+            ("commit", "rename", "new .metadata"),
+            ("commit", "fsync", "folder", 3),
+            ("after", "unlink", "old data"),
+            ("after", "unlink", "lease"),
+        ],
+    ),
+    *_of(
+        "new",
+        [
+            ("own", "mkdir", "folder"),
+            ("write", "pwritev2", "data"),
+            ("sync", "fsync", "data"),
+            ("sync", "fsync", "folder"),
+            ("sync", "fsync", "folder above"),
+            ("commit", "fsync", "manifest"),
+            ("commit", "fsync", "folder above", 2),
+            ("commit", "rename", "new .metadata"),
+            ("commit", "fsync", "folder", 3),
+        ],
+    ),
+    *_of(
+        "async",
+        [
+            ("write", "openat", "data"),
+            ("write", "pwritev2", "data"),
+            ("sync", "fsync", "data"),
+            ("commit", "write", "manifest"),
+            ("commit", "rename", "new .metadata"),
+            ("commit", "fsync", "folder", 3),
+            ("after", "unlink", "old data"),
+        ],
+    ),
+    *_of(
+        "manager",
+        [
+            ("own", "mkdir", "folder"),
+            ("write", "pwritev2", "data"),
+            ("commit", "rename", "new .metadata"),
+            ("commit", "fsync", "folder", 3),
+            ("after", "unlink", "old .metadata"),
+            ("after", "fsync", "old folder"),
+            ("after", "unlink", "old data"),
+            ("after", "unlink", "old manifest"),
+            ("after", "rmdir", "old folder"),
+        ],
+    ),
 ]
-"""Of a save. Data files are those of rank 1; the coordinator does the rest. Both sync the folder
+"""Of saves. Data files are those of rank 1; the coordinator does the rest. Both sync the folder
 once they have written: numbers count the calls of each thread.
 """
 
@@ -78,12 +138,15 @@ READS = [
 
 def main() -> None:
     """The saves, in a process of their own: takes requests from standard input, line by line."""
+    import warnings
+
     import torch
 
     import shardkeep as sk
     from shardkeep.ranks import threads
     from shardkeep.stores import local
 
+    warnings.simplefilter("ignore")
     local.token_hex = lambda n: "0" * 2 * n  # type: ignore[assignment]
     whole = torch.arange(1 << 21).float()  # 8 MiB: several writes of rank 1's half
 
@@ -91,23 +154,27 @@ def main() -> None:
         half = (whole[: 1 << 20] if rank == 0 else whole[1 << 20 :]) + seed
         return {"w": sk.Shards(tuple(whole.shape), [((rank << 20,), half)]), f"n{rank}": seed}
 
-    def save(ranks: Any, path: str, seed: int, save_id: str | None) -> dict[str, Any]:
-        sk.save(
-            state(ranks.rank, seed), path, overwrite=True, save_id=save_id, ranks=ranks,
-            host_budget=1 << 20,
-        )  # fmt: skip
+    def save(ranks: Any, kind: str, path: str, seed: int) -> dict[str, Any]:
+        mine = state(ranks.rank, seed)
+        if kind == "manager":
+            with sk.Manager(path, keep=sk.KeepLast(1), ranks=ranks) as manager:
+                manager.save(seed, mine).result(60)
+        elif kind == "async":
+            sk.async_save(mine, path, overwrite=True, ranks=ranks).result(60)
+        else:
+            sk.save(mine, path, overwrite=kind == "over", ranks=ranks, host_budget=1 << 20)
         return {"end": "saved"}
 
-    def load(ranks: Any, path: str, seed: int, _: None) -> dict[str, Any]:
+    def load(ranks: Any, kind: str, path: str, seed: int) -> dict[str, Any]:
         filled = state(ranks.rank, -1)
         sk.load(filled, path, ranks=ranks)
         right, found = state(ranks.rank, seed)["w"], filled["w"]
         same = torch.equal(found.parts[0][1], right.parts[0][1])
         return {"end": "loaded" if same else "wrong"}
 
-    def one(ranks: Any, act: Any, path: str, seed: int, save_id: str | None) -> dict[str, Any]:
+    def one(ranks: Any, act: Any, kind: str, path: str, seed: int) -> dict[str, Any]:
         try:
-            return act(ranks, path, seed, save_id)
+            return act(ranks, kind, path, seed)
         except sk.RankFailed as error:
             return {"end": "told", "rank": error.rank, "phase": error.phase, "text": str(error)}
         except OSError as error:
@@ -115,25 +182,36 @@ def main() -> None:
         except sk.ShardkeepError as error:
             return {"end": "raised", "text": f"{type(error).__name__}: {error}"}
 
-    def there(path: str) -> dict[str, Any]:
+    def checked(path: str) -> tuple[float, bool]:
+        """What a checkpoint holds, and whether that is whole."""
         ckpt = sk.open(path)
         first = float(ckpt.read("w")[0])
+        return first, ckpt.verify().ok and (ckpt.read("w") == whole.numpy() + first).all().item()
+
+    def there(kind: str, path: str) -> dict[str, Any]:
+        manager = sk.Manager(path)
+        paths = [manager.path(step) for step in manager.steps()] if kind == "manager" else [path]
+        found = [checked(one) for one in paths if (Path(one) / commit.METADATA).exists()]
+        inside = Path(path).rglob("*")
         return {
-            "seed": first,
-            "whole": ckpt.verify().ok and (ckpt.read("w") == whole.numpy() + first).all().item(),
-            "files": sorted(file.name for file in Path(path).iterdir()),
+            "seed": found[-1][0] if found else 0.0,
+            "whole": all(whole for _, whole in found),
+            "files": sorted(str(one.relative_to(path)) for one in inside if one.is_file()),
         }
 
-    def look(path: str) -> dict[str, Any]:
-        found = there(path)
+    def look(kind: str, path: str) -> dict[str, Any]:
+        found = there(kind, path)
         gc.collect()  # and with it what was open to look
         return found | {"open": len([*Path("/proc/self/fd").iterdir()])}
 
     print("ready", flush=True)
     for line in sys.stdin:
-        what, path, seed, save_id = json.loads(line)
+        what, kind, path, seed, save_id = json.loads(line)
         act = {"save": save, "load": load}.get(what)
-        answer = threads.run(SIZE, one, act, path, seed, save_id) if act else look(path)
+        with pytest.MonkeyPatch.context() as patch:
+            if save_id:
+                patch.setattr(commit, "new_id", lambda save_id=save_id: save_id)
+            answer = threads.run(SIZE, one, act, kind, path, seed) if act else look(kind, path)
         print(json.dumps(answer), flush=True)
 
 
@@ -148,8 +226,10 @@ class Saver:
         )  # fmt: skip
         self._line()
 
-    def ask(self, what: str, path: Path, seed: int = 0, save_id: str | None = None) -> Any:
-        self.process.stdin.write(json.dumps([what, str(path), seed, save_id]) + "\n")
+    def ask(
+        self, what: str, kind: str, path: Path, seed: int = 0, save_id: str | None = None
+    ) -> Any:
+        self.process.stdin.write(json.dumps([what, kind, str(path), seed, save_id]) + "\n")
         self.process.stdin.flush()
         return json.loads(self._line())
 
@@ -195,38 +275,91 @@ def works(folder: Path) -> bool:
         return False
 
 
+SAVED = [{"end": "saved"}] * SIZE
+
+
+class Place(NamedTuple):
+    """Where a save that meets an error goes to, and what was there before.
+
+    Attributes:
+        root: the folder that is looked at; of a manager that of the run.
+        new, old: the folders of the checkpoints: of a manager two steps.
+        save_id, first: the ids of both.
+    """
+
+    root: Path
+    new: Path
+    old: Path
+    save_id: str
+    first: str
+
+    @classmethod
+    def at(cls, root: Path, kind: str, number: int) -> Place:
+        new, old = (root / "step_2", root / "step_1") if kind == "manager" else (root, root)
+        return cls(root, new, old, f"{number:032x}", f"{number + 500_000:032x}")
+
+    def of(self, what: str) -> Path:
+        """The path of what a call is of."""
+        return {
+            "data": self.new / commit.data_file(1, 0, self.save_id),
+            "folder": self.new,
+            "folder above": self.new.parent,
+            "lease": self.new / f".lease_{self.save_id}.json",
+            "manifest": self.new / manifest_name(self.save_id),
+            "new .metadata": self.new / f"{commit.METADATA}.{'0' * 16}.tmp",
+            "old data": self.old / commit.data_file(1, 0, self.first),
+            "old folder": self.old,
+            "old manifest": self.old / manifest_name(self.first),
+            "old .metadata": self.old / commit.METADATA,
+        }[what]
+
+    def files(self) -> set[str]:
+        """What a save that met no error leaves."""
+        names = [commit.data_file(rank, 0, self.save_id) for rank in range(SIZE)]
+        names += [manifest_name(self.save_id), commit.METADATA]
+        return {str((self.new / name).relative_to(self.root)) for name in names}
+
+
 def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> str:
-    """A checkpoint, a save over it that meets the error, and another one, in a word."""
-    path = folder / f"{number}"
-    save_id = f"{number:032x}"
-    first = f"{number + 500_000:032x}"
-    assert saver.ask("save", path, 1, first) == [{"end": "saved"}] * SIZE
-    old = saver.ask("look", path)
-    file = {
-        "data": commit.data_file(1, 0, save_id),
-        "old data": commit.data_file(1, 0, first),
-        "folder": "",
-        "lease": f".lease_{save_id}.json",
-        "manifest": manifest_name(save_id),
-        "new .metadata": f"{commit.METADATA}.{'0' * 16}.tmp",
-    }[call.of]
+    """A checkpoint (or none), a save that meets the error, and another one, in a word."""
+    kind = call.kind
+    if (call.name, call.of, error) == ("unlink", "old .metadata", "ENOENT"):
+        return "-"  # No disk says so of a file that is there, and the rest of the step would go.
+    place = Place.at(folder / f"{number}", kind, number)
+    ask = partial(saver.ask, kind=kind, path=place.root)
+    before = {"async": "over", "new": None}.get(kind, kind)
+    if before is not None:
+        assert saver.ask("save", before, place.root, 1, place.first) == SAVED
+    old = ask("look")
     log = folder / "log"
-    with injected(saver.process.pid, call, error, str(path / file) if file else str(path), log):
-        ends = saver.ask("save", path, 2, save_id)
+    with injected(saver.process.pid, call, error, str(place.of(call.of)), log):
+        ends = ask("save", seed=2, save_id=place.save_id)
     met = "(INJECTED)" in log.read_text()
-    after = saver.ask("look", path)
-    last = saver.ask("save", path, 3, None)
-    end = saver.ask("look", path)
-    assert (last, end["seed"], end["whole"]) == ([{"end": "saved"}] * SIZE, 3.0, True), call
+    after = ask("look")
+    last = saver.ask("save", "over" if kind == "new" else kind, place.root, 3)
+    end = ask("look")
+    assert (last, end["seed"], end["whole"]) == (SAVED, 3.0, True), (call, error, last, end)
     assert after["whole"], (call, error)
     # A close that strace lets fail is not made at all.
     assert call.name == "close" or after["open"] == old["open"], (call, error)
     if not met:
         return "not met"
+    if ends == SAVED and after["seed"] == 2.0:
+        assert set(after["files"]) >= place.files(), (call, error, after)
+        return "saved" if set(after["files"]) == place.files() else "kept"
+    _told(call, error, ends, place)
+    if after["seed"] == 2.0:
+        assert (call.of, call.number) == ("folder", 3), (call, error, ends)
+        return "new"
+    assert after["seed"] == old["seed"], (call, error, ends)
+    assert after["files"] == old["files"], (call, error, after, old)
+    return "refused"
+
+
+def _told(call: Call, error: str, ends: list[dict[str, Any]], place: Place) -> None:
+    """One rank raised what it met, naming the file; the other one who did, and in which phase."""
+    both = (call.of, call.phase) == ("folder", "sync")
     how = sorted(one["end"] for one in ends)
-    if how == ["saved"] * SIZE and after["seed"] == 2.0:
-        return "saved" if not set(old["files"]) & set(after["files"]) - {".metadata"} else "kept"
-    both = call.of == "folder" and call.phase == "sync"
     assert how == ["raised", "raised" if both else "told"], (call, error, ends)
     culprit = [one["end"] for one in ends].index("raised")
     assert both or culprit == (call.of == "data" and call.phase != "report"), (call, error, ends)
@@ -234,13 +367,7 @@ def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> 
         if one["end"] == "told":
             assert (one["rank"], one["phase"]) == (culprit, call.phase), (call, error, ends)
         else:
-            _met(one, error, file.removesuffix(".tmp"))
-    if after["seed"] == 2.0:
-        assert (call.of, call.number) == ("folder", 3), (call, error, ends)
-        return "new"
-    assert after["seed"] == 1.0, (call, error, ends)
-    assert after["files"] == old["files"], (call, error, after, old)
-    return "refused"
+            _met(one, error, place.of(call.of).name.removesuffix(f".{'0' * 16}.tmp"))
 
 
 def _met(end: dict[str, Any], error: str, file: str) -> None:
@@ -254,8 +381,8 @@ def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: 
     """A load that meets the error, and another one, in a word."""
     path = folder / f"{number}"
     save_id = f"{number:032x}"
-    assert saver.ask("save", path, 1, save_id) == [{"end": "saved"}] * SIZE
-    before = saver.ask("look", path)
+    assert saver.ask("save", "over", path, 1, save_id) == SAVED
+    before = saver.ask("look", "over", path)
     file = {
         "data": commit.data_file(1, 0, save_id),
         "manifest": manifest_name(save_id),
@@ -263,10 +390,10 @@ def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: 
     }[call.of]
     log = folder / "log"
     with injected(saver.process.pid, call, error, str(path / file), log):
-        ends = saver.ask("load", path, 1)
+        ends = saver.ask("load", "over", path, 1)
     met = "(INJECTED)" in log.read_text()
-    assert saver.ask("load", path, 1) == [{"end": "loaded"}] * SIZE, (call, error)
-    assert saver.ask("look", path) == before, (call, error)
+    assert saver.ask("load", "over", path, 1) == [{"end": "loaded"}] * SIZE, (call, error)
+    assert saver.ask("look", "over", path) == before, (call, error)
     if not met:
         return "not met"
     if ends == [{"end": "loaded"}] * SIZE:
@@ -286,14 +413,16 @@ def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: 
 
 _HEAD = """## Injected faults
 
-One system call of a save over a checkpoint fails, given the error by the kernel (`strace -e
-inject`), in a save by two ranks; data files are those of rank 1. `refused` stands for all of this,
-checked in each case: both ranks raised, who met the error as it is, naming the file, who did not as
-`RankFailed` with rank and phase; the old checkpoint loads, every byte of it checked; the folder
-holds the same files as before; no file is left open; the next save works. `saved`: the call is not
-needed, or the file counts as removed, and the new checkpoint is whole. `kept`: it is, and an old
-file stayed behind, with a warning; `shardkeep gc` finds it. `new`: the error came after `.metadata`
-was replaced; it is raised, and the new checkpoint is whole. `make faults` writes this section.
+One system call of a save fails, given the error by the kernel (`strace -e inject`), in a save by
+two ranks; data files are those of rank 1. A save goes over an old checkpoint, to a new folder, over
+an old one in the background, or is the second step of a manager that keeps one. `refused` stands
+for all of this, checked in each case: both ranks raised, who met the error as it is, naming the
+file, who did not as `RankFailed` with rank and phase; what was there before loads, every byte of it
+checked; the folder holds the same files as before; no file is left open; the next save works.
+`saved`: the call is not needed, or the file counts as removed, and the new checkpoint is whole.
+`kept`: it is, and an old file, the lease, or something of the old step stayed behind; the next save
+or `shardkeep gc` finds it. `new`: the error came after `.metadata` was replaced; it is raised, and
+the new checkpoint is whole. `-`: can't be, as the file is there. `make faults` writes this section.
 """
 
 _LOADS = """
@@ -314,19 +443,24 @@ def table(folder: Path) -> str:
                 _LOADS,
                 *_lines(READS, lambda *what: outcome_of_load(saver, folder, *what, next(numbers))),
                 "",
+                *injected_store.section(),
+                "",
             ]
         )
 
 
 def _lines(calls: list[Call], what_comes: Callable[[Call, str], str]) -> Iterator[str]:
-    yield f"| Phase | System call | of the | {' | '.join(ERRORS)} |"
-    yield "|---|---|---|" + "---|" * len(ERRORS)
+    saves = any(call.kind != "over" for call in calls)
+    yield f"| {'Save | ' * saves}Phase | System call | of the | {' | '.join(ERRORS)} |"
+    yield "|---" * (3 + saves + len(ERRORS)) + "|"
     for call in calls:
         cells = [what_comes(call, error) for error in ERRORS]
         if set(cells) == {"not met"}:
+            print(f"not met: {call}", flush=True)
             continue
         name = call.name + (f", {call.number}." if call.number > 1 else "")
-        line = f"| {call.phase} | {name} | {call.of} | {' | '.join(cells)} |"
+        kind = [call.kind] * saves
+        line = f"| {' | '.join([*kind, call.phase, name, call.of, *cells])} |"
         print(line, flush=True)
         yield line
 

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 from shardkeep import knobs
 from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged
-from shardkeep.io.digest import combine, crc32
-from shardkeep.io.fetch import MISSING, Read, Want, fetch, gather, mismatch, too_short
+from shardkeep.io.arena import aligned
+from shardkeep.io.digest import combine, crc32_at, crc32_blocks
+from shardkeep.io.fetch import MISSING, Read, Want, fetch_steps, gather, mismatch, too_short
 from shardkeep.io.pool import Meter, parallel
-from shardkeep.knobs import BLOCK
+from shardkeep.knobs import BLOCK, PAGE
 
 __all__ = ["Payload", "verify_payloads"]
 
-_PIECE = 1 << 20
+_PIECE = 4 << 20
+"""Bytes of one read at most, and of the memory that each thread takes."""
+
+_STEP = 8 * BLOCK
+"""Bytes that are checked at once, while they are in a cache still."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +52,7 @@ class _Found:
     """What came out for one payload. Threads put in values of their own pieces only."""
 
     crcs: dict[int, int]
-    bad: list[tuple[int, int]]
+    bad: dict[int, int]
     end: int | None = None
     problem: str | None = None
 
@@ -59,7 +64,7 @@ def verify_payloads(
     threads: int,
     progress: Progress | None = None,
 ) -> list[Damaged]:
-    """Check all payloads, about 1 MiB at a time; those without a digest only for being there.
+    """Check all payloads, each thread 4 MiB at a time; those without a digest only for being there.
 
     Returns:
         All damage, in the order of the payloads: each block that does not match, each payload that
@@ -68,7 +73,7 @@ def verify_payloads(
     Raises:
         OSError: anything else that keeps files from being read: it tells nothing about them.
     """
-    found = [_Found({}, []) for _ in payloads]
+    found = [_Found({}, {}) for _ in payloads]
     size = lru_cache(maxsize=None)(partial(_size, store))
     wants: list[Want] = []
     for row, payload in enumerate(payloads):
@@ -102,45 +107,94 @@ def _work(
     meter: Meter,
     jobs: Iterator[Read],
 ) -> None:
-    space = np.empty(_PIECE, dtype=np.uint8)
+    space = aligned(_PIECE + PAGE)
     for job in jobs:
-        view = space.data[: job.high - job.low]
-        end, problem = job.low, None
-        try:
-            end += fetch(store, job.file, job.low, view, None)
-        except Damaged as error:
-            problem = error.what
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            problem = str(error)
-        for want in job.wants:
-            result = found[want.use]
-            if problem is not None:
-                result.problem = problem
-            if want.high > end:
-                result.end = end if result.end is None else min(end, result.end)
-            high = min(want.high, end)
-            if want.low < high:
-                _take(payloads[want.use], result, view[want.low - job.low : high - job.low], want)
+        _read(store, payloads, found, job, space)
         meter.add(job.high - job.low)
 
 
-def _take(payload: Payload, result: _Found, view: memoryview, want: Want) -> None:
-    """Digest one piece; where the file ended early, only blocks that are whole say something."""
-    whole = len(view) == want.high - want.low
-    if payload.digests is None:
-        if payload.crc is not None and whole:
-            result.crcs[want.low] = crc32(view)
+def _read(
+    store: Store,
+    payloads: Sequence[Payload],
+    found: Sequence[_Found],
+    job: Read,
+    space: NDArray[np.uint8],
+) -> None:
+    """Read once, and digest what came as soon as it is there."""
+    # As far past a page as in the file: what comes from the disk itself is not copied then.
+    there = space[job.low % PAGE :][: job.high - job.low]
+    take = partial(_take, payloads, found, job.low, there.data, there.ctypes.data)
+    wants, at, low, end, problem = job.wants, 0, job.low, job.low, None
+    try:
+        for done in fetch_steps(store, job.file, job.low, there.data, None, step=_STEP):
+            end = job.low + done
+            while at < len(wants):
+                low = take(wants[at], max(low, wants[at].low), end)
+                if wants[at].high > end:
+                    break
+                at, low = at + 1, 0
+    except Damaged as error:
+        problem = error.what
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        problem = str(error)
+    for want in wants[at + 1 :]:  # Those that lie inside another one that is not all there.
+        take(want, want.low, end)
+    left = [want for want in wants[at:] if want.high > end]
+    if problem is not None and len(wants) > 1:
+        # Only those that lie there can't be read, not all that were to be read with them.
+        for want in left:
+            found[want.use].crcs.pop(want.low, None)
+            _read(store, payloads, found, Read(job.file, want.low, want.high, [want]), space)
         return
-    first = (want.low - payload.offset) // BLOCK
-    for block, at in enumerate(range(0, len(view), BLOCK), first):
-        part = view[at : at + BLOCK]
-        if len(part) < BLOCK and not whole:
-            return
-        crc = crc32(part)
-        if block < len(payload.digests) and crc != payload.digests[block]:
-            result.bad.append((block, crc))
+    for want in left:
+        result = found[want.use]
+        result.problem = problem or result.problem
+        if problem is None:
+            result.end = end if result.end is None else min(end, result.end)
+
+
+def _take(
+    payloads: Sequence[Payload],
+    found: Sequence[_Found],
+    base: int,
+    view: memoryview,
+    address: int,
+    want: Want,
+    low: int,
+    end: int,
+) -> int:
+    """Digest a want from byte `low` of the file on, as far as it is there, up to `end`.
+
+    Where that is in a block, the block waits: it says something only when it is whole.
+
+    Args:
+        base, view, address: the bytes from `base` of the file on, and where they are.
+
+    Returns:
+        Up to where it is digested.
+    """
+    payload, result, high = payloads[want.use], found[want.use], min(want.high, end)
+    digests, first = payload.digests, (low - payload.offset) // BLOCK
+    if digests is not None and high < want.high:
+        high -= (high - payload.offset) % BLOCK
+    if low >= high or (digests is None and payload.crc is None):
+        return low
+    if digests is None:
+        before = result.crcs.get(want.low, 0)
+        part = view[low - base : high - base]
+        result.crcs[want.low] = crc32_at(address + low - base, part, before)
+        return high
+    if high - low <= BLOCK:
+        crc = crc32_at(address + low - base, view[low - base : high - base])
+        if first < len(digests) and crc != digests[first]:
+            result.bad[first] = crc
+        return high
+    for block, crc in enumerate(crc32_blocks(address + low - base, high - low), first):
+        if block < len(digests) and crc != digests[block]:
+            result.bad[block] = crc
+    return high
 
 
 def _damage(payload: Payload, found: _Found) -> Iterator[Damaged]:
@@ -149,7 +203,7 @@ def _damage(payload: Payload, found: _Found) -> Iterator[Damaged]:
     if digests is not None:
         if len(digests) != -(-payload.nbytes // BLOCK):
             yield damaged(f"{len(digests)} block digests for {payload.nbytes} bytes")
-        for block, crc in sorted(found.bad):
+        for block, crc in sorted(found.bad.items()):
             yield damaged(mismatch(crc, digests[block]), block=block)
     if found.problem is not None:
         yield damaged(found.problem)

@@ -11,6 +11,7 @@ from shardkeep.contracts import KeepPolicy, Store
 from shardkeep.manager.policies import doomed
 from shardkeep.manager.removal import clear, remove
 from shardkeep.manager.steps import Steps
+from shardkeep.types import Step
 
 __all__ = ["Keeper"]
 
@@ -66,6 +67,8 @@ class Keeper:
     def prune(self, spared: Collection[int]) -> tuple[int, ...]:
         """Delete what no policy keeps; never the newest step that is whole.
 
+        A step whose metrics can't be read now stays, with a warning.
+
         Args:
             spared: steps that could not be restored. Policies do not see them, and they stay: what
                 was wrong with them may be looked into, or be over by then.
@@ -74,7 +77,7 @@ class Keeper:
             The steps that are gone.
 
         Raises:
-            OSError: from the store; what had been deleted by then is gone.
+            OSError: a step could not be deleted; the others that should be are gone.
         """
         newest_first = (n for n in reversed(self._steps.numbers()) if n not in spared)
         whole = next((n for n in newest_first if self._steps.why_not_whole(n) is None), None)
@@ -85,15 +88,37 @@ class Keeper:
             return ()
         with self._changed:
             self._touched = set() if self._busy is None else {self._busy}
-        known = [step for step in self._steps.all() if step.number not in spared]
+        known, unread = self._known(spared)
         folders = self._steps.folders(links=False)
-        gone = []
+        gone, failed = [], []
         for number in doomed(known, self._policy, whole):
-            if number in folders and self._alone(number, remove, folders[number]):
-                gone.append(number)
-        for number in folders.keys() - {step.number for step in known} - {*spared}:
+            try:
+                if number in folders and self._alone(number, remove, folders[number]):
+                    gone.append(number)
+            except OSError as error:  # as it may fail each time, it must not keep the others
+                failed.append(error)
+        for number in folders.keys() - {step.number for step in known} - {*spared, *unread}:
             self._alone(number, clear, folders[number])
+        if failed:
+            raise failed[0]
         return tuple(gone)
+
+    def _known(self, spared: Collection[int]) -> tuple[list[Step], set[int]]:
+        """The steps that policies see, with their metrics; and those that can't be read now.
+
+        What a policy does not see can only make it keep more of the others.
+        """
+        known, unread = [], set()
+        for number in self._steps.numbers():
+            if number in spared:
+                continue
+            try:
+                known.append(Step(number, self._steps.metrics(number)))
+            except OSError as error:
+                unread.add(number)
+                what = f"step {number} stays, as it can't be read: {error}"
+                warnings.warn(f"{self._steps.root.url}: {what}", stacklevel=4)
+        return known, unread
 
     def _alone(
         self, number: int, act: Callable[[Store, str], bool | None], folder: str

@@ -1,0 +1,203 @@
+"""Errors of single operations of a store, and what a save makes of them: a table in
+docs/reliability.md, beside that of the system calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import shardkeep as sk
+from shardkeep.clock import Clock
+from shardkeep.stores import MemoryStore
+from support.faults import FaultyStore
+
+__all__ = ["ERRORS", "KINDS", "rows", "section"]
+
+ERRORS = ["ENOSPC", "EIO", "EACCES", "EROFS", "ENOENT"]
+KINDS = ["new", "over", "async", "manager"]
+
+Files = dict[str, bytes]
+
+
+class Fault(NamedTuple):
+    """An operation that fails: in a save of which kind, its number (from 0), before or after."""
+
+    kind: str
+    at: int
+    phase: str
+    what: str
+    of: str
+    when: str
+
+
+class Phased(FaultyStore):
+    """Notes in which phase each operation is."""
+
+    def __init__(self, inner: MemoryStore, at: int = -1, **how: Any) -> None:
+        super().__init__(inner, at, **how)
+        self.phase, self.phases = "enter", list[str]()
+
+    def do(self, what: str, name: str, act: Callable[[], Any]) -> Any:
+        self.phases.append(self.phase)
+        found = super().do(what, name, act)
+        if what == "publish" and name.endswith(".metadata"):
+            self.phase = "after"
+        return found
+
+
+def state(seed: float) -> dict[str, Any]:
+    return {"w": torch.arange(100.0) + seed, "odd": {"set", seed}, "n": seed}
+
+
+def save(kind: str, store: Any, seed: int) -> None:
+    """One save; by a manager, a step, which it keeps alone."""
+    if kind == "manager":
+        with sk.Manager(store, keep=sk.KeepLast(1)) as manager:
+            manager.save(seed, state(seed)).result(60)
+    elif kind == "async":
+        sk.async_save(state(seed), store, overwrite=True).result(60)
+    else:
+        sk.save(state(seed), store, overwrite=kind == "over")
+
+
+def files_of(store: MemoryStore) -> Files:
+    return {name: store.read(name, 0, store.size(name)) for name in store.names()}
+
+
+def seed_in(kind: str, store: MemoryStore) -> float:
+    """What the newest checkpoint holds; all that are there are whole."""
+    stores = [store]
+    if kind == "manager":
+        manager = sk.Manager(store)
+        stores = [manager.store(step) for step in manager.steps()]
+    found = 0.0
+    for one in stores:
+        try:
+            ckpt = sk.open(one)
+        except sk.NotACheckpoint:
+            continue
+        found = ckpt["n"].value
+        assert ckpt.verify().ok and (ckpt.read("w") == state(found)["w"].numpy()).all()
+    return found
+
+
+@cache
+def _begun(kind: str) -> Files:
+    """What is there before."""
+    store = MemoryStore()
+    if kind != "new":
+        save(kind, store, 1)
+    return files_of(store)
+
+
+def _copy(files: Files) -> MemoryStore:
+    store = MemoryStore()
+    for name, data in files.items():
+        store.publish(name, data)
+    return store
+
+
+def _tried(kind: str, before: Files, at: int = -1, **how: Any) -> tuple[Phased, Exception | None]:
+    """A save over what was there, that meets an error or not; what it did, and what it raised."""
+    store, begin = Phased(_copy(before), at, **how), Clock.phase
+
+    def phase(clock: Clock, name: str) -> None:
+        begin(clock, name)
+        store.phase = name
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(Clock, "phase", phase)
+        patch.setenv("SHARDKEEP_WRITE_THREADS", "1")
+        try:
+            save(kind, store, 2)
+        except (OSError, sk.ShardkeepError) as error:
+            return store, error
+    return store, None
+
+
+def faults(kind: str) -> Iterator[Fault]:
+    """All operations of such a save."""
+    before = _begun(kind)
+    store, error = _tried(kind, before)
+    assert error is None
+    ours = [name for name in store.inner.names() if name not in before]
+    assert len(ours) >= 2
+    for at, (phase, (what, name)) in enumerate(zip(store.phases, store.log, strict=True)):
+        for when in ("before", "after") if what not in _LOOKS else ("before",):
+            yield Fault(kind, at, phase, what, _shown(name, before), when)
+
+
+_LOOKS = ("names", "size", "read", "read_into")
+"""They have no effect that an error could come after."""
+
+
+def _shown(name: str, before: Files) -> str:
+    """What the file is, in a word or two."""
+    found = re.search(r"\.metadata|\.lease|\.manifest|distcp", name)
+    if found is None:
+        return "folder"
+    word = {".lease": "lease", ".manifest": "manifest", "distcp": "data"}.get(found[0], found[0])
+    return f"old {word}" if name in before else word
+
+
+def outcome(fault: Fault, error: str) -> str:
+    """What comes of it, in a word of the page's; a save after that works in any case."""
+    before = _begun(fault.kind)
+    number = getattr(errno, error)
+    store, raised = _tried(fault.kind, before, fault.at, when=fault.when, error=number)
+    after, seed = files_of(store.inner), seed_in(fault.kind, store.inner)
+    save("over" if fault.kind == "new" else fault.kind, store.inner, 3)
+    assert seed_in(fault.kind, store.inner) == 3
+    if raised is None:
+        assert seed == 2, (fault, error)
+        return "saved" if not any(map(_left_behind(before), after)) else "kept"
+    assert isinstance(raised, sk.ShardkeepError) or raised.errno == number, (fault, raised)
+    if seed == 2:
+        return "new"
+    assert seed == bool(before), (fault, error)
+    assert after == before, (fault, error)  # nothing of it is left
+    return "refused"
+
+
+def _left_behind(before: Files) -> Callable[[str], bool]:
+    return lambda name: ".lease" in name or (name in before and name != ".metadata")
+
+
+_HEAD = """The same with a store that fails (`tests/support/faults.py`), in saves by one rank: each
+operation of a save, in turn, fails before it has its effect, or after it, as over a network. The
+words are those of above. Where several operations are of one kind, all their ends are named.
+"""
+
+
+def rows(kind: str, errors: Sequence[str] = ERRORS) -> Iterator[tuple[str, ...]]:
+    """The rows of the table of one kind of save, with a cell for each error."""
+    same: dict[tuple[str, ...], dict[str, list[Fault]]] = {}
+    for fault in faults(kind):
+        key = kind, fault.phase, fault.what, fault.of
+        same.setdefault(key, {}).setdefault(fault.when, []).append(fault)
+    for key, whens in same.items():
+        ends: dict[tuple[str, ...], list[str]] = {}
+        for when, some in whens.items():
+            cells = (dict.fromkeys(outcome(one, error) for one in some) for error in errors)
+            ends.setdefault(tuple(" / ".join(cell) for cell in cells), []).append(when)
+        for found, when in ends.items():
+            yield (*key, ", ".join(when), *found)
+
+
+def section() -> Iterator[str]:
+    """The lines of the table, and what is to be said before it."""
+    yield _HEAD
+    yield f"| Save | Phase | Operation | of the | Error comes | {' | '.join(ERRORS)} |"
+    yield "|---" * (5 + len(ERRORS)) + "|"
+    for kind in KINDS:
+        for row in rows(kind):
+            yield f"| {' | '.join(row)} |"

@@ -1,0 +1,30 @@
+"""Row 3, as it is where nobody turned a knob."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.torch, pytest.mark.gloo]
+
+import shardkeep as sk
+from support import forked, phases
+
+
+@pytest.mark.timeout(90)
+def test_row_03_a_killed_rank_is_named_on_all_others_within_ten_seconds(tmp_path):
+    """A real SIGKILL, and signs of life as by default: most of the time is waiting."""
+    if {"SHARDKEEP_HEARTBEAT", "SHARDKEEP_MISSED", "SHARDKEEP_DEADLINE"} & os.environ.keys():
+        pytest.skip("knobs are turned")
+    path = str(tmp_path / "ckpt")
+    ends = forked.run(phases.gone, "save", "write", 1, "killed", path, folder=tmp_path)
+    happened = float(Path(f"{path}.happened").read_text())
+    assert ends.pop(1) is None
+    for end in ends:
+        assert end is not None and (end["end"], end["rank"], end["phase"]) == ("told", 1, "write")
+        assert "no sign of life for 7.5 s" in end["cause"]
+        assert end["at"] - happened < 10
+    assert sk.open(path)["number1"].value == 1  # the old one stands
