@@ -123,6 +123,10 @@ def load(
     The number of ranks and the placements may differ from those that saved. Each rank reads only
     the byte ranges that its own boxes need.
 
+    After a `Mismatch` of this rank the template is as it was. Any later error (`Damaged`,
+    `RankFailed`, `OSError`) may leave it filled in part, and wholly on a rank where another one
+    failed: load into it again, or make it anew.
+
     Args:
         state: the template: tensors are filled, values replaced, under the keys that they have. An
             optimizer that never made a step gets the state that the checkpoint has for it.
