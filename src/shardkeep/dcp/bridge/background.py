@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from shardkeep.background import Job, Withheld, line_of
 from shardkeep.dcp.handed import theirs
 from shardkeep.tensors.copies import Allocate, copy_state
+from shardkeep.tensors.devices import pinned
 
 __all__ = ["after_saves", "copied_here", "nothing_put_off", "owed", "put_off", "stage", "stager_of"]
 
@@ -92,12 +93,17 @@ class _Kept:
         def allocate(nbytes: int) -> torch.Tensor:
             block = next(before, None)
             if block is None or block.numel() != nbytes:
-                pinned = torch.cuda.is_available()
-                block = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+                block = _new(nbytes)
             self._blocks.append(block)
             return block
 
         return allocate
+
+
+def _new(nbytes: int) -> torch.Tensor:
+    if torch.cuda.is_available():
+        return torch.from_numpy(pinned(nbytes))
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
