@@ -59,7 +59,8 @@ class Arena:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._drop()
+        self._memory: NDArray[np.uint8] = aligned(0)
+        self._made_by: Allocate = roomy
 
     @property
     def nbytes(self) -> int:
@@ -89,5 +90,4 @@ class Arena:
             self._drop()
 
     def _drop(self) -> None:
-        self._memory: NDArray[np.uint8] = aligned(0)
-        self._made_by: Allocate = roomy
+        self._memory, self._made_by = aligned(0), roomy
