@@ -19,10 +19,12 @@ pytestmark = pytest.mark.torch
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
+from shardkeep import background
 from shardkeep.contracts import Ranks
 from shardkeep.errors import AsyncSaveFailed, RankFailed
 from shardkeep.ranks import threads
 from shardkeep.stores import LocalStore
+from support import forking
 from support.copying import change, changeable, gate
 
 
@@ -262,3 +264,108 @@ def test_row_13_back_to_back_saves_leak_nothing(tmp_path, way):
     for name in kept[way]:
         assert sk.open(tmp_path / name).verify().ok
         assert len(list((tmp_path / name).iterdir())) == 3  # data, manifest, .metadata
+
+
+# --- processes forked meanwhile -------------------------------------------------------------------
+
+
+class Gate(LocalStore):
+    """A store whose files are not written before it is opened."""
+
+    opened = threading.Event()
+
+    def reserve(self, name, nbytes):
+        assert self.opened.wait(60)
+        return super().reserve(name, nbytes)
+
+
+@pytest.fixture
+def under_way(tmp_path):
+    """A save that goes on for as long as the test does."""
+    store = Gate(tmp_path / "parent")
+    store.opened = threading.Event()
+    handle = sk.async_save({"w": torch.ones(3)}, store)
+    yield handle
+    store.opened.set()
+    assert handle.result(60).tensors == 1
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no such processes there")
+
+
+@needs_fork
+def test_a_process_forked_during_a_save_ends(under_way):
+    """As the workers of a `DataLoader` do: the save is not theirs to wait for."""
+    assert forking.ends_well(lambda: None)
+    assert not under_way.done()
+
+
+@needs_fork
+def test_a_process_forked_during_a_save_can_save(tmp_path, under_way):
+    def saves() -> None:
+        torch.set_num_threads(1)
+        sk.save({"w": torch.zeros(3)}, tmp_path / "now")
+        sk.async_save({"w": torch.zeros(3)}, tmp_path / "later")
+        dcp.async_save({"w": torch.zeros(3)}, checkpoint_id=tmp_path / "dcp")
+
+    assert forking.ends_well(saves)
+    assert not under_way.done()
+    for name in ("now", "later", "dcp"):
+        assert sk.open(tmp_path / name).verify().ok
+
+
+@needs_fork
+def test_a_forked_process_is_not_told_of_errors_that_are_its_parents(tmp_path):
+    fail_unheard(tmp_path / "full")
+    assert forking.ends_well(lambda: sk.save({"n": 1}, tmp_path / "child"))
+    with pytest.raises(AsyncSaveFailed):
+        sk.save({"n": 1}, tmp_path / "parent")
+
+
+# --- waiting for a while --------------------------------------------------------------------------
+
+
+def test_who_gave_up_waiting_is_not_waited_for():
+    """A loop that looks now and then at a save beside it must not take its rests away."""
+    outcome = background.Outcome()
+    outcome.set_running_or_notify_cancel()
+    for ask in (background.Handle(outcome).result, outcome.exception):
+        with pytest.raises(background.TimedOut):
+            ask(timeout=0)
+        assert not outcome.awaited
+    waits = threading.Thread(target=outcome.result)
+    waits.start()
+    while not outcome.awaited:
+        time.sleep(0.001)
+    with pytest.raises(TimeoutError):
+        background.Handle(outcome).result(timeout=0)
+    assert outcome.awaited  # by the other thread
+    outcome.set_result(None)
+    waits.join()
+
+
+def test_a_save_that_ends_as_the_time_is_over_gives_its_result():
+    class Late(background.Outcome):
+        def result(self, timeout=None):
+            try:
+                return super().result(timeout)
+            except background.TimedOut:
+                self.set_result("the report")
+                raise
+
+    assert background.Handle(Late()).result(timeout=0) == "the report"
+
+
+def test_the_error_is_pythons_own_where_futures_raise_another(monkeypatch):
+    """As they do in Python 3.10."""
+
+    class OfFutures(Exception):
+        pass
+
+    class Old(background.Outcome):
+        def result(self, timeout=None):
+            raise OfFutures
+
+    monkeypatch.setattr(background, "TimedOut", OfFutures)
+    with pytest.raises(TimeoutError, match="the save is not durable after 1 s; it goes on"):
+        background.Handle(Old()).result(timeout=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -141,6 +142,20 @@ class SaveHandle(Handle[SaveReport]):
 
 _arenas: dict[int | None, Arena] = {}
 """What async saves are staged in: one for this process, and for each rank simulated in it."""
+
+_of_the_parent: list[Arena] = []
+
+
+def _forget() -> None:
+    """In a forked process: a save of its parent's may be using that memory, and pinned memory is
+    not even there. It is not given back either, which is for who pinned it.
+    """
+    _of_the_parent.extend(_arenas.values())
+    _arenas.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def release_memory() -> None:

@@ -6,19 +6,25 @@ what it has asked for.
 
 What fails is never lost: if nobody has asked for the result by then, the next save raises it
 (`Line.owed`), and a program that ends says so.
+
+A process forked meanwhile has none of it: the saves and their threads are its parent's.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as TimedOut  # Python 3.10 has one of its own.
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
+from weakref import WeakSet
 
 from shardkeep.contracts import Ranks
 from shardkeep.errors import AsyncSaveFailed
@@ -102,10 +108,11 @@ class Handle(Generic[T_co]):
         """
         try:
             return self._future.result(timeout)
-        except TimeoutError:
-            if self._future.done():
-                raise
-            raise TimeoutError(f"the save is not durable after {timeout} s; it goes on") from None
+        except TimedOut:
+            if not self._future.done():
+                what = f"the save is not durable after {timeout} s; it goes on"
+                raise TimeoutError(what) from None
+        return self._future.result()  # Its own error, or it ended just after the time was over.
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -116,25 +123,41 @@ class Outcome(Future[Any]):
     """What work will give.
 
     Attributes:
-        awaited: whether anybody has begun to wait for it.
         asked: whether anybody has asked, once it was there.
     """
 
-    awaited = asked = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+        self._here: list[None] = []  # As many as wait: threads need no lock to come and go.
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anybody waits for it just now; who gave up after some time does not."""
+        return bool(self._here)
+
+    @contextmanager
+    def waited(self) -> Iterator[None]:
+        """Somebody waits for it in the block."""
+        self._here.append(None)
+        try:
+            yield
+        finally:
+            self._here.pop()
 
     def result(self, timeout: float | None = None) -> Any:
-        self.awaited = True
-        try:
-            return super().result(timeout)
-        finally:
-            self.asked |= self.done()
+        with self.waited():
+            try:
+                return super().result(timeout)
+            finally:
+                self.asked |= self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self.awaited = True
-        try:
-            return super().exception(timeout)
-        finally:
-            self.asked |= self.done()
+        with self.waited():
+            try:
+                return super().exception(timeout)
+            finally:
+                self.asked |= self.done()
 
     def unasked(self) -> BaseException | None:
         """The error that nobody knows of; asking so does not count."""
@@ -191,10 +214,20 @@ class Line:
     """Jobs, done one after another by a thread that is there while there are any."""
 
     def __init__(self) -> None:
+        self._empty()
+        _all_lines.add(self)
+
+    def _empty(self) -> None:
         self._jobs: deque[Job] = deque()
         self._failed: list[Job] = []
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+
+    def forget(self) -> None:
+        """In a forked process: the jobs are its parent's, and so is the thread that does them."""
+        # Kept, as what they hold may end only where its own threads are.
+        _of_the_parent.append((self._jobs, self._failed))
+        self._empty()
 
     def put(self, job: Job) -> None:
         with self._lock:
@@ -256,14 +289,18 @@ class Line:
 
 
 def _await(jobs: Sequence[Job], timeout: float | None = None) -> None:
-    for job in jobs:
-        job.future.awaited = True
-    wait([job.future for job in jobs], timeout)
+    with ExitStack() as waits:
+        for job in jobs:
+            waits.enter_context(job.future.waited())
+        wait([job.future for job in jobs], timeout)
 
 
 def _in_a_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[-1]
 
+
+_all_lines: WeakSet[Line] = WeakSet()
+_of_the_parent: list[Any] = []
 
 _lines: dict[int | None, Line] = {}
 _lock = threading.Lock()
@@ -300,3 +337,15 @@ def _last() -> None:
 
 # Before thread pools refuse to work, where Python has a place for it.
 getattr(threading, "_register_atexit", atexit.register)(_last)
+
+
+def _forget() -> None:
+    """In a forked process: it would wait for ever for threads that have stayed in its parent."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+    for line in list(_all_lines):
+        line.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from shardkeep.io import pool
 from shardkeep.io.pool import Meter, parallel
 
 
@@ -77,3 +78,38 @@ def test_the_meter_adds_up():
     meter.add(6)
     assert told == [("read", 4, 10), ("read", 10, 10)]
     Meter(None, "read", 10).add(4)
+
+
+class Refused(threading.Thread):
+    """The third one of a call can't be started."""
+
+    why: BaseException = RuntimeError("can't start new thread")
+    after = False
+    """Whether it has been started all the same, as a Ctrl-C can come while `start` waits for it."""
+
+    def start(self) -> None:
+        if not self.name.endswith("-2"):
+            super().start()
+            return
+        if self.after:
+            super().start()
+        raise self.why
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("why", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+def test_a_thread_that_can_not_be_started_stops_the_others(monkeypatch, why, after):
+    monkeypatch.setattr(Refused, "why", why)
+    monkeypatch.setattr(Refused, "after", after)
+    monkeypatch.setattr(pool, "Thread", Refused)
+    done = []
+
+    def worker(jobs):
+        for job in jobs:
+            done.append(job)
+            time.sleep(0.01)
+
+    with pytest.raises(type(why)) as caught:
+        parallel(list(range(300)), worker, 8)
+    assert caught.value is why
+    assert len(done) < 100

@@ -15,7 +15,7 @@ import pytest
 
 from shardkeep.contracts import Ranks
 from shardkeep.ranks import take_part
-from shardkeep.ranks.group import GroupRanks
+from shardkeep.ranks.group import GroupRanks, GroupSession
 from support import sessions
 from support.gloo import Failed, Pool
 
@@ -188,3 +188,27 @@ def test_collectives(gloo: Pool) -> None:
         assert stranger["rank"] == 3
         assert "run/b" in stranger["cause"]
         assert "run/a" in stranger["cause"]
+
+
+class LeftAlone:
+    """`torch.distributed` of a rank whose peers are gone, after so many rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def get_rank(self, group: Any) -> int:
+        return 0
+
+    def all_gather_object(self, told: list[Any], own: Any, group: Any) -> None:
+        if not self.rounds:
+            raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
+        self.rounds -= 1
+        told[:] = [own] * len(told)
+
+
+def test_an_error_is_not_hidden_by_peers_that_are_gone() -> None:
+    session = GroupSession(LeftAlone(1), None, [0, 1], "save", "run/a")
+    with pytest.raises(ValueError, match="boom"), session:
+        raise ValueError("boom")
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        GroupSession(LeftAlone(0), None, [0, 1], "save", "run/a").__enter__()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from shardkeep.ranks import threads
+from shardkeep.ranks.keys import MemoryKeys
 from shardkeep.ranks.solo import Solo
 from support import sessions
 
@@ -69,3 +73,40 @@ def test_alone() -> None:
     assert not meeting.at(3)
     meeting.request()
     assert meeting.at(1)  # A job may go back to an earlier step.
+
+
+def test_the_store_holds_no_more_after_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDKEEP_WATCH", "0.005")
+    left = []
+    for rounds in (1, 6):
+        keys = MemoryKeys()
+        threads.run(3, sessions.stops, rounds, 1, [1], False, keys=keys)
+        wait_for(lambda: not watching())
+        left.append(len(keys))
+    # What all of them left by, and the round before.
+    assert left[1] <= 2 + 1 + 3 + 1
+
+
+def test_who_drops_a_meeting_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a `Manager` that nobody closes does: its thread would look into the store for ever."""
+    monkeypatch.setenv("SHARDKEEP_WATCH", "0.01")
+
+    def work(ranks: Any) -> None:
+        meeting = ranks.meeting("run")
+        assert not meeting.at(1)
+        assert watching()
+
+    threads.run(2, work)
+    gc.collect()
+    wait_for(lambda: not watching())
+
+
+def watching() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "shardkeep-meeting"]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -227,10 +227,10 @@ def nobody_answers(ranks: Ranks, silent: int) -> dict[str, Any] | None:
     """The thread of one rank answers no more; what the others are told."""
     meeting: Any = ranks.meeting("run")
     if ranks.rank == silent:
-        meeting._watch = lambda: None
-    meeting.at(0)
-    meeting.request()
+        meeting._end._watch = lambda: None
     try:
+        meeting.at(0)  # Another one may have asked before this one is here.
+        meeting.request()
         for step in range(1, 40):
             time.sleep(0.02)
             if ranks.rank != silent:

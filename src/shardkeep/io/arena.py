@@ -6,12 +6,13 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Arena", "aligned", "memory_at", "roomy"]
+__all__ = ["Allocate", "Arena", "aligned", "memory_at", "roomy"]
 
 _view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -46,34 +47,47 @@ def _mapped(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+Allocate = Callable[[int], NDArray[np.uint8]]
+"""Gives new page-aligned memory: so many bytes."""
+
+
 class Arena:
-    """One block of memory, for one save at a time. Its pages are touched by its first use only."""
+    """One block of memory, for one save at a time. Its pages are touched by its first use only.
+
+    Threads may take and release at the same time: what was taken is there as long as it is used.
+    """
 
     def __init__(self) -> None:
+        self._lock = Lock()
         self._memory: NDArray[np.uint8] = aligned(0)
+        self._made_by: Allocate = roomy
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
         return self._memory.nbytes
 
-    def take(
-        self, nbytes: int, allocate: Callable[[int], NDArray[np.uint8]] = roomy
-    ) -> NDArray[np.uint8]:
+    def take(self, nbytes: int, allocate: Allocate = roomy) -> NDArray[np.uint8]:
         """Page-aligned memory with undefined content; what was taken before is not valid any more.
 
         Args:
             nbytes: how much.
-            allocate: gives new memory where what there is does not suffice.
+            allocate: gives new memory where what there is does not suffice: it is too small, or
+                something else than this gave it. What `roomy` gives, any other memory will do for.
 
         Raises:
             MemoryError, OSError: there is not so much.
         """
-        if nbytes > self.nbytes:
-            self.release()  # first, or both would be there at once
-            self._memory = allocate(nbytes)
-        return self._memory[:nbytes]
+        with self._lock:
+            if nbytes > self.nbytes or (nbytes and allocate not in (roomy, self._made_by)):
+                self._drop()  # first, or both would be there at once
+                self._memory, self._made_by = allocate(nbytes), allocate
+            return self._memory[:nbytes]
 
     def release(self) -> None:
         """Give the memory back to the system, as soon as nothing uses it."""
-        self._memory = aligned(0)
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._memory, self._made_by = aligned(0), roomy

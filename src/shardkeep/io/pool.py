@@ -41,7 +41,7 @@ def parallel(jobs: Sequence[T], worker: Callable[[Iterator[T]], None], threads: 
     """Let `threads` workers, the calling thread among them, take jobs until there are none.
 
     After the first error no worker gets another job. All threads have ended when this returns or
-    raises that error.
+    raises that error: also if one of them can't be started, or a Ctrl-C comes while they are.
     """
     shared = _Jobs(jobs)
 
@@ -55,14 +55,15 @@ def parallel(jobs: Sequence[T], worker: Callable[[Iterator[T]], None], threads: 
         Thread(target=guarded, name=f"shardkeep-io-{n}", daemon=True)
         for n in range(min(threads, len(jobs)) - 1)
     ]
-    started = []
     try:
         for helper in helpers:
             helper.start()
-            started.append(helper)
         guarded()
+    except BaseException as error:
+        shared.fail(error)
     finally:
-        _join(started, shared)
+        # A start that was interrupted may have started it.
+        _join([helper for helper in helpers if helper.ident is not None], shared)
     if shared.errors:
         raise shared.errors[0]
 

@@ -29,11 +29,13 @@ class Client:
 
     Attributes:
         store: the client itself.
+        remote: whether another process answers: it is a TCPStore's.
         lost: why the store is out of reach for good; None if it is not.
     """
 
     def __init__(self, store: Any, patience: float) -> None:
         self.store, self._patience = store, patience
+        self.remote = _is_remote(_server(store))
         self.lost: str | None = None
         self._lock = Lock()
 
@@ -101,8 +103,12 @@ def _server(store: Any) -> Any:
     return store
 
 
+def _is_remote(server: Any) -> bool:
+    return hasattr(server, "host") and hasattr(server, "port")
+
+
 def _second_client(server: Any, timeout: timedelta) -> Any:
-    if not (hasattr(server, "host") and hasattr(server, "port")):
+    if not _is_remote(server):
         return None  # a store in files or in memory has no client that others could hold
     return type(server)(
         server.host, server.port, is_master=False, timeout=timeout, wait_for_workers=False

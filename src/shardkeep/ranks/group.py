@@ -115,7 +115,8 @@ class GroupSession(Session):
         elif not self._over:
             # The others meet this in the round of their next call.
             cause = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            with suppress(RankFailed):
+            # Where one is gone already, so is its connection: the error stays what it was.
+            with suppress(RankFailed, RuntimeError):
                 self._round("fail", cause)
 
     def _round(self, call: str, cause: str | None = None) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from itertools import count
 from secrets import token_hex
 from threading import Event, Lock, Thread
+from weakref import finalize
 
 from shardkeep import knobs
 from shardkeep.contracts import Meeting, Session
@@ -65,6 +66,8 @@ class Alone(Meeting):
 class KeyMeeting(Meeting):
     """Ranks that share a key-value store; see the module.
 
+    Who drops it without closing it leaves, too.
+
     Args:
         keys: this rank's client of it.
         rank: counted among the members.
@@ -83,11 +86,38 @@ class KeyMeeting(Meeting):
         *,
         timing: Timing | None = None,
     ) -> None:
+        self._end = _End(keys, rank, members, session, path, timing=timing)
+        # The thread knows the end only. At the end of the program it ends anyway.
+        finalize(self, self._end.leave).atexit = False
+
+    def request(self) -> None:
+        self._end.request()
+
+    def at(self, step: int) -> bool:
+        return self._end.at(step)
+
+    def close(self) -> None:
+        self._end.close()
+
+
+class _End:
+    """One rank's end of a meeting, which its thread has, too."""
+
+    def __init__(
+        self,
+        keys: KeyValue,
+        rank: int,
+        members: tuple[int, ...] | range,
+        session: Callable[[], Session],
+        path: str,
+        *,
+        timing: Timing | None = None,
+    ) -> None:
         self._keys, self._rank, self._members = keys, rank, members
         self._session, self._path = session, path
         self._timing = timing or Timing.from_knobs()
         self._pause = knobs.watch() * max(1.0, len(members) / _CROWD)
-        self._base = ""
+        self._base = self._round = self._before = ""
         self._thread: Thread | None = None
         self._stop = Event()
         self._asked = False
@@ -115,9 +145,12 @@ class KeyMeeting(Meeting):
     def close(self) -> None:
         if self._thread is None:
             return
+        self.leave()
+        self._thread.join(self._timing.patience)
+
+    def leave(self) -> None:
         self._stop.set()
         self._over.set()
-        self._thread.join(self._timing.patience)
 
     def _begin(self) -> None:
         with self._session() as session:
@@ -163,7 +196,7 @@ class KeyMeeting(Meeting):
     def _watch(self) -> None:
         try:
             for number in count():
-                self._round = f"{self._base}/{number}"
+                self._before, self._round = self._round, f"{self._base}/{number}"
                 if not self._one_round():
                     return
         except (ConnectionError, KeyError) as error:
@@ -211,6 +244,8 @@ class KeyMeeting(Meeting):
             holds.append(int(self._keys.get(self._hold(rank))))
         self._keys.set(target, b"%d" % max(holds))
         self._keys.delete(map(self._hold, range(len(self._members))))
+        if self._before:  # All have answered in this round, so they have done with that one.
+            self._keys.delete([f"{self._before}/asked", f"{self._before}/target"])
         return True
 
     def _leave(self) -> bool:

@@ -423,7 +423,8 @@ class KeySession(Session):
         broken connection in place of what happened.
         """
         end, gone = monotonic() + self._timing.patience, True
-        for rank in sorted(self._answered):
+        # Last the one that is not waited for: meanwhile it, too, may say farewell.
+        for rank in sorted(self._answered, key=lambda rank: rank == self._blamed):
             left = 0.0 if rank == self._blamed else max(0.0, end - monotonic())
             gone &= self._keys.wait([f"{self._id}/bye/{rank}"], left) is not None
         return gone

@@ -11,6 +11,8 @@ from shardkeep.ranks.keys import KeyValue
 
 __all__ = ["StoreKeys"]
 
+_MISSING = b"shardkeep: no such key"
+"""Given in place of a value; no message begins like this."""
 _SHORTEST, _LONGEST = 0.001, 0.05
 _CROWD = 256
 """Ranks beyond which each one looks less often, so that the store's host is not kept busy."""
@@ -35,9 +37,9 @@ class StoreKeys(KeyValue):
         self._client.call(key, lambda store: store.set(key, value))
 
     def get(self, key: str) -> bytes:
-        value = bytes(self._client.call(key, lambda store: store.get(key)))
-        # TCPStore waits for a key and then asks for it; one that goes in between comes back empty.
-        if not value:
+        value = bytes(self._client.call(key, lambda store: self._value(store, key)))
+        # A store that waits for a key and then asks for it gives nothing if it goes in between.
+        if not value or value == _MISSING:
             raise KeyError(key)
         return value
 
@@ -55,6 +57,15 @@ class StoreKeys(KeyValue):
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             self._delete(key)
+
+    def _value(self, store: Any, key: str) -> Any:
+        if not self._client.remote:
+            return store.get(key)
+        # TCPStore's `get` is a wait for the key, and then a question. If its host is frozen, the
+        # wait and its end take as long as an answer may. This is one question. It sets nothing: it
+        # would put a value in its own place, and gives it where there is none.
+        name = _MISSING.decode()
+        return store.compare_set(key, name, name)
 
     def _first(self, keys: Sequence[str]) -> str | None:
         for at, key in enumerate(keys):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from shardkeep.tensors.checkpointable import CheckpointableTensor, is_checkpointable
@@ -28,6 +29,7 @@ Allocate = Callable[[int], torch.Tensor]
 _ATOMS = frozenset(
     [type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size]
 )
+_NO_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 _PLACE = tuple(CheckpointableTensor.__annotations__)
 
 
@@ -37,12 +39,16 @@ def copy_state(state: Any, *, allocate: Allocate | None = None, keep_tensors: bo
     Tensors become plain ones on the CPU, with the strides that they had if these are dense.
     DTensors, ShardedTensors, `Shards` and subclasses that have `__tensor_flatten__` stay what they
     are, around copies. Objects are copied as pickling does it, with the tensors in them; one that
-    can't be copied stays as it is, as what saves it knows better what to do with it.
+    can't be copied stays as it is, as what saves it knows better what to do with it. So do tensors
+    without data, and of kinds that have no copies.
 
     Args:
         allocate: gives the memory for plain tensors; by default their own.
         keep_tensors: the copy holds the very tensors of the state (but none that is conjugated or
             negated lazily); all else is copied.
+
+    Raises:
+        MemoryError, RuntimeError: there is no memory for the copies, or a device failed.
     """
     with torch.no_grad():
         return _Copier(allocate or _own_memory, keep_tensors)(state)
@@ -90,13 +96,17 @@ class _Copier:
 
     def _object(self, value: Any) -> Any:
         tensors: list[torch.Tensor] = []
+        stream = io.BytesIO()
         try:
-            stream = io.BytesIO()
             _Pickler(stream, tensors).dump(value)
-            stream.seek(0)
-            return _Unpickler(stream, [self(tensor) for tensor in tensors]).load()
-        except Exception:
-            return _deep_copy(value)
+        except Exception as error:
+            return _deep_copy(value, error)
+        copies = [self(tensor) for tensor in tensors]  # What fails here is no reason to share them.
+        stream.seek(0)
+        try:
+            return _Unpickler(stream, copies).load()
+        except Exception as error:
+            return _deep_copy(value, error)
 
     def _tensor(self, value: Any) -> Any:
         if is_plain(value):
@@ -111,10 +121,7 @@ class _Copier:
             inner = {name: self(getattr(value, name)) for name in attributes}
             kind: Any = type(value)
             return kind.__tensor_unflatten__(inner, context, value.size(), value.stride())
-        try:  # Sparse, quantized, nested ones.
-            return value.detach().to("cpu", copy=True)
-        except Exception:  # Meta, fake, lazy ones, and whatever else has no data.
-            return value
+        return value if _has_no_data(value) else _as_its_kind_copies(value)
 
     def _plain(self, value: torch.Tensor) -> torch.Tensor:
         source = words(value.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg())
@@ -138,6 +145,17 @@ class _Copier:
 def _kept(value: torch.Tensor) -> torch.Tensor:
     """Without what is still to be done to its memory: torch's stagers copy the memory alone."""
     return value.resolve_conj().resolve_neg() if is_plain(value) else value
+
+
+def _as_its_kind_copies(value: torch.Tensor) -> torch.Tensor:
+    try:  # Sparse, quantized, nested ones.
+        return value.detach().to("cpu", copy=True)
+    except (NotImplementedError, TypeError):  # Of a kind that has no copies: not saved, either.
+        return value
+
+
+def _has_no_data(value: torch.Tensor) -> bool:
+    return value.is_meta or is_lazy(value) or isinstance(value, FakeTensor)
 
 
 def is_plain(value: torch.Tensor) -> bool:
@@ -172,8 +190,19 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[pid]
 
 
-def _deep_copy(value: Any) -> Any:
+def _deep_copy(value: Any, pickling: Exception) -> Any:
+    """By its own means, as pickling has failed; the value itself if it has none."""
+    if _no_memory(pickling):
+        raise pickling
     try:
         return copy.deepcopy(value)
-    except Exception:
+    except Exception as error:
+        if _no_memory(error):
+            raise
         return value
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether a copy failed for want of memory: the value itself would be saved as it is later."""
+    # Of its CPU allocator torch raises a mere RuntimeError.
+    return isinstance(error, _NO_MEMORY) or "allocate memory" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -51,9 +52,25 @@ def _side_stream(device: torch.device) -> Any:
 
 
 def pinned(nbytes: int) -> NDArray[np.uint8]:
-    """New memory at a page, locked in its place, so that CUDA copies into it at full speed."""
-    block: NDArray[np.uint8] = torch.empty(
-        nbytes + PAGE, dtype=torch.uint8, pin_memory=True
-    ).numpy()
+    """New memory at a page, locked in its place, so that CUDA copies into it at full speed.
+
+    Where the system locks no more of it, it is ordinary memory, with a warning: slower is better
+    than no save.
+
+    Raises:
+        RuntimeError: there is not even that.
+    """
+    room = nbytes + PAGE
+    try:
+        whole = torch.empty(room, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:  # what torch raises for everything
+        whole = torch.empty(room, dtype=torch.uint8)
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        warnings.warn(
+            f"{nbytes} bytes to stage a save in could not be pinned, so copies from CUDA devices "
+            f"are slower: {why}",
+            stacklevel=2,
+        )
+    block: NDArray[np.uint8] = whole.numpy()
     start = -block.ctypes.data % PAGE
     return block[start : start + nbytes]

@@ -1,12 +1,14 @@
-"""Saves behind the caller's back: one after another, in the order in which they were asked for.
+"""The drop-in's asynchronous saves: what stages a state, and its place in the line of saves.
 
-All ranks ask in the same order, so they meet in the same sessions, and two saves to one path never
-meet each other. The thread ends when there is nothing left to do. A program that ends waits for
-what it has asked for.
+The line is the one that `shardkeep.async_save` has, too (`shardkeep.background`): whichever of the
+two is called, saves are made in the order in which they were asked for. Here is what only the
+drop-in has: stagers that are given, some of which keep their memory for the next save, and which
+may give a state that is still being copied.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from shardkeep.background import Job, Withheld, line_of
 from shardkeep.dcp.handed import theirs
 from shardkeep.tensors.copies import Allocate, copy_state
+from shardkeep.tensors.devices import pinned
 
 __all__ = ["after_saves", "copied_here", "nothing_put_off", "owed", "put_off", "stage", "stager_of"]
 
@@ -90,12 +93,17 @@ class _Kept:
         def allocate(nbytes: int) -> torch.Tensor:
             block = next(before, None)
             if block is None or block.numel() != nbytes:
-                pinned = torch.cuda.is_available()
-                block = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+                block = _new(nbytes)
             self._blocks.append(block)
             return block
 
         return allocate
+
+
+def _new(nbytes: int) -> torch.Tensor:
+    if torch.cuda.is_available():
+        return torch.from_numpy(pinned(nbytes))
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
@@ -104,6 +112,9 @@ _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
 _uses: WeakKeyDictionary[Any, Future[Any]] = WeakKeyDictionary()
 """By a stager that keeps memory, the last save of what it staged."""
 
+if hasattr(os, "register_at_fork"):
+    # In a forked process no save of its parent ends, and what is kept may be pinned for the parent.
+    os.register_at_fork(after_in_child=_uses.clear)
 
 _line = line_of()
 

@@ -1,0 +1,93 @@
+"""Memory that is used again: never less than was asked for, and of the kind that was asked for."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+
+from shardkeep.io import arena as module
+from shardkeep.io.arena import Arena, aligned, roomy
+
+
+def pinned(nbytes):
+    return aligned(nbytes)
+
+
+def test_memory_is_kept_until_it_is_too_small_or_given_back():
+    arena = Arena()
+    assert arena.nbytes == 0
+    first = arena.take(5000)
+    assert (first.nbytes, arena.nbytes, first.ctypes.data % 4096) == (5000, 5000, 0)
+    assert arena.take(100).ctypes.data == first.ctypes.data
+    assert arena.take(6000).nbytes == arena.nbytes == 6000
+    arena.release()
+    assert arena.nbytes == 0
+    first[:] = 1  # It is there as long as it is used.
+
+
+def test_what_it_held_is_gone_before_more_is_made():
+    arena, held = Arena(), []
+
+    def watched(nbytes):
+        gc.collect()
+        held.extend(known() is not None for known in made)
+        memory = aligned(nbytes)
+        made.append(weakref.ref(memory))
+        return memory
+
+    made = []
+    for nbytes in (10, 20, 30):
+        arena.take(nbytes, watched)
+    assert held == [False] * 3
+
+
+def test_memory_that_is_not_pinned_does_not_do_where_pinned_is_wanted():
+    """As when a state that was on the CPU is on a device now, or an empty one was saved first."""
+    arena, asked = Arena(), []
+
+    def pin(nbytes):
+        asked.append(nbytes)
+        return pinned(nbytes)
+
+    arena.take(5000)
+    arena.take(100, pin)
+    assert asked == [100]
+    address = arena.take(80, pin).ctypes.data
+    assert arena.take(90, roomy).ctypes.data == address, "pinned memory does for anything"
+    assert arena.take(0, pinned).nbytes == 0
+    assert arena.take(100, pin).ctypes.data == address
+    assert asked == [100]
+
+
+def test_what_is_released_meanwhile_is_not_taken_from_who_takes():
+    """`release_memory` on another thread: what is copied there would go past its end."""
+    allocating = threading.Event()
+    thread = threading.Thread(target=lambda: allocating.wait(10) and arena.release())
+    thread.start()
+
+    class Interrupted(Arena):
+        """Released as soon as what it gives has been made."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_memory" and value.nbytes:
+                allocating.set()
+                thread.join(0.5)  # not for ever: it may have to wait for this one
+
+    arena = Interrupted()
+    assert arena.take(5000).nbytes == 5000
+    thread.join()
+
+
+def test_large_memory_is_usable(monkeypatch):
+    class NoHugePages(module.mmap.mmap):
+        def madvise(self, *_):
+            raise OSError("not here")
+
+    monkeypatch.setattr(module.mmap, "mmap", NoHugePages)
+    memory = roomy(10_000)
+    memory[:] = 7
+    assert np.all(memory == 7)
