@@ -42,20 +42,35 @@ def done(monkeypatch):
     devices._side_stream.cache_clear()
 
 
-def test_a_copy_from_a_device_goes_by_a_side_stream_and_is_there_on_return(done):
+def test_all_of_a_copy_from_a_device_goes_by_a_side_stream_and_is_there_on_return(
+    done, monkeypatch
+):
     class Into:
         def copy_(self, tensor, non_blocking=False):
             done.append(f"copy {tensor.name}" + non_blocking * ", not waiting")
 
+    class Tensor(SimpleNamespace):
+        device = CUDA
+
+        def resolve_conj(self):
+            done.append(f"conjugate {self.name}")
+            return self
+
+        def resolve_neg(self):
+            return self
+
+    monkeypatch.setattr(devices, "words", lambda tensor: tensor)
     for name in ("a", "b"):
-        devices.copy_out(Into(), SimpleNamespace(device=CUDA, name=name))
-    steps = ["on the side stream", "copy {}, not waiting", "off it", "wait for the side stream"]
-    assert done == [step.format(name) for name in ("a", "b") for step in steps]
+        devices.copy_out(Into(), Tensor(name=name))
+    steps = (
+        "on the side stream; conjugate {}; copy {}, not waiting; off it; wait for the side stream"
+    )
+    assert done == [step for name in "ab" for step in steps.format(name, name).split("; ")]
 
 
 def test_copies_within_the_cpu_need_no_stream(done):
     into = torch.zeros(3)
-    devices.copy_out(into, torch.arange(3.0))
+    devices.copy_out(into.view(torch.int32), torch.arange(3.0))
     assert into.tolist() == [0, 1, 2]
     devices.finish_work([torch.device("cpu"), torch.device("meta")])
     assert not done

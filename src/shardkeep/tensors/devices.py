@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardkeep.knobs import PAGE
+from shardkeep.tensors.memory import words
 
 __all__ = ["copy_out", "finish_work", "pinned"]
 
@@ -32,17 +33,26 @@ def finish_work(devices: Iterable[torch.device]) -> None:
 
 
 def copy_out(into: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy a tensor of any device into memory of the CPU; it is there on return.
+    """Copy the elements of a tensor of any device, as words, into memory of the CPU.
 
-    On CUDA it goes by a side stream: what others are given to do meanwhile does not delay it.
+    They are there on return. On CUDA all of it goes by a side stream: what others are given to do
+    meanwhile does not delay it.
+
+    Args:
+        into: words (`tensors.memory.words`) of the tensor's shape.
+        tensor: may be conjugated or negated lazily: what it shows is copied.
     """
     if tensor.device.type != "cuda":
-        into.copy_(tensor)
+        into.copy_(_shown(tensor))
         return
     stream = _side_stream(tensor.device)
     with torch.cuda.stream(stream):
-        into.copy_(tensor, non_blocking=True)
+        into.copy_(_shown(tensor), non_blocking=True)
     stream.synchronize()
+
+
+def _shown(tensor: torch.Tensor) -> torch.Tensor:
+    return words(tensor.resolve_conj().resolve_neg())
 
 
 @cache

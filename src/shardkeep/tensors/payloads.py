@@ -70,7 +70,7 @@ def _copy_strided(tensor: torch.Tensor, start: int, nbytes: int, address: int) -
     plain = tensor.detach()
     done = 0
     for place in slabs(tuple(tensor.shape), start // itemsize, nbytes // itemsize):
-        part = words(plain[place].resolve_conj().resolve_neg())
+        part = plain[place]
         end = done + part.numel() * itemsize
         copy_out(into[done:end].view(kind).view(part.shape), part)
         done = end
