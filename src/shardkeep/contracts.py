@@ -25,6 +25,7 @@ __all__ = [
     "Store",
     "StoreInRows",
     "StoreInSteps",
+    "StoreMapped",
     "StoreWithTimes",
     "Target",
 ]

@@ -41,7 +41,7 @@ def test_every_item_is_a_zip_with_an_aligned_payload(dtype, shape, position, ali
     payload = payload_of(item)
     data = stored(item, payload, position)
     assert len(data) == item.length(position)
-    offset = item.payload_offset(position)
+    offset = len(item.head(position))
     assert (position + offset) % alignment == 0
     assert data[offset : offset + item.nbytes] == payload
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -60,7 +60,7 @@ def test_every_item_is_a_zip_with_an_aligned_payload(dtype, shape, position, ali
 def test_a_reader_without_the_directory_finds_sizes_and_crc_behind_the_payload():
     item = TensorItem(FLOAT, (3,))
     payload = payload_of(item)
-    behind = stored(item, payload)[item.payload_offset(0) + 12 :]
+    behind = stored(item, payload)[len(item.head(0)) + 12 :]
     expected = b"PK\x07\x08" + crc32(payload).to_bytes(4, "little") + (12).to_bytes(4, "little") * 2
     assert behind.startswith(expected)
 

@@ -190,19 +190,6 @@ def test_nothing_to_write():
     assert (len(written.file), written.block.tolist(), written.files) == (0, [0], ())
 
 
-def test_progress_counts_payload_bytes():
-    told = []
-    items = [
-        Item(Frame(), np.zeros(3 * BLOCK + 1, np.uint8)),
-        Item(Frame(), memoryview(b"abc")),
-        Item(Bare(), lambda: b"12345"),
-    ]
-    total = 3 * BLOCK + 9
-    write_items(MemoryStore(), {"f": items}, threads=1, progress=lambda *what: told.append(what))
-    assert told[-1] == ("write", total, total)
-    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
-
-
 def test_memory_is_the_buffers(tmp_path):
     payload = np.zeros(32 << 20, np.uint8)
     files = {f"f{n}": [Item(Frame(), payload), Item(Frame(), payload[:5000])] for n in range(2)}

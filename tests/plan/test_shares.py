@@ -82,14 +82,6 @@ def test_the_same_piece_twice_on_one_rank_is_written_once():
     assert owners(one, one, one).sum() == 1
 
 
-def test_hashes_decide_not_the_numbers_of_keys():
-    key, rank = np.repeat(np.arange(100), 2), np.tile([0, 1], 100)
-    hashes = np.repeat(np.random.default_rng(1).integers(0, 2**63, 100).astype(np.uint64), 2)
-    one = np.ones(200, dtype=np.int64)
-    first = owners(key, rank, one, hashes=hashes, greedy=0)
-    assert (owners(key + 7, rank, one, hashes=hashes, greedy=0) == first).all()
-
-
 @settings(max_examples=200)
 @given(st.lists(sizes, max_size=60), st.integers(1, 8))
 def test_files_are_even(weights, files):

@@ -22,7 +22,6 @@ from shardkeep.tensors.placements import (
     Replicate,
     Shard,
     StridedShard,
-    boxes,
     order,
     parts,
 )
@@ -84,11 +83,11 @@ def test_a_strided_shard_is_several_boxes() -> None:
 
 
 def test_scalars_and_empties() -> None:
-    assert boxes((), (2,), (1,), (Replicate(),)) == (Box((), ()),)
-    assert boxes((0, 3), (2,), (0,), (Replicate(),)) == ()
-    assert boxes((2, 3), (4,), (2,), (Shard(0),)) == ()
+    assert parts((), (2,), (1,), (Replicate(),)) == (Part(Box((), ()), ()),)
+    assert parts((0, 3), (2,), (0,), (Replicate(),)) == ()
+    assert parts((2, 3), (4,), (2,), (Shard(0),)) == ()
     with pytest.raises(ValueError, match=r"Shard\(dim=0\) of a tensor that has 0 dimensions"):
-        boxes((), (2,), (1,), (Shard(0),))
+        parts((), (2,), (1,), (Shard(0),))
 
 
 @given(layouts(), st.randoms())
@@ -115,7 +114,7 @@ def test_all_ranks_tile_the_tensor_as_often_as_it_is_replicated(layout: Layout) 
     shape, mesh, placements = layout
     count = np.zeros(shape, dtype=int)
     for coordinate in coordinates(mesh):
-        for box in boxes(shape, mesh, coordinate, placements):
+        for box, _ in parts(shape, mesh, coordinate, placements):
             count[box.slices] += 1
     pairs = zip(mesh, placements, strict=True)
     assert (count == prod(size for size, one in pairs if isinstance(one, Replicate))).all()

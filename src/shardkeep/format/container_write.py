@@ -96,10 +96,6 @@ class TensorItem:
         """What goes after the payload, given its CRC-32."""
         return self.frame(position).tail(crc)
 
-    def payload_offset(self, position: int) -> int:
-        """Where the payload starts, in bytes from the start of the item."""
-        return len(self.frame(position).head)
-
     def length(self, position: int) -> int:
         """Bytes of the whole item."""
         frame = self.frame(position)

@@ -152,11 +152,11 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 @contextmanager
-def _naming(file: str, place: str | None = None) -> Iterator[None]:
+def _naming(file: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        raise error.within(file=file, place=place) from error
+        raise error.within(file=file) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,16 +60,14 @@ def gather(wants: Iterable[Want], gap: int, limit: int) -> Iterator[Read]:
         yield Read(current[0].file, low, high, current)
 
 
-def fetch(
-    store: Store, file: str, offset: int, into: memoryview, name: str | None, *, keep: bool = False
-) -> int:
+def fetch(store: Store, file: str, offset: int, into: memoryview, name: str | None) -> int:
     """Fill `into` from `offset` on; the bytes read are fewer where the file ends.
 
     Raises:
         Damaged: the file is missing; `name` is the tensor that needs it.
     """
     step = max(1, len(into))
-    return max(fetch_steps(store, file, offset, into, name, step=step, keep=keep), default=0)
+    return max(fetch_steps(store, file, offset, into, name, step=step), default=0)
 
 
 def fetch_steps(

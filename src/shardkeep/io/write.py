@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Codec, Progress, Sink, Store
+from shardkeep.contracts import Codec, Sink, Store
 from shardkeep.io.digest import crc32, whole_crc
-from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.pool import parallel
 from shardkeep.knobs import BLOCK
 from shardkeep.plan.packing import pack
 from shardkeep.types import I64
@@ -75,7 +75,6 @@ def write_packed(
     items: Sequence[Item],
     *,
     threads: int,
-    progress: Progress | None = None,
 ) -> Written:
     """Write items to new files, shared out so that these are even in bytes; see `write_items`.
 
@@ -94,7 +93,7 @@ def write_packed(
         file: [items[row] for row in share.tolist()]
         for file, share in zip(files, shares, strict=True)
     }
-    written = write_items(store, packed, threads=threads, progress=progress)
+    written = write_items(store, packed, threads=threads)
     return written if len(files) < 2 else _take(written, np.argsort(order))
 
 
@@ -132,13 +131,7 @@ def take_blocks(
     return block, digests[np.repeat(starts[rows], counts[rows]) + inside]
 
 
-def write_items(
-    store: Store,
-    files: Mapping[str, Sequence[Item]],
-    *,
-    threads: int,
-    progress: Progress | None = None,
-) -> Written:
+def write_items(store: Store, files: Mapping[str, Sequence[Item]], *, threads: int) -> Written:
     """Write new files, each with its items one after the other; durable on return.
 
     `store.sync()`, for the names of the files, is the caller's. After an error nothing is left of
@@ -149,21 +142,17 @@ def write_items(
         store: where to.
         files: name -> its items; no file may exist yet.
         threads: how many files are written at a time.
-        progress: told how many bytes of payload are written. The total has those that are at hand
-            or whose codec knows them (as `nbytes`).
 
     Raises:
         OSError: from the store, naming the file. Other threads stop.
     """
-    total = sum(_nbytes(item) for items in files.values() for item in items) if progress else 0
-    meter = Meter(progress, "write", total)
     done = {name: _Rows() for name in files}
 
     def worker(names: Iterator[str]) -> None:
         for name in names:
             try:
                 with store.create(name) as sink:
-                    _write_file(_Packed(sink, meter), files[name], done[name])
+                    _write_file(_Packed(sink), files[name], done[name])
             except OSError as error:
                 _name(error, name)
                 raise
@@ -187,16 +176,13 @@ class _Rows:
 class _Packed:
     """Collects small writes, so that a small tensor costs no system call of its own."""
 
-    def __init__(self, sink: Sink, meter: Meter) -> None:
-        self._sink, self._meter = sink, meter
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
         self._waiting = bytearray()
-        self._unreported = 0
         self.position = 0
 
-    def write(self, data: bytes | memoryview, payload: int = 0) -> None:
-        """Append bytes, `payload` of which belong to one (and not to what is around it)."""
+    def write(self, data: bytes | memoryview) -> None:
         self.position += len(data)
-        self._unreported += payload
         if len(data) < BLOCK:
             self._waiting += data
             if len(self._waiting) >= _BUFFER:
@@ -204,17 +190,11 @@ class _Packed:
         else:
             self.flush()
             self._sink.write(data)
-            self._report()
 
     def flush(self) -> None:
         if self._waiting:
             self._sink.write(self._waiting)
             self._waiting = bytearray()
-            self._report()
-
-    def _report(self) -> None:
-        self._meter.add(self._unreported)
-        self._unreported = 0
 
 
 def _write_file(packed: _Packed, items: Sequence[Item], rows: _Rows) -> None:
@@ -240,7 +220,7 @@ def _write_payload(packed: _Packed, payload: memoryview) -> list[int]:
     for at in range(0, len(payload), _BUFFER):
         part = payload[at : at + _BUFFER]
         blocks += [crc32(part[low : low + BLOCK]) for low in range(0, len(part), BLOCK)]
-        packed.write(part, len(part))
+        packed.write(part)
     return blocks
 
 

@@ -18,7 +18,6 @@ def owners(
     rank: I64,
     nbytes: I64,
     *,
-    hashes: NDArray[np.uint64] | None = None,
     greedy: int = _GREEDY,
 ) -> NDArray[np.bool_]:
     """Choose one row for each key, so that the bytes are even over the ranks.
@@ -33,7 +32,6 @@ def owners(
         key: [R] what is held: the same number means the same name and box.
         rank: [R] who holds it, not negative.
         nbytes: [R] its bytes, the same for all rows of a key.
-        hashes: [R] a hash of what the key stands for; by default of the key itself.
         greedy: how many keys are placed by load.
 
     Returns:
@@ -45,7 +43,7 @@ def owners(
     order = np.lexsort((rank, key))
     key, rank = key[order], rank[order]
     weight = np.maximum(nbytes[order], 1)
-    mixed = _mix(key.astype(np.uint64) if hashes is None else hashes[order])
+    mixed = _mix(key.astype(np.uint64))
     fresh = np.ones(len(key), dtype=np.bool_)
     fresh[1:] = (key[1:] != key[:-1]) | (rank[1:] != rank[:-1])
     order, key, rank, weight = order[fresh], key[fresh], rank[fresh], weight[fresh]

@@ -13,7 +13,7 @@ from math import prod
 
 from shardkeep.types import Box
 
-__all__ = ["Part", "Placement", "Replicate", "Shard", "StridedShard", "boxes", "order", "parts"]
+__all__ = ["Part", "Placement", "Replicate", "Shard", "StridedShard", "order", "parts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +102,6 @@ def parts(
         )
         for side in product(*sides)
     )
-
-
-def boxes(
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-    sequence: Sequence[int] | None = None,
-) -> tuple[Box, ...]:
-    """The boxes of `parts`, without their places."""
-    return tuple(part.box for part in parts(shape, mesh_shape, coordinate, placements, sequence))
 
 
 def order(
