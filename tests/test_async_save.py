@@ -85,13 +85,14 @@ def test_changes_after_the_return_change_nothing_that_is_saved(tmp_path, budget)
 def test_nothing_is_written_before_the_return_and_the_result_waits(tmp_path):
     store = Gate(tmp_path)
     handle = sk.async_save(state(), store)
-    assert not handle.done()
+    assert not handle.done() and repr(handle) == "<SaveHandle: under way>"
     with pytest.raises(sk.NotACheckpoint):
         sk.open(tmp_path)
     with pytest.raises(TimeoutError, match=r"the save is not durable after 0\.01 s; it goes on"):
         handle.result(timeout=0.01)
     store.opened.set()
     assert handle.result(60).path == str(tmp_path)
+    assert repr(handle) == "<SaveHandle: ended>"
 
 
 def test_saves_wait_for_the_one_before(tmp_path):

@@ -61,6 +61,7 @@ def flip(folder: Path) -> None:
 
 def test_a_run(tmp_path):
     with sk.Manager(tmp_path / "run", keep=sk.KeepLast(2) | sk.KeepBest("loss")) as m:
+        assert repr(m) == f"<Manager: {tmp_path / 'run'}>"
         assert m.latest() is None and m.steps() == [] and m.best("loss") is None
         assert m.restore(blank(), default=0) == 0
         for step, loss in {10: 0.5, 20: 0.1, 30: 0.3, 40: 0.2}.items():

@@ -118,6 +118,9 @@ class Handle(Generic[T_co]):
         """Whether it has ended, well or not."""
         return self._future.done()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {'ended' if self.done() else 'under way'}>"
+
 
 class Outcome(Future[Any]):
     """What work will give.

@@ -197,6 +197,9 @@ class Manager:
 
     # --- saving ----------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._steps.root.url}>"
+
     def should_save(self, step: int) -> bool:
         """Whether this step is to be saved: as `every` says, or as a rank has asked for it.
 
