@@ -100,6 +100,8 @@ def main(path: str) -> dict[str, Any]:
         )
     cast = {name: torch.zeros(4096, 2048, dtype=torch.float16) for name in mine if name[0] == "l"}
     found["load cast"] = peak(lambda: sk.load(cast, f"{path}/a", host_budget=BUDGET, dtype="cast"))
+    light = {f"l{n}": torch.full((4096,), float(n)) for n in range(5000)}  # 16 KiB each
+    found["save light"] = peak(lambda: sk.save(light, f"{path}/light", host_budget=BUDGET))
     found["export"] = exported(Path(path))
     ckpt = sk.open(f"{path}/a")
     found["slice"] = peak(lambda: ckpt.read("l1", Box((0, 5), (4096, 1)))) - 4096 * 4

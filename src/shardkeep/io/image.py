@@ -167,7 +167,9 @@ class Image:
             light = self._frames[row] >= 0 and self._nbytes[row] <= LIGHT
             # Windows are cut in payloads: only the first and the last item may be cut.
             if light and self._items[row] >= low:
-                end = min(self._alike[at], last)
+                # No more than stays in a core's cache: what is made on the way takes as much again.
+                few = max(_FEW + 1, STEP // self._lengths[row])
+                end = min(self._alike[at], last, at + few)
                 end -= end > at + 1 and self._end(self._order[end - 1]) > high
             if end - at > _FEW:
                 self._together(self.layout.order[at:end], into[self._items[row] - low :])
