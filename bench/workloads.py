@@ -390,7 +390,9 @@ def written(race: Race, entries: Sequence[Entry], state: str = "state") -> dict[
         path = fresh(race.bench.folder, f"files-{source}")
         key = f"writer-{source}"
         try:
-            race.crew.all("enter", key, source, entry.variants[0])
+            # How to read is not how to write, where somebody reads what another wrote.
+            how = entry.variants[0] if entry.contestant == source else {}
+            race.crew.all("enter", key, source, how)
             race.crew.all("save", key, state, path)
             race.crew.all("leave", key)
             files[source] = path
