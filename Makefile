@@ -19,7 +19,7 @@ help:
 	@echo "make bench               docs/performance.md: beside others and the machine's limits (an hour and more)"
 	@echo "make bench QUICK=1       the same with tiny sizes, into build/bench (5 minutes)"
 	@echo "make fuzz CASES=100000   broken and hostile bytes for everything that reads (2 minutes)"
-	@echo "make faults              docs/reliability.md: errors of single system calls (needs strace; 3 minutes)"
+	@echo "make faults              docs/reliability.md: errors of single system calls (needs strace; 8 minutes)"
 	@echo "make drop-in             docs/drop-in.md: shardkeep.dcp beside torch's package, name by name"
 
 # One environment for development; the constraints file says which torch.

@@ -57,6 +57,7 @@ DCP = (OURS.contestant, STOCK.contestant)
 STOCK_SAVES: Variants = (
     {"threads": 1},
     {"threads": 2},
+    {"threads": 3},
     {"threads": 4},
     {"threads": 4, "caching": True},
 )
