@@ -114,8 +114,8 @@ def test_all_ranks_tile_the_tensor_as_often_as_it_is_replicated(layout: Layout) 
     shape, mesh, placements = layout
     count = np.zeros(shape, dtype=int)
     for coordinate in coordinates(mesh):
-        for box, _ in parts(shape, mesh, coordinate, placements):
-            count[box.slices] += 1
+        for part in parts(shape, mesh, coordinate, placements):
+            count[part.box.slices] += 1
     pairs = zip(mesh, placements, strict=True)
     assert (count == prod(size for size, one in pairs if isinstance(one, Replicate))).all()
 
