@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from shardkeep.tensors.checkpointable import CheckpointableTensor, is_checkpointable
 from shardkeep.tensors.memory import words
+from shardkeep.tensors.pieces import is_fake
 from shardkeep.tensors.shards import Shards
 
 __all__ = ["Allocate", "copy_state", "is_plain"]
@@ -155,7 +155,7 @@ def _as_its_kind_copies(value: torch.Tensor) -> torch.Tensor:
 
 
 def _has_no_data(value: torch.Tensor) -> bool:
-    return value.is_meta or is_lazy(value) or isinstance(value, FakeTensor)
+    return value.is_meta or is_lazy(value) or is_fake(value)
 
 
 def is_plain(value: torch.Tensor) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "Piece",
     "describe",
     "is_any_tensor",
+    "is_fake",
     "is_sharded",
     "is_tensor",
     "lies_plainly",
@@ -121,6 +122,11 @@ def is_sharded(value: Any) -> bool:
     return isinstance(value, Shards) or _is(value, _DTENSOR + _SHARDED) or is_checkpointable(value)
 
 
+def is_fake(value: Any) -> bool:
+    """Whether a value is one of torch's fake tensors, which have no data."""
+    return _is(value, _FAKE)
+
+
 def describe(name: str, value: Any) -> tuple[Described, ...]:
     """What this rank holds of the tensor `value`.
 
@@ -206,7 +212,7 @@ def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
         raise Conflict(f"tensor {name!r} is not initialised yet: run the lazy module once")
     if value.is_nested:
         raise Conflict(f"tensor {name!r} is nested: save its values and offsets instead")
-    if value.is_meta or (not plain and _is(value, _FAKE)):
+    if value.is_meta or (not plain and is_fake(value)):
         raise Conflict(f"tensor {name!r} is on the meta device, or fake: it has no data")
     if value.layout is not torch.strided or value.is_quantized:
         raise Conflict(f"tensor {name!r} is {value.layout} {value.dtype}: an object, not a tensor")
