@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 
 from shardkeep.background import Behind, Handle, Job, Turns, line_of, simulated
 from shardkeep.contracts import Progress, Ranks, Store
+from shardkeep.forks import in_children
 from shardkeep.io.arena import Arena
 from shardkeep.ranks import take_part
 from shardkeep.saving import Options, SaveReport, life
@@ -154,8 +154,7 @@ def _forget() -> None:
     _arenas.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)
 
 
 def release_memory() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from weakref import WeakSet
 
 from shardkeep.contracts import Ranks
 from shardkeep.errors import AsyncSaveFailed
+from shardkeep.forks import in_children
 from shardkeep.io.arena import Arena
 from shardkeep.ranks.heart import Timing
 from shardkeep.types import Rest
@@ -350,5 +350,4 @@ def _forget() -> None:
         line.forget()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)

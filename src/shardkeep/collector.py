@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+
+from shardkeep.forks import in_children
 
 __all__ = ["paused"]
 
@@ -66,5 +67,4 @@ def _forget() -> None:
     _pauses = _Pauses()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)

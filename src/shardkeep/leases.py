@@ -34,6 +34,7 @@ from types import TracebackType
 from shardkeep import knobs
 from shardkeep.contracts import Store, StoreWithTimes
 from shardkeep.errors import LeaseLost
+from shardkeep.forks import in_children
 
 __all__ = ["Holder", "Lease", "lease_name", "lease_save_id", "living"]
 
@@ -298,8 +299,7 @@ def _forget() -> None:
     _renewer = _Renewer()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+in_children(_forget)
 
 
 def living(store: Store, leases: Iterable[str], time: Callable[[], float | None]) -> frozenset[str]:

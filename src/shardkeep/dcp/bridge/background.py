@@ -8,7 +8,6 @@ may give a state that is still being copied.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from shardkeep.background import Job, Withheld, line_of
 from shardkeep.dcp.handed import theirs
+from shardkeep.forks import in_children
 from shardkeep.tensors.copies import Allocate, copy_state
 from shardkeep.tensors.devices import pinned
 
@@ -112,9 +112,8 @@ _kept: WeakKeyDictionary[Any, _Kept] = WeakKeyDictionary()
 _uses: WeakKeyDictionary[Any, Future[Any]] = WeakKeyDictionary()
 """By a stager that keeps memory, the last save of what it staged."""
 
-if hasattr(os, "register_at_fork"):
-    # In a forked process no save of its parent ends, and what is kept may be pinned for the parent.
-    os.register_at_fork(after_in_child=_uses.clear)
+# In a forked process no save of its parent ends, and what is kept may be pinned for the parent.
+in_children(_uses.clear)
 
 _line = line_of()
 
