@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,38 @@ def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
     keys = Held()
     assert run(4, sessions.conversation, [0], keys=keys, timing=CALM) == ["done"] * 4
     assert not keys.late
+
+
+def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> None:
+    monkeypatch.setattr(session, "_AGAIN", 0.05)  # who else has come is looked at soon
+    looked = threading.Event()
+
+    class Reordered(MemoryKeys):
+        """A word goes between the question of whether it is there and that of what it says."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.going: set[str] = set()
+
+        def delete(self, names: Iterable[str]) -> None:
+            names = set(names)
+            words = {name for name in names if name.endswith("/word/3")}
+            self.going |= words
+            super().delete(names - words)
+
+        def wait(self, names: Sequence[str], timeout: float) -> str | None:
+            found = super().wait(names, timeout)
+            if found in self.going and not timeout:
+                super().delete([found])
+                looked.set()
+            return found
+
+    def scenario(ranks: Ranks) -> str:
+        if ranks.rank == 2:  # meanwhile rank 3 comes in, and is asked for again
+            assert looked.wait(5)
+        return sessions.conversation(ranks, [0])
+
+    assert run(4, scenario, keys=Reordered(), timing=CALM) == ["done"] * 4
 
 
 def test_failures_leave_nothing_behind() -> None:

@@ -135,7 +135,7 @@ class KeySession(Session):
                 self._check()
 
     def host(self, rank: int) -> str:
-        with suppress(ConnectionError, KeyError):
+        with suppress(ConnectionError):
             if (sign := self._sign_of(rank)) is not None:
                 return sign.host
         return _NOWHERE
@@ -249,8 +249,10 @@ class KeySession(Session):
         return None if sign is None else Sign.decode(sign)
 
     def _peek(self, key: str) -> bytes | None:
-        """The value of a key that may be missing; never waits."""
-        return self._keys.get(key) if self._keys.wait([key], 0) else None
+        """The value of a key that may be missing, or just be going; never waits."""
+        with suppress(KeyError):
+            return self._keys.get(key) if self._keys.wait([key], 0) else None
+        return None
 
     @property
     def _silence(self) -> str:
@@ -390,7 +392,7 @@ class KeySession(Session):
     def _fail(self, error: BaseException) -> None:
         if not self._id:
             return  # nobody knows of this session but us
-        with suppress(ConnectionError, KeyError):
+        with suppress(ConnectionError):
             cause = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             told = self._post(self._rank, self._host, self._phase, cause)
             if self._rank:
@@ -407,7 +409,7 @@ class KeySession(Session):
         """Say farewell. What has been decided stays: this raises nothing about others."""
         if self._heart is not None:
             self._heart.stop()
-        with suppress(ConnectionError, KeyError):
+        with suppress(ConnectionError):
             if self._rank:
                 self._keys.set(f"{self._id}/bye/{self._rank}", b"")
             elif self._all_gone():
