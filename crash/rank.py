@@ -157,14 +157,12 @@ class _Watched(LocalStore):
         self._note = note
 
     def create(self, name: str) -> Any:
-        if name.startswith(".lease_"):
-            self._note("lease")
-        elif name.startswith(".manifest-"):
+        if name.startswith(".manifest-"):
             self._note("manifest")
         return super().create(name)
 
     def publish(self, name: str, data: Any) -> None:
-        self._note("publish")
+        self._note("lease" if name.startswith(".lease_") else "publish")
         super().publish(name, data)
 
     def remove(self, name: str) -> None:

@@ -52,7 +52,8 @@ def open_files() -> int:
 SOME = [
     ("over", "write", "openat", "data", "EACCES", "refused"),
     ("over", "sync", "ftruncate", "data", "EIO", "refused"),
-    ("over", "commit", "fsync", "folder above", "EIO", "refused"),
+    ("over", "own", "fsync", "folder above", "EIO", "refused"),
+    ("over", "own", "rename", "new lease", "EACCES", "refused"),
     ("over", "commit", "rename", "new .metadata", "EROFS", "refused"),
     ("over", "after", "unlink", "lease", "EIO", "kept"),
     ("new", "own", "mkdir", "folder", "ENOSPC", "refused"),

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from shardkeep import leases
 from shardkeep.errors import LeaseLost
 from shardkeep.leases import Holder, Lease, lease_name, lease_save_id, living
+from shardkeep.remains import collect
 from shardkeep.stores import LocalStore, MemoryStore
 
 ID, OTHER = "0" * 31 + "1", "0" * 31 + "2"
@@ -145,6 +147,63 @@ def test_a_process_of_this_machine_is_asked_for_whatever_the_clock_says(store):
         child.wait()
         child.stdout.close()
     assert living(store, [name], never) == set()
+
+
+@pytest.mark.parametrize("moment", ["open", "write", "fsync", "replace"])
+def test_a_process_that_is_killed_while_it_takes_one_leaves_none(store, moment):
+    """Half of one would be alive for minutes, and with it all that carries its id."""
+    code = f"""
+import os, signal
+from shardkeep.leases import Lease
+from shardkeep.stores import LocalStore
+
+def audited(*args, real=getattr(os, {moment!r}), **named):
+    if {moment!r} == "open":
+        real(*args, **named)
+    if {moment!r} != "open" or args[1] & os.O_CREAT:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **named)
+
+os.{moment} = audited
+Lease(LocalStore({str(store.path)!r}), {ID!r}).take()
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=False)
+    assert child.returncode == -signal.SIGKILL
+    (left,) = store.names()
+    leases = [name for name in store.names() if lease_save_id(name)]
+    assert living(store, leases, time.time) == set()
+    with Lease(store, OTHER) as lease:
+        lease.take()
+        assert [one.name for one in collect(store, lease)] == [left]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_that_is_collected_before_it_has_its_name_is_written_again(store, times):
+    class Met(LocalStore):
+        """Somebody collects before a new file gets its name."""
+
+        met = 0
+
+        def _anchor(self) -> None:
+            if self.met < times:
+                self.met += 1
+                with Lease(store, OTHER) as other:
+                    other.take()
+                    assert [one.save_id for one in collect(store, other)] == [ID]
+
+    with Lease(Met(store.path), ID) as lease:
+        lease.take()
+        assert list(store.names()) == [lease_name(ID)]
+        assert living(store, store.names(), never) == {ID}
+
+
+def test_a_lease_that_can_not_be_written_is_an_error(store):
+    class Broken(LocalStore):
+        def publish(self, name, data):
+            raise FileNotFoundError(name)
+
+    with pytest.raises(FileNotFoundError, match=lease_name(ID)):
+        Lease(Broken(store.path), ID).take()
 
 
 def test_another_process_that_got_the_same_pid_does_not_count(store):

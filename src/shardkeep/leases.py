@@ -41,6 +41,8 @@ __all__ = ["Holder", "Lease", "lease_name", "lease_save_id", "living"]
 _NAME = re.compile(r"\.lease_([0-9a-f]{32})\.json")
 _MOST = 4096
 """Bytes of a lease that are looked at: what others wrote may be anything."""
+_TRIES = 3
+"""To write a lease, while others collect."""
 _PROC = Path("/proc")
 
 
@@ -149,12 +151,13 @@ class Lease:
     def take(self) -> None:
         """Write it; from now on the save's files are its own. On one rank only.
 
+        It appears whole: of one without its holder, nobody could tell that the holder was killed.
+
         Raises:
             OSError: from the store.
         """
         try:
-            with self._store.create(self._name) as sink:
-                sink.write(_content(self.save_id))
+            self._appear()
         except BaseException:
             # Over a network, an error may come after the fact.
             with suppress(OSError):
@@ -163,6 +166,14 @@ class Lease:
         self._written = _now()
         self._due = self._written + self._seconds / 4
         self._abandoned = _renewer.add(self, self._store, self._name)
+
+    def _appear(self) -> None:
+        for _ in range(_TRIES - 1):
+            # Whoever collects just now takes what is not yet renamed for that of a dead save.
+            with suppress(FileNotFoundError):
+                self._store.publish(self._name, _content(self.save_id))
+                return
+        self._store.publish(self._name, _content(self.save_id))
 
     def confirm(self) -> None:
         """Make sure that nobody has taken this save for dead.
