@@ -11,57 +11,26 @@ import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 from shardkeep.background import Handle, simulated
-from shardkeep.contracts import KeepPolicy, Progress, Ranks, Session, Store
-from shardkeep.errors import (
-    Damaged,
-    FormatError,
-    Mismatch,
-    NotACheckpoint,
-    RankFailed,
-    ShardkeepError,
-)
-from shardkeep.format import columns
+from shardkeep.contracts import KeepPolicy, Progress, Ranks, Store
+from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.manager import StepNames, Steps
 from shardkeep.manager.keeper import Keeper
 from shardkeep.manager.metrics import finite
 from shardkeep.manager.policies import Mode
 from shardkeep.manager.signals import Signals
-from shardkeep.manager.traces import Traces
-from shardkeep.manager.turns import Grade, Worst, take_turn, worst
+from shardkeep.manager.turns import Grade, Worst, take_turn
 from shardkeep.ranks import take_part
 
 if TYPE_CHECKING:
-    from shardkeep.loading import LoadReport
+    from shardkeep.restoring import Restored
     from shardkeep.saving import SaveReport
 
-__all__ = ["Manager", "Restored", "StepHandle"]
-
-_UNREADABLE = (Damaged, FormatError, NotACheckpoint, OSError)
-"""What an older step may help against."""
-
-_SHOWN = 20
-"""Names in a message at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What a restore did.
-
-    Attributes:
-        step: where the state is from.
-        report: what loading it did.
-        passed_over: newer steps that could not be read, and why; the newest first.
-    """
-
-    step: int
-    report: LoadReport
-    passed_over: Mapping[int, str] = field(default_factory=dict)
+__all__ = ["Manager", "StepHandle"]
 
 
 class StepHandle(Handle["SaveReport | None"]):
@@ -405,74 +374,23 @@ class Manager:
                 it by its number, into a state that no step has been loaded into.
             Untrusted, RankFailed: as of `load`.
         """
+        from shardkeep.restoring import restore
+
         _get_ready()
         if self._flight is not None:
             self._flight.failure()
         self._keeper.finish()
-        with self._job.session("restore", self._url) as session:
-            steps = self._newest_first(session) if step is None else [step]
-            if not steps and default is not None:
+        found = restore(self._steps, self._job, state, step, how)
+        if found is None:
+            if default is not None:
                 return default
-            if not steps:
-                raise NotACheckpoint(f"{self._url}: no step is committed there")
-            passed_over: dict[int, str] = {}
-            traces = None if step is not None else Traces(session.rank, session.size)
-            for number in steps:
-                found = self._tried(session, number, state, how, traces)
-                if not isinstance(found, str):
-                    break
-                passed_over[number] = found
-            else:
-                why = "; ".join(f"step {number}: {text}" for number, text in passed_over.items())
-                raise Damaged(f"none of its steps can be read: {why}", file=self._url)
-        self._restored = Restored(number, found, passed_over)
-        self._passed_over |= passed_over
-        for over, text in passed_over.items():
-            warnings.warn(
-                f"{self._url}: step {over} can't be read, so step {number} is restored: {text}",
-                stacklevel=2,
-            )
-        return number
-
-    def _newest_first(self, session: Session) -> list[int]:
-        """The committed steps, as the coordinator sees them."""
-        lead = session.rank == 0
-        word = columns.pack({"steps": self._steps.numbers()[::-1]}, {}) if lead else None
-        found, _ = columns.unpack(session.broadcast(word))
-        steps: list[int] = found["steps"]
-        return steps
-
-    def _tried(
-        self,
-        session: Session,
-        step: int,
-        state: MutableMapping[Any, Any],
-        how: Mapping[str, Any],
-        traces: Traces | None,
-    ) -> LoadReport | str:
-        """Load a step; why it can't be read on some rank, unless there is no other to try.
-
-        Args:
-            traces: what the tries before may have left in the state, to which a failed one is
-                added; None if there is no other to try.
-        """
-        from shardkeep.loading import load
-
-        store = self._steps.store(step)
-        grade, error, report = Grade.FINE, None, None
-        try:
-            report = load(state, store, ranks=self._job, **how)
-            if traces is not None:
-                _refuse_mixed(store.url, report, traces)
-        except Exception as caught:
-            grade, error = _grade(caught), caught
-        outcome = worst(session, grade, error)
-        if report is not None and outcome.grade is Grade.FINE:
-            return report
-        if outcome.grade is Grade.UNREADABLE and traces is not None:
-            traces.add(step, store, error)
-            return outcome.text
-        raise error or outcome.raised("load", self.path(step))
+            raise NotACheckpoint(f"{self._url}: no step is committed there")
+        self._restored = found
+        self._passed_over |= found.passed_over
+        for over, text in found.passed_over.items():
+            what = f"step {over} can't be read, so step {found.step} is restored: {text}"
+            warnings.warn(f"{self._url}: {what}", stacklevel=2)
+        return found.step
 
     def prune(self) -> tuple[int, ...]:
         """Delete now what `keep` does not keep: never the newest step that is whole.
@@ -487,32 +405,10 @@ class Manager:
         return self._keeper.prune(frozenset(self._passed_over)) if self._job.rank == 0 else ()
 
 
-def _grade(error: Exception) -> Grade:
-    if isinstance(error, RankFailed):
-        return Grade.TOLD
-    return Grade.UNREADABLE if isinstance(error, _UNREADABLE) else Grade.FATAL
-
-
 def _get_ready() -> None:
     """Import what a save needs, which takes a second, before the loop and not in its first save."""
     with suppress(ImportError):  # Without torch a run can only be looked at.
         importlib.import_module("shardkeep.async_saving")
-
-
-def _refuse_mixed(path: str, report: LoadReport, traces: Traces) -> None:
-    """Raise Mismatch if something in the state may be of a step that could not be read."""
-    left = traces.left(report.missing, report.skipped)
-    if not left:
-        return
-    names = ", ".join(map(repr, list(left)[:_SHOWN]))
-    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    tried = ", ".join(f"step {step}" for step in sorted({*left.values()}, reverse=True))
-    raise Mismatch(
-        f"{path} does not have {names}{more}, which {tried} may have filled before that turned out "
-        "to be unreadable: the state would be of more than one step; make it anew, and restore a "
-        "step by its number",
-        report,
-    )
 
 
 def _checked(metrics: Mapping[str, SupportsFloat] | None) -> Mapping[str, float]:
