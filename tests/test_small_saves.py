@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
+import torch.distributed.checkpoint as stock
+
+import shardkeep as sk
 from shardkeep import commit
 from shardkeep.agreement import own, report
 from shardkeep.io.write import Written
@@ -87,3 +92,49 @@ def test_calls_for_each_tensor(work: Callable[[int], Callable[[], None]], limit:
             run()
         counts.append(calls[0])
     assert (counts[1] - counts[0]) / 2000 <= limit
+
+
+KINDS = st.tuples(
+    st.lists(st.sampled_from([0, 1, 2, 3, 7, 40]), max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64]),
+    st.sampled_from(["plain", "every second", "transposed", "conjugate"]),
+)
+
+
+def tensor(kind: tuple[list[int], torch.dtype, str], seed: int) -> torch.Tensor:
+    shape, dtype, how = kind
+    generator = torch.Generator().manual_seed(seed)
+    double = torch.randint(0, 2, (2, *shape), generator=generator).to(dtype)
+    if how == "every second" and shape:
+        return torch.stack([*double], dim=-1)[..., 0]
+    if how == "transposed":
+        return double[0].permute([*reversed(range(len(shape)))])
+    return double[0].conj() if how == "conjugate" else double[0].clone()
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(KINDS, st.integers(1, 30)), min_size=1, max_size=5),
+    st.booleans(),
+    st.sampled_from([None, 1 << 20]),
+)
+def test_runs_of_small_tensors_come_back(
+    tmp_path_factory: pytest.TempPathFactory,
+    runs: list[tuple[Any, int]],
+    staged: bool,
+    budget: int | None,
+) -> None:
+    """Also of empty ones, which lie nowhere, and of such that lie scattered."""
+    path = tmp_path_factory.mktemp("small")
+    kinds = [kind for kind, count in runs for _ in range(count)]
+    given = {f"t{row}": tensor(kind, row) for row, kind in enumerate(kinds)}
+    if staged:
+        sk.async_save(given, path, host_budget=budget and 64 * budget).result(60)
+    else:
+        sk.save(given, path, host_budget=budget)
+    assert sk.open(path).verify().ok
+    for load in (sk.load, stock.load):
+        into = {name: torch.ones(one.shape, dtype=one.dtype) for name, one in given.items()}
+        load(into, checkpoint_id=path) if load is stock.load else load(into, path)
+        for name, one in given.items():
+            assert torch.equal(into[name], one), name

@@ -208,7 +208,7 @@ class Payloads(Protocol):
     """[N] where each payload lies in memory, all of it in order; 0 for one that does not."""
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
-        """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
+        """Copy bytes of one payload, one or more, from its byte `start` on, to an address."""
         ...
 
 

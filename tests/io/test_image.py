@@ -45,7 +45,7 @@ class Bytes:
 
     def copy(self, row, start, nbytes, address):
         part = bytes(self.data[row][start : start + nbytes])
-        assert len(part) == nbytes
+        assert len(part) == nbytes > 0
         ctypes.memmove(address, part, nbytes)
         with self.lock:
             self.copied[row] += nbytes

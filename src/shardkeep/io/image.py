@@ -193,11 +193,8 @@ class Image:
         items[:] = np.frombuffer(frame.head + bytes(size) + frame.tail(0), np.uint8)
         begin = len(frame.head)
         end = begin + size
-        payloads = items[:, begin:end]
-        addresses = self._memory[rows]
-        pick_up(addresses, payloads)
-        for at in np.flatnonzero(addresses == 0).tolist():
-            self._copy(self._rows[rows[at]], 0, size, payloads[at].ctypes.data)
+        if size:  # empty ones lie nowhere
+            self._pick_up(rows, items[:, begin:end])
         view = into.data
         starts = range(begin, begin + len(rows) * length, length)
         crcs = np.array(crc32_each([view[at : at + size] for at in starts]), dtype="<u4")
@@ -207,6 +204,13 @@ class Image:
         self._crcs[rows] = crcs
         if size:  # an empty payload has no block
             self._digests[self.block[rows]] = crcs
+
+    def _pick_up(self, rows: I64, into: NDArray[np.uint8]) -> None:
+        """Copy payloads of one size, [N, size], those that lie in memory all at once."""
+        addresses = self._memory[rows]
+        pick_up(addresses, into)
+        for at in np.flatnonzero(addresses == 0).tolist():
+            self._copy(self._rows[rows[at]], 0, into.shape[1], into[at].ctypes.data)
 
     def _frame(self, row: int) -> Frame:
         number: int = self._frames[row]
