@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from shardkeep.contracts import Ranks
 from shardkeep.ranks.heart import Timing
 from shardkeep.ranks.keys import KeyValue
-from shardkeep.ranks.meeting import KeyMeeting
+from shardkeep.ranks.meeting import End, KeyMeeting
 from shardkeep.ranks.session import KeySession
 
 __all__ = ["KeyRanks"]
@@ -55,11 +57,6 @@ class KeyRanks(Ranks):
         )
 
     def meeting(self, path: str) -> KeyMeeting:
-        return KeyMeeting(
-            self._keys,
-            self._rank,
-            self._members,
-            lambda: self.session("meeting", path),
-            path,
-            timing=self._timing,
-        )
+        begin = partial(self.session, "meeting", path)
+        end = End(self._keys, self._rank, self._members, begin, path, timing=self._timing)
+        return KeyMeeting(end)

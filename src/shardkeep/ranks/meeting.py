@@ -32,7 +32,7 @@ from shardkeep.errors import RankFailed
 from shardkeep.ranks.heart import Timing
 from shardkeep.ranks.keys import KeyValue
 
-__all__ = ["Alone", "KeyMeeting"]
+__all__ = ["Alone", "End", "KeyMeeting"]
 
 _PHASE = "agree on a step"
 _NOWHERE = "an unknown host"
@@ -66,29 +66,12 @@ class Alone(Meeting):
 class KeyMeeting(Meeting):
     """Ranks that share a key-value store; see the module.
 
-    Who drops it without closing it leaves, too.
-
-    Args:
-        keys: this rank's client of it.
-        rank: counted among the members.
-        members: their global ranks, for messages.
-        session: begins a session of all ranks, in which the first call of `at` agrees on a name.
-        path: what errors say that it was about.
+    Who drops it without closing it leaves, too: the thread knows the end only.
     """
 
-    def __init__(
-        self,
-        keys: KeyValue,
-        rank: int,
-        members: tuple[int, ...] | range,
-        session: Callable[[], Session],
-        path: str,
-        *,
-        timing: Timing | None = None,
-    ) -> None:
-        self._end = _End(keys, rank, members, session, path, timing=timing)
-        # The thread knows the end only. At the end of the program it ends anyway.
-        finalize(self, self._end.leave).atexit = False
+    def __init__(self, end: End) -> None:
+        self._end = end
+        finalize(self, end.leave).atexit = False  # The thread ends with the program anyway.
 
     def request(self) -> None:
         self._end.request()
@@ -100,8 +83,16 @@ class KeyMeeting(Meeting):
         self._end.close()
 
 
-class _End:
-    """One rank's end of a meeting, which its thread has, too."""
+class End:
+    """One rank's end of a meeting, which its thread has, too.
+
+    Args:
+        keys: this rank's client of it.
+        rank: counted among the members.
+        members: their global ranks, for messages.
+        session: begins a session of all ranks, in which the first call of `at` agrees on a name.
+        path: what errors say that it was about.
+    """
 
     def __init__(
         self,
