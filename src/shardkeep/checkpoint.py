@@ -23,7 +23,7 @@ from shardkeep.format.manifest import Outline
 from shardkeep.io.digest import crc32
 from shardkeep.io.read import ReadStats
 from shardkeep.plan.coverage import coverage
-from shardkeep.plan.overlap import Boxes, distinct
+from shardkeep.plan.overlap import Boxes, each_once
 from shardkeep.sources import Sources, read_range, unpacked_limit
 from shardkeep.stores import store_at
 from shardkeep.tree import unflatten
@@ -366,7 +366,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
         Raises: as `fill`, but for what is read.
         """
-        self._check_cover(distinct(wanted.tensor))
+        self._check_cover(each_once(wanted.tensor))
         return filling.plan(
             self.sources, wanted, memory, threads=threads, together=together, budget=budget
         )

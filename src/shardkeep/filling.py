@@ -20,7 +20,7 @@ from shardkeep.contracts import Progress, Store
 from shardkeep.io.arena import aligned
 from shardkeep.io.read import Copy, ReadStats, Round, read_copies
 from shardkeep.io.small import Batch, Small, batches, by_place, read_small
-from shardkeep.plan.overlap import Boxes, Overlap, distinct, first_element, one_run, overlap
+from shardkeep.plan.overlap import Boxes, Overlap, each_once, first_element, one_run, overlap
 from shardkeep.plan.rounds import Part, in_rounds
 from shardkeep.sources import Plain, Sources
 from shardkeep.types import I64, ITEMSIZES, Box, Chunks, Index
@@ -168,7 +168,7 @@ def plan(
     rows, place = np.unique(found.right, return_inverse=True)
     plain = sources.plain(rows, limit=knobs.small(), threads=threads).take(place)
     fast = whole & (plain.start >= 0)
-    asked = distinct(found.left[fast])
+    asked = each_once(found.left[fast])
     address = np.zeros(len(wanted.tensor), dtype=np.int64)
     address[asked] = memory.addresses(asked)
     fast &= address[found.left] > 0
@@ -300,7 +300,7 @@ def _copies(
     """The given rows of `found` as copies; `shared`: which wanted boxes others want, too."""
     left, right = found.left[rows], found.right[rows]
     index = sources.index
-    known = sources.locate(distinct(right).tolist(), threads=threads)
+    known = sources.locate(each_once(right).tolist(), threads=threads)
     inside = found.offsets[rows] - index.chunks.offsets[right]
     into = found.offsets[rows] - wanted.offsets[left]
     ndims = index.tensors.ndim[wanted.tensor[left]].tolist()

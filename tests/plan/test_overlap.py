@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep.plan.overlap as module
-from shardkeep.plan.overlap import Boxes, distinct, first_element, one_run, overlap
+from shardkeep.plan.overlap import Boxes, each_once, first_element, one_run, overlap
 from shardkeep.types import Box
 
 
@@ -145,5 +145,5 @@ def test_runs_and_places_are_those_of_numpy(data, ndim):
 
 
 @given(st.lists(st.integers(-5, 5)))
-def test_distinct_numbers(numbers):
-    assert distinct(np.array(numbers, dtype=np.int64)).tolist() == sorted(set(numbers))
+def test_each_number_once(numbers):
+    assert each_once(np.array(numbers, dtype=np.int64)).tolist() == sorted(set(numbers))

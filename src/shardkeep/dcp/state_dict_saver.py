@@ -146,7 +146,7 @@ def async_save(
     save, allocate = partial(_save_put_off, what=what, job=job), None
     if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
         blocks = Blocks()
-        where = processes.meeting(job, ranks)
+        where = processes.venue(job, ranks)
         save = partial(processes.save, what=what, job=job, where=where, blocks=blocks)
         allocate = blocks.take
     staging, upload = put_off(

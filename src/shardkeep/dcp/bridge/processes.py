@@ -37,7 +37,7 @@ from shardkeep.ranks.store import StoreKeys
 from shardkeep.tensors.objects import to_bytes
 from shardkeep.tensors.state import describe_state
 
-__all__ = ["Meeting", "Save", "meeting", "save"]
+__all__ = ["Save", "Venue", "save", "venue"]
 
 _stores: Any = dist
 _AT_ONCE = 64
@@ -66,7 +66,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Venue:
     """Where the processes of the ranks meet.
 
     Attributes:
@@ -92,12 +92,12 @@ class _Orders:
 
     files: int
     rank: int
-    where: Meeting
+    where: Venue
     name: str
     group: str
 
 
-def meeting(job: Ranks, ranks: Sequence[int] | Ranks | None) -> Meeting:
+def venue(job: Ranks, ranks: Sequence[int] | Ranks | None) -> Venue:
     """Where the processes of the ranks that save will meet: in the job's store.
 
     Args:
@@ -108,9 +108,9 @@ def meeting(job: Ranks, ranks: Sequence[int] | Ranks | None) -> Meeting:
         NotImplementedError: other processes can't reach the store, or there is none.
     """
     if job.size == 1:
-        return Meeting((job.rank,), None)
+        return Venue((job.rank,), None)
     assert not isinstance(ranks, Ranks)
-    return Meeting(tuple(range(job.size) if ranks is None else ranks), _address())
+    return Venue(tuple(range(job.size) if ranks is None else ranks), _address())
 
 
 def _address() -> tuple[str, ...]:
@@ -128,7 +128,7 @@ def _address() -> tuple[str, ...]:
     )
 
 
-def save(state: Any, *, what: Save, job: Ranks, where: Meeting, blocks: Blocks) -> Metadata:
+def save(state: Any, *, what: Save, job: Ranks, where: Venue, blocks: Blocks) -> Metadata:
     """Save a state in the other process; called by one thread at a time.
 
     Args:
