@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from attacks.attack import CANARY, COMMAND, Attack, Attacks, in_metadata, in_object
-
 from attacks import pickles as p
+from attacks.attack import CANARY, COMMAND, Attack, Attacks, in_metadata, in_object
 
 __all__ = ["attacks"]
 

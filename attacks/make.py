@@ -10,9 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from attacks.attack import CANARY, Attack
-
 from attacks import executing, packing, pickling, pointing, sets
+from attacks.attack import CANARY, Attack
 
 __all__ = ["ATTACKS", "CANARY", "Attack"]
 

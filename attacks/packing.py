@@ -9,9 +9,8 @@ import zipfile
 from pathlib import Path
 
 import zstandard
-from attacks.attack import Attack, Attacks, in_item
-
 from attacks import pickles as p
+from attacks.attack import Attack, Attacks, in_item
 
 __all__ = ["attacks"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from attacks.attack import Attack, Attacks, in_metadata, in_object, nested
-
 from attacks import pickles as p
+from attacks.attack import Attack, Attacks, in_metadata, in_object, nested
 
 __all__ = ["attacks"]
 

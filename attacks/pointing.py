@@ -6,9 +6,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks.attack import Attack, Attacks, in_metadata
-
 from attacks import pickles as p
+from attacks.attack import Attack, Attacks, in_metadata
 
 __all__ = ["attacks"]
 

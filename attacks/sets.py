@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from attacks.attack import Attack, Attacks
-
 from attacks import pickles as p
+from attacks.attack import Attack, Attacks
 
 __all__ = ["attacks"]
 

@@ -121,7 +121,7 @@ class Aside:
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.aside"],
+            [sys.executable, "-m", "bench.raw_writer"],
             cwd=Path(__file__).parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -157,7 +157,7 @@ class Crc:
 
     def save(self, state: State, path: Path) -> dict[str, float]:
         """Figure: seconds that all blocks take at the speed of most. Some are interrupted."""
-        from shardkeep.io.digest import crc32_at
+        from shardkeep.io.checksums import crc32_at
 
         speeds, nbytes = [], 0
         for memory, _ in _segments(state, self.block):

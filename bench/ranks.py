@@ -193,7 +193,7 @@ def main(pipe: Connection, rank: int, how: str) -> None:
     """The life of a rank: join the others, then answer calls until the pipe closes."""
     import torch.distributed as dist
 
-    from bench.seat import Seat
+    from bench.rank_worker import Seat
 
     ranks = int(os.environ["WORLD_SIZE"])
     if how == "group":

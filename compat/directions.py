@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from compat import nodes
-from compat.crew import RanksFailedError, run_ranks
+from compat import comparison
 from compat.environments import Environment, parse
+from compat.launcher import RanksFailedError, run_ranks
 from compat.read_golden import loaded, opened, read_all
 from compat.results import Direction, Outcome
 
@@ -136,8 +136,8 @@ def judge_case(name: str, answer: Path, text_keys: bool = False) -> Outcome:
         return Outcome(name, absent=content["absent"])
     left_out = tuple(content.get("left_out", ()))
     if "why" in content:
-        return Outcome(name, nodes.leaves(content["expected"]), (f": {content['why']}",))
-    done = nodes.compare(content["expected"], content["state"], text_keys=text_keys)
+        return Outcome(name, comparison.leaves(content["expected"]), (f": {content['why']}",))
+    done = comparison.compare(content["expected"], content["state"], text_keys=text_keys)
     return Outcome(
         name,
         done.leaves,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compat.better import BETTER, EXPLAINED, MISSING
+from compat.differences import BETTER, EXPLAINED, MISSING
 from compat.names import OURS, STOCK, Name, Record, describe, describe_member, module, recorded
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "drop-in.md"
@@ -165,7 +165,9 @@ def _unused(rows: Iterable[Row]) -> list[str]:
     absent = {row.place for row in rows if row.verdict == ABSENT}
     wrong = [key for table in (BETTER, EXPLAINED) for key in table if key not in keys]
     wrong += [key for key in MISSING if key not in absent]
-    return [f"the tables in compat/better.py name {key}: there is no such name" for key in wrong]
+    return [
+        f"the tables in compat/differences.py name {key}: there is no such name" for key in wrong
+    ]
 
 
 def text(found: Comparison) -> str:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from templates import golden, storable
 
 import shardkeep as sk
-from shardkeep.ranks import threads
+from shardkeep.testing.simulated_ranks import run as run_simulated
 from shardkeep.types import Box
 
 Run = golden.Run
@@ -193,7 +193,7 @@ def per_rank_state(run: Run, rank: int) -> tuple[State, State]:
 @case()
 def simulated_ranks(run: Run) -> State:
     """Four ranks that are threads: uneven boxes on two dimensions, replicas, own values."""
-    threads.run(
+    run_simulated(
         golden.RANKS,
         lambda ranks: sk.save(
             per_rank_state(run, ranks.rank)[0], golden.CHECKPOINT, ranks=ranks, overwrite=True

@@ -22,12 +22,12 @@ import shardkeep as sk
 from crash.notes import PHASES, Notes, Outcome
 from crash.plans import Plan
 from crash.state import RANKS, state
-from shardkeep.async_saving import async_save
 from shardkeep.contracts import Ranks
-from shardkeep.ranks.keyed import KeyRanks
-from shardkeep.ranks.session import KeySession
-from shardkeep.ranks.store import StoreKeys
-from shardkeep.saving import save as save_now
+from shardkeep.coordination.keyvalue.ranks import KeyRanks
+from shardkeep.coordination.keyvalue.session import KeySession
+from shardkeep.coordination.keyvalue.torch_store import StoreKeys
+from shardkeep.engine.async_save import async_save
+from shardkeep.engine.save import save as save_now
 from shardkeep.stores import LocalStore
 
 __all__ = ["KEPT", "SAVES", "SPANS", "run"]

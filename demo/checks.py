@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from demo.witness import Holdings
+from demo.recorder import Holdings
 
 __all__ = ["bare", "stock"]
 

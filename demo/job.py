@@ -43,7 +43,7 @@ class Job:
         self._killed = False
         self._output = (folder / f"output_{ranks}_ranks.txt").open("w+")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        job = [f"--nproc-per-node={ranks}", "-m", "demo.witness", str(folder), *options]
+        job = [f"--nproc-per-node={ranks}", "-m", "demo.recorder", str(folder), *options]
         self._launcher = subprocess.Popen(
             [sys.executable, *torchrun, *job],
             cwd=ROOT,

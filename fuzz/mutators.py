@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from shardkeep.errors import ShardkeepError
-from shardkeep.format.trailer import TRAILER_SIZE, Trailer
+from shardkeep.format.dcp.trailer import TRAILER_SIZE, Trailer
 
 __all__ = ["MUTATORS", "Mutator", "pack_files", "unpack_files"]
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import shardkeep as sk
 from fuzz.mutators import unpack_files
+from shardkeep.checkpoint.leases import Holder
 from shardkeep.errors import Damaged, FormatError, Mismatch, NotACheckpoint, Untrusted
-from shardkeep.format import container, safetensors
-from shardkeep.format.manifest import read_outline
-from shardkeep.format.metadata import merge_metadata, read_metadata
-from shardkeep.format.trailer import TRAILER_SIZE, Trailer
-from shardkeep.format.unpickle import opaque_classes
-from shardkeep.leases import Holder
+from shardkeep.format.dcp.metadata_read import merge_metadata, read_metadata
+from shardkeep.format.dcp.trailer import TRAILER_SIZE, Trailer
+from shardkeep.format.manifest.read import read_outline
+from shardkeep.format.pickle.reader import opaque_classes
+from shardkeep.format.safetensors import parse
+from shardkeep.format.torch_zip import container
 from shardkeep.stores import MemoryStore
 
 __all__ = ["ALLOWED", "TARGETS", "Target"]
@@ -64,18 +65,18 @@ def object_item(data: bytes) -> object:
 
 
 def torch_object(data: bytes) -> object:
-    from shardkeep.tensors.objects import from_bytes
+    from shardkeep.torch_state.objects import from_bytes
 
     return from_bytes(data, name="o")
 
 
 def safetensors_header(data: bytes) -> object:
-    header = safetensors.read_header(reader(data), len(data), file="f.safetensors")
-    return safetensors.index_of({"f.safetensors": header}, None)
+    header = parse.read_header(reader(data), len(data), file="f.safetensors")
+    return parse.index_of({"f.safetensors": header}, None)
 
 
 def safetensors_index(data: bytes) -> object:
-    return safetensors.weight_map(data)
+    return parse.weight_map(data)
 
 
 def lease(data: bytes) -> object:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from shardkeep.ranks import threads
+from shardkeep.testing import simulated_ranks
 from support.gloo import Pool
 
 
@@ -40,7 +40,7 @@ def play(
     ) -> list[Any]:
         for name, value in (env or {}).items():
             monkeypatch.setenv(name, value)
-        return threads.run(size, function, *args)
+        return simulated_ranks.run(size, function, *args)
 
     return simulate
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
+from shardkeep.version import __version__
+
 if TYPE_CHECKING:
-    from shardkeep.async_saving import SaveHandle, async_save, release_memory
-    from shardkeep.checkpoint import Checkpoint, open
+    from shardkeep.checkpoint.reader import Checkpoint, open
+    from shardkeep.checkpoint.verify import VerifyReport
+    from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
+    from shardkeep.engine.load import LoadReport, load
+    from shardkeep.engine.save import SaveReport, save
     from shardkeep.errors import (
         AlreadyExists,
         Conflict,
@@ -24,20 +29,15 @@ if TYPE_CHECKING:
         ShardkeepError,
         Untrusted,
     )
-    from shardkeep.loading import LoadReport, load
-    from shardkeep.manager.policies import KeepBest, KeepEvery, KeepLast
-    from shardkeep.managing import Manager
-    from shardkeep.marks import PerRank, Replicated
-    from shardkeep.saving import SaveReport, save
-    from shardkeep.tensors.shards import Shards
+    from shardkeep.run.manager import Manager
+    from shardkeep.run.policies import KeepBest, KeepEvery, KeepLast
+    from shardkeep.state.markers import PerRank, Replicated
+    from shardkeep.torch_state.shards import Shards
     from shardkeep.types import Box, DType, ObjectInfo, Opaque, TensorInfo
-    from shardkeep.verify import VerifyReport
-
-__version__ = "0.1.0"
 
 _ROOMS = {
-    "async_saving": ("SaveHandle", "async_save", "release_memory"),
-    "checkpoint": ("Checkpoint", "open"),
+    "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
+    "checkpoint.reader": ("Checkpoint", "open"),
     "errors": (
         "AlreadyExists",
         "Conflict",
@@ -50,14 +50,14 @@ _ROOMS = {
         "ShardkeepError",
         "Untrusted",
     ),
-    "loading": ("LoadReport", "load"),
-    "manager.policies": ("KeepBest", "KeepEvery", "KeepLast"),
-    "managing": ("Manager",),
-    "marks": ("PerRank", "Replicated"),
-    "saving": ("SaveReport", "save"),
-    "tensors.shards": ("Shards",),
+    "engine.load": ("LoadReport", "load"),
+    "run.policies": ("KeepBest", "KeepEvery", "KeepLast"),
+    "run.manager": ("Manager",),
+    "state.markers": ("PerRank", "Replicated"),
+    "engine.save": ("SaveReport", "save"),
+    "torch_state.shards": ("Shards",),
     "types": ("Box", "DType", "ObjectInfo", "Opaque", "TensorInfo"),
-    "verify": ("VerifyReport",),
+    "checkpoint.verify": ("VerifyReport",),
 }
 _HOMES = {name: f"shardkeep.{room}" for room, names in _ROOMS.items() for name in names}
 
@@ -89,6 +89,7 @@ __all__ = [
     "TensorInfo",
     "Untrusted",
     "VerifyReport",
+    "__version__",
     "async_save",
     "load",
     "open",
@@ -112,4 +113,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted(__all__)

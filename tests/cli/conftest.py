@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardkeep import commit
+from shardkeep.checkpoint import commit
 from shardkeep.cli import main
 from shardkeep.format import values
-from shardkeep.format.container_write import TensorItem
-from shardkeep.io.write import Item, write_items
+from shardkeep.format.torch_zip.container_write import TensorItem
+from shardkeep.io.write.items import Item, write_items
 from shardkeep.stores import LocalStore
 from shardkeep.types import DTYPES, Box, Chunks, DType, Index, Objects, Structure, Tensors
 

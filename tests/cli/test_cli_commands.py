@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardkeep import commit
+from shardkeep.checkpoint import commit
 from shardkeep.stores import LocalStore
 from shardkeep.types import Box, Chunks, Index, Objects, Tensors
 
@@ -153,7 +153,7 @@ def test_ls_of_an_empty_state(make: Make, run: Run) -> None:
 def test_large_and_unreadable_objects_do_not_stop_a_listing(
     ckpt: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardkeep.checkpoint import Checkpoint
+    from shardkeep.checkpoint.reader import Checkpoint
     from shardkeep.errors import Damaged
 
     def broken(self: Checkpoint, name: str, **_: Any) -> Any:
@@ -214,7 +214,7 @@ def test_show_what_has_no_elements_or_no_dimensions(ckpt: Path, run: Run) -> Non
 def test_show_reads_only_what_it_shows(
     make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardkeep.checkpoint import Checkpoint
+    from shardkeep.checkpoint.reader import Checkpoint
 
     path = make({"w": np.arange(1_000_000, dtype=np.int32).reshape(1000, 10, 100)})
     asked: list[int] = []

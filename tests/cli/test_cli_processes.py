@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardkeep import commit
+from shardkeep.checkpoint import commit
 from shardkeep.stores import LocalStore
 from shardkeep.types import Chunks, DType, Index, Objects, Structure, Tensors
 

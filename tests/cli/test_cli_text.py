@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shardkeep.cli.render import brief, is_json, opaque_names, pretty
 from shardkeep.cli.terminal import Output, escape, one_line
 from shardkeep.types import Opaque
-from shardkeep.words import count, human
+from shardkeep.util.formatting import count, human
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),

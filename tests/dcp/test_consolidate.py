@@ -26,10 +26,10 @@ from shardkeep.dcp._consolidate_hf_safetensors import (
     consolidate_safetensors_files,
     consolidate_safetensors_files_on_every_rank,
 )
-from shardkeep.dcp.handed import theirs
-from shardkeep.format.safetensors import KINDS
-from shardkeep.format.safetensors_write import file_name, layout, of_parts
-from shardkeep.stores.local import LocalSink
+from shardkeep.dcp.reexports import theirs
+from shardkeep.format.safetensors.parse import KINDS
+from shardkeep.format.safetensors.write import file_name, layout, of_parts
+from shardkeep.stores.local.store import LocalSink
 from shardkeep.types import DType
 from support import dcp_hf
 from support.scenarios import same, values

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.dcp.bridge import choice, steps
+from shardkeep.dcp.bridge import engine_choice, steps
 from support import dcp_custom
 from support.dcp_custom_planners import knows_only_the_old_signature
 from support.dcp_custom_storage import ExtensionRegistry, Xor
@@ -149,22 +149,22 @@ class Changed(stock.DefaultSavePlanner):
 @pytest.mark.parametrize(
     ("kind", "methods"),
     [
-        (stock.DefaultSavePlanner, choice._SAVE_PLANNER),
-        (dcp.DefaultSavePlanner, choice._SAVE_PLANNER),
-        (stock.DefaultLoadPlanner, choice._LOAD_PLANNER),
-        (dcp.DefaultLoadPlanner, choice._LOAD_PLANNER),
-        (stock.FileSystemWriter, choice._WRITER),
-        (dcp.FileSystemWriter, choice._WRITER),
-        (stock.FileSystemReader, choice._READER),
-        (dcp.FileSystemReader, choice._READER),
+        (stock.DefaultSavePlanner, engine_choice._SAVE_PLANNER),
+        (dcp.DefaultSavePlanner, engine_choice._SAVE_PLANNER),
+        (stock.DefaultLoadPlanner, engine_choice._LOAD_PLANNER),
+        (dcp.DefaultLoadPlanner, engine_choice._LOAD_PLANNER),
+        (stock.FileSystemWriter, engine_choice._WRITER),
+        (dcp.FileSystemWriter, engine_choice._WRITER),
+        (stock.FileSystemReader, engine_choice._READER),
+        (dcp.FileSystemReader, engine_choice._READER),
     ],
 )
 def test_every_override_is_seen_on_the_class_and_on_the_instance(tmp_path, kind, methods):
     storage = kind.__name__.startswith("File")
-    decide = choice.plain_load if kind.__name__.endswith(("LoadPlanner", "Reader")) else None
-    decide = decide or choice.plain_save
+    decide = engine_choice.plain_load if kind.__name__.endswith(("LoadPlanner", "Reader")) else None
+    decide = decide or engine_choice.plain_save
     planner, files = dcp.DefaultSavePlanner(), dcp.FileSystemWriter(tmp_path)
-    if decide is choice.plain_load:
+    if decide is engine_choice.plain_load:
         planner, files = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(tmp_path)
 
     def plain(kind: type) -> tuple[object, bool]:
@@ -187,7 +187,12 @@ def test_every_override_is_seen_on_the_class_and_on_the_instance(tmp_path, kind,
 
 def test_none_of_the_methods_that_plans_go_through_is_forgotten():
     """What a release adds to the default planners must be looked at, too."""
-    known = {*choice._SAVE_PLANNER, *choice._LOAD_PLANNER, *choice._WRITER, *choice._READER}
+    known = {
+        *engine_choice._SAVE_PLANNER,
+        *engine_choice._LOAD_PLANNER,
+        *engine_choice._WRITER,
+        *engine_choice._READER,
+    }
     harmless = {"reset", "validate_checkpoint_id", "checkpoint_id"}
     staging = {"stage", "should_synchronize_after_execute", "synchronize_staging", "close"}
     for kind in (
@@ -204,9 +209,9 @@ def test_none_of_the_methods_that_plans_go_through_is_forgotten():
 def test_a_registry_of_the_users_own_is_asked(tmp_path):
     registry = ExtensionRegistry()
     reader = stock.FileSystemReader(tmp_path, _extension_registry=registry)
-    assert choice.plain_load(dcp.DefaultLoadPlanner(), reader)
+    assert engine_choice.plain_load(dcp.DefaultLoadPlanner(), reader)
     registry.register(Xor)
-    assert not choice.plain_load(dcp.DefaultLoadPlanner(), reader)
+    assert not engine_choice.plain_load(dcp.DefaultLoadPlanner(), reader)
 
 
 def test_a_call_of_nothing_but_names_needs_no_steps(tmp_path, monkeypatch):

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
+from shardkeep.checkpoint.leases import lease_save_id
 from shardkeep.dcp.bridge.unpickle import metadata_in
-from shardkeep.format.trailer import TRAILER_SIZE
-from shardkeep.leases import lease_save_id
+from shardkeep.format.dcp.trailer import TRAILER_SIZE
 from shardkeep.stores import LocalStore
 from support import dcp_files
 from support.dcp_files import OPTIONS, OwnLoadPlanner, OwnSavePlanner, blank, kinds, save

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.stores.local import LocalSink
+from shardkeep.stores.local.store import LocalSink
 from support import dcp_hf
 from support.dcp_hf import Parts, dtypes
 from support.scenarios import same, values

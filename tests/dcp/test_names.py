@@ -14,9 +14,9 @@ pytest.importorskip("fsspec")
 pytest.importorskip("safetensors")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-from compat import better, names, names_page
+from compat import differences, names, names_page
 
-from shardkeep.dcp.handed import theirs
+from shardkeep.dcp.reexports import theirs
 
 RECORDS = names.recorded()
 INSTALLED = ".".join(torch.__version__.split(".")[:2])
@@ -82,10 +82,10 @@ def test_the_page_is_what_the_command_makes():
 
 
 def test_a_table_that_names_nothing_is_an_error(monkeypatch):
-    monkeypatch.setitem(better.BETTER, "filesystem.NoWriter", "it is not there")
-    monkeypatch.setitem(better.BETTER, "planner.LoadPlan", "torch's own can't be better")
-    monkeypatch.setitem(better.MISSING, "planner.LoadPlan", "it is there")
-    told = "the tables in compat/better.py name {}: there is no such name"
+    monkeypatch.setitem(differences.BETTER, "filesystem.NoWriter", "it is not there")
+    monkeypatch.setitem(differences.BETTER, "planner.LoadPlan", "torch's own can't be better")
+    monkeypatch.setitem(differences.MISSING, "planner.LoadPlan", "it is there")
+    told = "the tables in compat/differences.py name {}: there is no such name"
     assert names_page.compare().problems == (
         told.format("filesystem.NoWriter"),
         told.format("planner.LoadPlan"),
@@ -116,8 +116,8 @@ def test_another_signature_is_an_error_until_it_is_explained(monkeypatch):
         "filesystem.FileSystemReader.reset(self) in Shardkeep, (self, checkpoint_id=None) in torch"
     )
     assert {f"{told} 2.13", f"{told} 2.15"} <= found
-    monkeypatch.setitem(better.EXPLAINED, "state_dict_loader.load", "for a test")
-    monkeypatch.setitem(better.EXPLAINED, "filesystem.FileSystemReader.reset", "for a test")
+    monkeypatch.setitem(differences.EXPLAINED, "state_dict_loader.load", "for a test")
+    monkeypatch.setitem(differences.EXPLAINED, "filesystem.FileSystemReader.reset", "for a test")
     left = names_page.compare().problems
     assert not [line for line in left if "_loader.load(" in line or "FileSystemReader" in line]
 
@@ -129,7 +129,7 @@ def test_a_missing_name_is_an_error_until_a_reason_is_given(monkeypatch):
     monkeypatch.setattr(state_dict_loader, "__getattr__", lambda name: getattr(None, name))
     wrong = "state_dict_loader.load is missing, and no reason given"
     assert wrong in names_page.compare().problems
-    monkeypatch.setitem(better.MISSING, "state_dict_loader.load", "for a test")
+    monkeypatch.setitem(differences.MISSING, "state_dict_loader.load", "for a test")
     found = names_page.compare()
     assert wrong not in found.problems
     assert "| `load` | **missing**: for a test |" in names_page.text(found)

@@ -16,17 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from shardkeep.format.values import encode
-from shardkeep.knobs import BLOCK
-from shardkeep.types import (
-    DTYPES,
-    Chunks,
-    DType,
-    Index,
-    Objects,
-    Opaque,
-    Structure,
-    Tensors,
-)
+from shardkeep.settings import BLOCK
+from shardkeep.types import DTYPES, Chunks, DType, Index, Objects, Opaque, Structure, Tensors
 
 
 def exact(value):

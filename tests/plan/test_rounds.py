@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkeep.knobs import ALIGNMENT
 from shardkeep.plan import rounds as module
 from shardkeep.plan.rounds import in_rounds
+from shardkeep.settings import ALIGNMENT
 from shardkeep.types import Box
 
 boxes = st.lists(

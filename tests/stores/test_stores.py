@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from shardkeep.contracts import Store
 from shardkeep.stores import LocalStore, MemoryStore, store_at
-from shardkeep.stores.descriptors import Descriptor, opened
+from shardkeep.stores.local.descriptors import Descriptor, opened
 
 # The store is shared by the examples of a test, which leave it empty; the same test runs in several
 # subclasses.

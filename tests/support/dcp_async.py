@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.dcp.bridge import processes
+from shardkeep.dcp.bridge import process_saves
 from shardkeep.dcp.state_dict_saver import AsyncCheckpointerType
 from support.layouts import Pair, _sharded_tensor
 from support.scenarios import same, values
@@ -262,13 +262,13 @@ def _writing(rank: int, options: dict[str, Any]) -> str:
     writer.fate = (2, "raise")
     options = {**options, "checkpoint_id": None, "storage_writer": writer}
     future = dcp.async_save({"t": torch.ones(size := 4) * rank, "n": size}, **options)
-    before = [one._process.pid for one in processes._alive]
+    before = [one._process.pid for one in process_saves._alive]
     told = _tell(future)
     assert isinstance(future.exception(), FileExistsError)
     assert future.exception().filename == "a file"
     writer.fate = (-1, "")
     dcp.async_save({"n": 6}, **options).result()
-    assert [one._process.pid for one in processes._alive][: len(before)] == before
+    assert [one._process.pid for one in process_saves._alive][: len(before)] == before
     dist.barrier()
     return told
 
@@ -278,7 +278,7 @@ def _death(rank: int, size: int, path: str) -> list[str]:
     options = {"async_checkpointer_type": TYPES["process"]}
     own = OwnPlanner((rank, size))
     dcp.async_save({"n": 1}, checkpoint_id=f"{path}/first", planner=own, **options).result()
-    before = processes._alive[0]._process.pid
+    before = process_saves._alive[0]._process.pid
     writer = OwnWriter(f"{path}/second")
     writer.fate = (3, "die")
     began = time.monotonic()
@@ -289,7 +289,7 @@ def _death(rank: int, size: int, path: str) -> list[str]:
         put.result()
         dist.barrier()
         assert sk.open(f"{path}/{name}").read("n") == 3
-    same_process = processes._alive[0]._process.pid == before
+    same_process = process_saves._alive[0]._process.pid == before
     return [told, f"same process: {same_process}"]
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import shardkeep.dcp as dcp
 from shardkeep.dcp._consolidate_hf_safetensors import consolidate_safetensors_files_on_every_rank
-from shardkeep.format.safetensors import KINDS
+from shardkeep.format.safetensors.parse import KINDS
 from support.scenarios import same, values
 
 FLOAT4 = "float4_e2m1fn_x2"

@@ -82,7 +82,7 @@ class Pool:
         limit: float = 60.0,
         env: dict[str, str] | None = None,
     ) -> list[Any]:
-        """The same for `function(ranks, *args)`, as `shardkeep.ranks.threads.run` calls it."""
+        """The same for `function(ranks, *args)`, as `simulated_ranks.run` calls it."""
         return self._run(_Job(_reference(function), args, size, env or {}, with_ranks=True), limit)
 
     def _run(self, job: _Job, limit: float) -> list[Any]:
@@ -263,7 +263,7 @@ def _call(rank: int, job: _Job) -> Any:
         return function(rank, job.size, *job.args)
     from torch import distributed as dist
 
-    from shardkeep.ranks import take_part
+    from shardkeep.coordination import take_part
 
     ranks = take_part()
     dist.barrier()  # connecting can take seconds, which are no part of what is measured

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from shardkeep import commit
-from shardkeep.format.trailer import manifest_name
-from shardkeep.leases import lease_name
+from shardkeep.checkpoint import commit
+from shardkeep.checkpoint.leases import lease_name
+from shardkeep.format.dcp.trailer import manifest_name
 from support import injected_store
 
 SIZE = 2
@@ -149,11 +149,11 @@ def main() -> None:
     import torch
 
     import shardkeep as sk
-    from shardkeep.ranks import threads
-    from shardkeep.stores import local
+    from shardkeep.stores.local import store
+    from shardkeep.testing import simulated_ranks
 
     warnings.simplefilter("ignore")
-    local.token_hex = lambda n: "0" * 2 * n  # type: ignore[assignment]
+    store.token_hex = lambda n: "0" * 2 * n  # type: ignore[assignment]
     whole = torch.arange(1 << 21).float()  # 8 MiB: several writes of rank 1's half
 
     def state(rank: int, seed: int) -> dict[str, Any]:
@@ -217,7 +217,9 @@ def main() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if save_id:
                 patch.setattr(commit, "new_id", lambda save_id=save_id: save_id)
-            answer = threads.run(SIZE, one, act, kind, path, seed) if act else look(kind, path)
+            answer = (
+                simulated_ranks.run(SIZE, one, act, kind, path, seed) if act else look(kind, path)
+            )
         print(json.dumps(answer), flush=True)
 
 

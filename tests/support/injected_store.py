@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import shardkeep as sk
-from shardkeep.clock import Clock
+from shardkeep.coordination.timing import Clock
 from shardkeep.stores import MemoryStore
 from support.faults import FaultyStore
 

@@ -17,7 +17,7 @@ import torch
 import shardkeep as sk
 from shardkeep import Box
 from shardkeep.dcp._consolidate_hf_safetensors import consolidate_safetensors_files
-from shardkeep.format.safetensors_write import file_name, layout, of_parts
+from shardkeep.format.safetensors.write import file_name, layout, of_parts
 from shardkeep.types import DType
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import shardkeep as sk
-from shardkeep.clock import Clock
+from shardkeep.coordination.timing import Clock
 
 PHASES = {
     "save": ["describe", "own", "write", "sync", "report", "commit"],

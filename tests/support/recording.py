@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shardkeep.stores.descriptors import Descriptor
+from shardkeep.stores.local.descriptors import Descriptor
 from support.disk import Folder, Link, Operation, Rename, Sync, Truncate, Unlink, Write
 
 __all__ = ["recorded"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import shardkeep as sk
-from shardkeep.tensors.placements import Placement, parts
+from shardkeep.torch_state.placements import Placement, parts
 from shardkeep.types import Box
 
 Layout = tuple[tuple[int, ...], tuple[Placement, ...]]

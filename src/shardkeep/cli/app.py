@@ -16,7 +16,7 @@ from shardkeep.cli.terminal import CommandError, Output, PipeClosed, one_line
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 
 if TYPE_CHECKING:
-    from shardkeep.checkpoint import Checkpoint
+    from shardkeep.checkpoint.reader import Checkpoint
 
 __all__ = ["app", "run"]
 
@@ -100,13 +100,11 @@ def ls(
 
     Only metadata is read, and small objects to show their values.
     """
-    from shardkeep.cli import listing
+    from shardkeep.cli import ls
 
     if depth is not None and (flat or as_json):
         raise CommandError("--depth folds a tree: it does not go with --flat or --json", _USAGE)
-    return listing.ls(
-        _open(path), Output(), pattern=pattern, as_json=as_json, flat=flat, depth=depth
-    )
+    return ls.ls(_open(path), Output(), pattern=pattern, as_json=as_json, flat=flat, depth=depth)
 
 
 @app.command(epilog=_EXIT)
@@ -139,9 +137,9 @@ def show(
     ] = False,
 ) -> int:
     """Show one tensor (its chunks and a first look at its values) or one object."""
-    from shardkeep.cli import showing
+    from shardkeep.cli import show
 
-    return showing.show(_open(path), name, Output(), box=box, stats=stats, chunks=chunks)
+    return show.show(_open(path), name, Output(), box=box, stats=stats, chunks=chunks)
 
 
 @app.command(epilog=_EXIT_VERIFY)
@@ -157,9 +155,9 @@ def verify(
     What Shardkeep wrote is checked to the last byte; what stock torch wrote by the CRC-32 values in
     its files. What has no digest is listed, too: it may be damaged or not.
     """
-    from shardkeep.cli import verifying
+    from shardkeep.cli import verify
 
-    return verifying.verify(lambda: _open(path), path, Output(), as_json=as_json, quiet=quiet)
+    return verify.verify(lambda: _open(path), path, Output(), as_json=as_json, quiet=quiet)
 
 
 @app.command(epilog="**Exit code**: 0 done; 2 no such folder, or wrong arguments.")
@@ -183,18 +181,18 @@ def gc(
     another machine, its lease was not renewed for SHARDKEEP_LEASE seconds (300). Names that
     Shardkeep does not give are never touched.
     """
-    from shardkeep.cli import collecting
+    from shardkeep.cli import gc
 
-    return collecting.gc(path, Output(), delete=delete, as_json=as_json)
+    return gc.gc(path, Output(), delete=delete, as_json=as_json)
 
 
 def _open(path: str) -> Checkpoint:
-    from shardkeep import checkpoint
+    from shardkeep.checkpoint import reader
 
     if "://" in path:
         raise CommandError(f"{path!r} is a URL: only folders can be looked into", _NO_CHECKPOINT)
     try:
-        return checkpoint.open(path)
+        return reader.open(path)
     except NotACheckpoint as error:
         below = _checkpoints_below(path)
         if not below:

@@ -8,13 +8,13 @@ from fnmatch import translate
 from math import prod
 from typing import NamedTuple
 
-from shardkeep.checkpoint import Checkpoint
+from shardkeep.checkpoint.reader import Checkpoint
 from shardkeep.types import DTYPES, DType, Path, Structure
 
 __all__ = ["Node", "Row", "matching", "rows", "tree"]
 
 _DEEPEST = 200
-"""Keys of a path that become levels of the tree; as many as `shardkeep.tree` walks."""
+"""Keys of a path that become levels of the tree; as many as `shardkeep.state.flatten` walks."""
 
 
 class Row(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.checkpoint import Checkpoint
+from shardkeep.checkpoint.reader import Checkpoint
 from shardkeep.cli.boxes import slabs
 from shardkeep.cli.terminal import CommandError
 from shardkeep.contracts import Progress

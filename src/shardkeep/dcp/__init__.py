@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from shardkeep.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
-from shardkeep.dcp.handed import hand_on
 from shardkeep.dcp.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from shardkeep.dcp.optimizer import load_sharded_optimizer_state_dict
 from shardkeep.dcp.protocol import CheckpointableTensor
 from shardkeep.dcp.quantized_hf_storage import QuantizedHuggingFaceStorageReader
+from shardkeep.dcp.reexports import hand_on
 from shardkeep.dcp.state_dict_loader import load, load_state_dict
 from shardkeep.dcp.state_dict_saver import async_save, save, save_state_dict
 

@@ -10,16 +10,16 @@ from warnings import warn
 import numpy as np
 import torch.distributed as dist
 
-from shardkeep import knobs
-from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep import settings
+from shardkeep.checkpoint.reader import Checkpoint, Request
+from shardkeep.coordination import take_part
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.safetensors import Folder, open_folder
-from shardkeep.dcp.handed import rest_of
-from shardkeep.format.safetensors import INDEX
-from shardkeep.format.safetensors_write import file_name, layout, listing, of_wholes
-from shardkeep.io.write import Bare, Item
+from shardkeep.dcp.reexports import rest_of
+from shardkeep.format.safetensors.parse import INDEX
+from shardkeep.format.safetensors.write import file_name, layout, listing, of_wholes
+from shardkeep.io.write.items import Bare, Item
 from shardkeep.plan.packing import pack
-from shardkeep.ranks import take_part
 from shardkeep.types import Box
 
 __all__ = [
@@ -135,7 +135,7 @@ def _publish(source: Checkpoint, output: Folder, files: _Files) -> None:
 
 def _write(source: Checkpoint, output: Folder, files: _Files, threads: int) -> None:
     together = max(1, min(threads, len(files)))
-    readers, budget = max(1, knobs.threads() // together), knobs.host_budget() // together
+    readers, budget = max(1, settings.threads() // together), settings.host_budget() // together
     content = {file: _content(source, names, readers, budget) for file, names in files.items()}
     output.write(content, threads)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.reexports import rest_of
 
 __all__ = ["FsspecReader", "FsspecWriter"]
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shardkeep.dcp.handed import rest_of, theirs
-from shardkeep.format.safetensors import INDEX
-from shardkeep.format.safetensors_write import file_name
+from shardkeep.dcp.reexports import rest_of, theirs
+from shardkeep.format.safetensors.parse import INDEX
+from shardkeep.format.safetensors.write import file_name
 
 __all__ = ["SHARDED_DIR_NAME", "_HFStorageInfo", "_gen_file_name", "_metadata_fn"]
 

@@ -30,13 +30,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader
 
-from shardkeep import tree
-from shardkeep.dcp.bridge.meta import take_memory
+from shardkeep.dcp.bridge.meta_tensors import take_memory
 from shardkeep.dcp.bridge.trust import trusted
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import Mismatch
 from shardkeep.plan.ownership import lowest, owners
-from shardkeep.tensors.objects import from_bytes, to_bytes
+from shardkeep.state import flatten
+from shardkeep.torch_state.objects import from_bytes, to_bytes
 from shardkeep.types import Path
 
 __all__ = [
@@ -261,8 +261,8 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
         typed = self._path(path)
         if isinstance(value, Mapping):  # Whole, as torch 2.3 has those without tensors.
             with suppress(Mismatch):
-                value = _poured(value, tree.get(self.original_state_dict, typed))
-        tree.put(self.original_state_dict, typed, value)
+                value = _poured(value, flatten.get(self.original_state_dict, typed))
+        flatten.put(self.original_state_dict, typed, value)
 
     def _path(self, path: Path) -> Path:
         """A path of torch's, where keys are strings, with the keys that the state has."""

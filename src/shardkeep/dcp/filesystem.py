@@ -21,22 +21,22 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shardkeep import commit
-from shardkeep.checkpoint import Checkpoint
+from shardkeep.checkpoint import commit
+from shardkeep.checkpoint.chunk_locations import Sources
+from shardkeep.checkpoint.leases import Lease
+from shardkeep.checkpoint.reader import Checkpoint
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.items import write_containers
 from shardkeep.dcp.bridge.metadata import VERSION, index_of, metadata_of
 from shardkeep.dcp.bridge.publishing import publish, publish_own
 from shardkeep.dcp.bridge.reading import Reading
-from shardkeep.dcp.bridge.streams import store_of
 from shardkeep.dcp.bridge.tensor_files import write_tensor_files
+from shardkeep.dcp.bridge.torch_filesystem import store_of
 from shardkeep.dcp.bridge.unpickle import metadata_in
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import AlreadyExists, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.filenames import of_ranks
-from shardkeep.format.metadata import merge_metadata
-from shardkeep.leases import Lease
-from shardkeep.sources import Sources
+from shardkeep.format.dcp.metadata_read import merge_metadata
 
 __all__ = ["FileSystemReader", "FileSystemWriter"]
 

@@ -24,23 +24,21 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.futures import Future
 
-from shardkeep import checkpoint, commit, saving
+from shardkeep.checkpoint import commit, reader
+from shardkeep.coordination.solo import Solo
 from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.full_state import read_whole
 from shardkeep.dcp.bridge.trust import trusted
-from shardkeep.dcp.bridge.whole import read_whole
-from shardkeep.dcp.default_planner import (
-    DefaultLoadPlanner,
-    _EmptyStateDictLoadPlanner,  # noqa: F401 - as in torch's module: others take it from here
-)
+from shardkeep.dcp.default_planner import DefaultLoadPlanner
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter  # noqa: F401 - the same
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.reexports import rest_of
 from shardkeep.dcp.state_dict_loader import _load_state_dict  # noqa: F401 - the same
 from shardkeep.dcp.state_dict_saver import _save_state_dict  # noqa: F401 - the same
+from shardkeep.engine import save
 from shardkeep.errors import Mismatch
-from shardkeep.ranks.solo import Solo
-from shardkeep.tensors.objects import from_bytes
-from shardkeep.tensors.pieces import is_any_tensor
-from shardkeep.tree import flatten
+from shardkeep.state.flatten import flatten
+from shardkeep.torch_state.objects import from_bytes
+from shardkeep.torch_state.pieces import is_any_tensor
 
 __all__ = [
     "BroadcastingTorchSaveReader",
@@ -72,7 +70,7 @@ def dcp_to_torch_save(
         OSError: the file can't be written.
     """
     with as_torch(0):
-        state = read_whole(checkpoint.open(dcp_checkpoint_dir), trust=trusted())
+        state = read_whole(reader.open(dcp_checkpoint_dir), trust=trusted())
     target = Path(torch_save_path)
     beside = target.with_name(f".{target.name}.{commit.new_id()}")
     try:
@@ -103,7 +101,7 @@ def torch_save_to_dcp(
     """
     with as_torch(0):
         state = _read(torch_save_path)
-        saving.save(state, dcp_checkpoint_dir, overwrite=True, ranks=Solo())
+        save.save(state, dcp_checkpoint_dir, overwrite=True, ranks=Solo())
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:

@@ -6,7 +6,7 @@ from functools import wraps
 from typing import Any
 
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
-from shardkeep.dcp.handed import rest_of, theirs
+from shardkeep.dcp.reexports import rest_of, theirs
 
 __all__ = ["FsspecReader", "FsspecWriter"]
 

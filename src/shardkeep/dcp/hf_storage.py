@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from shardkeep import knobs
-from shardkeep.checkpoint import Checkpoint
+from shardkeep import settings
+from shardkeep.checkpoint.reader import Checkpoint
 from shardkeep.contracts import Store
 from shardkeep.dcp._consolidate_hf_safetensors import consolidate
 from shardkeep.dcp._hf_utils import SHARDED_DIR_NAME, _HFStorageInfo, _metadata_fn
@@ -41,9 +41,9 @@ from shardkeep.dcp.bridge.safetensors import (
     target_of,
 )
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import Conflict
-from shardkeep.format.safetensors_write import file_name, listing
+from shardkeep.format.safetensors.write import file_name, listing
 from shardkeep.io.pool import parallel
 
 __all__ = ["HuggingFaceStorageReader", "HuggingFaceStorageWriter"]
@@ -160,7 +160,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             results.append(WriteResult(item.index, length, where))
         if files:
             content = {file: part_items(parts) for file, parts in files.items()}
-            threads = max(self.thread_count, knobs.threads())
+            threads = max(self.thread_count, settings.threads())
             Folder(self.path, self.fs).write(content, threads)
         return _done(results)
 
@@ -345,7 +345,7 @@ class HuggingFaceStorageReader(FileSystemReader):
                 alone.setdefault(file, []).append(item)
             else:
                 together.append(item)
-        read_items(source, together, planner, max(self.thread_count, knobs.threads()))
+        read_items(source, together, planner, max(self.thread_count, settings.threads()))
 
         def worker(files: Iterator[str]) -> None:
             for file in files:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
 from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.default_planner import without_twins
-from shardkeep.dcp.handed import rest_of
+from shardkeep.dcp.reexports import rest_of
 from shardkeep.dcp.state_dict_loader import _load_state_dict
 from shardkeep.errors import Mismatch
 from shardkeep.types import Path

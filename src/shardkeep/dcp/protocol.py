@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardkeep.dcp.handed import rest_of, theirs
-from shardkeep.tensors import checkpointable
+from shardkeep.dcp.reexports import rest_of, theirs
+from shardkeep.torch_state import checkpointable
 
 __all__ = ["CheckpointableTensor"]
 

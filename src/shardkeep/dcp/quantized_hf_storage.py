@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from shardkeep.dcp.bridge.safetensors import SafetensorsFile, target_of
-from shardkeep.dcp.handed import rest_of
 from shardkeep.dcp.hf_storage import HuggingFaceStorageReader
+from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import FormatError
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]

@@ -12,20 +12,21 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
-from shardkeep import checkpoint, loading
-from shardkeep.dcp.bridge.choice import plain_load
+from shardkeep.checkpoint.reader import open as open_checkpoint
+from shardkeep.coordination import take_part
+from shardkeep.dcp.bridge.engine_choice import plain_load
 from shardkeep.dcp.bridge.errors import as_torch
-from shardkeep.dcp.bridge.hooks import hooked
-from shardkeep.dcp.bridge.meta import take_memory
+from shardkeep.dcp.bridge.full_state import read_whole
+from shardkeep.dcp.bridge.meta_tensors import take_memory
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.steps import load_by_steps
 from shardkeep.dcp.bridge.storage import reader_for
-from shardkeep.dcp.bridge.streams import store_of
+from shardkeep.dcp.bridge.torch_filesystem import store_of
+from shardkeep.dcp.bridge.torch_hooks import hooked
 from shardkeep.dcp.bridge.trust import trusted
-from shardkeep.dcp.bridge.whole import read_whole
 from shardkeep.dcp.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
-from shardkeep.dcp.handed import rest_of
-from shardkeep.ranks import take_part
+from shardkeep.dcp.reexports import rest_of
+from shardkeep.engine import load as engine_load
 
 __all__ = ["load", "load_state_dict"]
 
@@ -117,7 +118,7 @@ def _load_state_dict(
 def _load_plainly(state: Any, reader: Any, planner: Any, ranks: Any) -> None:
     """What the options of a reader and a planner mean to the engine."""
     take_memory(state)
-    report = loading.load(
+    report = engine_load.load(
         state,
         store_of(reader),
         strict=not planner.allow_partial_load,
@@ -163,7 +164,7 @@ def _load_state_dict_from_keys(
             return state
         store = store_of(reader)
         with job.session("load", store.url) as session:
-            source = checkpoint.open(store, rank=(session.rank, session.size))
+            source = open_checkpoint(store, rank=(session.rank, session.size))
             return dict(read_whole(source, keys=wanted, trust=trusted()))
 
 

@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
-from shardkeep import async_saving, checkpoint, commit, saving
-from shardkeep.background import Behind, Withheld
+from shardkeep.checkpoint import commit
+from shardkeep.checkpoint.reader import open as open_checkpoint
 from shardkeep.contracts import Ranks
-from shardkeep.dcp.bridge import processes
-from shardkeep.dcp.bridge.background import (
+from shardkeep.coordination import take_part
+from shardkeep.dcp.bridge import process_saves
+from shardkeep.dcp.bridge.async_staging import (
     after_saves,
     copied_here,
     nothing_put_off,
@@ -31,20 +32,22 @@ from shardkeep.dcp.bridge.background import (
     stage,
     stager_of,
 )
-from shardkeep.dcp.bridge.blocks import Blocks
-from shardkeep.dcp.bridge.choice import plain_save
+from shardkeep.dcp.bridge.engine_choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
-from shardkeep.dcp.bridge.hooks import hooked
 from shardkeep.dcp.bridge.metadata import metadata_of
 from shardkeep.dcp.bridge.ranks import members
+from shardkeep.dcp.bridge.shared_memory import Blocks
 from shardkeep.dcp.bridge.steps import save_by_steps
 from shardkeep.dcp.bridge.storage import writer_for
-from shardkeep.dcp.bridge.streams import store_of
+from shardkeep.dcp.bridge.torch_filesystem import store_of
+from shardkeep.dcp.bridge.torch_hooks import hooked
 from shardkeep.dcp.default_planner import DefaultSavePlanner
 from shardkeep.dcp.filesystem import CheckpointExists
-from shardkeep.dcp.handed import rest_of, theirs
+from shardkeep.dcp.reexports import rest_of, theirs
+from shardkeep.engine import async_save as engine_async_save
+from shardkeep.engine import save as engine_save
+from shardkeep.engine.save_queue import Behind, Withheld
 from shardkeep.errors import AlreadyExists
-from shardkeep.ranks import take_part
 
 __all__ = ["AsyncCheckpointerType", "AsyncSaveResponse", "async_save", "save", "save_state_dict"]
 
@@ -137,7 +140,7 @@ def async_save(
     """
     _, ranks = members(process_group, 0, no_dist)
     job = take_part(ranks, by_path=False)
-    what = processes.Save(checkpoint_id, storage_writer, planner, use_collectives)
+    what = process_saves.Save(checkpoint_id, storage_writer, planner, use_collectives)
     stager = stager_of(async_stager, storage_writer)
     path = str(checkpoint_id or getattr(storage_writer, "path", type(storage_writer).__qualname__))
     in_thread = async_checkpointer_type == AsyncCheckpointerType.THREAD
@@ -146,8 +149,8 @@ def async_save(
     save, allocate = partial(_save_put_off, what=what, job=job), None
     if async_checkpointer_type == AsyncCheckpointerType.PROCESS:
         blocks = Blocks()
-        where = processes.venue(job, ranks)
-        save = partial(processes.save, what=what, job=job, where=where, blocks=blocks)
+        where = process_saves.venue(job, ranks)
+        save = partial(process_saves.save, what=what, job=job, where=where, blocks=blocks)
         allocate = blocks.take
     staging, upload = put_off(
         lambda: stage(_stateful_to_state_dict(owed(state_dict)), stager, allocate),
@@ -159,7 +162,7 @@ def async_save(
 
 
 def _save_now(
-    state: Callable[[], Any], what: processes.Save, job: Ranks, path: str
+    state: Callable[[], Any], what: process_saves.Save, job: Ranks, path: str
 ) -> Future[Metadata]:
     """Stage and save; if there is no state on this rank, the others hear of that."""
     why = None
@@ -169,7 +172,7 @@ def _save_now(
         why = error
         given = [Withheld(why)]
     save = partial(_save_from_arena, given, what, job)
-    future = async_saving.in_background(save, path)[1]
+    future = engine_async_save.in_background(save, path)[1]
     if why is not None:
         future.exception()  # It is known.
         raise why
@@ -177,7 +180,7 @@ def _save_now(
 
 
 def _save_from_arena(
-    given: list[Any], what: processes.Save, job: Ranks, behind: Behind
+    given: list[Any], what: process_saves.Save, job: Ranks, behind: Behind
 ) -> Metadata:
     """The engine stages what this rank writes, and nothing else, in memory that it keeps."""
     with as_torch(job.rank):
@@ -186,7 +189,7 @@ def _save_from_arena(
         return _save_plainly(given, writer, planner, job, behind)
 
 
-def _save_put_off(state: Any, what: processes.Save, job: Ranks) -> Metadata:
+def _save_put_off(state: Any, what: process_saves.Save, job: Ranks) -> Metadata:
     """The save that `async_save` has put off, by then on another thread or in another process."""
     writer = writer_for(what.storage_writer, what.checkpoint_id)
     return _save_state_dict(
@@ -248,7 +251,7 @@ def _save_plainly(
     """What the options of a writer and a planner mean to the engine."""
     store = store_of(writer)
     writer.save_id = commit.new_id()
-    options = saving.Options(
+    options = engine_save.Options(
         overwrite=writer.overwrite,
         flatten=planner.flatten_state_dict,
         files=max(1, writer.thread_count),
@@ -257,11 +260,11 @@ def _save_plainly(
         save_id=writer.save_id,
     )
     try:
-        saving.life(given, store, job, options, behind)
+        engine_save.life(given, store, job, options, behind)
     except AlreadyExists as error:
         what = f"Checkpoint already exists and self.overwrite=False: {error}"
         raise CheckpointExists(what) from error
-    return metadata_of(checkpoint.open(store), writer.path)
+    return metadata_of(open_checkpoint(store), writer.path)
 
 
 def _stateful_to_state_dict(state: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shardkeep.errors import Conflict
-from shardkeep.tree import show
+from shardkeep.state.flatten import show
 from shardkeep.types import Path, Structure
 
 __all__ = ["merge"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from shardkeep.knobs import ALIGNMENT
 from shardkeep.plan.cutting import cut
+from shardkeep.settings import ALIGNMENT
 from shardkeep.types import Box
 
 __all__ = ["Part", "in_rounds"]

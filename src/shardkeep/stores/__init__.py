@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from shardkeep.contracts import Store
-from shardkeep.knobs import check_budget
-from shardkeep.stores.local import LocalStore
+from shardkeep.settings import check_budget
+from shardkeep.stores.local.store import LocalStore
 from shardkeep.stores.memory import MemoryStore
 
 __all__ = ["LocalStore", "MemoryStore", "store_at"]

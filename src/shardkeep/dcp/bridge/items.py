@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from shardkeep.contracts import Codec, Store
 from shardkeep.errors import FormatError
-from shardkeep.format.container_write import TensorItem
-from shardkeep.io.digest import digest, whole_crc
-from shardkeep.io.write import Bare, Item, write_packed
-from shardkeep.tensors.memory import payload
-from shardkeep.tensors.objects import to_bytes
+from shardkeep.format.torch_zip.container_write import TensorItem
+from shardkeep.io.checksums import digest, whole_crc
+from shardkeep.io.write.items import Bare, Item, write_packed
+from shardkeep.torch_state.memory import payload
+from shardkeep.torch_state.objects import to_bytes
 from shardkeep.types import DType
 
 __all__ = ["Digested", "nbytes_of", "resolved", "result", "write_containers"]

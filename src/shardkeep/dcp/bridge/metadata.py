@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardkeep.checkpoint import Checkpoint
+from shardkeep.checkpoint.reader import Checkpoint
 from shardkeep.dcp.bridge.items import Digested
 from shardkeep.errors import FormatError
-from shardkeep.format.metadata_columns import (
+from shardkeep.format.dcp.metadata_columns import (
     Files,
     Placed,
     Row,
@@ -37,8 +37,8 @@ from shardkeep.format.metadata_columns import (
     object_columns,
     tensor_columns,
 )
-from shardkeep.format.metadata_write import dcp_path
-from shardkeep.format.structure import structure_of
+from shardkeep.format.dcp.metadata_write import dcp_path
+from shardkeep.format.dcp.structure import structure_of
 from shardkeep.types import DTYPES, Chunks, DType, Index, Objects
 
 __all__ = ["VERSION", "index_of", "is_whole", "metadata_of", "pickled", "says_no_more"]

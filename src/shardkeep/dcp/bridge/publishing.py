@@ -8,13 +8,14 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardkeep import commit, saving
+from shardkeep.checkpoint import commit
+from shardkeep.checkpoint.leases import Lease
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.metadata import index_of, is_whole, pickled, says_no_more
+from shardkeep.engine import save
 from shardkeep.errors import FormatError
-from shardkeep.format.metadata import read_metadata
-from shardkeep.format.metadata_write import metadata_bytes
-from shardkeep.leases import Lease
+from shardkeep.format.dcp.metadata_read import read_metadata
+from shardkeep.format.dcp.metadata_write import metadata_bytes
 from shardkeep.types import Index
 
 __all__ = ["publish", "publish_own"]
@@ -42,11 +43,11 @@ def publish(
     index = _index(metadata, results)
     if index is not None and is_whole(index) and name == commit.METADATA:
         with commit.undone_on_failure(store, lease.save_id):
-            commit.publish(store, lease.save_id, index, saving.header(ranks))
+            commit.publish(store, lease.save_id, index, save.header(ranks))
     else:
         store.publish(name, pickled(metadata) if index is None else metadata_bytes(index))
     if index is not None or commit.files_of(store):
-        saving.sweep(store, old - {name}, lease)
+        save.sweep(store, old - {name}, lease)
 
 
 def publish_own(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:

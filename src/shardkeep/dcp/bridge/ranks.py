@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from shardkeep.contracts import Ranks
-from shardkeep.ranks.solo import Solo
+from shardkeep.coordination.solo import Solo
 
 __all__ = ["members"]
 

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from shardkeep import knobs
+from shardkeep import settings
+from shardkeep.checkpoint.chunk_locations import Sources, read_range, unpacked_limit
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.errors import Damaged, FormatError, Mismatch
-from shardkeep.format import transforms
+from shardkeep.format.dcp import transforms
 from shardkeep.format.names import safe_file_name
-from shardkeep.io.digest import crc32
-from shardkeep.io.read import Copy, read_copies
+from shardkeep.io.checksums import crc32
+from shardkeep.io.read.copies import Copy, read_copies
 from shardkeep.plan.reads import Source
-from shardkeep.sources import Sources, read_range, unpacked_limit
-from shardkeep.tensors.memory import landing
-from shardkeep.tensors.objects import from_bytes
+from shardkeep.torch_state.memory import landing
+from shardkeep.torch_state.objects import from_bytes
 from shardkeep.types import DTYPES, Box, ByteRange, DType
 
 __all__ = ["Reading"]
@@ -122,7 +122,7 @@ class Reading:
                 copies.append(Copy(item.storage_index.fqn, sources[row], box, array))
                 finish.append(done)
             finish.append(partial(self._planner.commit_tensor, item, target))
-        read_copies(self._store, copies, threads=knobs.threads())
+        read_copies(self._store, copies, threads=settings.threads())
         for done in finish:
             done()
 

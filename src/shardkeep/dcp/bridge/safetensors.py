@@ -15,17 +15,17 @@ import torch
 import torch.distributed.checkpoint.filesystem as stock_files
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from shardkeep import commit
-from shardkeep.checkpoint import Checkpoint, Request
+from shardkeep.checkpoint import commit
+from shardkeep.checkpoint.reader import Checkpoint, Request
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.batches import batches
-from shardkeep.dcp.bridge.streams import replace, store_of
-from shardkeep.dcp.handed import theirs
+from shardkeep.dcp.bridge.torch_filesystem import replace, store_of
+from shardkeep.dcp.reexports import theirs
 from shardkeep.errors import Mismatch, NotACheckpoint
-from shardkeep.format import safetensors
-from shardkeep.format.safetensors_write import is_file_name, layout, of_parts
-from shardkeep.io.write import Bare, Item, write_items
-from shardkeep.tensors.memory import landing, payload
+from shardkeep.format.safetensors import parse
+from shardkeep.format.safetensors.write import is_file_name, layout, of_parts
+from shardkeep.io.write.items import Bare, Item, write_items
+from shardkeep.torch_state.memory import landing, payload
 from shardkeep.types import Box, DType
 
 __all__ = [
@@ -154,9 +154,9 @@ def _is_tensors(name: str) -> bool:
 
 
 def _checkpoint(
-    store: Store, headers: Mapping[str, safetensors.Header], weights: Mapping[str, str]
+    store: Store, headers: Mapping[str, parse.Header], weights: Mapping[str, str]
 ) -> Checkpoint:
-    index = safetensors.index_of(headers, weights)
+    index = parse.index_of(headers, weights)
     first = next(iter(headers))
     return Checkpoint(store, commit.Found.whole("safetensors", first, lambda: index))
 
@@ -170,7 +170,7 @@ class SafetensorsFile:
     def __init__(self, store: Store, name: str) -> None:
         header = commit.headers(store, [name])[name]
         self._metadata = dict(header.metadata)
-        alone = safetensors.Header(header.tensors, {})
+        alone = parse.Header(header.tensors, {})
         self._source = _checkpoint(store, {name: alone}, {})
 
     def keys(self) -> list[str]:

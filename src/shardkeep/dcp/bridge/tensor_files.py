@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.items import nbytes_of, resolved, result
 from shardkeep.errors import Conflict
-from shardkeep.format.safetensors_write import layout, of_parts
-from shardkeep.io.write import Bare, Item, write_items
+from shardkeep.format.safetensors.write import layout, of_parts
+from shardkeep.io.write.items import Bare, Item, write_items
 from shardkeep.plan.packing import pack
 from shardkeep.types import Box, DType
 

@@ -17,10 +17,16 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.errors import FormatError, Mismatch, Untrusted
-from shardkeep.format.inert import Builder, Limits, Registry, check_nesting, opaque_classes
-from shardkeep.format.unpickle import loads
-from shardkeep.tensors.builders import TORCH
-from shardkeep.tensors.trusted import Trusted
+from shardkeep.format.pickle.reader import loads
+from shardkeep.format.pickle.registry import (
+    Builder,
+    Limits,
+    Registry,
+    check_nesting,
+    opaque_classes,
+)
+from shardkeep.torch_state.builders import TORCH
+from shardkeep.torch_state.trusted import Trusted
 from shardkeep.types import DType
 
 __all__ = ["metadata_in"]

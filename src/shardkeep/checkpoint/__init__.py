@@ -1,0 +1,1 @@
+"""A checkpoint on a store: commit, leases, garbage, reader, read plan, verification."""

@@ -1,0 +1,367 @@
+"""The commit: publish a checkpoint in one step, and find what is committed.
+
+`.metadata` is the commit record. Behind its pickle, where `pickle.load` stops reading, a trailer
+says which manifest belongs to it; so one atomic replace of one file switches stock torch and
+Shardkeep to the new checkpoint at the same instant. Data files and manifests have names that were
+never used before: the checkpoint that is being overwritten stays whole until then.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+from shardkeep.contracts import Store
+from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
+from shardkeep.filenames import METADATA, data_file, data_file_parts, of_ranks
+from shardkeep.format.dcp.metadata_read import merge_metadata, read_metadata
+from shardkeep.format.dcp.metadata_write import metadata_bytes
+from shardkeep.format.dcp.trailer import TRAILER_SIZE, Trailer, manifest_name
+from shardkeep.format.manifest.read import (
+    Outline,
+    read_files,
+    read_manifest,
+    read_outline,
+    write_manifest,
+)
+from shardkeep.format.paths import names_of, paths_of
+from shardkeep.format.safetensors import parse
+from shardkeep.types import Index, Rest, no_rest
+
+__all__ = [
+    "METADATA",
+    "Found",
+    "committed_files",
+    "data_file",
+    "find",
+    "headers",
+    "new_id",
+    "publish",
+    "rank_of",
+    "removed_on_failure",
+    "size_of",
+    "sweep",
+    "undone_on_failure",
+    "weights",
+]
+
+T = TypeVar("T")
+
+_MAX_INDEX_JSON = 1 << 28
+
+
+def new_id() -> str:
+    """An id that no other save has: 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
+def rank_of(file: str) -> int:
+    """The rank that wrote a data file."""
+    parts = data_file_parts(file)
+    if parts is None:
+        raise ValueError(f"{file!r} is not the name of a data file")
+    return parts[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A committed checkpoint.
+
+    Attributes:
+        kind: "shardkeep" (with a manifest), "dcp" (`.metadata` of stock torch), "dcp-per-rank"
+            (`use_collectives=False`), or "safetensors".
+        outline: reads names, dtypes, shapes and structure; chunk columns may be missing.
+        index: reads everything.
+        files: reads the names of data files, and as little else as it can.
+        file: what says so, for errors.
+        trailer: what ends `.metadata`, for the kind "shardkeep".
+    """
+
+    kind: str
+    file: str
+    outline: Callable[[], Index | Outline]
+    index: Callable[[], Index]
+    files: Callable[[], tuple[str, ...]]
+    trailer: Trailer | None = None
+
+    @staticmethod
+    def whole(kind: str, file: str, read: Callable[[], Index]) -> Found:
+        """One of which nothing can be read but all."""
+        once = cache(read)  # for all three of them: reading it twice takes seconds
+        return Found(kind, file, once, once, lambda: once().files)
+
+
+def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = None) -> Found:
+    """What is committed in this store.
+
+    Args:
+        store: the folder.
+        manifest: False reads `.metadata` alone.
+        rank: who asks: a rank, of so many. If as many ranks saved, each with metadata of its own,
+            it sees what it saved itself; anybody else sees what all of them saved, as one.
+
+    Raises:
+        NotACheckpoint: nothing.
+        FormatError: the commit record is broken.
+    """
+    there, trailer = _record(store)
+    if trailer is not None and manifest:
+        return _with_manifest(store, trailer)
+    if there:
+        return Found.whole("dcp", METADATA, lambda: _metadata(store, trailer))
+    names = sorted(store.names())
+    per_rank = of_ranks(names)
+    if per_rank and rank is not None and [n for n, _ in per_rank] == list(range(rank[1])):
+        own = per_rank[rank[0]][1]
+        return Found.whole("dcp-per-rank", own, lambda: read_metadata(_whole(store, own), file=own))
+    if per_rank:
+        return Found.whole(
+            "dcp-per-rank",
+            per_rank[0][1],
+            lambda: merge_metadata([(name, _whole(store, name)) for _, name in per_rank]),
+        )
+    tensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if tensors:
+        return Found.whole("safetensors", tensors[0], lambda: _safetensors(store, tensors))
+    what = "has no .metadata and no .safetensors file" if names else "is empty or does not exist"
+    raise NotACheckpoint(f"{store.url} {what}: no checkpoint is committed there")
+
+
+def publish(
+    store: Store,
+    save_id: str,
+    index: Index,
+    header: Mapping[str, Any],
+    rest: Rest = no_rest,
+) -> None:
+    """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
+
+    The data files that `index` names are durable already, names and all. To be called inside of
+    `undone_on_failure`.
+
+    Args:
+        store: where to.
+        save_id, index: the save, and what it saved.
+        header: what else the manifest says of it.
+        rest: called between pieces of work.
+    """
+    paths = paths_of(index.structure, names_of(index)) if index.structure else None
+    manifest = write_manifest(index, {"save_id": save_id, **header}, paths, rest)
+    pickle = metadata_bytes(index, paths, rest)
+    trailer = Trailer.of(save_id, pickle, manifest)
+    rest()
+    with store.create(manifest_name(save_id)) as sink:
+        sink.write(manifest)
+    rest()
+    store.sync()
+    rest()
+    store.publish(METADATA, pickle + trailer.to_bytes())
+
+
+@contextmanager
+def removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
+    """What this rank can't finish does not stay, or a full disk would stay full.
+
+    To be left before anybody is told that the files are there: from then on, only the coordinator
+    knows whether they are committed. It removes all ranks' files: some of them may be dead.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            _remove_files(store, save_id, rank or None)
+        raise
+
+
+@contextmanager
+def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iterator[None]:
+    """What was not committed does not stay, of any rank.
+
+    Only who commits can know: False for `leads` does nothing.
+
+    The commit record itself says whether it came about: an error of its publishing does not, as
+    one over a network may come after the fact, and so does that of a folder's sync.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if leads and not _is_committed(store, save_id):
+                _remove_files(store, save_id)
+                store.remove(manifest_name(save_id))
+        raise
+
+
+def _is_committed(store: Store, save_id: str) -> bool:
+    """Whether the commit record is that save's. One that is broken is an older one's."""
+    try:
+        trailer = _record(store)[1]
+    except FormatError:
+        return False
+    return trailer is not None and trailer.save_id == save_id
+
+
+def _remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
+    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
+    for name in list(store.names()):
+        parts = data_file_parts(name)
+        if parts and parts[1] == save_id and rank in (None, parts[0]):
+            store.remove(name)
+
+
+def files_of(store: Store) -> frozenset[str]:
+    """The files that the committed checkpoint is made of, without `.metadata`; none if unreadable.
+
+    What can't be read is not understood, and what is not understood is never removed.
+    """
+    try:
+        return committed_files(store)
+    except ShardkeepError:
+        return frozenset()
+
+
+def committed_files(store: Store) -> frozenset[str]:
+    """As `files_of`, but raises as `find` and reading the index do."""
+    found = find(store)
+    if found.kind == "safetensors":
+        return frozenset()
+    files = set(found.files())
+    if found.trailer is not None:
+        files.add(manifest_name(found.trailer.save_id))
+    if found.kind == "dcp-per-rank":
+        files.update(name for _, name in of_ranks(store.names()))
+    return frozenset(files)
+
+
+def sweep(store: Store, old: frozenset[str]) -> None:
+    """Remove the files of the checkpoint that was there before, after the new one is durable."""
+    if not old:
+        return  # and do not read again what was just written
+    for name in sorted(old - files_of(store) - {METADATA}):
+        store.remove(name)
+
+
+def _with_manifest(store: Store, trailer: Trailer) -> Found:
+    name = manifest_name(trailer.save_id)
+
+    def read_at(offset: int, length: int) -> bytes:
+        return store.read(name, offset, length)
+
+    def checked(read: Callable[..., T]) -> T:
+        data = _manifest(store, trailer)
+        return read(
+            lambda offset, length: data[offset : offset + length],
+            len(data),
+            file=name,
+            save_id=trailer.save_id,
+        )
+
+    def outline() -> Outline:
+        return read_outline(read_at, trailer.manifest_length, file=name, save_id=trailer.save_id)
+
+    try:
+        size = store.size(name)
+    except FileNotFoundError:
+        raise Damaged(f"the manifest is missing{_HINT}", file=name) from None
+    if size != trailer.manifest_length:
+        raise Damaged(
+            f"the manifest has {size} bytes, not {trailer.manifest_length}{_HINT}", file=name
+        )
+    return Found(
+        "shardkeep",
+        name,
+        outline,
+        lambda: checked(read_manifest),
+        lambda: checked(read_files),
+        trailer,
+    )
+
+
+def _metadata(store: Store, trailer: Trailer | None) -> Index:
+    """The pickle's index; a trailer has its digest, whoever reads it."""
+    data = _whole(store, METADATA)
+    if trailer is not None:
+        trailer.check_pickle(data[: trailer.pickle_length])
+    return read_metadata(data, file=METADATA)
+
+
+_HINT = "; open(path, manifest=False) reads .metadata alone, as stock torch does"
+
+
+def _manifest(store: Store, trailer: Trailer) -> bytes:
+    name = manifest_name(trailer.save_id)
+    data = store.read(name, 0, trailer.manifest_length)
+    try:
+        trailer.check_manifest(data)
+    except Damaged as error:
+        raise Damaged(f"the manifest does not match its digest{_HINT}", file=name) from error
+    return data
+
+
+def _record(store: Store) -> tuple[bool, Trailer | None]:
+    """Whether there is a commit record, and what ends it, if it is one of ours.
+
+    Without a whole trailer it is looked at again, until it stays the same: one of ours that comes
+    meanwhile would be taken for stock torch's, and read without its digests.
+    """
+    size = size_of(store, METADATA)
+    while size is not None:
+        start = max(0, size - TRAILER_SIZE)
+        trailer, wrong = None, None
+        try:
+            trailer = Trailer.parse(store.read(METADATA, start, size - start), size)
+        except FormatError as error:
+            wrong = error
+        before, size = size, size_of(store, METADATA) if trailer is None else size
+        if size == before:
+            if wrong is not None:
+                raise wrong
+            return True, trailer
+    return False, None
+
+
+def exists(store: Store, name: str) -> bool:
+    """Whether there is a file of that name."""
+    return size_of(store, name) is not None
+
+
+def size_of(store: Store, name: str) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        return store.size(name)
+    except FileNotFoundError:
+        return None
+
+
+def _whole(store: Store, name: str) -> bytes:
+    return store.read(name, 0, store.size(name))
+
+
+def _safetensors(store: Store, names: list[str]) -> Index:
+    return parse.index_of(headers(store, names), weights(store))
+
+
+def headers(store: Store, names: Iterable[str]) -> dict[str, parse.Header]:
+    """The headers of safetensors files. FormatError if one is broken or hostile."""
+    return {
+        name: parse.read_header(
+            lambda offset, length, name=name: store.read(name, offset, length),  # type: ignore[misc]
+            store.size(name),
+            file=name,
+        )
+        for name in names
+    }
+
+
+def weights(store: Store) -> dict[str, str] | None:
+    """What the index of a set of safetensors files says, if there is one. FormatError as above."""
+    listing = parse.INDEX
+    if not exists(store, listing):
+        return None
+    if store.size(listing) > _MAX_INDEX_JSON:
+        raise FormatError("larger than any index can be", file=listing)
+    return parse.weight_map(_whole(store, listing))

@@ -1,0 +1,83 @@
+"""`shardkeep verify`: whether a checkpoint is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.verify import VerifyReport
+from shardkeep.cli.terminal import Output, escape, one_line
+from shardkeep.coordination.progress import bar
+from shardkeep.errors import Damaged, FormatError
+from shardkeep.util.formatting import count, human
+
+__all__ = ["verify"]
+
+
+def verify(
+    open_: Callable[[], Checkpoint], path: str, out: Output, *, as_json: bool, quiet: bool
+) -> int:
+    """Check a checkpoint and print what was found; the exit code: 0 whole, 1 damaged.
+
+    Raises:
+        NotACheckpoint: there is none.
+    """
+    try:
+        with bar(show=not quiet) as progress:
+            report = open_().verify(progress=progress)
+    except (Damaged, FormatError) as error:
+        report = _unreadable(path, error)
+    if as_json:
+        out.line(json.dumps(_document(report), indent=2))
+    elif not quiet:
+        out.lines(_lines(report, out))
+    return 0 if report.ok else 1
+
+
+def _unreadable(path: str, error: Damaged | FormatError) -> VerifyReport:
+    """The metadata itself is broken: nothing else could be looked at."""
+    if isinstance(error, FormatError):
+        what = f"{error.place}: {error.what}" if error.place else error.what
+        error = Damaged(f"can't be read: {what}", file=error.file or ".metadata")
+    return VerifyReport(path, "unknown", 0, 0, (error,), ())
+
+
+def _lines(report: VerifyReport, out: Output) -> Iterator[str]:
+    path = out.paint("bold", escape(report.path))
+    checked = f"{human(report.checked_bytes)} of {count(report.files, 'file')} checked"
+    if report.damaged:
+        verdict = out.paint("red", "damaged") + f" in {count(len(report.damaged), 'place')}"
+    elif report.checked_bytes:
+        verdict = out.paint("green", "whole")
+    else:
+        verdict = out.paint("yellow", "nothing found, but nothing could be checked")
+    yield f"{path}: {verdict}; {checked}"
+    for damage in report.damaged:
+        yield f"  {escape(_place(damage))}: {one_line(damage.what)}"
+    if report.unchecked:
+        yield f"no digest, so damage in them would not show ({len(report.unchecked):,}):"
+        yield from (f"  {escape(name)}" for name in report.unchecked)
+
+
+def _place(damage: Damaged) -> str:
+    name = f", {damage.name}" if damage.name is not None else ""
+    block = f", block {damage.block}" if damage.block is not None else ""
+    writer = f" (written by rank {damage.rank})" if damage.rank is not None else ""
+    return damage.file + name + block + writer
+
+
+def _document(report: VerifyReport) -> dict[str, object]:
+    return {
+        "path": report.path,
+        "kind": report.kind,
+        "ok": report.ok,
+        "files": report.files,
+        "checked_bytes": report.checked_bytes,
+        "damaged": [
+            {"file": d.file, "name": d.name, "rank": d.rank, "block": d.block, "what": d.what}
+            for d in report.damaged
+        ],
+        "unchecked": list(report.unchecked),
+        "unchecked_bytes": report.unchecked_bytes,
+    }

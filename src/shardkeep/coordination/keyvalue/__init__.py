@@ -1,0 +1,1 @@
+"""Ranks that coordinate through the job's key-value store."""

@@ -1,0 +1,351 @@
+"""A `FileSystemBase` of torch's as a store: fsspec's file systems, and those of users."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from errno import EEXIST, ENOENT
+from secrets import token_hex
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import torch.distributed.checkpoint.filesystem as stock
+
+from shardkeep.contracts import Buffer, Sink, Store
+from shardkeep.dcp.reexports import theirs
+from shardkeep.stores import LocalStore
+from shardkeep.stores.names import checked, checked_range
+
+__all__ = ["FsspecStore", "StreamStore", "replace", "store_of"]
+
+_METADATA = ".metadata"
+_PATTERN = frozenset("*?[")
+"""What makes a path a pattern, for fsspec."""
+_LARGE = 64 << 20
+"""Longer reads are cut to what the file has: a hostile length must not take memory."""
+
+
+def store_of(storage: Any) -> Store:
+    """The store that a reader or writer of torch's FileSystem family works on (`.fs`, `.path`)."""
+    fs, path = storage.fs, storage.path
+    if type(fs) is stock.FileSystem and not vars(fs):
+        return LocalStore(path)
+    sync = getattr(storage, "sync_files", True)
+    fsspec = theirs("fsspec_filesystem", "_fsspec_filesystem")
+    kind = getattr(fsspec, "_FileSystem", None) or getattr(fsspec, "FileSystem", None)
+    if kind is not None and isinstance(fs, kind) and _reads_as(fs, kind):
+        return FsspecStore(fs, path, sync=sync)
+    return StreamStore(fs, path, sync=sync)
+
+
+def _reads_as(fs: Any, kind: Any) -> bool:
+    """Whether a file system reads as its class does: what a user made of it must be called."""
+    return type(fs).create_stream is kind.create_stream and "create_stream" not in vars(fs)
+
+
+def replace(fs: Any, source: Any, target: Any) -> None:
+    """Rename a file over one that may be there, also where `rename` refuses that.
+
+    What was there is never removed before: it goes aside, and back if need be.
+    """
+    try:
+        fs.rename(source, target)
+    except Exception:
+        if not fs.exists(source) or not fs.exists(target):
+            raise
+        aside = f"{target}.{token_hex(8)}.old"
+        fs.rename(target, aside)
+        try:
+            fs.rename(source, target)
+        except BaseException:
+            fs.rename(aside, target)
+            raise
+        _remove(fs, aside)
+
+
+def _remove(fs: Any, path: Any) -> None:
+    """Remove that file alone: torch's `rm_file` lets fsspec take its path for a pattern."""
+    inner: Any = getattr(fs, "fs", None)
+    if _PATTERN.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
+        fs.rm_file(path)
+    else:
+        inner.rm_file(path)
+
+
+class StreamStore(Store):
+    """Files behind the methods of torch's `FileSystemBase`, which know streams and no ranges.
+
+    Reads are one at a time, as in torch: two streams of one file may share a position (fsspec's
+    `memory://`), and nothing says that the file system may be used from several threads.
+
+    Args:
+        fs: the file system. With `ls`, `names` knows all files; else only those made here, and
+            `.metadata`.
+        path: the folder, as the file system takes it.
+        sync: whether files are synced to the disk, where their streams have descriptors.
+    """
+
+    def __init__(self, fs: Any, path: Any, *, sync: bool = True) -> None:
+        self._fs, self._path, self._sync = fs, path, sync
+        self._reading = Lock()
+        self._lock = Lock()
+        self._made: set[str] = set()
+        self._writing: set[str] = set()
+        self._folders: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return str(os.fspath(self._path))
+
+    def path_of(self, name: str) -> Any:
+        """A file's path, as the file system takes it; ValueError if it would leave the folder."""
+        path = self._path
+        for part in checked(name).split("/"):
+            path = self._fs.concat_path(path, part)
+        return path
+
+    def names(self) -> Iterator[str]:
+        if callable(getattr(self._fs, "ls", None)):
+            yield from self._listed(self._path, "")
+            return
+        with self._lock:
+            known = set(self._made)
+        if self._exists(self.path_of(_METADATA)):
+            known.add(_METADATA)
+        yield from known
+
+    def size(self, name: str) -> int:
+        with self._opened(name) as stream:
+            return int(stream.seek(0, os.SEEK_END))
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        checked_range(offset, length)
+        with self._opened(name) as stream:
+            left = min(length, max(0, stream.seek(0, os.SEEK_END) - offset))
+            if left:
+                stream.seek(offset)
+            parts = []
+            while left and (part := stream.read(left)):
+                parts.append(bytes(part))
+                left -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        view = buffer.cast("B")
+        part = self.read(name, offset, len(view))
+        view[: len(part)] = part
+        return len(part)
+
+    def create(self, name: str) -> Sink:
+        plain, path = checked(name), self.path_of(name)
+        with self._lock:
+            # The file may only come to be when its stream is closed: it is known till then.
+            taken = plain in self._writing
+            self._writing.add(plain)
+        try:
+            if taken or self._exists(path):
+                raise FileExistsError(EEXIST, os.strerror(EEXIST), str(path))
+            self._make_folder(plain.rpartition("/")[0])
+            return StreamSink(self._fs, path, self._sync, lambda done: self._written(plain, done))
+        except BaseException:
+            if not taken:
+                self._written(plain, False)
+            raise
+
+    def publish(self, name: str, data: Buffer) -> None:
+        plain = checked(name)
+        temporary = f"{plain}.{token_hex(8)}.tmp"
+        with self.create(temporary) as sink:
+            sink.write(data)
+        try:
+            replace(self._fs, self.path_of(temporary), self.path_of(plain))
+        except BaseException:
+            self.remove(temporary)
+            raise
+        with self._lock:
+            self._made.discard(temporary)
+            self._made.add(plain)
+
+    def remove(self, name: str) -> None:
+        path = self.path_of(name)
+        with self._lock:
+            self._made.discard(checked(name))
+        try:
+            _remove(self._fs, path)
+        except Exception:
+            if self._exists(path):
+                raise
+
+    def sync(self) -> None:
+        """Nothing to do: names are as durable as the file system makes them."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._fs).__name__}, {self.url!r})"
+
+    def _written(self, name: str, done: bool) -> None:
+        with self._lock:
+            self._writing.discard(name)
+            if done:
+                self._made.add(name)
+
+    def _exists(self, path: Any) -> bool:
+        return bool(self._fs.exists(path))
+
+    def _make_folder(self, folder: str) -> None:
+        with self._lock:
+            if folder in self._folders:
+                return
+        self._fs.mkdir(self.path_of(folder) if folder else self._path)
+        with self._lock:
+            self._folders.add(folder)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        path = self.path_of(name)
+        with self._reading, self._naming(path):
+            opened = self._fs.create_stream(path, "rb")
+            with opened as stream:
+                yield stream
+
+    @contextmanager
+    def _naming(self, path: Any) -> Iterator[None]:
+        """What is missing is a `FileNotFoundError` with its path, whatever was raised."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) or not self._exists(path):
+                raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path)) from error
+            raise
+
+    def _listed(self, folder: Any, before: str) -> Iterator[str]:
+        """The files below a folder. What `ls` gives does not say what a folder is: look inside."""
+        try:
+            found = [os.fspath(entry) for entry in self._fs.ls(folder)]
+        except FileNotFoundError:
+            return
+        for entry in found:
+            name = entry.rstrip("/").replace(os.sep, "/").rpartition("/")[2]
+            path = self._fs.concat_path(folder, name)
+            if self._is_folder(path):
+                yield from self._listed(path, f"{before}{name}/")
+            else:
+                yield f"{before}{name}"
+
+    def _is_folder(self, path: Any) -> bool:
+        try:
+            inside = [os.fspath(entry).rstrip("/") for entry in self._fs.ls(path)]
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except Exception:
+            # A folder that can't be listed must not look like a file.
+            if self._opens(path):
+                return False
+            raise
+        if len(inside) > 1 or (inside and not str(path).endswith(inside[0])):
+            return True
+        return not self._opens(path)  # Many file systems list a file as itself.
+
+    def _opens(self, path: Any) -> bool:
+        try:
+            with self._reading, self._fs.create_stream(path, "rb"):
+                return True
+        except Exception:
+            return False
+
+
+class StreamSink:
+    """A new file being written; see `contracts.Sink`."""
+
+    def __init__(self, fs: Any, path: Any, sync: bool, ended: Callable[[bool], None]) -> None:
+        self._fs, self._path, self._sync, self._ended = fs, path, sync, ended
+        opened: AbstractContextManager[Any] = fs.create_stream(path, "wb")
+        self._opened, self._stream = opened, opened.__enter__()
+
+    def write(self, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            done = self._stream.write(view)
+            view = view[done:] if type(done) is int else view[:0]
+
+    def __enter__(self) -> StreamSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._discard(kind, error, trace)
+            return
+        try:
+            self._stream.flush()
+            if self._sync:
+                with suppress(AttributeError, io.UnsupportedOperation):
+                    os.fsync(self._stream.fileno())
+        except BaseException as failure:
+            self._discard(type(failure), failure, failure.__traceback__)
+            raise
+        try:
+            self._opened.__exit__(None, None, None)
+        except BaseException:
+            self._remove()
+            raise
+        self._ended(True)
+
+    def _discard(self, *error: Any) -> None:
+        with suppress(Exception):  # What is raised already says more.
+            self._opened.__exit__(*error)
+        self._remove()
+
+    def _remove(self) -> None:
+        with suppress(Exception):
+            if self._fs.exists(self._path):
+                self._fs.rm_file(self._path)
+        self._ended(False)
+
+
+class FsspecStore(StreamStore):
+    """What fsspec reaches. It knows ranges: several threads read at once, only what is wanted."""
+
+    @property
+    def _inner(self) -> Any:
+        return self._fs.fs
+
+    def names(self) -> Iterator[str]:
+        self._inner.invalidate_cache()
+        root = str(self._inner._strip_protocol(self.url)).rstrip("/")
+        try:
+            found = self._inner.find(root)
+        except FileNotFoundError:
+            return
+        yield from (str(path)[len(root) :].lstrip("/") for path in found if str(path) != root)
+
+    def size(self, name: str) -> int:
+        path = self.path_of(name)
+        with self._naming(path):
+            info = self._inner.info(path)
+        if info["type"] != "file":
+            raise OSError(f"not a regular file: {path}")
+        return int(info["size"])
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        checked_range(offset, length)
+        path = self.path_of(name)
+        if length > _LARGE:
+            length = max(0, min(length, self.size(name) - offset))
+        if not length:
+            return b""
+        try:
+            with self._naming(path):
+                return bytes(self._inner.cat_file(path, start=offset, end=offset + length))
+        except FileNotFoundError:
+            raise
+        except Exception:
+            if offset >= self.size(name):  # Object stores refuse to read from the end on.
+                return b""
+            raise

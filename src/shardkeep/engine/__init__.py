@@ -1,0 +1,1 @@
+"""Saving and loading: the stages of a save, its queue, the stages of a load."""

@@ -1,0 +1,1 @@
+"""The `.metadata` file of `torch.distributed.checkpoint`, and what Shardkeep appends to it."""

@@ -1,0 +1,1 @@
+"""Safetensors files, and the index of a set of them."""

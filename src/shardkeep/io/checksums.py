@@ -1,0 +1,146 @@
+"""CRC-32: of blocks, of whole payloads, and the one from the other."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.io.arena import memory_at
+from shardkeep.settings import BLOCK
+
+_zlib: Any
+try:
+    _zlib = import_module("isal.isal_zlib")  # several times as fast
+except ImportError:
+    _zlib = import_module("zlib")
+
+
+def _libdeflate() -> Any:
+    """libdeflate's `crc32`, called through its library: its Python wrapper keeps others waiting.
+
+    Twice as fast as ISA-L's on processors without AVX-512, for bytes that are in the cache
+    (docs/decisions, "CRC-32"). None where it is not there.
+    """
+    try:
+        found = ctypes.CDLL(import_module("deflate._deflate").__file__).libdeflate_crc32
+    except (ImportError, OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t)
+    found.restype = ctypes.c_uint32
+    return found
+
+
+_at = _libdeflate()
+_WORTH = 32 * 1024
+"""Bytes from which on the faster way makes up for the dearer call."""
+
+_LARGE = 128 * 1024
+"""Bytes from which on the faster way makes up for finding out where they are."""
+
+__all__ = [
+    "block_digests",
+    "combine",
+    "crc32",
+    "crc32_at",
+    "crc32_blocks",
+    "crc32_each",
+    "digest",
+    "whole_crc",
+]
+
+Bytes = bytes | bytearray | memoryview | NDArray[Any]
+
+_POLYNOMIAL = 0xEDB88320
+
+
+def crc32(data: Bytes, value: int = 0) -> int:
+    """CRC-32 of contiguous bytes (the one of zip and zlib), going on from `value`."""
+    found: int  # no casts: called for every small tensor
+    if _at is not None and len(data) >= _LARGE:
+        plain = np.frombuffer(data, dtype=np.uint8)
+        found = _at(value, plain.ctypes.data, plain.nbytes)
+    else:
+        found = _zlib.crc32(data, value)
+    return found
+
+
+def crc32_at(address: int, data: memoryview, value: int = 0) -> int:
+    """CRC-32 of bytes, going on from `value`, for who knows where they are in memory."""
+    worth = _at is not None and len(data) >= _WORTH
+    found: int = _at(value, address, len(data)) if worth else _zlib.crc32(data, value)
+    return found
+
+
+def crc32_blocks(address: int, nbytes: int) -> list[int]:
+    """CRC-32 of each block of `BLOCK` bytes of memory; the last one may be shorter."""
+    sizes = [min(BLOCK, nbytes - at) for at in range(0, nbytes, BLOCK)]
+    if _at is None:
+        parts = enumerate(sizes)
+        return [_zlib.crc32(memory_at(address + at * BLOCK, size)) for at, size in parts]
+    return [_at(0, address + at * BLOCK, size) for at, size in enumerate(sizes)]
+
+
+def crc32_each(small: Sequence[bytes | memoryview]) -> list[int]:
+    """CRC-32 of each of many small things."""
+    tiny = max(map(len, small), default=0) < _LARGE
+    return list(map(_zlib.crc32 if tiny else crc32, small))
+
+
+def digest(data: Bytes) -> tuple[NDArray[np.uint32], int]:
+    """CRC-32 of each block of `BLOCK` bytes and of the whole, in one pass over contiguous bytes."""
+    array = np.frombuffer(data, dtype=np.uint8)
+    blocks = [crc32(array[at : at + BLOCK]) for at in range(0, len(array), BLOCK)]
+    return np.array(blocks, dtype=np.uint32), whole_crc(blocks, len(array))
+
+
+def block_digests(data: Bytes) -> NDArray[np.uint32]:
+    """CRC-32 of each block of `BLOCK` bytes; the last block may be shorter. None for no bytes."""
+    return digest(data)[0]
+
+
+def whole_crc(digests: Sequence[int] | NDArray[np.uint32], nbytes: int) -> int:
+    """CRC-32 of a payload of `nbytes`, given those of its blocks."""
+    if not len(digests):
+        return 0
+    *full, last = digests.tolist() if isinstance(digests, np.ndarray) else digests
+    crc = 0
+    for block in full:
+        crc = combine(crc, block, BLOCK)
+    return combine(crc, last, nbytes - len(full) * BLOCK)
+
+
+def _combined(first: int, second: int, length: int) -> int:
+    return _multiply(_shift(length), first) ^ second
+
+
+combine: Callable[[int, int, int], int] = getattr(_zlib, "crc32_combine", _combined)
+"""CRC-32 of two runs of bytes, given those of each and the second one's length in bytes."""
+
+
+@lru_cache(maxsize=4096)
+def _shift(nbytes: int) -> int:
+    """x to the power of 8 * nbytes: what appending so many zero bytes multiplies a CRC by."""
+    power, square, result = nbytes * 8, 1 << 30, 1 << 31
+    while power:
+        if power & 1:
+            result = _multiply(square, result)
+        square = _multiply(square, square)
+        power >>= 1
+    return result
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two polynomials over GF(2), modulo the CRC's; bit 31 is the constant term."""
+    product = 0
+    while a:
+        if a & 0x80000000:
+            product ^= b
+        a = (a << 1) & 0xFFFFFFFF
+        b = (b >> 1) ^ (_POLYNOMIAL if b & 1 else 0)
+    return product

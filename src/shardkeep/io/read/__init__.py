@@ -1,0 +1,1 @@
+"""Stored chunks into memory: few reads, checked on the way."""

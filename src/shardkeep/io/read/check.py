@@ -1,0 +1,217 @@
+"""Payloads against their digests, streaming: all damage is collected."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep import settings
+from shardkeep.contracts import Progress, Store
+from shardkeep.errors import Damaged
+from shardkeep.io.arena import aligned
+from shardkeep.io.checksums import combine, crc32_at, crc32_blocks
+from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.read.ranges import MISSING, Read, Want, fetch_steps, gather, mismatch, too_short
+from shardkeep.settings import BLOCK, PAGE
+
+__all__ = ["Payload", "verify_payloads"]
+
+_PIECE = 4 << 20
+"""Bytes of one read at most, and of the memory that each thread takes."""
+
+_STEP = 8 * BLOCK
+"""Bytes that are checked at once, while they are in a cache still."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Payload:
+    """Stored bytes, and what is known of them: a digest for each block, or one for all.
+
+    Attributes:
+        name: the tensor or object, for errors.
+        file, offset, nbytes: where they lie, in bytes.
+        digests: CRC-32 of each `BLOCK` bytes. They win over `crc`, as they tell the place.
+        crc: CRC-32 of all.
+    """
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    digests: NDArray[np.uint32] | None = None
+    crc: int | None = None
+
+
+@dataclass(slots=True)
+class _Found:
+    """What came out for one payload. Threads put in values of their own pieces only."""
+
+    crcs: dict[int, int]
+    bad: dict[int, int]
+    end: int | None = None
+    problem: str | None = None
+
+
+def verify_payloads(
+    store: Store,
+    payloads: Sequence[Payload],
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> list[Damaged]:
+    """Check all payloads, each thread 4 MiB at a time; those without a digest only for being there.
+
+    Returns:
+        All damage, in the order of the payloads: each block that does not match, each payload that
+        does not, those that the file is too short for, those that can't be read (EIO).
+
+    Raises:
+        OSError: anything else that keeps files from being read: it tells nothing about them.
+    """
+    found = [_Found({}, {}) for _ in payloads]
+    size = lru_cache(maxsize=None)(partial(_size, store))
+    wants: list[Want] = []
+    for row, payload in enumerate(payloads):
+        # What a file does not hold is not planned for: a length may be any number.
+        end = payload.offset + payload.nbytes
+        there = min(end, size(payload.file))
+        if there < 0:
+            found[row].problem = MISSING
+        elif there < end:
+            found[row].end = there
+        for at in range(payload.offset, there, _PIECE):
+            wants.append(Want(payload.file, at, min(at + _PIECE, end), row))
+    jobs = list(gather(wants, settings.gap(), _PIECE))
+    meter = Meter(progress, "verify", sum(job.high - job.low for job in jobs))
+    parallel(jobs, partial(_work, store, payloads, found, meter), threads)
+    return [damage for pair in zip(payloads, found, strict=True) for damage in _damage(*pair)]
+
+
+def _size(store: Store, file: str) -> int:
+    """Bytes of a file; -1 if it is missing."""
+    try:
+        return store.size(file)
+    except FileNotFoundError:
+        return -1
+
+
+def _work(
+    store: Store,
+    payloads: Sequence[Payload],
+    found: Sequence[_Found],
+    meter: Meter,
+    jobs: Iterator[Read],
+) -> None:
+    space = aligned(_PIECE + PAGE)
+    for job in jobs:
+        _read(store, payloads, found, job, space)
+        meter.add(job.high - job.low)
+
+
+def _read(
+    store: Store,
+    payloads: Sequence[Payload],
+    found: Sequence[_Found],
+    job: Read,
+    space: NDArray[np.uint8],
+) -> None:
+    """Read once, and digest what came as soon as it is there."""
+    # As far past a page as in the file: what comes from the disk itself is not copied then.
+    there = space[job.low % PAGE :][: job.high - job.low]
+    take = partial(_take, payloads, found, job.low, there.data, there.ctypes.data)
+    wants, at, low, end, problem = job.wants, 0, job.low, job.low, None
+    try:
+        for done in fetch_steps(store, job.file, job.low, there.data, None, step=_STEP):
+            end = job.low + done
+            while at < len(wants):
+                low = take(wants[at], max(low, wants[at].low), end)
+                if wants[at].high > end:
+                    break
+                at, low = at + 1, 0
+    except Damaged as error:
+        problem = error.what
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        problem = str(error)
+    for want in wants[at + 1 :]:  # Those that lie inside another one that is not all there.
+        take(want, want.low, end)
+    left = [want for want in wants[at:] if want.high > end]
+    if problem is not None and len(wants) > 1:
+        # Only those that lie there can't be read, not all that were to be read with them.
+        for want in left:
+            found[want.use].crcs.pop(want.low, None)
+            _read(store, payloads, found, Read(job.file, want.low, want.high, [want]), space)
+        return
+    for want in left:
+        result = found[want.use]
+        result.problem = problem or result.problem
+        if problem is None:
+            result.end = end if result.end is None else min(end, result.end)
+
+
+def _take(
+    payloads: Sequence[Payload],
+    found: Sequence[_Found],
+    base: int,
+    view: memoryview,
+    address: int,
+    want: Want,
+    low: int,
+    end: int,
+) -> int:
+    """Digest a want from byte `low` of the file on, as far as it is there, up to `end`.
+
+    Where that is in a block, the block waits: it says something only when it is whole.
+
+    Args:
+        base, view, address: the bytes from `base` of the file on, and where they are.
+
+    Returns:
+        Up to where it is digested.
+    """
+    payload, result, high = payloads[want.use], found[want.use], min(want.high, end)
+    digests, first = payload.digests, (low - payload.offset) // BLOCK
+    if digests is not None and high < want.high:
+        high -= (high - payload.offset) % BLOCK
+    if low >= high or (digests is None and payload.crc is None):
+        return low
+    if digests is None:
+        before = result.crcs.get(want.low, 0)
+        part = view[low - base : high - base]
+        result.crcs[want.low] = crc32_at(address + low - base, part, before)
+        return high
+    if high - low <= BLOCK:
+        crc = crc32_at(address + low - base, view[low - base : high - base])
+        if first < len(digests) and crc != digests[first]:
+            result.bad[first] = crc
+        return high
+    for block, crc in enumerate(crc32_blocks(address + low - base, high - low), first):
+        if block < len(digests) and crc != digests[block]:
+            result.bad[block] = crc
+    return high
+
+
+def _damage(payload: Payload, found: _Found) -> Iterator[Damaged]:
+    damaged = partial(Damaged, file=payload.file, name=payload.name)
+    end, digests = payload.offset + payload.nbytes, payload.digests
+    if digests is not None:
+        if len(digests) != -(-payload.nbytes // BLOCK):
+            yield damaged(f"{len(digests)} block digests for {payload.nbytes} bytes")
+        for block, crc in sorted(found.bad.items()):
+            yield damaged(mismatch(crc, digests[block]), block=block)
+    if found.problem is not None:
+        yield damaged(found.problem)
+    elif found.end is not None:
+        yield damaged(too_short(found.end, end))
+    elif digests is None and payload.crc is not None:
+        crc = 0
+        for low in sorted(found.crcs):
+            crc = combine(crc, found.crcs[low], min(_PIECE, end - low))
+        if crc != payload.crc:
+            yield damaged(mismatch(crc, payload.crc))

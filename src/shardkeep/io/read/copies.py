@@ -1,0 +1,324 @@
+"""Boxes of stored chunks into memory: few reads, digests checked, bytes put where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep import settings
+from shardkeep.contracts import Progress, Store, StoreInRows, StoreMapped
+from shardkeep.errors import Damaged, FormatError
+from shardkeep.io.arena import aligned
+from shardkeep.io.checksums import crc32, crc32_at
+from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.read.check import Payload, verify_payloads
+from shardkeep.io.read.ranges import MISSING, Read, Want, fetch_steps, mismatch, too_short
+from shardkeep.io.read.requests import Copy, Planner, Rows, Straight, Use, uses_in
+from shardkeep.io.read.running_checksums import Sums
+from shardkeep.plan.reads import block_range, runs
+from shardkeep.settings import BLOCK, PAGE
+
+__all__ = ["Copy", "Payload", "ReadStats", "Round", "read_copies", "verify_payloads"]
+
+_MOST = 4 << 20
+"""Bytes of one read into a buffer at most, however large the budget: they should stay cached."""
+
+_LEAST = 4 * BLOCK
+"""And at least: a small run, rounded out to blocks on both sides, fits in."""
+
+_STEP = 8 * BLOCK
+"""Bytes that are checked at once, soon after they were read: they are in a cache still. With less,
+threads spend more time in waiting for the interpreter than they save in the cache."""
+
+_Job = Straight | Rows | Read | Copy | Callable[[], None]
+"""A copy is a job of its own if its source's bytes are in memory already."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStats:
+    """Bytes read from the store, and bytes that the boxes have.
+
+    Attributes:
+        unchecked: tensors of which something was read that could not be compared with a digest (or
+            should not be), and `bytes_unchecked`: how much of what the boxes have.
+    """
+
+    bytes_read: int
+    bytes_needed: int
+    unchecked: tuple[str, ...] = ()
+    bytes_unchecked: int = 0
+
+
+class Round(NamedTuple):
+    """Copies that are read before others are.
+
+    Attributes:
+        copies: what is read.
+        done: called when all of it is there, while the next round is read: the one after that may
+            want the same memory.
+    """
+
+    copies: Sequence[Copy]
+    done: Callable[[], None]
+
+
+def read_copies(
+    store: Store,
+    copies: Sequence[Copy],
+    rounds: Sequence[Round] = (),
+    *,
+    verify: bool = True,
+    threads: int,
+    budget: int | None = None,
+    progress: Progress | None = None,
+) -> ReadStats:
+    """Fill all destinations, in parallel: those of `copies`, then those of each round.
+
+    Digested payloads are read and checked by whole blocks.
+
+    The buffers take at most half of `budget` bytes in all (but 1 MiB a thread at least), by default
+    `knobs.host_budget()`; the other half is the store's. After an error the content of the
+    destinations is undefined, and no thread goes on.
+
+    Raises:
+        Damaged: a block does not match its digest, or a payload its CRC-32 where blocks have none
+            and it was read in full, or a file is missing or too short; the error names file and
+            tensor.
+        FormatError: a source contradicts itself; nothing was read.
+        ValueError: a destination does not fit its box; nothing was read.
+    """
+    whole = settings.host_budget() if budget is None else budget
+    limit = whole // 2 // max(1, threads) // BLOCK * BLOCK
+    limit = max(_LEAST, min(_MOST, limit))
+    in_rows = isinstance(store, StoreInRows)
+    mapped = cache(store.mapped) if settings.mapping() and isinstance(store, StoreMapped) else None
+    every = [*copies, *(copy for later in rounds for copy in later.copies)]
+    needed = sum(map(_check, every))
+
+    def planned(some: Sequence[Copy]) -> tuple[list[_Job], list[Use]]:
+        planner = Planner(settings.gap(), limit, verify, in_rows, mapped)
+        return _jobs(some, planner), planner.uses
+
+    work = [planned(copies), *(planned(later.copies) for later in rounds)]
+    meter = Meter(progress, "read", sum(_nbytes(job) for jobs, _ in work for job in jobs))
+    sums = Sums(every, verify)
+    read: list[int] = []
+
+    def worker(uses: list[Use], mine: Iterator[_Job]) -> None:
+        hand = _Worker(store, verify, limit, sums)
+        for job in mine:
+            read.append(hand.do(job, uses))
+            meter.add(_nbytes(job))
+
+    before: list[_Job] = []
+    for number, (jobs, uses) in enumerate(work):
+        parallel([*before, *jobs], partial(worker, uses), threads)
+        before = [rounds[number - 1].done] if number else []
+    parallel(before, partial(worker, []), 1)
+    left = [copy for copy in sums.compare() if copy.into.nbytes]
+    names = tuple(dict.fromkeys(copy.name for copy in left))
+    return ReadStats(sum(read), needed, names, sum(copy.into.nbytes for copy in left))
+
+
+def _jobs(copies: Sequence[Copy], planner: Planner) -> list[_Job]:
+    """What there is to read for some copies."""
+    jobs: list[_Job] = []
+    for copy in copies:
+        if copy.source.data is not None:
+            jobs.append(copy)
+        elif copy.into.nbytes:
+            try:
+                planner.add(copy)
+            except FormatError as error:
+                raise error.within(place=f"tensor {copy.name!r}") from None
+    return [*jobs, *planner.in_memory, *planner.jobs()]
+
+
+class _Worker:
+    """One thread's work, and its buffer."""
+
+    def __init__(self, store: Store, verify: bool, limit: int, sums: Sums) -> None:
+        self._store, self._verify, self._limit, self._sums = store, verify, limit, sums
+        self._space: NDArray[np.uint8] | None = None
+
+    def do(self, job: _Job, uses: Sequence[Use]) -> int:
+        """Do one job; bytes read from the store."""
+        if isinstance(job, Copy):
+            _take_from_memory(job, self._verify)
+            return 0
+        if callable(job):
+            job()
+            return 0
+        if isinstance(job, Straight):
+            _read_straight(self._store, job, self._sums)
+        elif isinstance(job, Read):
+            space = self._buffer(job.low, job.high)
+            _read(self._store, job, uses, space, self._verify, self._sums)
+        elif not _read_rows(self._store, job):
+            planner = Planner(settings.gap(), self._limit, self._verify)
+            planner.add(job.copy)
+            return sum(self.do(part, planner.uses) for part in planner.jobs())
+        return job.into.nbytes if isinstance(job, Rows) else job.high - job.low
+
+    def _buffer(self, low: int, high: int) -> NDArray[np.uint8]:
+        """Room for these bytes of a file, in the way in which they lie in its pages.
+
+        On some processors (Zen 3) copies are several times as slow where the destination lies a few
+        bytes later in its page than the source does in its own.
+        """
+        if self._space is None:
+            self._space = aligned(self._limit + PAGE)
+        first = low % PAGE
+        return self._space[first : first + high - low]
+
+
+def _nbytes(job: _Job) -> int:
+    if callable(job):
+        return 0
+    return job.into.nbytes if isinstance(job, Copy | Rows) else job.high - job.low
+
+
+def _check(copy: Copy) -> int:
+    """Bytes of the copy, if its parts fit each other."""
+    into, box, source = copy.into, copy.box, copy.source
+    if into.shape != box.sizes or into.itemsize != source.itemsize:
+        raise ValueError(
+            f"{copy.name!r}: a box of sizes {list(box.sizes)} and items of {source.itemsize} bytes "
+            f"can't go into an array of shape {list(into.shape)} and items of {into.itemsize}"
+        )
+    if not into.flags.writeable:
+        raise ValueError(f"{copy.name!r}: its destination is read-only")
+    nbytes = source.payload[1]
+    if source.digests is not None and len(source.digests) != -(-nbytes // BLOCK):
+        raise FormatError(
+            f"{len(source.digests)} block digests for a payload of {nbytes} bytes",
+            file=source.file,
+            place=f"tensor {copy.name!r}",
+        )
+    return into.nbytes
+
+
+def _read_straight(store: Store, job: Straight, sums: Sums) -> None:
+    """Read, and digest what came as soon as it is there: one CRC over all of the job's bytes.
+
+    Only if that is not what their blocks' digests combine to, these are looked at one by one.
+    """
+    copy, view, crc, end = job.copy, job.into.data, 0, 0
+    summed = sums.wants(copy.source)
+    digesting = job.crc is not None or summed
+    address = job.into.ctypes.data
+    step = _STEP if digesting else len(view)
+    for done in fetch_steps(store, job.file, job.low, view, copy.name, step=step, keep=copy.shared):
+        if digesting:
+            crc = crc32_at(address + end, view[end:done], crc)
+        end = done
+    if end < len(view):
+        what = too_short(job.low + end, job.high)
+        raise Damaged(what, file=job.file, name=copy.name)
+    if summed:
+        sums.add(copy.source, job.low, job.high, crc)
+    if job.crc is not None and job.crc != crc:
+        _check_blocks(copy, job.into, job.low, job.low, job.high)
+        raise Damaged(mismatch(crc, job.crc), file=job.file, name=copy.name)
+
+
+def _read_rows(store: Store, job: Rows) -> bool:
+    """Whether the store could do it in this way."""
+    try:
+        return cast(StoreInRows, store).read_rows(job.file, job.starts, job.into)
+    except FileNotFoundError:
+        raise Damaged(MISSING, file=job.file, name=job.copy.name) from None
+
+
+def _read(
+    store: Store,
+    job: Read,
+    uses: Sequence[Use],
+    space: NDArray[np.uint8],
+    verify: bool,
+    sums: Sums,
+) -> None:
+    """Read once, check every block once, as soon as it is there, and hand out the bytes."""
+    waiting = iter(job.wants)
+    want: Want | None = next(waiting)
+    checked: dict[tuple[int, int], int] = {}
+    end, first = job.low, uses[job.wants[0].use].copy
+    step = _STEP if verify and first.source.digests is not None else len(space)
+    keep = _shared(job, uses)
+    for done in fetch_steps(store, job.file, job.low, space.data, first.name, step=step, keep=keep):
+        end = job.low + done
+        while want is not None and want.low < end:
+            use = uses[want.use]
+            if verify and use.copy.source.digests is not None:
+                # Wants come sorted: the blocks of a payload are checked up to some byte.
+                payload = use.copy.source.payload
+                low = checked.get(payload, want.low)
+                high = want.high if want.high <= end else end - (end - payload[0]) % BLOCK
+                if low < high:
+                    _check_blocks(use.copy, space, job.low, max(low, want.low), high)
+                    checked[payload] = high
+            if want.high > end:
+                break
+            if sums.wants(use.copy.source):
+                crc = crc32(space[want.low - job.low : want.high - job.low])
+                sums.add(use.copy.source, want.low, want.high, crc)
+            _place(use, space, job.low)
+            want = next(waiting, None)
+    if want is not None:
+        raise Damaged(too_short(end, want.high), file=job.file, name=uses[want.use].copy.name)
+
+
+def _shared(job: Read, uses: Sequence[Use]) -> bool:
+    """Whether others will want these bytes: of a read that is mostly gaps, they want the rest."""
+    needed = sum(uses[want.use].into.nbytes for want in job.wants)
+    return 2 * needed < job.high - job.low or any(uses[want.use].copy.shared for want in job.wants)
+
+
+def _take_from_memory(copy: Copy, verify: bool) -> None:
+    """Serve a copy whose source's bytes are in memory already."""
+    source = copy.source
+    if not copy.box.numel:
+        return
+    space = np.frombuffer(source.data or b"", dtype=np.uint8)
+    end = sum(source.payload)
+    if end > len(space):
+        raise Damaged(too_short(len(space), end), file=source.file, name=copy.name)
+    try:
+        found = runs(source, copy.box, BLOCK)
+    except FormatError as error:
+        raise error.within(place=f"tensor {copy.name!r}") from None
+    for use in uses_in(copy, found, copy.into):
+        if verify:
+            low, high = block_range(use.start, use.start + found.span, source.payload, BLOCK)
+            _check_blocks(copy, space, 0, low, high)
+        _place(use, space, 0)
+
+
+def _check_blocks(copy: Copy, space: NDArray[np.uint8], base: int, low: int, high: int) -> None:
+    """Check the payload's blocks from byte `low` to `high`; `space` holds the bytes from `base`."""
+    source, view = copy.source, space.data
+    if source.digests is None:
+        return
+    first, nbytes = source.payload
+    address = space.ctypes.data - base
+    for start in range(low, high, BLOCK):
+        block = (start - first) // BLOCK
+        part = view[start - base : min(start + BLOCK, first + nbytes) - base]
+        crc = crc32_at(address + start, part)
+        if crc != source.digests[block]:
+            what = mismatch(crc, int(source.digests[block]))
+            raise Damaged(what, file=source.file, name=copy.name, block=block)
+
+
+def _place(use: Use, space: NDArray[np.uint8], base: int) -> None:
+    """Put one run where it belongs; `space` holds the bytes from `base` on."""
+    at = use.start - base
+    if use.shape is None:
+        use.into[:] = space[at : at + len(use.into)]
+    else:
+        use.into[...] = np.ndarray(use.shape, use.into.dtype, space, at, use.strides)

@@ -1,0 +1,156 @@
+"""Small payloads into memory: as columns, because a value for each of them costs too much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.contracts import Progress, Store
+from shardkeep.errors import Damaged
+from shardkeep.io.checksums import crc32_each
+from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.read.ranges import fetch, mismatch, too_short
+from shardkeep.io.scatter_gather import put
+from shardkeep.settings import BLOCK
+from shardkeep.types import I64
+
+__all__ = ["Batch", "Small", "batches", "by_place", "read_small"]
+
+_SPAN = 1 << 20
+"""Bytes that the payloads of one read begin in: they stay cached until they are moved."""
+
+_SHARED = 16 * 1024
+"""Mean bytes of a payload from which on threads pay: below, they wait for the interpreter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Small:
+    """S whole payloads, and the memory that they go to, as columns."""
+
+    names: Sequence[str]
+    """Tensors, for errors."""
+    files: Sequence[str]
+    tensor: I64
+    """[S] position in `names`."""
+    file: I64
+    """[S] position in `files`."""
+    start: I64
+    """[S] first byte in the file."""
+    nbytes: I64
+    """[S] from 1 to `BLOCK`."""
+    crc: I64
+    """[S] CRC-32 of the payload; -1 where none is known."""
+    into: I64
+    """[S] address of `nbytes` bytes that may be written to; the caller keeps them alive."""
+
+
+class Batch(NamedTuple):
+    """One read, from byte `low` to `high`: for rows `first` to `last`, sorted by place."""
+
+    file: str
+    low: int
+    high: int
+    first: int
+    last: int
+
+
+def by_place(small: Small) -> Small:
+    """Sorted by the names of the files and the places there; one place keeps its order."""
+    rank = np.empty(len(small.files), dtype=np.int64)
+    rank[sorted(range(len(small.files)), key=small.files.__getitem__)] = range(len(small.files))
+    order = np.lexsort((small.nbytes, small.start, rank[small.file]))
+    columns = {
+        name: getattr(small, name)[order]
+        for name in ("tensor", "file", "start", "nbytes", "crc", "into")
+    }
+    return replace(small, **columns)
+
+
+def batches(small: Small, gap: int) -> list[Batch]:
+    """The reads for payloads that are sorted by place, neighbours joined.
+
+    Args:
+        gap: bytes between two payloads that are rather read than skipped.
+    """
+    file, low, high = small.file, small.start, small.start + small.nbytes
+    apart = np.flatnonzero((file[1:] != file[:-1]) | (low[1:] - high[:-1] > gap)) + 1
+    found = []
+    for start, stop in zip([0, *apart.tolist()], [*apart.tolist(), len(low)], strict=True):
+        first = start
+        while first < stop:
+            begin = int(low[first])
+            last = first + int(np.searchsorted(low[first:stop], begin + _SPAN))
+            end = int(high[first:last].max())
+            found.append(Batch(small.files[file[first]], begin, end, first, last))
+            first = last
+    return found
+
+
+def read_small(
+    store: Store,
+    small: Small,
+    reads: Sequence[Batch],
+    *,
+    verify: bool = True,
+    threads: int,
+    progress: Progress | None = None,
+) -> int:
+    """Fill all destinations; returns the bytes read.
+
+    Args:
+        small: sorted by place; `reads`: its batches.
+
+    Raises:
+        Damaged: as from `io.read.read_copies`. The content of the destinations is undefined then,
+            and no thread goes on.
+    """
+    total = sum(batch.high - batch.low for batch in reads)
+    meter = Meter(progress, "read", total)
+
+    def worker(mine: Iterator[Batch]) -> None:
+        space = np.empty(_SPAN + BLOCK, dtype=np.uint8)
+        for batch in mine:
+            _read(store, small, batch, space, verify)
+            meter.add(batch.high - batch.low)
+
+    parallel(reads, worker, threads if small.nbytes.sum() >= _SHARED * len(small.nbytes) else 1)
+    return total
+
+
+def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], verify: bool) -> None:
+    """Read once, check every payload, and move each to where it belongs."""
+    rows = slice(batch.first, batch.last)
+    view = space.data[: batch.high - batch.low]
+    name = small.names[int(small.tensor[batch.first])]
+    there = fetch(store, batch.file, batch.low, view, name)
+    starts = small.start[rows] - batch.low
+    ends = starts + small.nbytes[rows]
+    if there < len(view) or verify:
+        _check(small, batch, view[:there], starts, ends, verify)
+    put(space, starts, small.nbytes[rows], small.into[rows])
+
+
+def _check(
+    small: Small, batch: Batch, view: memoryview, starts: I64, ends: I64, verify: bool
+) -> None:
+    """Raise Damaged for the first payload that is not there, or not what its CRC-32 says."""
+    wanted = small.crc[batch.first : batch.last]
+    cut, wrong = ends > len(view), np.zeros(len(ends), dtype=np.bool_)
+    if verify:
+        places = zip(starts.tolist(), ends.tolist(), strict=True)
+        found = np.array(crc32_each([view[start:end] for start, end in places]), dtype=np.int64)
+        wrong = (wanted >= 0) & (found != wanted)
+    bad = np.flatnonzero(cut | wrong)
+    if not len(bad):
+        return
+    row = int(bad[0])
+    name = small.names[int(small.tensor[batch.first + row])]
+    if cut[row]:
+        what = too_short(batch.low + len(view), batch.low + int(ends[row]))
+        raise Damaged(what, file=batch.file, name=name)
+    what = mismatch(int(found[row]), int(wanted[row]))
+    raise Damaged(what, file=batch.file, name=name, block=0)

@@ -1,0 +1,346 @@
+"""Who writes what: the claims of all ranks, merged, checked and shared out. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.errors import Conflict
+from shardkeep.plan.coverage import coverage
+from shardkeep.plan.distinct import distinct
+from shardkeep.plan.markers import ranks_text, refuse_marks
+from shardkeep.plan.merging import merge
+from shardkeep.plan.ownership import lowest, owners
+from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Claim, Path, Structure, Tensors
+
+__all__ = ["Settlement", "settle"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Settlement:
+    """What the checkpoint will hold, and which rank writes which part of it.
+
+    The M chunks are sorted by tensor, then by offsets. Chunks with the same `payload` number are
+    aliases: their bytes are written once.
+    """
+
+    tensors: Tensors
+    tensor: I64
+    """[M] row in `tensors`."""
+    offsets: I64
+    """[M, D]"""
+    sizes: I64
+    """[M, D]"""
+    payload: I64
+    """[M] number of the payload, 0 to W - 1."""
+    writer: I64
+    """[W] the rank that writes the payload."""
+    piece: I64
+    """[W] which piece of that rank's claim it is."""
+    objects: tuple[str, ...]
+    object_writer: I64
+    """[K] the rank that writes the object."""
+    values: Mapping[str, Any]
+    differing: tuple[str, ...]
+    """Objects of which ranks have different values, as far as values are known."""
+    structure: Structure
+    twins: Mapping[str, Path]
+
+    def orders(self, ranks: int) -> list[tuple[I64, tuple[str, ...]]]:
+        """The pieces (ascending) and the objects that each rank has to write."""
+        names = (*self.objects, *self.twins)
+        pieces = self.piece[np.lexsort((self.piece, self.writer))]
+        objects = np.argsort(self.object_writer, kind="stable")
+        return [
+            (mine, tuple(names[row] for row in rows.tolist()))
+            for mine, rows in zip(
+                np.split(pieces, _bounds(self.writer, ranks)),
+                np.split(objects, _bounds(self.object_writer, ranks)),
+                strict=True,
+            )
+        ]
+
+
+def _bounds(writer: I64, ranks: int) -> I64:
+    """Where the rows of each rank but the first begin, once sorted by writer."""
+    return np.cumsum(np.bincount(writer, minlength=ranks))[:-1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pieces:
+    """The pieces of all ranks, one under the other; `tensor` counts in the merged names."""
+
+    rank: I64
+    row: I64
+    tensor: I64
+    offsets: I64
+    sizes: I64
+    alias: I64
+    """Position in these columns."""
+
+
+def settle(
+    claims: Sequence[Claim], *, spread: bool = True, same_objects: bool = True
+) -> Settlement:
+    """Merge what the ranks claim, in rank order; one rank writes each thing.
+
+    Args:
+        claims: of each rank.
+        spread: share replicas out over the ranks that hold them; else the lowest one writes them.
+        same_objects: refuse objects that differ between ranks; else the lowest rank's counts.
+
+    Raises:
+        Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes; replicas that
+            differ where they are marked. It names the tensor and the ranks.
+    """
+    refuse_marks(claims)
+    structure = merge([claim.structure for claim in claims])
+    tensors, rows = _merge_tensors(claims)
+    objects, object_rank, values, differing = _merge_objects(claims)
+    if differing and same_objects:
+        name, rank = next(iter(differing.items()))
+        raise Conflict(
+            f"object {name!r} has different values on ranks {object_rank[name]} and {rank}; "
+            f"give each rank's its own name, or make them equal; nothing was written"
+        )
+    _refuse_two_kinds(tensors.names, objects, claims)
+    twins, twin_rank = _merge_twins(structure, tensors.names, claims)
+    pieces = _stack(claims, rows, tensors.shape.shape[1])
+    key, first = distinct([pieces.tensor, *pieces.offsets.T, *pieces.sizes.T])
+    _refuse_bad_cover(tensors, pieces, first)
+    payload = _share_payloads(key, pieces.alias)
+    nbytes = pieces.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[pieces.tensor]]
+    owned = owners(payload, pieces.rank, nbytes) if spread else lowest(payload, pieces.rank)
+    chosen = np.flatnonzero(owned)
+    chosen = chosen[np.argsort(payload[chosen])]
+    return Settlement(
+        tensors=tensors,
+        tensor=pieces.tensor[first],
+        offsets=pieces.offsets[first],
+        sizes=pieces.sizes[first],
+        payload=payload[first],
+        writer=pieces.rank[chosen],
+        piece=pieces.row[chosen],
+        objects=objects,
+        object_writer=np.array(
+            [*(object_rank[name] for name in objects), *twin_rank], dtype=np.int64
+        ),
+        values=values,
+        differing=tuple(differing),
+        structure=structure,
+        twins=twins,
+    )
+
+
+def _merge_twins(
+    structure: Structure, tensors: Sequence[str], claims: Sequence[Claim]
+) -> tuple[dict[str, Path], list[int]]:
+    """The twins that tell the whole truth, and the lowest rank that has each one.
+
+    A container that holds more on another rank has no twin: stock torch puts a twin in the place of
+    the leaves when it converts a checkpoint, and would lose what only the other rank had.
+    """
+    wanted = {path: name for claim in reversed(claims) for name, path in claim.twins.items()}
+    twins: dict[str, Path] = {}
+    ranks: list[int] = []
+    if not wanted:
+        return twins, ranks
+    total = _leaves_below(structure.leaves.values(), wanted)
+    with_tensors = _leaves_below((structure.leaves[name] for name in tensors), wanted)
+    counts = {id(structure): total}
+    for claim in claims:
+        if id(claim.structure) not in counts:
+            leaves = claim.structure.leaves.values()
+            counts[id(claim.structure)] = _leaves_below(leaves, wanted)
+    below = [counts[id(claim.structure)] for claim in claims]
+    for path, name in sorted(wanted.items(), key=lambda twin: (len(twin[0]), twin[1])):
+        whole = [
+            r for r, c in enumerate(claims) if name in c.twins and below[r][path] == total[path]
+        ]
+        if whole and path not in with_tensors and name not in structure.leaves:
+            twins[name] = path
+            ranks.append(whole[0])
+    return twins, ranks
+
+
+def _leaves_below(leaves: Iterable[Path], wanted: Mapping[Path, str]) -> Counter[Path]:
+    """How many of the leaves there are below each of the wanted containers, if any."""
+    found = Counter[Path]()
+    for path, count in Counter(leaf[:-1] for leaf in leaves).items():
+        for depth in range(1, len(path) + 1):
+            if path[:depth] in wanted:
+                found[path[:depth]] += count
+    return found
+
+
+def _merge_tensors(claims: Sequence[Claim]) -> tuple[Tensors, list[I64]]:
+    """All tensors in order of first appearance, and each claim's rows among them."""
+    head = claims[0].tensors if claims else None
+    if head is not None and all(claim.tensors is head for claim in claims):
+        return head, [np.arange(len(head.names), dtype=np.int64)] * len(claims)
+    places: dict[str, int] = {}
+    origin: list[tuple[int, int]] = []
+    rows: list[I64] = []
+    for rank, claim in enumerate(claims):
+        if rank and claim.tensors.names == claims[0].tensors.names:
+            mine = rows[0]
+        else:
+            mine = np.empty(len(claim.tensors.names), dtype=np.int64)
+            for row, name in enumerate(claim.tensors.names):
+                place = places.setdefault(name, len(origin))
+                if place == len(origin):
+                    origin.append((rank, row))
+                mine[row] = place
+        rows.append(mine)
+    width = max((claim.tensors.shape.shape[1] for claim in claims), default=0)
+    dtype = np.empty(len(origin), dtype=np.uint8)
+    ndim = np.empty(len(origin), dtype=np.uint8)
+    shape = np.ones((len(origin), width), dtype=np.int64)
+    first_rank, first_row = np.array(origin, dtype=np.int64).reshape(-1, 2).T
+    ends = np.searchsorted(first_rank, np.arange(len(claims)), "right").tolist()
+    for claim, start, end in zip(claims, [0, *ends], ends, strict=False):
+        new, taken = slice(start, end), first_row[start:end]
+        dtype[new] = claim.tensors.dtype[taken]
+        ndim[new] = claim.tensors.ndim[taken]
+        shape[new, : claim.tensors.shape.shape[1]] = claim.tensors.shape[taken]
+    merged = Tensors(tuple(places), dtype, ndim, shape)
+    for rank, claim in enumerate(claims):
+        _refuse_different(merged, claim, rows[rank], first_rank, rank)
+    return merged, rows
+
+
+def _refuse_different(merged: Tensors, claim: Claim, rows: I64, first_rank: I64, rank: int) -> None:
+    mine = claim.tensors
+    padded = np.ones((len(rows), merged.shape.shape[1]), dtype=np.int64)
+    padded[:, : mine.shape.shape[1]] = mine.shape
+    differs = (
+        (merged.dtype[rows] != mine.dtype)
+        | (merged.ndim[rows] != mine.ndim)
+        | (merged.shape[rows] != padded).any(axis=1)
+    )
+    if not differs.any():
+        return
+    row = int(np.flatnonzero(differs)[0])
+    place = int(rows[row])
+    raise Conflict(
+        f"tensor {mine.names[row]!r} is {_kind(merged, place)} on rank {first_rank[place]} "
+        f"and {_kind(mine, row)} on rank {rank}; nothing was written"
+    )
+
+
+def _kind(tensors: Tensors, row: int) -> str:
+    shape = tensors.shape[row, : tensors.ndim[row]].tolist()
+    return f"{DTYPES[tensors.dtype[row]]}{shape}"
+
+
+def _merge_objects(
+    claims: Sequence[Claim],
+) -> tuple[tuple[str, ...], dict[str, int], dict[str, Any], dict[str, int]]:
+    """All objects, the lowest rank that has each one, and the values of it that are known.
+
+    Last, for each object that differs between ranks, the lowest rank with another value.
+    """
+    first: dict[str, int] = {}
+    values: dict[str, Any] = {}
+    differing: dict[str, int] = {}
+    for rank, claim in enumerate(claims):
+        if rank and claim.objects is claims[0].objects and claim.values is claims[0].values:
+            continue
+        for name in claim.objects:
+            if name not in first:
+                first[name] = rank
+                if name in claim.values:
+                    values[name] = claim.values[name]
+            elif name in values and name in claim.values and values[name] != claim.values[name]:
+                differing.setdefault(name, rank)
+    return tuple(first), first, values, differing
+
+
+def _refuse_two_kinds(
+    tensors: tuple[str, ...], objects: tuple[str, ...], claims: Sequence[Claim]
+) -> None:
+    both = set(objects).intersection(tensors)
+    if not both:
+        return
+    name = min(both)
+    as_tensor = [rank for rank, claim in enumerate(claims) if name in claim.tensors.names]
+    as_object = [rank for rank, claim in enumerate(claims) if name in claim.objects]
+    raise Conflict(
+        f"{name!r} is a tensor on {ranks_text(as_tensor)} and an object on "
+        f"{ranks_text(as_object)}; nothing was written"
+    )
+
+
+def _stack(claims: Sequence[Claim], rows: Sequence[I64], width: int) -> _Pieces:
+    counts = np.array([len(claim.piece) for claim in claims], dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    offsets = np.zeros((int(starts[-1]), width), dtype=np.int64)
+    sizes = np.ones((int(starts[-1]), width), dtype=np.int64)
+    for start, claim in zip(starts, claims, strict=False):
+        part = slice(int(start), int(start) + len(claim.piece))
+        offsets[part, : claim.offsets.shape[1]] = claim.offsets
+        sizes[part, : claim.sizes.shape[1]] = claim.sizes
+    return _Pieces(
+        rank=np.repeat(np.arange(len(claims), dtype=np.int64), counts),
+        row=np.concatenate([np.arange(n, dtype=np.int64) for n in counts]),
+        tensor=np.concatenate([rows[r][claim.piece] for r, claim in enumerate(claims)]),
+        offsets=offsets,
+        sizes=sizes,
+        alias=np.concatenate(
+            [claim.alias + start for start, claim in zip(starts, claims, strict=False)]
+        ),
+    )
+
+
+def _refuse_bad_cover(tensors: Tensors, pieces: _Pieces, first: I64) -> None:
+    problems = coverage(
+        pieces.tensor[first], tensors.shape, pieces.offsets[first], pieces.sizes[first]
+    )
+    if not problems:
+        return
+    lines = [_describe(problem, tensors, pieces, first) for problem in problems[:10]]
+    if len(problems) > len(lines):
+        lines.append(f"and {len(problems) - len(lines)} more")
+    raise Conflict("; ".join(lines) + "; nothing was written")
+
+
+def _describe(problem: Any, tensors: Tensors, pieces: _Pieces, first: I64) -> str:
+    row = problem.tensor
+    ndim = int(tensors.ndim[row])
+    box = Box(problem.box.offsets[:ndim], problem.box.sizes[:ndim])
+    name = f"tensor {tensors.names[row]!r} {_kind(tensors, row)}"
+    if problem.kind == "hole":
+        holders = sorted(set(pieces.rank[pieces.tensor == row].tolist()))
+        have = (
+            f"{ranks_text(holders)} hold other parts of it" if holders else "no rank has any of it"
+        )
+        return f"{name}: no rank holds {box} ({have})"
+    ranks = sorted({int(pieces.rank[first[r]]) for r in problem.rows})
+    word = "overlap at" if problem.kind == "overlap" else "lie outside of it at"
+    return f"{name}: boxes of {ranks_text(ranks)} {word} {box}"
+
+
+def _share_payloads(key: I64, alias: I64) -> I64:
+    """Number the payloads from 0: keys that any rank calls aliases get the same one."""
+    count = int(key.max(initial=-1)) + 1
+    root = np.arange(count, dtype=np.int64)
+    aliased = np.flatnonzero(alias != np.arange(len(alias)))
+    for a, b in {(int(key[i]), int(key[alias[i]])) for i in aliased}:
+        low, high = sorted((_root(root, a), _root(root, b)))
+        root[high] = low
+    while (root[root] != root).any():
+        root = root[root]
+    _, payload = np.unique(root, return_inverse=True)
+    numbered: NDArray[np.int64] = payload.reshape(-1).astype(np.int64)
+    return numbered[key]
+
+
+def _root(root: I64, key: int) -> int:
+    while root[key] != key:
+        key = int(root[key])
+    return key

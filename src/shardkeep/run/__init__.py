@@ -1,0 +1,9 @@
+"""The steps of a run: what is committed, what stays, what goes. No torch."""
+
+from __future__ import annotations
+
+from shardkeep.run.policies import KeepBest, KeepEvery, KeepLast
+from shardkeep.run.step_names import StepNames
+from shardkeep.run.steps import Steps
+
+__all__ = ["KeepBest", "KeepEvery", "KeepLast", "StepNames", "Steps"]

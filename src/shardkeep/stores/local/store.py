@@ -1,0 +1,358 @@
+"""A folder of the local file system, or of one that is mounted (NFS, Lustre)."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardkeep.contracts import Buffer, Store
+from shardkeep.stores.local import direct_reads
+from shardkeep.stores.local.descriptors import opened
+from shardkeep.stores.local.error_names import naming
+from shardkeep.stores.local.files import Direct, LocalSink, LocalTarget
+from shardkeep.stores.names import checked, checked_range
+from shardkeep.types import I64
+
+__all__ = ["LocalStore"]
+
+_NO_EMPTY_FOLDER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
+"""What removing a folder says of one that is not empty, is gone, or is a link or a file."""
+
+
+class _Open:
+    """A file open for reading. Closed with its last reference, so never under a reader's feet."""
+
+    def __init__(self, path: str, flags: int) -> None:
+        self._map: mmap.mmap | None = None
+        # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
+        self._file = opened(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+        self.fd = self._file.fileno()
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        self._path, self._identity = path, (found.st_dev, found.st_ino)
+
+    def mapped(self) -> memoryview:
+        """Its bytes as memory."""
+        if self._map is None:
+            self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
+        return memoryview(self._map)
+
+    def replaced(self) -> bool:
+        """Whether the name that it was opened by is gone, or leads to another file by now.
+
+        Its count of links does not tell: a backup may hold one, and NFS keeps what is still open.
+        """
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - hot
+        except OSError:
+            return True  # opening it again says what is wrong
+        return (found.st_dev, found.st_ino) != self._identity
+
+
+class LocalStore(Store):
+    """Files below `path`, which need not exist yet. Reading uses at most `open_files` descriptors.
+
+    Bytes that are in the page cache are copied out of it; others come past it, where the kernel
+    tells which is which and the file system lets. Files of known size are written past it, too.
+    Neither is so if `direct` is False. The buffers for it take half of `budget` bytes at most.
+
+    Closing it (or leaving its `with` block) closes the files and frees the buffers; it can be used
+    again afterwards.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        open_files: int = 64,
+        direct: bool = True,
+        budget: int | None = None,
+    ) -> None:
+        self._root = os.fspath(path) or "."
+        self._options: dict[str, Any] = {
+            "open_files": open_files,
+            "direct": direct,
+            "budget": budget,
+        }
+        self._limit = max(1, open_files)
+        self._lock = Lock()
+        self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
+        self._cold = direct_reads.ColdReads(direct, budget)
+        self._unsynced: set[str] = set()
+        self._syncing = Lock()
+        self._anchored = False
+        self._direct = Direct(direct)
+
+    @property
+    def url(self) -> str:
+        return self._root
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self._root)
+
+    def path_of(self, name: str) -> str:
+        """The file's path in the file system; ValueError if the name would leave the folder."""
+        return os.path.join(self._root, checked(name))  # noqa: PTH118 - hot, and text is wanted
+
+    def names(self) -> Iterator[str]:
+        def refuse(error: OSError) -> None:
+            # A folder that is missing is empty; one that cannot be read must not look empty.
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for folder, _, files in os.walk(self._root, onerror=refuse):
+            inner = os.path.relpath(folder, self._root).replace(os.sep, "/")
+            yield from files if inner == "." else (f"{inner}/{file}" for file in files)
+
+    def size(self, name: str) -> int:
+        path = self.path_of(name)
+        found = os.stat(path)  # noqa: PTH116 - hot
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return found.st_size
+
+    def modified(self, name: str) -> float:
+        return os.stat(self.path_of(name)).st_mtime  # noqa: PTH116 - over a network, the server's
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        checked_range(offset, length)
+        path = self.path_of(name)
+        with naming(path):
+            file = self._file(path)
+            # Clamped first: a length out of a hostile checkpoint must not allocate memory.
+            left = max(0, min(length, os.fstat(file.fd).st_size - offset))
+            parts = []
+            while left and (part := os.pread(file.fd, left, offset)):
+                parts.append(part)
+                offset += len(part)
+                left -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
+        return max(self.read_steps(name, offset, buffer, direct_reads.PIECE), default=0)
+
+    def read_steps(
+        self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
+    ) -> Iterator[int]:
+        path = self.path_of(name)
+        view = buffer.cast("B")
+        checked_range(offset, len(view))
+        with naming(path):
+            file = self._file(path)
+            for low in range(0, len(view), direct_reads.PIECE):
+                piece = view[low : low + direct_reads.PIECE]
+                done = 0
+                if not keep and self._cold.pays(file.fd, offset + low, len(piece)):
+                    for done in self._past_the_cache(path, offset + low, piece, step):
+                        yield low + done
+                while done < len(piece):
+                    rest = piece[done : done + step]
+                    read = os.preadv(file.fd, [rest], offset + low + done)
+                    if not read:
+                        return
+                    done += read
+                    yield low + done
+
+    def read_rows(self, name: str, starts: I64, into: NDArray[np.uint8]) -> bool:
+        path = self.path_of(name)
+        low, high = int(starts.min()), int(starts.max()) + into.shape[1]
+        checked_range(low, high - low)
+        with naming(path):
+            file = self._file(path)
+            if self._cold.pays(file.fd, low, high - low):
+                return False
+            for start, row in zip(starts.tolist(), into, strict=True):
+                if os.preadv(file.fd, [row], start) != len(row):
+                    return False
+        return True
+
+    def mapped(self, name: str) -> memoryview | None:
+        try:
+            file = self._file(self.path_of(name))
+            size = os.fstat(file.fd).st_size
+            return None if self._cold.pays(file.fd, 0, size) else file.mapped()
+        except (OSError, ValueError):  # reading tells what is wrong with it
+            return None
+
+    def create(self, name: str) -> LocalSink:
+        return LocalSink(self._new(name))
+
+    def reserve(self, name: str, nbytes: int) -> LocalTarget:
+        return LocalTarget(self._new(name), nbytes, self._direct)
+
+    def _new(self, name: str) -> str:
+        """The path of a file that is about to be made: its folder will have to be synced."""
+        path = self.path_of(name)
+        folder = os.path.dirname(path)  # noqa: PTH120
+        self._make(folder)
+        with self._lock:
+            self._unsynced.add(folder)
+        return path
+
+    def publish(self, name: str, data: Buffer) -> None:
+        path = self.path_of(name)
+        temporary = f"{checked(name)}.{token_hex(8)}.tmp"
+        try:
+            with self.create(temporary) as sink:
+                sink.write(data)
+            self._anchor()
+            os.replace(self.path_of(temporary), path)  # noqa: PTH105
+        except BaseException:
+            with suppress(OSError):  # it must not hide what went wrong
+                self.remove(temporary)
+            raise
+        finally:
+            self._forget(path)
+        self.sync()
+
+    def _anchor(self) -> None:
+        """Make durable what leads to the folder, once.
+
+        A save that was killed, or the caller, may have made it and those above it, and not have
+        synced them: then a power loss would take the folder away with all that is in it.
+        """
+        if not self._anchored:
+            for folder in _above(self._root):
+                # What may not be opened is not this job's, so it was not made for it just now.
+                with suppress(PermissionError):
+                    _sync_folder(folder)
+            self._anchored = True
+
+    def remove(self, name: str) -> None:
+        path = self.path_of(name)
+        self._forget(path)
+        try:
+            os.unlink(path)  # noqa: PTH108
+        except FileNotFoundError:
+            return
+        with self._lock:
+            self._unsynced.add(os.path.dirname(path))  # noqa: PTH120
+
+    def sync(self) -> None:
+        # One after the other: who finds nothing to sync must know that it is synced.
+        with self._syncing:
+            with self._lock:
+                folders, self._unsynced = self._unsynced, set()
+            try:
+                for folder in sorted(folders):
+                    _sync_folder(folder)
+            except BaseException:
+                with self._lock:
+                    self._unsynced |= folders
+                raise
+
+    def folders(self, *, links: bool = True) -> Iterator[str]:
+        with suppress(FileNotFoundError), os.scandir(self._root) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=links):
+                    yield entry.name
+
+    def below(self, folder: str) -> LocalStore:
+        return LocalStore(self.path_of(folder), **self._options)
+
+    def drop(self, folder: str) -> None:
+        path = self.path_of(folder)
+        try:
+            os.rmdir(path)  # noqa: PTH106
+        except OSError as error:
+            if error.errno not in _NO_EMPTY_FOLDER:
+                raise
+
+    def close(self) -> None:
+        """Close the files that are open for reading, and free the buffers."""
+        with self._lock:
+            self._open.clear()
+        self._cold.close()
+
+    def __enter__(self) -> LocalStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LocalStore({self._root!r})"
+
+    def _file(self, path: str, flags: int = 0) -> _Open:
+        key = path, flags
+        with self._lock:
+            file = self._open.get(key)
+            if file is not None:
+                self._open.move_to_end(key)
+        if file is not None and not file.replaced():
+            return file
+        file = _Open(path, flags)
+        with self._lock:
+            self._open[key] = file
+            self._open.move_to_end(key)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return file
+
+    def _forget(self, path: str) -> None:
+        with self._lock:
+            for flags in (0, direct_reads.FLAG):
+                self._open.pop((path, flags), None)
+
+    def _past_the_cache(self, path: str, offset: int, view: memoryview, step: int) -> Iterator[int]:
+        """As `ColdReads.read`, of a file that is opened for it."""
+        file = None
+        with self._cold.refusals():
+            file = self._file(path, direct_reads.FLAG)
+        if file is not None:
+            yield from self._cold.read(file.fd, offset, view, step)
+
+    def _make(self, folder: str) -> None:
+        """Make a folder and those above it; what gained a name by that is synced later."""
+        if not folder or os.path.isdir(folder):  # noqa: PTH112
+            return
+        above = os.path.dirname(folder)  # noqa: PTH120
+        self._make(above)
+        with self._lock:  # before it is made: another thread may find it, and sync what it uses
+            self._unsynced.add(above)
+        with suppress(FileExistsError):  # made by another rank at the same time: it syncs it
+            os.mkdir(folder)  # noqa: PTH102
+
+
+def _above(folder: str) -> list[str]:
+    """The folders above it, up to the root of its file system, nearest first; links followed."""
+    found, inner = [], os.path.realpath(folder)
+    device = os.stat(inner).st_dev  # noqa: PTH116
+    while (above := os.path.dirname(inner)) != inner:  # noqa: PTH120
+        if os.stat(above).st_dev != device:  # noqa: PTH116
+            break
+        found.append(above)
+        inner = above
+    return found
+
+
+def _sync_folder(folder: str) -> None:
+    folder = folder or "."
+    with naming(folder):
+        held: list[int] = []
+        try:
+            # In one go of C code: between two calls, a Ctrl-C would lose the number.
+            held.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
+            os.fsync(held[0])
+        except OSError as error:
+            # Some mounted file systems (CIFS, several FUSE) refuse to sync a folder.
+            if not held or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            for fd in held:
+                os.close(fd)

@@ -1,0 +1,175 @@
+"""What the inert reader builds where torch is at hand: real tensors, sizes, dtypes, devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shardkeep.format.pickle.builders import CORE
+from shardkeep.format.pickle.registry import Builder, Reference, Registry
+from shardkeep.format.pickle.torch_builders import StoredTensor
+from shardkeep.types import DTYPES, DType, Opaque
+
+__all__ = ["TORCH", "Maker", "device", "dtype"]
+
+
+class Maker:
+    """Makes the tensors of one object; those that shared a storage do so again."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def tensor(self, stored: StoredTensor, record: memoryview) -> torch.Tensor:
+        """A tensor on memory of its own; ValueError if torch can't make it.
+
+        Args:
+            stored: its strides were checked against the record.
+            record: the bytes of its storage.
+        """
+        kind = dtype(stored.dtype.name)
+        start = (stored.start - stored.record.offset) // stored.dtype.itemsize
+        try:
+            made = self._made(stored, kind, self._storage(stored, record), start)
+            if stored.requires_grad and (kind.is_floating_point or kind.is_complex):
+                made.requires_grad_()
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"a tensor that can't be built: {error}") from error
+        return made
+
+    def _storage(self, stored: StoredTensor, record: memoryview) -> torch.UntypedStorage:
+        known = self._storages.get(stored.record.offset)
+        if known is None or known.nbytes() != len(record):
+            copy = torch.frombuffer(bytearray(record), dtype=torch.uint8) if len(record) else None
+            known = torch.empty(0).untyped_storage() if copy is None else copy.untyped_storage()
+            self._storages[stored.record.offset] = known
+        return known
+
+    def _made(
+        self, stored: StoredTensor, kind: torch.dtype, storage: torch.UntypedStorage, start: int
+    ) -> torch.Tensor:
+        if stored.quantizer is not None:
+            untyped: Any = torch.storage.TypedStorage
+            rebuild: Any = torch._utils._rebuild_qtensor
+            typed = untyped(wrap_storage=storage, dtype=kind, _internal=True)
+            place = (start, stored.shape, stored.strides)
+            quantized: torch.Tensor = rebuild(typed, *place, _scales(stored), False, {})
+            return quantized
+        made = torch.empty(0, dtype=kind).set_(storage, start, stored.shape, stored.strides)
+        made = made.conj() if stored.conj else made
+        return torch._neg_view(made) if stored.neg else made
+
+
+def _scales(stored: StoredTensor) -> tuple[Any, ...]:
+    """The quantizer as torch takes it, its parts checked."""
+    scheme, *rest = stored.quantizer or ("",)
+    kinds = [type(one) for one in rest]
+    if scheme == "torch.per_tensor_affine" and kinds == [float, int]:
+        return (torch.per_tensor_affine, *rest)
+    if scheme == "torch.per_channel_affine" and kinds == [torch.Tensor, torch.Tensor, int]:
+        scales, zeros, axis = rest
+        if 0 <= axis < len(stored.shape) and scales.shape == zeros.shape == (stored.shape[axis],):
+            return (torch.per_channel_affine, *rest)
+    raise ValueError(f"a tensor quantized in an unknown way ({scheme})")
+
+
+def dtype(name: Any) -> torch.dtype:
+    """The dtype of that name; ValueError if this torch has none."""
+    found = getattr(torch, name, None) if type(name) is str else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch {torch.__version__} has no dtype {name!r:.40}")
+    return found
+
+
+def device(*name: Any) -> torch.device:
+    """A device of its name, or of its type and index; ValueError if torch knows none such."""
+    if [type(part) for part in name] not in ([str], [str, int]):
+        raise ValueError("a device without a name")
+    try:
+        return torch.device(*name)
+    except RuntimeError as error:
+        raise ValueError(f"no device of torch: {name!r:.60}") from error
+
+
+def _size(sizes: Any = ()) -> torch.Size:
+    return torch.Size(sizes)
+
+
+_LAYOUTS = {
+    str(layout): layout
+    for layout in (getattr(torch, name) for name in dir(torch))
+    if isinstance(layout, torch.layout)
+}
+
+
+def _layout(name: Any) -> torch.layout:
+    return _LAYOUTS[name]
+
+
+def _tensor_v3(*args: Any) -> Any:
+    """The common code knows dtypes by its own type."""
+    known = [DType.named(str(arg)) if isinstance(arg, torch.dtype) else arg for arg in args]
+    return CORE["torch._utils._rebuild_tensor_v3"].make(*known)  # type: ignore[misc]
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
+    if not isinstance(data, torch.Tensor):
+        raise TypeError("a parameter without a tensor")
+    differs = requires_grad is True and (data.is_floating_point() or data.is_complex())
+    return torch.nn.Parameter(data.detach(), requires_grad=differs)
+
+
+def _sparse(layout: Any, data: Any) -> Any:
+    """Indices are checked: one that is out of range would reach other memory."""
+    if not isinstance(layout, torch.layout) or type(data) is not tuple:
+        raise TypeError("a sparse tensor without a layout")
+    try:
+        if layout is torch.sparse_coo:
+            indices, values, size, *coalesced = data
+            known = bool(coalesced and coalesced[0] is True)
+            return torch.sparse_coo_tensor(
+                indices, values, size, check_invariants=True, is_coalesced=known or None
+            )
+        return torch.sparse_compressed_tensor(*data, layout=layout, check_invariants=True)
+    except RuntimeError as error:
+        raise ValueError(f"a sparse tensor that can't be built: {error}") from error
+
+
+def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor with attributes: without them. One of another class is not built."""
+    builder = function.builder if type(function) is Reference else None
+    known = isinstance(kind, Opaque) and kind.name in _SAME and type(args) is tuple
+    if not known or builder is None or builder.make is None:
+        return NotImplemented
+    made = builder.make(*args)
+    return made if isinstance(made, torch.Tensor) else NotImplemented
+
+
+_SAME = (
+    "torch.Tensor",
+    "torch._tensor.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.nn.parameter.Buffer",
+)
+
+_DTYPES = {
+    f"torch.{one.name}": Builder(value=getattr(torch, one.name), type=torch.dtype, key=True)
+    for one in DTYPES
+    if isinstance(getattr(torch, one.name, None), torch.dtype)
+}
+
+TORCH: Registry = Registry(
+    {
+        **CORE,
+        **_DTYPES,
+        "torch.Size": Builder(_size, type=torch.Size, key=True),
+        "torch.device": Builder(device, type=torch.device, key=True),
+        "torch.serialization._get_layout": Builder(_layout, type=torch.layout, key=True),
+        "torch._utils._rebuild_tensor_v3": Builder(_tensor_v3),
+        "torch._utils._rebuild_parameter": Builder(_parameter),
+        "torch._utils._rebuild_parameter_with_state": Builder(_parameter),
+        "torch._utils._rebuild_sparse_tensor": Builder(_sparse),
+        "torch._tensor._rebuild_from_type_v2": Builder(_from_type),
+    }
+)
+"""The builders of values that hold nothing but data, those of torch included."""

@@ -1,0 +1,68 @@
+"""Digests of what a state holds: how ranks compare values that are to be the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from shardkeep.format import values
+from shardkeep.torch_state.objects import to_bytes
+from shardkeep.torch_state.payloads import StatePayloads
+from shardkeep.torch_state.rows import Pieces
+from shardkeep.types import DTYPES, Box, Path, Structure, Tensors
+
+__all__ = ["contents"]
+
+_STEP = 1 << 20
+"""Bytes of a tensor that are copied and digested at a time."""
+
+
+def contents(
+    places: frozenset[Path],
+    structure: Structure,
+    tensors: Tensors,
+    pieces: Pieces,
+    objects: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """A digest for each object and each box of a tensor that stands at or below one of the places.
+
+    Returns:
+        What it is, in the words of errors -> 16 bytes.
+    """
+    if not places:
+        return {}
+    wanted = {
+        name
+        for name, path in structure.leaves.items()
+        if any(path[:depth] in places for depth in range(1, len(path) + 1))
+    }
+    found = {f"object {name!r}": _of_object(name, objects[name]) for name in wanted & set(objects)}
+    mine = [row for row, t in enumerate(pieces.piece.tolist()) if tensors.names[t] in wanted]
+    payloads = StatePayloads([pieces.memory[row] for row in mine], pieces.addresses[mine])
+    space = np.empty(_STEP, dtype=np.uint8)
+    for k, row in enumerate(mine):
+        tensor = int(pieces.piece[row])
+        ndim, dtype = int(tensors.ndim[tensor]), DTYPES[tensors.dtype[tensor]]
+        sizes = tuple(pieces.sizes[row, :ndim].tolist())
+        box = Box(tuple(pieces.offsets[row, :ndim].tolist()), sizes)
+        whole = box.sizes == tuple(tensors.shape[tensor, :ndim].tolist())
+        hashed, nbytes = blake2b(digest_size=16), box.numel * dtype.itemsize
+        for start in range(0, nbytes, _STEP):
+            count = min(_STEP, nbytes - start)
+            payloads.copy(k, start, count, space.ctypes.data)
+            hashed.update(space.data[:count])
+        what = f"tensor {tensors.names[tensor]!r}" + ("" if whole else f" at {box}")
+        found[what] = hashed.digest()
+    return found
+
+
+def _of_object(name: str, value: Any) -> bytes:
+    """Of its content where that can be written down exactly, else of its pickle."""
+    try:
+        return values.digest(values.encode(value, limit=sys.maxsize))
+    except values.NotEncodable:
+        return blake2b(to_bytes(value, name=name), digest_size=16).digest()

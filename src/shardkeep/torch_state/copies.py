@@ -1,0 +1,208 @@
+"""A copy of a state on the CPU, which no later change of the state reaches: staging.
+
+Torch's own stagers leave things out (tensors of no dimension in a DTensor, what a tensor says of
+its place in a global one) or refuse them (subclasses); and they differ between releases.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from shardkeep.torch_state.checkpointable import CheckpointableTensor, is_checkpointable
+from shardkeep.torch_state.memory import words
+from shardkeep.torch_state.pieces import is_fake
+from shardkeep.torch_state.shards import Shards
+
+__all__ = ["Allocate", "copy_state", "is_plain"]
+
+Allocate = Callable[[int], torch.Tensor]
+"""Gives memory: so many bytes, as a tensor of uint8 on the CPU, aligned for every dtype."""
+
+_ATOMS = frozenset(
+    [type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size]
+)
+_NO_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
+_PLACE = tuple(CheckpointableTensor.__annotations__)
+
+
+def copy_state(state: Any, *, allocate: Allocate | None = None, keep_tensors: bool = False) -> Any:
+    """Copy containers, objects and tensors. What is one in the state is one in the copy.
+
+    Tensors become plain ones on the CPU, with the strides that they had if these are dense.
+    DTensors, ShardedTensors, `Shards` and subclasses that have `__tensor_flatten__` stay what they
+    are, around copies. Objects are copied as pickling does it, with the tensors in them; one that
+    can't be copied stays as it is, as what saves it knows better what to do with it. So do tensors
+    without data, and of kinds that have no copies.
+
+    Args:
+        allocate: gives the memory for plain tensors; by default their own.
+        keep_tensors: the copy holds the very tensors of the state (but none that is conjugated or
+            negated lazily); all else is copied.
+
+    Raises:
+        MemoryError, RuntimeError: there is no memory for the copies, or a device failed.
+    """
+    with torch.no_grad():
+        return _Copier(allocate or _own_memory, keep_tensors)(state)
+
+
+def _own_memory(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+class _Copier:
+    """One copy of one state. Everything that was copied stays alive, or ids would come again."""
+
+    def __init__(self, allocate: Allocate, keep_tensors: bool) -> None:
+        self._allocate, self._keep_tensors = allocate, keep_tensors
+        self._done: dict[int, tuple[Any, Any]] = {}
+        self._memory: dict[Any, tuple[Any, torch.Tensor]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if type(value) in _ATOMS:
+            return value
+        if (known := self._done.get(id(value))) is None:
+            known = self._done[id(value)] = (value, self._copy(value))
+        return known[1]
+
+    def _copy(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in (dict, OrderedDict):
+            made: dict[Any, Any] = kind()
+            self._done[id(value)] = (value, made)  # before what is inside: it may hold itself
+            made.update((key, self(inner)) for key, inner in value.items())
+            return made
+        if kind is list:
+            listed: list[Any] = []
+            self._done[id(value)] = (value, listed)
+            listed.extend(map(self, value))
+            return listed
+        if kind is tuple:
+            return tuple(map(self, value))
+        if isinstance(value, torch.Tensor):
+            return _kept(value) if self._keep_tensors else self._tensor(value)
+        if kind is Shards:
+            parts = [(box, self(tensor)) for box, tensor in value.parts]
+            return Shards(value.shape, parts, value.dtype)
+        return self._object(value)
+
+    def _object(self, value: Any) -> Any:
+        tensors: list[torch.Tensor] = []
+        stream = io.BytesIO()
+        try:
+            _Pickler(stream, tensors).dump(value)
+        except Exception as error:
+            return _deep_copy(value, error)
+        copies = [self(tensor) for tensor in tensors]  # What fails here is no reason to share them.
+        stream.seek(0)
+        try:
+            return _Unpickler(stream, copies).load()
+        except Exception as error:
+            return _deep_copy(value, error)
+
+    def _tensor(self, value: Any) -> Any:
+        if is_plain(value):
+            return self._plain(value)
+        if hasattr(value, "trigger_wait"):  # what a collective gives, maybe not yet
+            return self(value.trigger_wait())
+        if hasattr(value, "local_shards"):
+            on_cpu = value.cpu()
+            return copy.deepcopy(on_cpu) if on_cpu is value else on_cpu
+        if hasattr(value, "__tensor_flatten__") and not value.is_nested:
+            attributes, context = value.__tensor_flatten__()
+            inner = {name: self(getattr(value, name)) for name in attributes}
+            kind: Any = type(value)
+            return kind.__tensor_unflatten__(inner, context, value.size(), value.stride())
+        return value if _has_no_data(value) else _as_its_kind_copies(value)
+
+    def _plain(self, value: torch.Tensor) -> torch.Tensor:
+        source = words(value.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg())
+        place = (source.device, source.data_ptr(), value.dtype, source.shape, source.stride())
+        tied = source.numel() and not is_checkpointable(value)
+        if tied and place in self._memory:
+            return self._memory[place][1]
+        nbytes = source.numel() * source.element_size()
+        strides = torch.empty_like(source, device="meta").stride()
+        memory = self._allocate(nbytes).view(source.dtype)
+        target = memory.as_strided(source.shape, strides)
+        target.copy_(source)
+        made = target.view(value.dtype)
+        if tied:
+            self._memory[place] = (source, made)
+        elif is_checkpointable(value):
+            vars(made).update({name: getattr(value, name) for name in _PLACE})
+        return made
+
+
+def _kept(value: torch.Tensor) -> torch.Tensor:
+    """Without what is still to be done to its memory: torch's stagers copy the memory alone."""
+    return value.resolve_conj().resolve_neg() if is_plain(value) else value
+
+
+def _as_its_kind_copies(value: torch.Tensor) -> torch.Tensor:
+    try:  # Sparse, quantized, nested ones.
+        return value.detach().to("cpu", copy=True)
+    except (NotImplementedError, TypeError):  # Of a kind that has no copies: not saved, either.
+        return value
+
+
+def _has_no_data(value: torch.Tensor) -> bool:
+    return value.is_meta or is_lazy(value) or is_fake(value)
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether its memory is one block of elements, which the tensor itself has."""
+    kind = type(value)
+    if kind not in (torch.Tensor, torch.nn.Parameter) and (
+        is_lazy(value) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    ):
+        return False
+    strided = value.layout is torch.strided and not value.is_nested
+    return strided and not value.is_quantized and not value.is_meta
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: Any, tensors: list[torch.Tensor]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._tensors = tensors
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self._tensors.append(value)
+        return len(self._tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, tensors: list[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._tensors[pid]
+
+
+def _deep_copy(value: Any, pickling: Exception) -> Any:
+    """By its own means, as pickling has failed; the value itself if it has none."""
+    if _no_memory(pickling):
+        raise pickling
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        if _no_memory(error):
+            raise
+        return value
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether a copy failed for want of memory: the value itself would be saved as it is later."""
+    # Of its CPU allocator torch raises a mere RuntimeError.
+    return isinstance(error, _NO_MEMORY) or "allocate memory" in str(error)

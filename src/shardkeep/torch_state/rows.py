@@ -1,0 +1,151 @@
+"""The tensors of a state and their pieces on this rank, as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+
+from shardkeep.plan.cutting import cut
+from shardkeep.torch_state.memory import in_order
+from shardkeep.torch_state.pieces import Described, Piece
+from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Tensors
+
+__all__ = ["Pieces", "Rows", "aliases", "cut_large"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """P pieces as columns, as in `Claim` and in the order of their tensors, and their memory."""
+
+    piece: I64
+    offsets: I64
+    sizes: I64
+    memory: Sequence[torch.Tensor]
+    pointers: I64
+    """[P] where the first element lies."""
+    addresses: I64
+    """[P] the same for those that lie in memory of the CPU in C order; 0 for others."""
+
+    def of(self, tensor: int, ndim: int) -> tuple[Piece, ...]:
+        """Those of one tensor of so many dimensions."""
+        first, last = np.searchsorted(self.piece, [tensor, tensor + 1]).tolist()
+        offsets, sizes = (t[first:last, :ndim].tolist() for t in (self.offsets, self.sizes))
+        boxes = map(Box, map(tuple, offsets), map(tuple, sizes))
+        return tuple(map(Piece, boxes, self.memory[first:last]))
+
+
+@dataclass(slots=True)
+class Rows:
+    """Tensors and their pieces, as they are found."""
+
+    names: list[str] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    shapes: list[Sequence[int]] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    """Row of a tensor -> how many pieces it has, where that is not one."""
+    memory: list[torch.Tensor] = field(default_factory=list)
+    pointers: list[int] = field(default_factory=list)
+    apart: list[int] = field(default_factory=list)
+    """Rows of pieces that don't lie in memory of the CPU in C order."""
+    boxes: dict[int, Box] = field(default_factory=dict)
+    """Row of a piece -> its box, where that is not the whole tensor."""
+
+    def add(self, described: Described) -> None:
+        if len(described.pieces) != 1:
+            self.counts[len(self.names)] = len(described.pieces)
+        self.names.append(described.name)
+        self.codes.append(described.dtype.code)
+        self.shapes.append(described.shape)
+        for piece in described.pieces:
+            self.boxes[len(self.memory)] = piece.box
+            if not in_order(piece.local):
+                self.apart.append(len(self.memory))
+            self.memory.append(piece.local)
+            self.pointers.append(piece.local.data_ptr() if piece.local.numel() else 0)
+
+    def tensors(self) -> Tensors:
+        ndim = np.fromiter(map(len, self.shapes), np.int64, len(self.shapes))
+        shape = np.ones((len(ndim), int(ndim.max(initial=0))), dtype=np.int64)
+        inside = np.arange(shape.shape[1]) < ndim[:, None]
+        shape[inside] = np.fromiter(chain.from_iterable(self.shapes), np.int64, int(ndim.sum()))
+        codes = np.array(self.codes, dtype=np.uint8)
+        return Tensors(tuple(self.names), codes, ndim.astype(np.uint8), shape)
+
+    def pieces(self, tensors: Tensors) -> Pieces:
+        counts = np.ones(len(self.names), dtype=np.int64)
+        counts[list(self.counts)] = list(self.counts.values())
+        piece = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        sizes = tensors.shape[piece]
+        offsets = np.zeros_like(sizes)
+        for row, box in self.boxes.items():
+            offsets[row, : box.ndim], sizes[row, : box.ndim] = box.offsets, box.sizes
+        pointers = np.array(self.pointers, dtype=np.uint64).view(np.int64)
+        addresses = pointers.copy()
+        addresses[self.apart] = 0
+        return Pieces(piece, offsets, sizes, self.memory, pointers, addresses)
+
+
+def cut_large(tensors: Tensors, whole: Pieces, limit: int) -> Pieces:
+    """The same pieces; those of more than `limit` bytes as several, views of their memory."""
+    nbytes = whole.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[whole.piece]]
+    large = np.flatnonzero(nbytes > limit)
+    if not len(large):
+        return whole
+    counts = np.ones(len(nbytes), dtype=np.int64)
+    boxes, views, done = list[Box](), list[torch.Tensor](), 0
+    for row in large.tolist():
+        tensor = whole.piece[row]
+        ndim = int(tensors.ndim[tensor])
+        outer = Box(
+            tuple(whole.offsets[row, :ndim].tolist()), tuple(whole.sizes[row, :ndim].tolist())
+        )
+        parts = cut(outer, DTYPES[tensors.dtype[tensor]].itemsize, limit)
+        local = whole.memory[row].detach()
+        views += whole.memory[done:row]
+        views += [local[part.relative_to(outer).slices] for part in parts]
+        boxes += parts
+        counts[row], done = len(parts), row + 1
+    views += whole.memory[done:]
+    offsets, sizes = (np.repeat(t, counts, axis=0) for t in (whole.offsets, whole.sizes))
+    pointers, addresses = (np.repeat(t, counts) for t in (whole.pointers, whole.addresses))
+    changed = np.flatnonzero(np.repeat(np.isin(np.arange(len(counts)), large), counts))
+    for row, box in zip(changed.tolist(), boxes, strict=True):
+        offsets[row, : box.ndim], sizes[row, : box.ndim] = box.offsets, box.sizes
+        pointers[row] = np.uint64(views[row].data_ptr()).view(np.int64)
+        addresses[row] = pointers[row] if in_order(views[row]) else 0
+    return Pieces(np.repeat(whole.piece, counts), offsets, sizes, views, pointers, addresses)
+
+
+def aliases(tensors: Tensors, pieces: Pieces) -> I64:
+    """For each piece the first one that is the same box of the same memory.
+
+    The same storage, offset, shape, strides and dtype, and the same box of the same global shape:
+    tied weights. Itself, if there is none. Empty pieces have no memory to share.
+    """
+    alias = np.arange(len(pieces.piece), dtype=np.int64)
+    # Only pieces that begin where another one does can be one: nearly none.
+    order = np.argsort(pieces.pointers, kind="stable")
+    again = np.diff(pieces.pointers[order]) == 0
+    shared = np.zeros(len(alias), dtype=np.bool_)
+    shared[order[1:][again]] = shared[order[:-1][again]] = True
+    first: dict[Any, int] = {}
+    for row in np.flatnonzero(shared & (pieces.sizes > 0).all(axis=1)).tolist():
+        tensor = int(pieces.piece[row])
+        boxes = (*pieces.offsets[row].tolist(), *pieces.sizes[row].tolist())
+        kind = (int(tensors.dtype[tensor]), int(tensors.ndim[tensor]))
+        what = (kind, tuple(tensors.shape[tensor].tolist()), boxes)
+        alias[row] = first.setdefault((_place(pieces.memory[row]), what), row)
+    return alias
+
+
+def _place(memory: torch.Tensor) -> Any:
+    """What is the same for tensors of one shape with the same elements in the same memory."""
+    steps = tuple(
+        0 if size == 1 else step for size, step in zip(memory.shape, memory.stride(), strict=True)
+    )
+    return memory.device, memory.data_ptr(), steps, memory.is_conj(), memory.is_neg()

@@ -1,0 +1,1 @@
+"""Formatting, fork handling, garbage-collector pauses, retries. Imports nothing of Shardkeep."""

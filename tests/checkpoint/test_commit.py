@@ -1,0 +1,405 @@
+"""A checkpoint is whole or absent, and no byte of it changes unnoticed."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+import torch.distributed.checkpoint as stock
+
+import shardkeep as sk
+from shardkeep.checkpoint import commit
+from shardkeep.engine import save
+from shardkeep.stores import LocalStore, MemoryStore
+from shardkeep.testing.simulated_ranks import run
+from support.faults import WAYS, Died, FaultyStore
+from support.scenarios import bits, values
+
+
+def state(seed: str) -> dict:
+    tied = values(seed + "tied", (6, 2), torch.float32)
+    return {
+        "model": {
+            "a": values(seed + "a", (5, 3), torch.float32),
+            "b": values(seed + "b", (7,), torch.bfloat16),
+            "embed": tied,
+            "head": tied,
+            "scalar": values(seed + "s", (), torch.float64),
+            "none": torch.zeros(0, 4),
+        },
+        "groups": [{"lr": len(seed) / 10, "params": [0, 1]}],
+        "note": f"{seed} state",
+        "set": {1, 2, len(seed)},
+        7: {"seven": (seed,)},
+    }
+
+
+OLD, NEW = state("old"), state("newer")
+
+
+def contents(checkpoint) -> dict:
+    """Every leaf's bytes or value."""
+    found = {}
+    for name in checkpoint:
+        value = checkpoint.read(name)
+        if checkpoint.is_tensor(name):
+            value = (*checkpoint.shape_of(name), value.shape, value.tobytes())
+        found[name] = value
+    return found
+
+
+def saved(what: dict) -> MemoryStore:
+    store = MemoryStore()
+    sk.save(what, store)
+    return store
+
+
+def files(store: MemoryStore) -> dict[str, bytes]:
+    return {name: store.read(name, 0, store.size(name)) for name in store.names()}
+
+
+def store_of(content: dict[str, bytes]) -> MemoryStore:
+    store = MemoryStore()
+    for name, data in content.items():
+        store.publish(name, data)
+    return store
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, dict]:
+    return {"old": contents(sk.open(saved(OLD))), "new": contents(sk.open(saved(NEW)))}
+
+
+def what_is_there(store: MemoryStore, whole: dict[str, dict]) -> str:
+    """Which of the states is there, whole in every view of it."""
+    try:
+        checkpoint = sk.open(store)
+    except sk.NotACheckpoint:
+        return "none"
+    report = checkpoint.verify()
+    assert report.ok, report.damaged
+    assert not report.unchecked
+    found = contents(checkpoint)
+    (which,) = [name for name, expected in whole.items() if found == expected]
+    plain = sk.open(store, manifest=False)
+    assert plain.verify().ok
+    for name in checkpoint:
+        if checkpoint.is_tensor(name):
+            assert plain.read(name).tobytes() == checkpoint.read(name).tobytes()
+    return which
+
+
+@pytest.mark.parametrize(("kind", "when"), WAYS)
+@pytest.mark.parametrize("before", ["none", "old"])
+def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(whole, before, kind, when):
+    start = {} if before == "none" else files(saved(OLD))
+    ends = []
+    for at in range(1000):
+        inner = store_of(start)
+        store = FaultyStore(inner, at, kind, when)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "files of the overwritten")
+                sk.save(NEW, store, overwrite=before == "old")
+            failed = False
+        except (OSError, Died):
+            failed = True
+        there = what_is_there(inner, whole)
+        assert there in (before, "new")
+        committed = ("publish", ".metadata") in store.log[: at + (when == "after")]
+        assert there == ("new" if committed else before), store.log[at]
+        if not failed:
+            assert there == "new"
+        elif kind == "error" and not committed:
+            assert files(inner) == start  # nothing of it is left
+        ends.append(there)
+        if len(store.log) <= at:
+            break
+        sk.save(NEW, inner, overwrite=True)
+        assert what_is_there(inner, whole) == "new"
+    assert ends == sorted(ends, key=[before, "new"].index)  # one instant, and never back
+    assert len(ends) > 10
+
+
+def test_after_an_error_nothing_stays_of_what_was_not_committed(whole):
+    for at in range(1000):
+        inner = store_of(files(saved(OLD)))
+        before = set(inner.names())
+        store = FaultyStore(inner, at)
+        try:
+            sk.save(NEW, store, overwrite=True)
+        except OSError:
+            if ("create", ".manifest") in [(what, name[:9]) for what, name in store.log]:
+                break  # from here on nobody can know whether it was committed
+            assert set(inner.names()) == before
+    else:
+        pytest.fail("the save never came as far as its manifest")
+    assert at > 5
+
+
+def test_old_files_go_only_after_the_commit(tmp_path, whole):
+    stock.save(dict(OLD["model"]), checkpoint_id=tmp_path, no_dist=True)
+    local = LocalStore(tmp_path)
+    content = {name: local.read(name, 0, local.size(name)) for name in local.names()}
+    theirs = set(content) - {".metadata"}
+    assert theirs
+    store = FaultyStore(store_of(content))
+    sk.save(NEW, store, overwrite=True)
+    removed = {name for what, name in store.log if what == "remove"}
+    removed -= {f".lease_{sk.open(store.inner).found.trailer.save_id}.json"}
+    assert removed == theirs
+    order = [what for what, _ in store.log]
+    assert order.index("publish") < order.index("remove")
+    assert not theirs & set(store.inner.names())
+    assert what_is_there(store.inner, whole) == "new"
+
+
+def linked_backup(path):
+    """A backup as `cp -al` makes it: the old commit record keeps a link when it is replaced."""
+    backup = path.with_name("backup")
+    backup.mkdir()
+    for file in path.iterdir():
+        (backup / file.name).hardlink_to(file)
+
+
+def test_beside_a_backup_of_hard_links_old_files_go(tmp_path, whole):
+    path = tmp_path / "ckpt"
+    sk.save(OLD, path)
+    linked_backup(path)
+    old = {file.name for file in path.iterdir()}
+    sk.save(NEW, path, overwrite=True)
+    assert {file.name for file in path.iterdir()} & old == {commit.METADATA}
+    assert what_is_there(LocalStore(path), whole) == "new"
+    assert what_is_there(LocalStore(tmp_path / "backup"), whole) == "old"
+
+
+class Late(LocalStore):
+    """Commits, and says that it could not: as when syncing the folder fails after the rename."""
+
+    def publish(self, name, data):
+        super().publish(name, data)
+        if name == commit.METADATA:  # not at the lease: then it had not begun
+            raise OSError(errno.EIO, "Input/output error", name)
+
+
+@pytest.mark.parametrize("backup", [False, True])
+def test_what_was_committed_stays_whatever_is_raised_afterwards(tmp_path, whole, backup):
+    path = tmp_path / "ckpt"
+    sk.save(OLD, path)
+    if backup:
+        linked_backup(path)
+    with pytest.raises(OSError, match="Input/output error"):
+        sk.save(NEW, Late(path), overwrite=True)
+    assert what_is_there(LocalStore(path), whole) == "new"
+
+
+@pytest.mark.parametrize("part", ["publish", "create"])
+def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part):
+    content = files(saved(OLD))
+    record = bytearray(content[commit.METADATA])
+    record[-10] ^= 1
+    content[commit.METADATA] = bytes(record)
+    log = FaultyStore(store_of(content))
+    sk.save(NEW, log, overwrite=True)
+    wanted = commit.METADATA if part == "publish" else ".manifest"
+    at = [(what, name[: len(wanted)]) for what, name in log.log].index((part, wanted))
+    inner = store_of(content)
+    with pytest.raises(OSError, match="No space left"):
+        sk.save(NEW, FaultyStore(inner, at), overwrite=True)
+    assert files(inner) == content
+
+
+def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, monkeypatch):
+    """An answer that is lost: its message arrived, and the others may commit what it wrote."""
+    store, committed = MemoryStore(), threading.Event()
+    report, publish = save.report, commit.publish
+
+    def lost(session, *args):
+        found = report(session, *args)
+        if session.rank == 1:
+            assert committed.wait(30)
+            raise ConnectionError("no answer")
+        return found
+
+    def published(*args):
+        publish(*args)
+        committed.set()
+
+    monkeypatch.setattr(save, "report", lost)
+    monkeypatch.setattr(commit, "publish", published)
+
+    def one(ranks):
+        sk.save({f"w{ranks.rank}": torch.ones(4)}, store, ranks=ranks)
+
+    with pytest.raises(ConnectionError, match="no answer"):
+        run(2, one)
+    checkpoint = sk.open(store)
+    assert sorted(checkpoint) == ["w0", "w1"]
+    assert checkpoint.verify().ok
+
+
+class Kept(MemoryStore):
+    """Takes new data files, and keeps them."""
+
+    def remove(self, name):
+        if name.endswith(".distcp"):
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        super().remove(name)
+
+
+def test_the_warning_of_old_files_names_the_line_that_saved():
+    store = Kept()
+    sk.save(OLD, store)
+    with pytest.warns(UserWarning, match="files of the overwritten checkpoint") as caught:
+        sk.save(NEW, store, overwrite=True)
+    assert [one.filename for one in caught] == [__file__]
+
+
+def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):
+    sk.save(OLD, tmp_path)
+    newer = {"model": NEW["model"], "note": "from torch"}
+    stock.save(newer, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint = sk.open(tmp_path)
+    assert checkpoint.kind == "dcp"
+    assert checkpoint.verify().ok
+    assert checkpoint.read("note") == "from torch"
+    assert set(checkpoint) == {"note", *(f"model.{name}" for name in NEW["model"])}
+    for name, tensor in NEW["model"].items():
+        assert checkpoint.read(f"model.{name}").tobytes() == bits(tensor)
+    sk.save(OLD, tmp_path, overwrite=True)
+    assert contents(sk.open(tmp_path)) == whole["old"]
+    assert "__0_0.distcp" not in {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_a_commit_that_comes_while_one_looks_is_never_taken_for_stocks(late):
+    """Or it would be read without its digests."""
+
+    class Late(MemoryStore):
+        looks = 0
+
+        def size(self, name):
+            if name == commit.METADATA:
+                self.looks += 1
+                if self.looks <= late:
+                    raise FileNotFoundError(name)
+            return super().size(name)
+
+    store = Late()
+    sk.save(OLD, store, overwrite=True)
+    store.looks = 0
+    try:
+        kind = commit.find(store).kind
+    except sk.NotACheckpoint:
+        kind = None
+    assert kind in ("shardkeep", None)
+
+
+def test_a_commit_that_replaces_one_of_another_size_meanwhile_is_not_taken_for_stocks():
+    class Replaced(MemoryStore):
+        other = b""
+
+        def read(self, name, offset, length):
+            if name == commit.METADATA and self.other:
+                self.publish(name, self.other)
+                self.other = b""
+            return super().read(name, offset, length)
+
+    more = NEW | {"more": values("more", (3, 3), torch.float32)}
+    for first, last in ((OLD, more), (more, OLD)):
+        store, new = Replaced(), saved(last)
+        sk.save(first, store)
+        for name, data in files(new).items():
+            if name == commit.METADATA:
+                store.other = data
+            else:
+                store.publish(name, data)
+        assert store.size(commit.METADATA) != len(store.other)
+        found = commit.find(store)
+        assert (found.kind, store.other) == ("shardkeep", b"")
+        assert contents(sk.open(store)) == contents(sk.open(new))
+
+
+def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():
+    content = files(saved(OLD))
+    content[".metadata"] = content[".metadata"][:-1]
+    with pytest.raises(sk.AlreadyExists, match="holds a checkpoint that can't be read"):
+        sk.save(NEW, store_of(content))
+    store = store_of({**content, "__0_0.distcp": b"of another tool"})
+    sk.save(NEW, store, overwrite=True)
+    assert sk.open(store).read("note") == "newer state"
+    # Nothing names its files any more: they go with what dead saves left. Others' files stay.
+    assert set(content) & set(store.names()) == {".metadata"}
+    assert "__0_0.distcp" in set(store.names())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Threads cost more than what they read here."""
+    monkeypatch.setenv("SHARDKEEP_THREADS", "1")
+
+
+def damaged(content: dict[str, bytes], original: dict, what: str, names: list[str]) -> None:
+    """Hold that changed files are noticed: by opening or by verifying; and never read as data."""
+    try:
+        checkpoint = sk.open(store_of(content))
+        report = checkpoint.verify()
+    except sk.ShardkeepError as error:
+        assert str(error)
+        return
+    assert not report.ok, f"{what}: not found by verify"
+    assert set(checkpoint) <= set(original), f"{what}: names were made up"
+    for name in names:
+        try:
+            value = checkpoint.read(name)
+            if checkpoint.is_tensor(name):
+                value = (*checkpoint.shape_of(name), value.shape, value.tobytes())
+        except sk.ShardkeepError:
+            continue
+        assert value == original[name], f"{what}: {name!r} was read wrong"
+
+
+@pytest.mark.parametrize("kind", [".metadata", ".manifest", "__0_"])
+def test_every_flipped_byte_is_found(quick, kind):
+    content = files(saved(OLD))
+    original = contents(sk.open(store_of(content)))
+    assert sk.open(store_of(content)).verify().ok, "else whatever is flipped would be found"
+    chance = random.Random(kind)
+    (name,) = [name for name in content if name.startswith(kind)]
+    data = content[name]
+    # The manifest is read for every name, .metadata for none: any few names will do there.
+    names = 12 if kind == "__0_" else 2
+    for place in sorted(chance.sample(range(len(data)), 1200)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << chance.randrange(8)
+        some = chance.sample(sorted(original), min(names, len(original)))
+        damaged({**content, name: bytes(flipped)}, original, f"{name} byte {place}", some)
+
+
+@pytest.mark.parametrize("kind", [".metadata", ".manifest", "__0_"])
+def test_every_cut_is_found(quick, kind):
+    content = files(saved(OLD))
+    original = contents(sk.open(store_of(content)))
+    (name,) = [name for name in content if name.startswith(kind)]
+    data = content[name]
+    pickle = sk.open(store_of(content)).found.trailer.pickle_length
+    lengths = set(random.Random(kind).sample(range(len(data)), 200)) | {0, 1, len(data) - 1, pickle}
+    for length in sorted(lengths):
+        if length >= len(data):
+            continue
+        cut = {**content, name: data[:length]}
+        if name == ".metadata" and length == pickle:
+            # Nothing is missing of what stock torch would have written: then this is that.
+            assert sk.open(store_of(cut)).kind == "dcp"
+            assert sk.open(store_of(cut)).verify().ok
+        else:
+            damaged(cut, original, f"{name} cut to {length}", list(original))
+    rest = {n: d for n, d in content.items() if n != name}
+    damaged(rest, original, f"{name} removed", list(original))

@@ -1,0 +1,214 @@
+"""What only real processes can show: kills, training beside a save, sub-groups, torch's store."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from shardkeep.contracts import Ranks
+from shardkeep.coordination import take_part
+from shardkeep.coordination.group import GroupRanks, GroupSession
+from support import sessions
+from support.gloo import Failed, Pool
+
+QUICK = {"SHARDKEEP_HEARTBEAT": "0.3", "SHARDKEEP_MISSED": "4"}
+
+
+def beside_training(ranks: Ranks) -> tuple[int, list[Any]]:
+    with sessions.training() as rounds:
+        ends = [
+            sessions.conversation(ranks, [0, 100_000]),
+            [
+                [one["end"] for one in ends]
+                for ends in sessions.failure(ranks, 1, ["own", "commit"])
+            ],
+            sessions.parallel(ranks, 3),
+        ]
+    return rounds[0], ends
+
+
+def test_training_goes_on_beside_sessions(gloo: Pool) -> None:
+    results = gloo.ranks(beside_training)
+    assert len({rounds for rounds, _ in results}) == 1
+    assert results[0][0] > 5
+    for rank, (_, (talked, failed, several)) in enumerate(results):
+        assert talked == "done"
+        assert failed == [["raised" if rank == 1 else "told", "done"]] * 2
+        assert several == ["done", "raised" if rank == 2 else "told", "done"]
+
+
+def gone(ranks: Ranks, culprit: int, where: str, number: int) -> dict[str, Any]:
+    def step(phase: str) -> None:
+        if phase == where and ranks.rank == culprit:
+            time.sleep(0.7)  # a sign of life that says where it was is out
+            os.kill(os.getpid(), number)
+
+    return sessions.outcome(ranks, step)
+
+
+@pytest.mark.parametrize(
+    ("culprit", "where", "number"), [(2, "write", signal.SIGKILL), (3, "leave", signal.SIGSTOP)]
+)
+def test_killed_or_frozen_rank_is_named(
+    gloo: Pool, culprit: int, where: str, number: signal.Signals
+) -> None:
+    with pytest.raises(Failed) as caught:
+        gloo.ranks(gone, culprit, where, number, env=QUICK, limit=5.0)
+    assert list(caught.value.errors) == [culprit]
+    for end in caught.value.results.values():
+        assert (end["end"], end["rank"], end["phase"]) == ("told", culprit, where)
+        assert end["cause"] == "it stopped answering: no sign of life for 1.2 s"
+        assert end["took"] < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_killed_or_frozen_store_is_explained(gloo: Pool, number: signal.Signals) -> None:
+    with pytest.raises(Failed) as caught:
+        gloo.ranks(gone, 0, "write", number, env=QUICK, limit=25.0)
+    assert list(caught.value.errors) == [0]
+    for end in caught.value.results.values():
+        assert (end["end"], end["rank"]) == ("told", 0)
+        assert "the job's store, which lives beside it, is out of reach" in end["cause"]
+        assert ("no answer for 7 s" in end["cause"]) == (number == signal.SIGSTOP)
+        assert end["host"] == socket.gethostname()
+        assert end["took"] < 10
+
+
+def in_halves(rank: int, size: int) -> list[str]:
+    half = take_part([1, 0] if rank < 2 else [2, 3])
+    assert half.rank == [1, 0, 0, 1][rank]
+    first = sessions.conversation(half, [0, 5000])
+
+    def step(phase: str) -> None:
+        if phase == "report" and rank == 3:
+            raise ValueError("boom")
+
+    end = sessions.outcome(half, step)
+    return [first, end["end"], str(end.get("rank")), sessions.conversation(take_part(), [1])]
+
+
+def test_subgroups_at_the_same_time(gloo: Pool) -> None:
+    done = ["done", "done", "None", "done"]
+    assert gloo.run(in_halves) == [
+        done,
+        done,
+        ["done", "told", "3", "done"],
+        ["done", "raised", "None", "done"],
+    ]
+
+
+def beside_a_blocking_wait(ranks: Ranks) -> float:
+    from torch import distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+
+    def block() -> None:
+        with pytest.raises(RuntimeError):
+            store.wait(["never set"], timedelta(seconds=2))
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    sessions.conversation(ranks, [10])
+    took = time.monotonic() - began
+    assert thread.is_alive()
+    thread.join()
+    return took
+
+
+def test_others_may_block_the_shared_client(gloo: Pool) -> None:
+    assert max(gloo.ranks(beside_a_blocking_wait)) < 1.8
+
+
+def clients(rank: int, size: int) -> bool:
+    from torch import distributed as dist
+
+    from shardkeep.coordination.keyvalue import clients as ours
+
+    gc.collect()  # what earlier jobs of these processes have left
+    first, second = take_part()._keys._client, take_part([1, 0])._keys._client
+    assert len(ours._clients) == 1
+    assert first.store is not dist.distributed_c10d._get_default_store()
+    return first is second
+
+
+def test_one_own_client_per_group(gloo: Pool) -> None:
+    for _ in range(2):  # the second time the group is another one, in the same processes
+        assert gloo.run(clients, size=2) == [True, True]
+
+
+def count_keys(ranks: Ranks) -> tuple[int, int]:
+    from torch import distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    before = store.num_keys()
+    dist.barrier()
+    sessions.conversation(ranks, [0, 3_000_000])
+    sessions.failure(ranks, 2)
+    dist.barrier()
+    # The session of rank 0 ends last, and the barrier needs no key.
+    return before, store.num_keys()
+
+
+def test_no_key_is_left_in_the_store(gloo: Pool) -> None:
+    for before, after in gloo.ranks(count_keys):
+        assert before == after
+
+
+def by_collectives(rank: int, size: int) -> list[Any]:
+    from torch import distributed as dist
+
+    ranks = GroupRanks(dist)
+    talked = sessions.conversation(ranks, [0, 1, 300_000])
+    ends = sessions.failure(ranks, 2)
+    half = GroupRanks(dist, [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2])
+    stranger = sessions.strangers(ranks)
+    return [talked, ends, sessions.conversation(half, [5]), stranger]
+
+
+def test_collectives(gloo: Pool) -> None:
+    for rank, (talked, rounds, half, stranger) in enumerate(gloo.run(by_collectives)):
+        assert talked == half == "done"
+        for where, (first, later) in zip(sessions.PHASES, rounds, strict=True):
+            assert first["end"] == ("raised" if rank == 2 else "told")
+            if rank != 2:
+                assert (first["rank"], first["phase"]) == (2, where)
+                assert first["cause"].endswith("ValueError: boom\n")
+            assert later["end"] == "done"
+        assert stranger["rank"] == 3
+        assert "run/b" in stranger["cause"]
+        assert "run/a" in stranger["cause"]
+
+
+class LeftAlone:
+    """`torch.distributed` of a rank whose peers are gone, after so many rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def get_rank(self, group: Any) -> int:
+        return 0
+
+    def all_gather_object(self, told: list[Any], own: Any, group: Any) -> None:
+        if not self.rounds:
+            raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
+        self.rounds -= 1
+        told[:] = [own] * len(told)
+
+
+def test_an_error_is_not_hidden_by_peers_that_are_gone() -> None:
+    session = GroupSession(LeftAlone(1), None, [0, 1], "save", "run/a")
+    with pytest.raises(ValueError, match="boom"), session:
+        raise ValueError("boom")
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        GroupSession(LeftAlone(0), None, [0, 1], "save", "run/a").__enter__()

@@ -1,0 +1,84 @@
+"""Who takes part, without torch."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from shardkeep.contracts import Ranks, Session
+from shardkeep.coordination import take_part
+from shardkeep.coordination.solo import Solo
+
+
+def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
+    assert isinstance(take_part(), Solo)
+    assert isinstance(take_part([0]), Ranks)
+    with pytest.raises(ValueError, match=r"ranks=\[0, 1\] are not different ranks of a job of 1"):
+        take_part([0, 1])
+
+
+def test_solo_session() -> None:
+    with take_part().session("save", "x") as session:
+        assert isinstance(session, Solo().session("save", "x").__class__)
+        assert (session.rank, session.size) == (0, 1)
+        session.phase("write")
+        assert session.gather(b"a") == [b"a"]
+        assert session.scatter([b"b"]) == b"b"
+        assert session.broadcast(b"c") == b"c"
+        with pytest.raises(ValueError, match="one message to each rank: 1"):
+            session.scatter([b"", b""])
+        with pytest.raises(ValueError, match="no message"):
+            session.broadcast(None)
+    with pytest.raises(ZeroDivisionError), take_part().session("save", "x"):
+        1 / 0  # noqa: B018
+
+
+def test_given_ranks_are_taken_as_they_are() -> None:
+    ranks = Solo()
+    assert take_part(ranks) is ranks
+
+
+@pytest.mark.parametrize(
+    ("dist", "kind"),
+    [
+        (SimpleNamespace(is_available=lambda: False), Solo),
+        (SimpleNamespace(is_available=lambda: True, is_initialized=lambda: False), Solo),
+    ],
+)
+def test_torch_without_a_group(
+    monkeypatch: pytest.MonkeyPatch, dist: SimpleNamespace, kind: type[Ranks]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed", dist)
+    assert isinstance(take_part(), kind)
+
+
+def job(rank: int, size: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_rank=lambda: rank,
+        get_world_size=lambda: size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([0, 1], r"rank 2 makes a call for ranks=\[0, 1\], but is none of them"),
+        ([2, 2], "are not different ranks"),
+        ([2, 4], "are not different ranks of a job of 4"),
+        ([-1, 2], "are not different ranks of a job of 4"),
+    ],
+)
+def test_bad_subsets(monkeypatch: pytest.MonkeyPatch, ranks: list[int], message: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed", job(2, 4))
+    with pytest.raises(ValueError, match=message):
+        take_part(ranks)
+    assert isinstance(take_part([2]), Solo)
+
+
+def test_sessions_are_sessions() -> None:
+    assert Session in type(Solo().session("save", "x")).__mro__

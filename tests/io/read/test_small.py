@@ -1,0 +1,155 @@
+"""Small payloads in columns against the general way: same bytes, same damage, few reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkeep.errors import Damaged
+from shardkeep.io.checksums import block_digests, crc32
+from shardkeep.io.read.copies import Copy, read_copies
+from shardkeep.io.read.small import Small, batches, by_place, read_small
+from shardkeep.plan.reads import Source
+from shardkeep.settings import BLOCK
+from shardkeep.stores.memory import MemoryStore
+from shardkeep.types import Box
+
+FILES = {name: np.random.default_rng(seed).bytes(3 * BLOCK) for seed, name in enumerate("ba")}
+NAMES = list(FILES)
+GAP = 4096
+
+
+class Counting(MemoryStore):
+    """Holds the files, and remembers what was read."""
+
+    def __init__(self, files):
+        super().__init__()
+        self.reads = []
+        for name, data in files.items():
+            self.publish(name, data)
+
+    def read_into(self, name, offset, buffer):
+        self.reads.append((name, offset, offset + buffer.nbytes))
+        return super().read_into(name, offset, buffer)
+
+
+places = st.tuples(
+    st.integers(0, 1),
+    st.one_of(st.integers(0, 2000), st.integers(0, 2 * BLOCK)),
+    st.one_of(st.integers(1, 100), st.sampled_from([BLOCK, BLOCK - 1, 4096])),
+    st.booleans(),
+)
+"""File, start, bytes, and whether there is a digest."""
+
+
+def columns(wanted, space):
+    """The payloads as columns, one after the other into `space`."""
+    file, start, nbytes, digested = (np.array(column) for column in zip(*wanted, strict=True))
+    parts = [FILES[NAMES[f]][s : s + n] for f, s, n, _ in wanted]
+    return Small(
+        names=[f"t{i}" for i in range(len(wanted))],
+        tensor=np.arange(len(wanted)),
+        files=NAMES,
+        file=file,
+        start=start,
+        nbytes=nbytes,
+        crc=np.where(digested, [crc32(part) for part in parts], -1),
+        into=space.ctypes.data + np.cumsum(nbytes) - nbytes,
+    )
+
+
+def copies(wanted, space):
+    """The same for the general way."""
+    found, at = [], 0
+    for row, (f, start, nbytes, digested) in enumerate(wanted):
+        digests = block_digests(FILES[NAMES[f]][start : start + nbytes]) if digested else None
+        source = Source(NAMES[f], start, (1,), (nbytes,), 1, (start, nbytes), digests)
+        found.append(Copy(f"t{row}", source, Box((0,), (nbytes,)), space[at : at + nbytes]))
+        at += nbytes
+    return found
+
+
+def fast(store, wanted, space, **options):
+    small = by_place(columns(wanted, space))
+    return read_small(store, small, batches(small, GAP), **options)
+
+
+@settings(max_examples=150)
+@given(st.lists(places, min_size=1, max_size=30), st.booleans(), st.integers(1, 3))
+def test_every_payload_arrives(wanted, verify, threads):
+    store, space = Counting(FILES), np.zeros(sum(place[2] for place in wanted), np.uint8)
+    told = []
+    read = fast(
+        store,
+        wanted,
+        space,
+        verify=verify,
+        threads=threads,
+        progress=lambda *what: told.append(what),
+    )
+    assert space.tobytes() == b"".join(FILES[NAMES[f]][s : s + n] for f, s, n, _ in wanted)
+    assert read == sum(high - low for _, low, high in store.reads)
+    assert max(told) == ("read", read, read)
+    assert len(told) == len(store.reads)
+
+
+@settings(max_examples=300)
+@given(st.lists(places, min_size=1, max_size=12), st.booleans(), st.data())
+def test_damage_is_called_what_the_general_way_calls_it(wanted, verify, data):
+    files = {name: bytearray(content) for name, content in FILES.items()}
+    f, start, nbytes, _ = data.draw(st.sampled_from(wanted))
+    how = data.draw(st.sampled_from(["flip", "cut", "gone"]))
+    if how == "flip":
+        files[NAMES[f]][start + data.draw(st.integers(0, nbytes - 1))] ^= 1
+    elif how == "cut":
+        del files[NAMES[f]][start + data.draw(st.integers(0, nbytes)) :]
+    else:
+        del files[NAMES[f]]
+    size = sum(place[2] for place in wanted)
+    outcomes = []
+    for way in ("general", "columns"):
+        space = np.zeros(size, np.uint8)
+        store = Counting(files)
+        try:
+            if way == "general":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("SHARDKEEP_GAP", str(GAP))
+                    read_copies(store, copies(wanted, space), verify=verify, threads=1)
+            else:
+                fast(store, wanted, space, verify=verify, threads=1)
+            outcomes.append(space.tobytes())
+        except Damaged as error:
+            outcomes.append((str(error), error.file, error.name, error.block))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_neighbours_share_a_read():
+    wanted = [(0, 100 + 64 * i, 64, True) for i in range(2000)]
+    store, space = Counting(FILES), np.zeros(64 * 2000, np.uint8)
+    assert fast(store, wanted[::-1], space, threads=4) == 64 * 2000
+    assert store.reads == [("b", 100, 100 + 64 * 2000)]
+
+
+def test_reads_end_at_gaps_and_where_a_core_caches_no_more():
+    far = [(0, 0, 10, False), (0, 10 + GAP, 10, False), (0, 21 + 2 * GAP, 10, False)]
+    small = by_place(columns(far, np.zeros(30, np.uint8)))
+    assert [read[1:3] for read in batches(small, GAP)] == [
+        (0, 20 + GAP),
+        (21 + 2 * GAP, 31 + 2 * GAP),
+    ]
+    many = 40
+    row = np.arange(many)
+    zero = row * 0
+    wide = Small(["t"], ["f"], zero, zero, row * BLOCK, zero + BLOCK, zero - 1, zero)
+    found = batches(wide, GAP)
+    assert [read.last for read in found] == list(range(4, many + 1, 4))
+    assert all(read.high - read.low == 4 * BLOCK for read in found)
+
+
+def test_nothing_is_nothing():
+    none = np.zeros(0, np.int64)
+    small = by_place(Small([], [], none, none, none, none, none, none))
+    assert batches(small, GAP) == []
+    assert read_small(MemoryStore(), small, [], threads=2) == 0

@@ -1,0 +1,143 @@
+"""Every byte of a file has one place, and files are cut only where windows can be made alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkeep.plan.file_layout import lay_out, least_in_place, smallest_window
+from shardkeep.settings import ALIGNMENT, BLOCK, PAGE
+from shardkeep.types import Frame
+
+
+class Framing:
+    """Frames as a container's: the head ends where the payload may begin."""
+
+    def __init__(self, least, tail):
+        self.least, self.tail = least, bytes(tail)
+
+    def __call__(self, position, paged):
+        step = PAGE if paged else ALIGNMENT
+        return Frame(b"h" * (self.least + -(position + self.least) % step), b"", b"", self.tail)
+
+
+framings = st.one_of(st.none(), st.builds(Framing, st.integers(1, 3000), st.integers(1, 500)))
+kinds = st.lists(framings, min_size=1, max_size=3)
+sizes = st.one_of(
+    st.integers(0, 200),
+    st.integers(0, BLOCK),
+    st.sampled_from([BLOCK - 1, BLOCK, BLOCK + 1, 8 * BLOCK, 9 * BLOCK + 7, 40 * BLOCK]),
+)
+
+
+def frame_of(layout, row):
+    number = layout.frame[row]
+    return None if number < 0 else layout.frames[number]
+
+
+@settings(max_examples=300)
+@given(
+    kinds,
+    st.lists(
+        st.tuples(
+            sizes,
+            st.integers(0, 2),
+            st.integers(0, PAGE // ALIGNMENT - 1),
+            st.one_of(st.just(1), st.integers(1, 400)),
+        ),
+        max_size=60,
+    ),
+    st.sampled_from([4, 5, 8, 16]),
+)
+def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks):
+    window = blocks * BLOCK
+    items = [
+        (size, which % len(kinds), at)
+        for size, which, at, count in runs
+        for _ in range(count if size < 2000 else 1)
+    ]
+    nbytes = np.array([n for n, *_ in items], dtype=np.int64)
+    past = np.array([at * ALIGNMENT for *_, at in items], dtype=np.int64)
+    past[nbytes < least_in_place] = 0
+    kind = np.array([which for _, which, _ in items], dtype=np.int64)
+    items = [(size, kinds[which]) for size, which, _ in items]
+    layout = lay_out(nbytes, kind, kinds, past, window)
+    position = 0
+    for row in layout.order.tolist():
+        size, framing = items[row]
+        frame = frame_of(layout, row)
+        assert layout.item[row] == position
+        head = 0 if frame is None else len(frame.head)
+        tail = 0 if frame is None else frame.tail_length
+        assert (frame is None) == (framing is None)
+        assert layout.payload[row] == position + head
+        assert layout.length[row] == head + size + tail
+        if framing is not None:
+            step = PAGE if size >= BLOCK else ALIGNMENT
+            assert layout.payload[row] % step == past[row] % step
+            paged = layout.payload[row] % PAGE == past[row]
+            assert frame in [framing(position - past[row], paged), framing(position, False)]
+        position += head + size + tail
+    assert layout.nbytes == position
+    assert sorted(layout.order.tolist()) == list(range(len(items)))
+
+    cuts = layout.cuts.tolist()
+    assert cuts[0] == 0 and cuts[-1] == position
+    spans = np.diff(layout.cuts)
+    assert (spans > 0).all() and (spans <= window).all()
+    for cut in cuts[1:-1]:
+        assert cut % PAGE == 0
+        inside = (layout.payload <= cut) & (cut < layout.payload + np.maximum(nbytes, 1))
+        (row,) = np.flatnonzero(inside).tolist()
+        if frame_of(layout, row) is not None:
+            into = cut - layout.payload[row] + past[row]
+            assert into % BLOCK == 0
+            assert into > 0 or not past[row]
+
+
+@given(st.integers(0, 3000), st.integers(1, 3000))
+@settings(max_examples=30)
+def test_few_windows_however_small_the_items(size, count):
+    none = np.zeros(count, np.int64)
+    layout = lay_out(np.full(count, size), none, [Framing(400, 300)], none, 8 * BLOCK)
+    assert len(layout.cuts) - 1 <= layout.nbytes / (2 * BLOCK) + 1
+    frames = layout.nbytes - size * count
+    # Padding to a page is rare, and that to ALIGNMENT small.
+    assert frames <= count * (708 + ALIGNMENT) + PAGE * (len(layout.cuts) + 1)
+
+
+def test_large_items_come_first_then_small_ones_by_kind_and_bare_ones_last():
+    nbytes = np.array([5, 3 * BLOCK, 7, 2 * BLOCK, 9, 4, 5])
+    kind = np.array([1, 1, 2, 0, 0, 1, 0])
+    kinds = [Framing(10, 10), Framing(20, 10), None]
+    layout = lay_out(nbytes, kind, kinds, np.zeros(7, np.int64), smallest_window)
+    assert layout.order.tolist() == [1, 3, 4, 6, 0, 5, 2]
+
+
+def test_what_is_alike_is_framed_once_or_twice():
+    """A call for each of many small tensors took longer than to write them."""
+    calls = []
+
+    def framing(position, paged):
+        calls.append(paged)
+        return Framing(400, 300)(position, paged)
+
+    count = 20_000
+    none = np.zeros(count, np.int64)
+    layout = lay_out(np.full(count, 64), none, [framing], none, 8 * BLOCK)
+    assert len(calls) <= 3 * calls.count(True) + 3 < count / 300
+    assert len(layout.cuts) > 4
+
+
+def test_a_window_too_small_to_cut_is_refused():
+    none = np.zeros(0, np.int64)
+    with pytest.raises(ValueError, match="a window of 4096 bytes is less than 1048576"):
+        lay_out(none, none, [], none, 4096)
+
+
+def test_a_payload_without_a_place_to_cut_starts_at_a_page():
+    nbytes, past = np.array([least_in_place, least_in_place - 1]), np.array([64, 64])
+    with pytest.raises(ValueError, match="a payload of less than 524288 bytes has no place to cut"):
+        lay_out(nbytes, np.zeros(2, np.int64), [Framing(10, 10)], past, smallest_window)

@@ -1,0 +1,88 @@
+"""Policies say what stays; `|` keeps what either keeps."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shardkeep as sk
+from shardkeep.run.policies import doomed
+from shardkeep.types import Step
+
+METRICS = st.dictionaries(st.sampled_from(["loss", "acc"]), st.floats(-9, 9), max_size=2)
+STEPS = st.dictionaries(st.integers(0, 60), METRICS, max_size=12).map(
+    lambda found: [Step(number, found[number]) for number in sorted(found)]
+)
+SIMPLE = st.one_of(
+    st.builds(sk.KeepLast, st.integers(1, 5)),
+    st.builds(sk.KeepEvery, st.integers(1, 20)),
+    st.builds(
+        sk.KeepBest,
+        st.sampled_from(["loss", "acc", "other"]),
+        st.integers(1, 4),
+        st.sampled_from(["min", "max"]),
+    ),
+)
+
+
+class Odd:
+    """A policy of somebody else."""
+
+    def keep(self, steps):
+        return [step.number for step in steps if step.number % 2]
+
+
+@given(STEPS, st.integers(1, 5))
+def test_the_last(steps, n):
+    numbers = [step.number for step in steps]
+    kept = sk.KeepLast(n).keep(steps)
+    assert len(kept) == min(n, len(steps))
+    assert all(number > other for number in kept for other in set(numbers) - set(kept))
+
+
+@given(STEPS, st.integers(1, 20))
+def test_every(steps, n):
+    kept = sk.KeepEvery(n).keep(steps)
+    assert kept == {step.number for step in steps} & set(range(0, 61, n))
+
+
+@given(STEPS, st.integers(1, 4), st.sampled_from(["min", "max"]))
+def test_the_best(steps, n, mode):
+    having = {step.number: step.metrics["loss"] for step in steps if "loss" in step.metrics}
+    kept = sk.KeepBest("loss", n, mode).keep(steps)
+    assert len(kept) == min(n, len(having)) and set(kept) <= set(having)
+    for number in kept:
+        for other in set(having) - set(kept):
+            worse = (
+                having[other] - having[number] if mode == "min" else having[number] - having[other]
+            )
+            assert worse > 0 or (worse == 0 and number > other)
+
+
+@given(STEPS, SIMPLE, SIMPLE, SIMPLE)
+def test_either_of_several(steps, a, b, c):
+    kept = set((a | b | c).keep(steps))
+    assert kept == {*a.keep(steps), *b.keep(steps), *c.keep(steps)}
+    assert kept == set((a | (b | c)).keep(steps))
+    odd = {step.number for step in steps if step.number % 2}
+    assert set((a | Odd()).keep(steps)) == set((Odd() | a).keep(steps)) == {*a.keep(steps), *odd}
+
+
+@given(STEPS, SIMPLE, st.sets(st.integers(0, 60), max_size=3))
+def test_what_is_kept_or_protected_is_not_doomed(steps, policy, protected):
+    gone = doomed(steps, policy, protected)
+    assert set(gone) == {step.number for step in steps} - set(policy.keep(steps)) - protected
+    assert gone == sorted(gone)
+
+
+@pytest.mark.parametrize("make", [sk.KeepLast, sk.KeepEvery, lambda n: sk.KeepBest("loss", n)])
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "3"])
+def test_numbers_that_are_refused(make, n):
+    with pytest.raises(ValueError, match=r"Keep\w+ keeps from 1 on, not"):
+        make(n)
+
+
+def test_a_mode_that_is_refused():
+    with pytest.raises(ValueError, match="mode must be 'min' or 'max', not 'least'"):
+        sk.KeepBest("loss", mode="least")

@@ -1,0 +1,68 @@
+"""A folder is a step's only if its name is exactly what that step's would be."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardkeep.run import StepNames
+
+TEMPLATES = ["step_{step}", "step_{step:08}", "{step}", "ckpt-{step:03d}.dcp", "a{{b}}{step:d}"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(step=st.integers(0, 10**18 - 1))
+def test_a_name_leads_back_to_its_step(template, step):
+    names = StepNames(template)
+    assert names.step(names.name(step)) == step
+
+
+@given(template=st.sampled_from(TEMPLATES), text=st.text(max_size=12), step=st.integers(0, 10**6))
+def test_what_is_no_name_of_a_step_is_none(template, text, step):
+    names = StepNames(template)
+    name = names.name(step)
+    for other in (text, name + text, text + name, name.replace("1", text, 1)):
+        found = names.step(other)
+        assert found is None or names.name(found) == other
+
+
+@pytest.mark.parametrize(
+    "name",
+    "step_07 step_ step_-7 step_+7 step_7.bak step_7~ step_7.tmp Step_7 step_7_8 xstep_7 step_1e3 "
+    "step_７ step_٧ step_7\n step_0x1 step_1_000 .step_7 step_9999999999999999999".split(" "),
+)
+def test_what_only_resembles_a_step_is_none(name):
+    assert StepNames().step(name) is None
+
+
+def test_zeros_in_front_are_asked_for_or_refused():
+    names = StepNames("step_{step:04}")
+    assert names.name(7) == "step_0007"
+    assert [names.step(name) for name in ("step_0007", "step_7", "step_00007")] == [7, None, None]
+    assert names.step("step_12345") == 12345
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("steps", "must have {step} in it, once"),
+        ("{step}{step}", "must have {step} in it, once"),
+        ("{run}_{step}", "must have {step} in it, once"),
+        ("{step!r}", "must have {step} in it, once"),
+        ("{step:x}", "a step can be {step} or, say, {step:08}"),
+        ("{step:+}", "a step can be {step} or, say, {step:08}"),
+        ("run/{step}", "is no name of a folder"),
+        ("../{step}", "is no name of a folder"),
+    ],
+)
+def test_templates_that_are_refused(template, why):
+    with pytest.raises(ValueError) as caught:
+        StepNames(template)
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("step", [-1, 10**18])
+def test_steps_that_are_refused(step):
+    with pytest.raises(ValueError, match=f"a step is a whole number from 0 on, not {step}"):
+        StepNames().name(step)

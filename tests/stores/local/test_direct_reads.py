@@ -1,0 +1,296 @@
+"""Reads past the page cache: the same bytes as ever, whatever the kernel lets or refuses."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkeep.contracts import StoreInSteps
+from shardkeep.settings import PAGE
+from shardkeep.stores import LocalStore
+from shardkeep.stores.local import direct_reads as past_cache
+from shardkeep.stores.local import syscalls
+
+pytestmark = pytest.mark.skipif(not past_cache.FLAG, reason="there are no direct reads here")
+
+DATA = os.urandom(3 * past_cache.PIECE + 12_345)
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "f").write_bytes(DATA)
+    with LocalStore(tmp_path) as store:
+        yield store
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """The kernel says that nothing is in the page cache."""
+    monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(descriptor opened for direct reads?, offset, bytes asked for) of every read."""
+    made = []
+    real = os.preadv
+
+    def preadv(fd, buffers, offset):
+        made.append((bool(flags_of(fd) & past_cache.FLAG), offset, sum(map(len, buffers))))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return made
+
+
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def flags_of(fd):
+    return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+@pytest.fixture(params=[False, True], ids=["copied", "in place"])
+def in_place(request):
+    """Whether bytes go to memory that lies in its pages as they do in theirs."""
+    return request.param
+
+
+def memory(length, offset, in_place):
+    """Room for bytes from that offset on: as far past a page as these, or one byte further."""
+    room = np.empty(length + 2 * PAGE, np.uint8)
+    past = (offset + (not in_place) - room.ctypes.data) % PAGE
+    return room[past : past + length]
+
+
+def read(store, offset=0, length=None, *, in_place=False, **more):
+    length = len(DATA) if length is None else length
+    buffer = memory(length, offset, in_place).data
+    step = more.pop("step", 1 << 20)
+    done = 0
+    for done in store.read_steps("f", offset, buffer, step, **more):
+        assert bytes(buffer[:done]) == DATA[offset : offset + done], "what is said to be there is"
+    return bytes(buffer[:done])
+
+
+def test_a_local_store_reads_in_steps(store):
+    assert isinstance(store, StoreInSteps)
+
+
+FOLDER = tempfile.TemporaryDirectory()
+Path(FOLDER.name, "f").write_bytes(DATA)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, len(DATA) + 5000),
+    st.integers(0, len(DATA)),
+    st.integers(1, past_cache.PIECE),
+    st.sampled_from([1 << 20, 3 << 20, 64 << 20]),
+    st.booleans(),
+)
+def test_any_range_arrives(offset, length, step, budget, in_place):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
+        patch.setenv("SHARDKEEP_HOST_BUDGET", str(budget))
+        store = LocalStore(FOLDER.name)
+        buffer = memory(length, offset, in_place).data
+        steps = list(store.read_steps("f", offset, buffer, max(step, length // 50)))
+        expected = DATA[offset : offset + length]
+        assert (steps[-1] if steps else 0) == len(expected)
+        assert steps == sorted(set(steps))
+        assert buffer[: len(expected)] == expected
+        assert store.read_into("f", offset, buffer) == len(expected)
+
+
+def test_cold_bytes_come_past_the_cache_in_few_reads(store, cold, calls, in_place):
+    found = read(store, 77, 2 * past_cache.PIECE, in_place=in_place)
+    assert found == DATA[77 : 77 + 2 * past_cache.PIECE]
+    assert [past for past, _, _ in calls] == [True, True]
+    assert all(offset % 4096 == length % 4096 == 0 for _, offset, length in calls)
+    assert sum(length for _, _, length in calls) <= 2 * past_cache.PIECE + 4 * 4096
+
+
+def test_whole_pages_are_read_to_where_they_belong(store, cold, monkeypatch):
+    """No byte is moved but those on a page with something else."""
+    real, lengths = os.preadv, []
+
+    def preadv(fd, parts, at):
+        for part in parts:
+            address = np.frombuffer(part, np.uint8).ctypes.data
+            assert address % PAGE == len(part) % PAGE == at % PAGE == 0
+            if begin <= address < begin + len(into):
+                lengths.append(len(part))
+        return real(fd, parts, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    into = memory(2 * past_cache.PIECE, 77, in_place=True)
+    begin = into.ctypes.data
+    assert store.read_into("f", 77, into.data) == len(into)
+    assert into.tobytes() == DATA[77 : 77 + len(into)]
+    assert sum(lengths) == len(into) - 2 * PAGE
+
+
+def test_cached_bytes_come_out_of_the_cache(store, calls, monkeypatch):
+    monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: length)
+    assert read(store, step=len(DATA)) == DATA
+    assert [past for past, _, _ in calls] == [False] * 4
+    assert sum(length for _, _, length in calls) == len(DATA)
+
+
+def test_few_bytes_are_not_asked_for(store, monkeypatch):
+    monkeypatch.setattr(syscalls, "cached", lambda *_: pytest.fail("asked"))
+    assert read(store, 5, 60_000) == DATA[5:60_005]
+
+
+def test_a_store_that_is_told_so_reads_through_the_cache(store, cold, calls):
+    assert read(LocalStore(store.path, direct=False)) == DATA
+    assert not any(past for past, _, _ in calls)
+
+
+def test_what_others_want_too_goes_through_the_cache(store, cold, calls):
+    assert read(store, keep=True) == DATA
+    assert not any(past for past, _, _ in calls)
+
+
+def test_the_kernel_tells_what_is_cached(store):
+    fd = os.open(store.path / "f", os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        if syscalls.cached(fd, 0, len(DATA)) is None:
+            pytest.skip("this kernel does not tell")
+        store.read("f", 0, len(DATA))
+        assert syscalls.cached(fd, 0, len(DATA)) >= len(DATA)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if syscalls.cached(fd, 0, len(DATA)):
+            pytest.skip("this file system keeps its files in memory")
+        assert read(store) == DATA
+        left = syscalls.cached(fd, 0, len(DATA))
+        assert left < 1 << 20, "only what is less than a direct read was read through the cache"
+        assert read(store, keep=True) == DATA
+        assert syscalls.cached(fd, 0, len(DATA)) >= len(DATA)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EFAULT])
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, code, in_place):
+    refused = []
+    real = getattr(os, call)
+
+    def refuse(first, second, *rest, **more):
+        if (second if call == "open" else flags_of(first)) & past_cache.FLAG:
+            refused.append(call)
+            raise OSError(code, os.strerror(code))
+        return real(first, second, *rest, **more)
+
+    monkeypatch.setattr(os, call, refuse)
+    assert read(store, in_place=in_place) == DATA
+    assert read(store, in_place=in_place) == DATA
+    assert len(refused) == 1
+
+
+def test_a_kernel_that_does_not_tell_is_asked_once(store, calls, monkeypatch):
+    asked = []
+    monkeypatch.setattr(syscalls, "cached", lambda *where: asked.append(where))
+    assert read(store) == read(store) == DATA
+    assert len(asked) == 1
+    assert not any(past for past, _, _ in calls)
+
+
+def test_other_errors_of_direct_reads_come_as_they_are(store, cold, monkeypatch, in_place):
+    real = os.preadv
+
+    def fail(fd, *rest):
+        if flags_of(fd) & past_cache.FLAG:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, *rest)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read(store, in_place=in_place)
+    assert caught.value.filename == str(store.path / "f")
+    monkeypatch.setattr(os, "preadv", real)
+    assert read(store, in_place=in_place) == DATA
+
+
+def test_short_direct_reads_are_continued(store, cold, monkeypatch, in_place):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: real(fd, [to[0][: 1 << 16]], at))
+    assert read(store, in_place=in_place) == DATA
+
+
+def test_a_file_that_shrinks_ends_early(store, cold, in_place):
+    assert read(store, 0, 1 << 20, in_place=in_place) == DATA[: 1 << 20]
+    os.truncate(store.path / "f", past_cache.PIECE + 1000)
+    assert read(store, in_place=in_place) == DATA[: past_cache.PIECE + 1000]
+    os.truncate(store.path / "f", 0)
+    assert read(store, in_place=in_place) == b""
+
+
+def test_a_replaced_file_is_opened_anew(store, cold):
+    assert read(store, 0, 1 << 20) == DATA[: 1 << 20]
+    store.publish("f", bytes(1 << 20))
+    buffer = bytearray(1 << 20)
+    assert store.read_into("f", 0, memoryview(buffer)) == 1 << 20
+    assert not any(buffer)
+
+
+def test_memory_that_looks_like_a_disk(cold):
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        pytest.skip("there is no /dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        Path(folder, "f").write_bytes(DATA)
+        assert read(LocalStore(folder)) == DATA
+
+
+def test_buffers_are_few_and_used_again(store, cold, monkeypatch, in_place):
+    made = []
+    real = mmap.mmap
+    monkeypatch.setattr(
+        past_cache.mmap,
+        "mmap",
+        lambda fd, length, **more: made.append((length, more)) or real(fd, length, **more),
+    )
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: read(store, in_place=in_place), range(12))) == {DATA}
+    assert 1 <= len(made) <= 4
+    assert all(more["flags"] & mmap.MAP_PRIVATE for _, more in made), "a fork must not share them"
+    store.close()
+    made.clear()
+    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(4 << 20))
+    with ThreadPoolExecutor(9) as pool:
+        assert set(pool.map(lambda _: read(store, in_place=in_place), range(18))) == {DATA}
+    assert sum(length for length, _ in made) <= (2 << 20) + 4 * 4096
+
+
+def test_a_budget_of_nothing_is_less_than_the_usual_one(store, cold, calls):
+    with LocalStore(store.path, budget=0) as bare:
+        assert read(bare) == DATA
+    assert not any(direct for direct, *_ in calls)  # without a buffer
+
+
+def test_descriptors_for_direct_reads_count_too(tmp_path, cold):
+    store = LocalStore(tmp_path, open_files=3)
+    before = descriptors()
+    for number in range(6):
+        (tmp_path / str(number)).write_bytes(bytes(100_000))
+        assert store.read_into(str(number), 0, memoryview(bytearray(100_000))) == 100_000
+    assert descriptors() == before + 3
+    store.remove("5")
+    assert descriptors() <= before + 2
+    store.close()
+    assert descriptors() == before

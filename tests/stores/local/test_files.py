@@ -1,0 +1,276 @@
+"""New files at any place: past the page cache where that works, whole or gone in any case."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardkeep.io.arena import aligned
+from shardkeep.settings import PAGE
+from shardkeep.stores import LocalStore
+from shardkeep.stores.local import files as module
+from shardkeep.stores.local import syscalls
+from shardkeep.stores.local.descriptors import Descriptor
+
+TMPFS = Path("/dev/shm")
+
+
+def test_who_finds_nothing_to_sync_waits_for_who_syncs_it(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    with store.create("x"):
+        pass
+    begun, goes, done = threading.Event(), threading.Event(), threading.Event()
+    real = os.fsync
+
+    def slow(fd):
+        begun.set()
+        assert goes.wait(30)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    first = threading.Thread(target=store.sync)
+    first.start()
+    assert begun.wait(30)
+    second = threading.Thread(target=lambda: (store.sync(), done.set()))
+    second.start()
+    assert not done.wait(0.3)  # the folder is not synced yet
+    goes.set()
+    first.join()
+    second.join()
+    assert done.is_set()
+
+
+def page(*values: int) -> np.ndarray:
+    made = aligned(PAGE * len(values))
+    for at, value in enumerate(values):
+        made[at * PAGE : (at + 1) * PAGE] = value
+    return made
+
+
+def is_direct(target: module.LocalTarget) -> bool:
+    return bool(fcntl.fcntl(target._fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def content(store: LocalStore, name: str) -> bytes:
+    return store.read(name, 0, 1 << 20)
+
+
+def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
+    store = LocalStore(tmp_path)
+    with store.reserve("a/x", 2 * PAGE + 10) as target:
+        target.write_at(2 * PAGE, [page(3).data])
+        target.write_at(0, [page(1, 2).data])
+    assert content(store, "a/x") == bytes([1]) * PAGE + bytes([2]) * PAGE + bytes([3]) * 10
+
+
+def test_a_file_that_exists_is_refused(tmp_path):
+    store = LocalStore(tmp_path)
+    with store.reserve("x", 0):
+        pass
+    assert store.size("x") == 0
+    with pytest.raises(FileExistsError) as caught:
+        store.reserve("x", 5)
+    assert caught.value.filename == str(tmp_path / "x")
+
+
+@pytest.mark.skipif(not TMPFS.is_dir(), reason="no tmpfs")
+def test_a_full_disk_is_told_before_anything_is_written():
+    # Not on a disk: ext4 takes all space that there is, for a moment, before it refuses.
+    folder = TMPFS / f"shardkeep-full-{os.getpid()}"
+    store, room = LocalStore(folder), os.statvfs(TMPFS)
+    try:
+        with pytest.raises(OSError, match="No space left") as caught:
+            store.reserve("x", 2 * room.f_blocks * room.f_frsize)
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(folder / "x")
+        assert list(store.names()) == []
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.skipif(not TMPFS.is_dir(), reason="no tmpfs")
+def test_where_direct_writes_are_refused_it_is_buffered():
+    folder = TMPFS / f"shardkeep-{os.getpid()}"
+    store = LocalStore(folder)
+    try:
+        with store.reserve("x", PAGE) as target:
+            target.write_at(0, [page(7).data])
+        assert content(store, "x") == bytes([7]) * PAGE
+    finally:
+        for name in store.names():
+            store.remove(name)
+        folder.rmdir()
+
+
+def test_a_refusal_at_the_flag_is_found_once_a_store(tmp_path, monkeypatch):
+    real, asked = fcntl.fcntl, []
+
+    def refuse(fd, command, *rest):
+        if command == fcntl.F_SETFL and rest[0] & os.O_DIRECT:
+            asked.append(fd)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, command, *rest)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    store = LocalStore(tmp_path)
+    for name in "xy":
+        with store.reserve(name, PAGE) as target:
+            target.write_at(0, [page(4).data])
+        assert content(store, name) == bytes([4]) * PAGE
+    assert len(asked) == 1
+
+
+def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatch):
+    """Some FUSE file systems take the flag, and fail only then."""
+    real, refused = os.pwritev, []
+
+    def pwritev(fd, parts, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, parts, offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    store = LocalStore(tmp_path)
+    for name in "xy":
+        with store.reserve(name, PAGE + 3) as target:
+            target.write_at(0, [page(4, 5).data])
+        assert content(store, name) == bytes([4]) * PAGE + bytes([5]) * 3
+    assert refused == [0]
+
+
+def test_threads_that_are_refused_at_once_both_go_on(tmp_path, monkeypatch):
+    real, both = os.pwritev, threading.Barrier(2)
+
+    def pwritev(fd, parts, offset):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            both.wait(30)  # each is in its call before the other one's is refused
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, parts, offset)
+
+    store = LocalStore(tmp_path)
+    target = store.reserve("x", 2 * PAGE)
+    if not is_direct(target):
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with target, ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda at: target.write_at(at * PAGE, [page(4 + at).data]), range(2)))
+    assert content(store, "x") == bytes([4]) * PAGE + bytes([5]) * PAGE
+
+
+def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
+    def refuse(fd, parts, offset):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    store = LocalStore(tmp_path, direct=False)
+    with pytest.raises(OSError, match="Invalid argument") as caught:  # noqa: SIM117
+        with store.reserve("x", PAGE) as target:
+            target.write_at(0, [page(4).data])
+    assert caught.value.filename == str(tmp_path / "x")
+    assert list(store.names()) == []
+
+
+def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
+    real, calls = os.pwrite, []
+
+    def pwritev(fd, parts, at):
+        calls.append(len(parts))
+        return real(fd, b"".join(parts)[:most], at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    store = LocalStore(tmp_path, direct=False)
+    for most in (1000, PAGE, PAGE + 1, 2 * PAGE + 7):
+        with store.reserve(str(most), 4 * PAGE) as target:
+            target.write_at(0, [page(8, 9).data, page(6).data, page(7).data])
+        made = b"".join(bytes([value]) * PAGE for value in (8, 9, 6, 7))
+        assert content(store, str(most)) == made
+    assert calls[-2:] == [3, 2]  # what is written is not handed over again
+
+
+def test_memory_that_direct_writes_refuse_is_written_through_the_cache(tmp_path, monkeypatch):
+    """What belongs to a device may be readable, and yet not be pinned by the kernel."""
+    real = os.pwritev
+
+    def pwritev(fd, parts, at):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        return real(fd, parts, at)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    store = LocalStore(tmp_path)
+    with store.reserve("x", PAGE) as target:
+        target.write_at(0, [page(5).data])
+    assert content(store, "x") == bytes([5]) * PAGE
+
+
+def test_more_parts_than_one_call_takes(tmp_path):
+    store, pages = LocalStore(tmp_path), page(*range(200))
+    parts = [pages[at * PAGE : (at + 1) * PAGE].data for at in range(200)] * 12
+    with store.reserve("x", 2400 * PAGE - 5) as target:
+        target.write_at(0, parts)
+    assert store.read("x", 0, 2400 * PAGE) == (pages.tobytes() * 12)[:-5]
+
+
+def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeypatch):
+    real, seen = os.pwritev, []
+
+    def pwritev(fd, parts, at):
+        direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+        seen.append(bool(direct))
+        if direct:  # as a file system may do when a signal or its own limits cut it short
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            done = real(fd, [parts[0][:700]], at)
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+            return done
+        return real(fd, parts, at)
+
+    store = LocalStore(tmp_path)
+    target = store.reserve("x", 2 * PAGE)
+    if not is_direct(target):
+        pytest.skip("this file system has no direct I/O")
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with target:
+        target.write_at(0, [page(8, 9).data])
+    assert content(store, "x") == bytes([8]) * PAGE + bytes([9]) * PAGE
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("call", ["pwritev", "ftruncate", "fsync", "close"])
+def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
+    store, where, failed = LocalStore(tmp_path), Descriptor if call == "close" else os, []
+    real = getattr(where, call)
+
+    def once(of, *rest):
+        fd = of.fileno() if call == "close" else of
+        if failed or Path(f"/proc/self/fd/{fd}").readlink().name != "x":
+            return real(of, *rest)
+        failed.append(call)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(where, call, once)
+    with pytest.raises(OSError, match="Input/output error") as caught:  # noqa: SIM117
+        with store.reserve("x", PAGE) as target:
+            target.write_at(0, [page(1).data])
+    assert caught.value.filename == str(tmp_path / "x")
+    assert failed == [call]
+    assert list(store.names()) == []
+
+
+def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
+    def refuse(*_):
+        syscalls.ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
+
+    monkeypatch.setattr(syscalls, "_fallocate", refuse)
+    store = LocalStore(tmp_path)
+    with store.reserve("x", PAGE) as target:
+        target.write_at(0, [page(6).data])
+    assert content(store, "x") == bytes([6]) * PAGE

@@ -1,0 +1,407 @@
+"""Simulated ranks, and what can be tried with them only."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkeep.contracts import Ranks
+from shardkeep.coordination.keyvalue import session
+from shardkeep.coordination.keyvalue.heartbeat import Timing
+from shardkeep.coordination.keyvalue.keys import MemoryKeys
+from shardkeep.coordination.keyvalue.ranks import KeyRanks
+from shardkeep.coordination.keyvalue.session import KeySession
+from shardkeep.errors import RankFailed
+from shardkeep.testing.simulated_ranks import run
+from support import sessions
+
+CALM = Timing(deadline=20, heartbeat=0.0, missed=5)
+QUICK = Timing(deadline=20, heartbeat=0.05, missed=4)
+
+
+@settings(max_examples=30)
+@given(size=st.integers(1, 7), lengths=st.lists(st.integers(0, 2000), max_size=4))
+def test_conversations_leave_nothing_behind(size: int, lengths: list[int]) -> None:
+    keys = MemoryKeys()
+    assert run(size, sessions.conversation, lengths, keys=keys) == ["done"] * size
+    assert len(keys) == 0
+
+
+def test_64_ranks() -> None:
+    assert run(64, sessions.conversation, [0, 300]) == ["done"] * 64
+
+
+def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
+    monkeypatch.setattr(session, "_AGAIN", 60.0)  # then it would look who else has come
+
+    class Held(MemoryKeys):
+        """Who has been answered does not come in before all have been answered."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.answered, self.all, self.late = 0, threading.Event(), False
+
+        def set(self, key: str, value: bytes) -> None:
+            if "/alive/" in key and not key.endswith("/0"):
+                self.late |= not self.all.wait(5)
+            super().set(key, value)
+            if "/answer/" in key:
+                self.answered += 1
+                if self.answered == 3:
+                    self.all.set()
+
+    keys = Held()
+    assert run(4, sessions.conversation, [0], keys=keys, timing=CALM) == ["done"] * 4
+    assert not keys.late
+
+
+def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> None:
+    monkeypatch.setattr(session, "_AGAIN", 0.05)  # who else has come is looked at soon
+    looked = threading.Event()
+
+    class Reordered(MemoryKeys):
+        """A word goes between the question of whether it is there and that of what it says."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.going: set[str] = set()
+
+        def delete(self, names: Iterable[str]) -> None:
+            names = set(names)
+            words = {name for name in names if name.endswith("/word/3")}
+            self.going |= words
+            super().delete(names - words)
+
+        def wait(self, names: Sequence[str], timeout: float) -> str | None:
+            found = super().wait(names, timeout)
+            if found in self.going and not timeout:
+                super().delete([found])
+                looked.set()
+            return found
+
+    def scenario(ranks: Ranks) -> str:
+        if ranks.rank == 2:  # meanwhile rank 3 comes in, and is asked for again
+            assert looked.wait(5)
+        return sessions.conversation(ranks, [0])
+
+    assert run(4, scenario, keys=Reordered(), timing=CALM) == ["done"] * 4
+
+
+def test_failures_leave_nothing_behind() -> None:
+    keys = MemoryKeys()
+    run(4, sessions.failure, 2, keys=keys)
+    assert len(keys) == 0
+
+
+@settings(max_examples=30)
+@given(
+    culprits=st.dictionaries(st.integers(0, 4), st.sampled_from(sessions.PHASES), min_size=1),
+)
+def test_any_set_of_failures_reaches_all(culprits: dict[int, str]) -> None:
+    def scenario(ranks: Ranks) -> list[dict]:
+        def step(phase: str) -> None:
+            if culprits.get(ranks.rank) == phase:
+                raise ValueError("boom")
+
+        return [sessions.outcome(ranks, step), sessions.outcome(ranks, sessions.nothing)]
+
+    results = run(5, scenario, timing=CALM)
+    named = {first["rank"] for first, _ in results if first["end"] == "told"}
+    assert named <= set(culprits)
+    for rank, (first, later) in enumerate(results):
+        assert first["end"] == "told" or (first["end"] == "raised" and rank in culprits)
+        assert later["end"] == "done"
+
+
+def test_no_thread_is_left() -> None:
+    before = threading.active_count()
+    run(8, sessions.conversation, [1], timing=QUICK)
+    assert threading.active_count() == before
+
+
+def test_error_of_a_rank_is_raised_with_its_number() -> None:
+    def scenario(ranks: Ranks) -> None:
+        with ranks.session("save", "x") as session:
+            if ranks.rank == 3:
+                raise ValueError("mine")
+            session.gather(b"")
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        run(5, scenario)
+    assert caught.value.__notes__ == ["raised on rank 3 of 5"]
+
+
+def test_told_again_by_every_call() -> None:
+    def scenario(ranks: Ranks) -> int:
+        told = 0
+        with pytest.raises(ValueError if ranks.rank == 1 else RankFailed):  # noqa: SIM117
+            with ranks.session("save", "x") as session:
+                session.gather(b"")  # from here on, all have entered
+                session.broadcast(b"")
+                if ranks.rank == 1:
+                    raise ValueError("mine")
+                # The first call waits for what never comes; the others would not have to wait.
+                wait, go_on = session.gather, session.broadcast
+                for call in (go_on, wait, wait) if ranks.rank else (wait, go_on, go_on):
+                    with pytest.raises(RankFailed, match="mine"):
+                        call(b"")
+                    told += 1
+        return told
+
+    assert run(3, scenario, timing=CALM) == [3, 0, 3]
+
+
+def test_rank_that_enters_after_the_failure_is_told_at_once() -> None:
+    def scenario(ranks: Ranks) -> tuple[str, str, bool]:
+        def step(phase: str) -> None:
+            if ranks.rank == 1:
+                raise ValueError("boom")
+
+        if ranks.rank == 2:
+            time.sleep(0.5)
+        first = sessions.outcome(ranks, step)
+        return first["end"], sessions.outcome(ranks, sessions.nothing)["end"], first["took"] < 0.5
+
+    keys = MemoryKeys()
+    assert run(3, scenario, timing=CALM, keys=keys) == [
+        ("told", "done", True),
+        ("raised", "done", True),
+        ("told", "done", True),
+    ]
+    assert len(keys) == 0
+
+
+def test_misuse_is_refused() -> None:
+    def scenario(ranks: Ranks) -> None:
+        with pytest.raises(RuntimeError, match="with block"):
+            ranks.session("save", "x").gather(b"")
+        if ranks.rank == 0:
+            with pytest.raises(ValueError, match="one message to each rank: 2"):  # noqa: SIM117
+                with ranks.session("save", "x") as session:
+                    session.scatter([b""])
+        else:
+            with pytest.raises(RankFailed, match="one message to each rank"):  # noqa: SIM117
+                with ranks.session("save", "x") as session:
+                    session.scatter(None)
+
+    run(2, scenario)
+
+
+# --- signs of life --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 3])
+def test_rank_without_signs_of_life_is_named(culprit: int) -> None:
+    def scenario(ranks: Ranks) -> dict:
+        def step(phase: str) -> None:
+            if ranks.rank == culprit and phase == "write":
+                session = next(one for one in alive if one.rank == culprit)
+                time.sleep(0.15)  # a sign that says "write" is out
+                session._heart.stop()
+                time.sleep(1.0)
+
+        return sessions.outcome(ranks, step)
+
+    alive: list[KeySession] = []
+    real = KeySession._live
+
+    def note(session: KeySession) -> None:
+        alive.append(session)
+        real(session)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeySession, "_live", note)
+        results = run(4, scenario, timing=QUICK)
+    for rank, end in enumerate(results):
+        assert (end["end"], end["rank"], end["phase"]) == ("told", culprit, "write")
+        assert end["cause"] == "it stopped answering: no sign of life for 0.2 s"
+        assert rank == culprit or end["took"] < 1.0
+
+
+def test_slow_rank_with_signs_of_life_is_waited_for() -> None:
+    def scenario(ranks: Ranks) -> str:
+        return sessions.outcome(ranks, lambda _: time.sleep(0.3 * (ranks.rank == 1)))["end"]
+
+    assert run(3, scenario, timing=QUICK) == ["done"] * 3
+
+
+# --- meeting --------------------------------------------------------------------------------------
+
+
+def test_rank_that_gave_up_and_came_again_is_let_in() -> None:
+    def scenario(ranks: KeyRanks) -> int:
+        if ranks.rank == 0:
+            time.sleep(1.5)
+        for attempt in range(100):
+            deadline = 20 if ranks.rank == 0 else 0.01
+            own = KeyRanks(ranks._keys, ranks.rank, range(2), timing=Timing(deadline, 0, 5))
+            try:
+                with own.session("save", "x"):
+                    return attempt
+            except RankFailed as error:
+                assert (error.rank, error.phase) == (0, "enter")
+        return -1
+
+    first, second = run(2, scenario)
+    assert first == 0
+    assert second > 0
+
+
+def test_words_of_the_dead_are_no_entrance() -> None:
+    """A killed rank leaves its word behind; the one that is started in its place comes later."""
+    keys = MemoryKeys()
+
+    def scenario(ranks: KeyRanks) -> str:
+        session = ranks.session("save", "run/step")
+        if ranks.rank:
+            keys.set(f"{session._base}/word/{ranks.rank}", b"dead")
+            time.sleep(0.1)
+            started.wait(5)
+        else:
+            started.set()
+        return sessions.conversation(ranks, [3])
+
+    started = threading.Event()
+    assert run(3, scenario, timing=CALM, keys=keys) == ["done"] * 3
+    assert len(keys) == 0
+
+
+def test_rank_that_dies_while_it_enters_is_named() -> None:
+    def scenario(ranks: KeyRanks) -> str:
+        session = ranks.session("save", "x")
+        if ranks.rank == 2:
+            ranks._keys.set(f"{session._base}/word/2", b"last word")
+            return "died"
+        try:
+            with session:
+                session.gather(b"")
+        except RankFailed as error:
+            return f"{error.rank} {error.phase} {error.cause}"
+        return "done"
+
+    told = "2 enter it stopped answering: no sign of life for 0.2 s"
+    assert run(3, scenario, timing=QUICK) == [told, told, "died"]
+
+
+def test_other_jobs_in_the_same_store_do_not_meet() -> None:
+    keys = MemoryKeys()
+
+    def scenario(ranks: Ranks, scope: str) -> list[bytes] | None:
+        own = KeyRanks(keys, ranks.rank, range(3), scope=scope, timing=CALM)
+        with own.session("save", "x") as session:
+            return session.gather(scope.encode())
+
+    def job(scope: str) -> None:
+        results[scope] = run(3, scenario, scope)
+
+    results: dict[str, list] = {}
+    threads = [threading.Thread(target=job, args=(scope,)) for scope in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results["a"][0] == [b"a"] * 3
+    assert results["b"][0] == [b"b"] * 3
+
+
+# --- the store itself -----------------------------------------------------------------------------
+
+
+class BrokenKeys(MemoryKeys):
+    """Out of reach from some moment on."""
+
+    broken = False
+
+    def _try(self) -> None:
+        if self.broken:
+            raise ConnectionError("connection reset by peer")
+
+    def set(self, key: str, value: bytes) -> None:
+        self._try()
+        super().set(key, value)
+
+    def wait(self, keys: list[str], timeout: float) -> str | None:
+        end = time.monotonic() + timeout
+        while True:
+            self._try()
+            left = end - time.monotonic()
+            if (found := super().wait(keys, min(left, 0.01))) or left <= 0:
+                return found
+
+
+def test_lost_store_is_explained() -> None:
+    keys = BrokenKeys()
+
+    def scenario(ranks: Ranks) -> str:
+        def step(phase: str) -> None:
+            if phase == "write":
+                if ranks.rank == 1:
+                    time.sleep(0.1)
+                    keys.broken = True
+                else:
+                    time.sleep(0.3)
+
+        return sessions.outcome(ranks, step)["cause"]
+
+    for cause in run(2, scenario, timing=CALM, keys=keys):
+        assert cause == (
+            "the job's store, which lives beside it, is out of reach: connection reset by peer"
+        )
+
+
+def test_no_torch_is_imported() -> None:
+    """Held by import-linter for the sources; here for what they ask of sys.modules."""
+    room = Path(sessions.__file__).parents[2] / "src/shardkeep/coordination"
+    assert room.is_dir()
+    for file in room.rglob("*.py"):
+        assert "import torch" not in file.read_text(), file
+
+
+# --- between two calls ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timing", [CALM, QUICK])
+def test_long_work_hears_of_failures_by_asking(timing: Timing) -> None:
+    def scenario(ranks: Ranks) -> str:
+        with ranks.session("save", "x") as session:
+            session.phase("write")
+            session.check()
+            if ranks.rank == 1:
+                raise ValueError("boom")
+            for _ in range(1000):
+                time.sleep(0.01)
+                session.check()
+        return "never heard"
+
+    def told(ranks: Ranks) -> str:
+        try:
+            return scenario(ranks)
+        except RankFailed as error:
+            return f"{error.rank} {error.phase}"
+        except ValueError:
+            return "raised"
+
+    assert run(3, told, timing=timing) == ["1 write", "raised", "1 write"]
+
+
+def test_a_phase_is_known_as_soon_as_it_begins() -> None:
+    """A rank that is killed at once is not said to have been in the phase before."""
+
+    def scenario(ranks: Ranks) -> list[tuple[str, str]]:
+        with ranks.session("save", "x") as session:
+            session.phase(f"phase of {ranks.rank}")
+            if session.gather(b"") is None:
+                return []
+            everyone = range(ranks.size)
+            return [(session._sign_of(rank).phase, session.host(rank)) for rank in everyone]
+
+    slow = Timing(deadline=20, heartbeat=60, missed=5)
+    host = socket.gethostname()
+    assert run(3, scenario, timing=slow)[0] == [(f"phase of {rank}", host) for rank in range(3)]
