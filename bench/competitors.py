@@ -83,13 +83,13 @@ class Shardkeep:
         ranks: int,
         *,
         verify: bool = True,
-        gentle: bool = False,
+        low_priority: bool = False,
         mapped: bool = False,
     ) -> None:
         import shardkeep
 
         self.engine, self.verify, self.mapped = shardkeep, verify, mapped
-        self.options = {"gentle": True} if gentle else {}
+        self.options = {"low_priority": True} if low_priority else {}
 
     def save(self, state: State, path: Path) -> None:
         self.engine.save(state, path, overwrite=True)

@@ -15,7 +15,7 @@ from bench.measure import Sample, percentile, resident, timed
 __all__ = ["loop", "memory_over", "slice_of"]
 
 BLOCK = 256 * 1024
-"""Bytes of a payload that one digest covers."""
+"""Bytes of a payload that one checksum covers."""
 
 
 def slice_of(seat: Any, entry: str, state: str, path: Path, check: bool) -> Sample:

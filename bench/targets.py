@@ -70,7 +70,7 @@ def _read(key: str, over: str) -> Callable[[Results], float | None]:
     return value
 
 
-def _digests(results: Results) -> float | None:
+def _checksums(results: Results) -> float | None:
     """Of the processor time of the save that ran in the same round, in per cent."""
     save, crc = _series(results, "checksums", "shardkeep"), _series(results, "checksums", "crc")
     if save is None or crc is None or not save.cpu or "crc" not in crc.figures:
@@ -141,7 +141,7 @@ def _targets() -> Iterator[Target]:
         for verb in ("save", "load"):
             value = _of(f"small-{count}-{verb}", "stock", "shardkeep")
             yield Target(f"{count:,} small tensors: {verb}", "x stock", 20.0, value)
-    yield Target("digests on saving", "of its processor time", 3.0, _digests, False, " %")
+    yield Target("digests on saving", "of its processor time", 3.0, _checksums, False, " %")
     yield Target(
         "verification of a cached load",
         "on top of the unverified time",
@@ -152,7 +152,7 @@ def _targets() -> Iterator[Target]:
     )
     work = "p99 of a training step"
     yield Target(work, "x that without a save, full speed", 1.1, _steps("shardkeep"), False)
-    yield Target(work, "x that without a save, gentle", 1.03, _steps("gentle"), False)
+    yield Target(work, "x that without a save, gentle", 1.03, _steps("low_priority"), False)
 
 
 TARGETS = tuple(_targets())

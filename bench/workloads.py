@@ -256,7 +256,7 @@ def asynchronous(bench: Bench, name: str, many: bool = False) -> Iterator[Result
 
 
 def checksums(bench: Bench) -> Iterator[Result]:
-    """Processor time of a save, and of the digests in it."""
+    """Processor time of a save, and of the checksums in it."""
     crc = Entry("crc", "CRC-32 of every block", role="other")
     with Crew(1, bench.folder) as crew:
         title = "Digests on saving, in processor time, 1 process"
@@ -303,11 +303,11 @@ def interpreter(bench: Bench) -> Iterator[Result]:
         Entry("aside", "raw direct writes by another process", role="limit"),
         OURS,
         Entry(
-            "gentle",
+            "low_priority",
             "Shardkeep, gentle",
             who="shardkeep",
             role="ours",
-            variants=({"gentle": True},),
+            variants=({"low_priority": True},),
         ),
         replace(STOCK, key="stock", label="stock DCP, thread", variants=(kept,)),
         replace(

@@ -12,9 +12,9 @@ from crash.notes import PHASES
 __all__ = ["KNOBS", "MODES", "Plan", "draw"]
 
 KNOBS = {
-    "SHARDKEEP_HEARTBEAT": "0.1",
-    "SHARDKEEP_MISSED": "5",
-    "SHARDKEEP_DEADLINE": "1.5",
+    "SHARDKEEP_HEARTBEAT_SECONDS": "0.1",
+    "SHARDKEEP_MAX_MISSED_HEARTBEATS": "5",
+    "SHARDKEEP_DEADLINE_SECONDS": "1.5",
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }

@@ -22,7 +22,7 @@ import shardkeep as sk
 from crash.notes import PHASES, Notes, Outcome
 from crash.plans import Plan
 from crash.state import RANKS, state
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue.ranks import KeyRanks
 from shardkeep.coordination.keyvalue.session import KeySession
 from shardkeep.coordination.keyvalue.torch_store import StoreKeys

@@ -49,8 +49,9 @@ def _head(results: Sequence[Result]) -> Iterator[str]:
             f"{told[-1]:.1f} s at most)."
         )
     yield (
-        f"There was a sign of life every {KNOBS['SHARDKEEP_HEARTBEAT']} s, and a deadline of "
-        f"{KNOBS['SHARDKEEP_DEADLINE']} s. By default these are 1.5 s and 1,800 s; it is the "
+        f"There was a sign of life every {KNOBS['SHARDKEEP_HEARTBEAT_SECONDS']} s, and a "
+        f"deadline of {KNOBS['SHARDKEEP_DEADLINE_SECONDS']} s. By default these are 1.5 s and "
+        "1,800 s; it is the "
         "deadline for which a rank is waited for that dies between two saves, as it gives no sign "
         "of life there that could be missed."
     )

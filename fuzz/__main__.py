@@ -64,7 +64,7 @@ def run(batch: tuple[str, int, int], seconds: float) -> dict[str, Any]:
         last = Path(folder) / "case"
         command = [sys.executable, "-m", "fuzz.worker", target, str(cases), str(seed)]
         limit = 60 + min(_SLOW * cases, 3 * seconds)
-        settings = {**environ, "SHARDKEEP_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        settings = {**environ, "SHARDKEEP_READ_THREADS": "1", "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
                 [*command, str(seconds), str(last), str(KEPT)],

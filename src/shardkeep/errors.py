@@ -76,13 +76,13 @@ class FormatError(ShardkeepError):
 
 
 class Damaged(ShardkeepError):
-    """Bytes do not match their digest, or are missing: named, never returned as data.
+    """Bytes do not match their checksum, or are missing: named, never returned as data.
 
     Args:
         what: what does not match.
         file: the data file.
         name: the tensor or object, if one is known.
-        block: number of the digest block inside the payload, counted from 0.
+        block: number of the checksum block inside the payload, counted from 0.
     """
 
     def __init__(

@@ -9,20 +9,20 @@ __all__ = [
     "ALIGNMENT",
     "BLOCK",
     "PAGE",
-    "check_budget",
+    "check_max_host_memory",
     "cores",
-    "deadline",
-    "gap",
-    "heartbeat",
-    "host_budget",
-    "lease",
+    "deadline_seconds",
+    "heartbeat_seconds",
+    "lease_seconds",
     "mapping",
-    "missed",
-    "part",
+    "max_chunk_bytes",
+    "max_host_memory_bytes",
+    "max_missed_heartbeats",
     "ranks_here",
-    "small",
-    "threads",
-    "watch",
+    "read_gap_bytes",
+    "read_threads",
+    "small_tensor_bytes",
+    "stop_poll_seconds",
     "write_threads",
 ]
 
@@ -52,23 +52,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads(ranks_here: int = 1) -> int:
-    """Threads that read files, in one process of `ranks_here` on this machine (SHARDKEEP_THREADS).
+def read_threads(ranks_here: int = 1) -> int:
+    """Threads that read files, in one process of `ranks_here` on this machine
+    (SHARDKEEP_READ_THREADS).
 
     By default (0) two for each of its cores, 4 at most: enough for a disk, and no more than the
     interpreter serves well.
     """
-    wanted = int(_number("SHARDKEEP_THREADS", 0))
+    wanted = int(_number("SHARDKEEP_READ_THREADS", 0))
     return max(1, wanted or min(4, 2 * cores() // ranks_here))
 
 
-def part() -> int:
-    """Bytes of a piece from which on it is cut into several (SHARDKEEP_PART).
+def max_chunk_bytes() -> int:
+    """Bytes of a piece from which on it is cut into several (SHARDKEEP_MAX_CHUNK_BYTES).
 
     A huge tensor so spreads over the ranks that hold it, and over files. All ranks that hold the
     same piece must cut it alike: the same number on all of them.
     """
-    return max(1, int(_number("SHARDKEEP_PART", 1 << 30)))
+    return max(1, int(_number("SHARDKEEP_MAX_CHUNK_BYTES", 1 << 30)))
 
 
 def write_threads() -> int:
@@ -78,16 +79,17 @@ def write_threads() -> int:
     return max(0, int(_number("SHARDKEEP_WRITE_THREADS", 0)))
 
 
-def host_budget() -> int:
-    """Bytes of the buffers that one save or load takes, in one process (SHARDKEEP_HOST_BUDGET).
+def max_host_memory_bytes() -> int:
+    """Bytes of the buffers that one save or load takes, in one process
+    (SHARDKEEP_MAX_HOST_MEMORY_BYTES).
 
     Of a load's, half are for reads past the page cache.
     """
-    return max(1 << 20, int(_number("SHARDKEEP_HOST_BUDGET", 64 << 20)))
+    return max(1 << 20, int(_number("SHARDKEEP_MAX_HOST_MEMORY_BYTES", 64 << 20)))
 
 
-def check_budget(given: object) -> None:
-    """Refuse a `host_budget` that is none; None stands for the default.
+def check_max_host_memory(given: object) -> None:
+    """Refuse a `max_host_memory` that is none; None stands for the default.
 
     Raises:
         ValueError: no number of bytes; it says what was given.
@@ -103,9 +105,10 @@ def ranks_here(size: int) -> int:
     return max(1, min(size, int(_number("LOCAL_WORLD_SIZE", size))))
 
 
-def gap() -> int:
-    """Bytes that are read and thrown away rather than starting a new read (SHARDKEEP_GAP)."""
-    return max(0, int(_number("SHARDKEEP_GAP", 64 * 1024)))
+def read_gap_bytes() -> int:
+    """Bytes that are read and thrown away rather than starting a new read
+    (SHARDKEEP_READ_GAP_BYTES)."""
+    return max(0, int(_number("SHARDKEEP_READ_GAP_BYTES", 64 * 1024)))
 
 
 def mapping() -> bool:
@@ -116,44 +119,47 @@ def mapping() -> bool:
     return bool(_number("SHARDKEEP_MMAP", 0))
 
 
-def small() -> int:
-    """Bytes of a payload up to which it is loaded with others, in columns (SHARDKEEP_SMALL).
+def small_tensor_bytes() -> int:
+    """Bytes of a payload up to which it is loaded with others, in columns
+    (SHARDKEEP_SMALL_TENSOR_BYTES).
 
     0 loads each one on its own; more than `BLOCK` counts as that.
     """
-    return max(0, min(BLOCK, int(_number("SHARDKEEP_SMALL", 64 * 1024))))
+    return max(0, min(BLOCK, int(_number("SHARDKEEP_SMALL_TENSOR_BYTES", 64 * 1024))))
 
 
-def deadline() -> float:
-    """Seconds that a rank waits for another one before it gives up (SHARDKEEP_DEADLINE)."""
-    return _number("SHARDKEEP_DEADLINE", 1800.0)
+def deadline_seconds() -> float:
+    """Seconds that a rank waits for another one before it gives up (SHARDKEEP_DEADLINE_SECONDS)."""
+    return _number("SHARDKEEP_DEADLINE_SECONDS", 1800.0)
 
 
-def heartbeat() -> float:
-    """Seconds between two signs of life of a rank; 0 sends none (SHARDKEEP_HEARTBEAT)."""
-    return max(0.0, _number("SHARDKEEP_HEARTBEAT", 1.5))
+def heartbeat_seconds() -> float:
+    """Seconds between two signs of life of a rank; 0 sends none (SHARDKEEP_HEARTBEAT_SECONDS)."""
+    return max(0.0, _number("SHARDKEEP_HEARTBEAT_SECONDS", 1.5))
 
 
-def lease() -> float:
+def lease_seconds() -> float:
     """Seconds without a sign of life after which a save on another machine counts as dead, and its
-    files may be removed (SHARDKEEP_LEASE). It gives four signs in that time.
+    files may be removed (SHARDKEEP_LEASE_SECONDS). It gives four signs in that time.
     """
-    return max(1.0, _number("SHARDKEEP_LEASE", 300.0))
+    return max(1.0, _number("SHARDKEEP_LEASE_SECONDS", 300.0))
 
 
-def missed() -> int:
+def max_missed_heartbeats() -> int:
     """Signs of life that a rank may miss, one after the other, before it counts as dead.
 
-    A busy interpreter can delay some of them (SHARDKEEP_MISSED). One more heartbeat can pass until
+    A busy interpreter can delay some of them (SHARDKEEP_MAX_MISSED_HEARTBEATS). One more heartbeat
+    can pass until
     the first is missed, and it takes a moment to tell the others: with the defaults a death is
     known on all ranks within 10 s (measured: 8.8 to 9.4 s).
     """
-    return max(1, int(_number("SHARDKEEP_MISSED", 5)))
+    return max(1, int(_number("SHARDKEEP_MAX_MISSED_HEARTBEATS", 5)))
 
 
-def watch() -> float:
-    """Seconds between two looks of a rank whether any has asked for a save (SHARDKEEP_WATCH).
+def stop_poll_seconds() -> float:
+    """Seconds between two looks of a rank whether any has asked for a save
+    (SHARDKEEP_STOP_POLL_SECONDS).
 
     Jobs of more than 1,024 ranks look less often, in proportion.
     """
-    return max(0.001, _number("SHARDKEEP_WATCH", 0.5))
+    return max(0.001, _number("SHARDKEEP_STOP_POLL_SECONDS", 0.5))

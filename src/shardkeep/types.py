@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -37,12 +37,13 @@ __all__ = [
     "ObjectInfo",
     "Objects",
     "Opaque",
-    "Rest",
+    "Progress",
     "Step",
     "Structure",
     "TensorInfo",
     "Tensors",
-    "no_rest",
+    "YieldGil",
+    "never_yield",
 ]
 
 I64 = NDArray[np.int64]
@@ -218,11 +219,11 @@ for positions that are such a multiple apart are the same.
 """
 
 
-Rest = Callable[[], None]
+YieldGil = Callable[[], None]
 """Called between pieces of work that keep the interpreter for more than a moment."""
 
 
-def no_rest() -> None:
+def never_yield() -> None:
     """Work on."""
 
 
@@ -360,8 +361,8 @@ class Chunks:
     transform: NDArray[np.int16]
     """[M] position in `Index.transforms`; 0 is none."""
     block: I64
-    """[M + 1] rows block[i]:block[i + 1] of `digests` belong to chunk i (none: not digested)."""
-    digests: NDArray[np.uint32]
+    """[M + 1] rows block[i]:block[i + 1] of `checksums` belong to chunk i (none: not digested)."""
+    checksums: NDArray[np.uint32]
     """CRC-32 of each block of `BLOCK` bytes of a payload, counted from the payload's start."""
 
 
@@ -393,8 +394,8 @@ class Index:
         transforms: stream transforms of items, as DCP names them (`("stream.zstd/1",)`), outermost
             last; the first one is always `()`.
         structure: how the names nest; None if the checkpoint does not say (flat names then).
-        twins: objects that only repeat a container whose leaves are there as well, and the
-            container's path; torch 2.3 and older look them up, nobody else needs them.
+        legacy_duplicates: objects that only repeat a container whose leaves are there as well, and
+            the container's path; torch 2.3 and older look them up, nobody else needs them.
         extra: what else is known, for people: "format", "torch", "created", ...
     """
 
@@ -404,7 +405,7 @@ class Index:
     objects: Objects
     transforms: tuple[tuple[str, ...], ...] = ((),)
     structure: Structure | None = None
-    twins: Mapping[str, Path] = field(default_factory=dict)
+    legacy_duplicates: Mapping[str, Path] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -428,11 +429,11 @@ class Claim:
     values: Mapping[str, Any]
     """Object's name -> its value as typed JSON, of those that are small and have one."""
     structure: Structure
-    twins: Mapping[str, Path]
+    legacy_duplicates: Mapping[str, Path]
     marks: Mapping[Path, str] = field(default_factory=dict)
     """Where a value is marked (`marks`) -> "PerRank" or "Replicated"."""
     content: Mapping[str, bytes] = field(default_factory=dict)
-    """What is marked "Replicated", in words -> a digest of what this rank has."""
+    """What is marked "Replicated", in words -> a checksum of what this rank has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,3 +447,11 @@ class Step:
 
     number: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Progress(Protocol):
+    """Told how far long work has come."""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of this phase; may be called from several threads."""
+        ...

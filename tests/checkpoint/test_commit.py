@@ -343,7 +343,7 @@ def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():
 @pytest.fixture
 def quick(monkeypatch):
     """Threads cost more than what they read here."""
-    monkeypatch.setenv("SHARDKEEP_THREADS", "1")
+    monkeypatch.setenv("SHARDKEEP_READ_THREADS", "1")
 
 
 def damaged(content: dict[str, bytes], original: dict, what: str, names: list[str]) -> None:
@@ -401,5 +401,5 @@ def test_every_cut_is_found(quick, kind):
             assert sk.open(store_of(cut)).verify().ok
         else:
             damaged(cut, original, f"{name} cut to {length}", list(original))
-    rest = {n: d for n, d in content.items() if n != name}
-    damaged(rest, original, f"{name} removed", list(original))
+    yield_gil = {n: d for n, d in content.items() if n != name}
+    damaged(yield_gil, original, f"{name} removed", list(original))

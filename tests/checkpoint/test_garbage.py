@@ -160,9 +160,9 @@ def test_nothing_is_removed_beside_a_record_that_can_not_be_read(tmp_path):
     put(store, *files(A))
     record = (tmp_path / ".metadata").read_bytes()
     (tmp_path / ".metadata").write_bytes(record[:-1])
-    assert garbage.remains(store, time.time) == []
+    assert garbage.find_garbage(store, time.time) == []
     (tmp_path / ".metadata").write_bytes(record)
-    assert {one.name for one in garbage.remains(store, time.time)} == set(files(A))
+    assert {one.name for one in garbage.find_garbage(store, time.time)} == set(files(A))
 
 
 def test_what_ranks_committed_each_for_itself_stays(tmp_path):
@@ -176,7 +176,7 @@ def test_what_ranks_committed_each_for_itself_stays(tmp_path):
     sk.save(STATE, tmp_path / "x")
     for name in (".metadata", *files(sk.open(tmp_path / "x").found.trailer.save_id, 1)):
         (tmp_path / "x" / name).rename(tmp_path / name)  # a record that hides them
-    assert garbage.remains(LocalStore(tmp_path), time.time) == []
+    assert garbage.find_garbage(LocalStore(tmp_path), time.time) == []
 
 
 def test_what_another_record_names_stays(tmp_path):
@@ -235,8 +235,8 @@ def test_only_files_of_dead_saves_are_found(some):
         expected |= set(some) & set(files(B))
     with Lease(store, "c" * 32) as lease:
         lease.take()
-        assert {one.name for one in garbage.remains(store, lease.time)} == expected
-        assert {one.name for one in garbage.collect(store, lease)} == expected
+        assert {one.name for one in garbage.find_garbage(store, lease.time)} == expected
+        assert {one.name for one in garbage.collect_garbage(store, lease)} == expected
     assert names(store) == some - expected
 
 

@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardkeep.checkpoint import leases
-from shardkeep.checkpoint.garbage import collect
+from shardkeep.checkpoint.garbage import collect_garbage
 from shardkeep.checkpoint.leases import Holder, Lease, lease_name, lease_save_id, living
 from shardkeep.errors import LeaseLost
 from shardkeep.stores import LocalStore, MemoryStore
@@ -78,7 +78,7 @@ def renewers() -> list[threading.Thread]:
 
 
 def test_one_thread_renews_all_leases_and_ends_when_there_are_none(store, monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
+    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "0.4")
     names = [secrets.token_hex(16) for _ in range(3)]
     leases = [Lease(store, name) for name in names]
     for lease in leases:
@@ -95,24 +95,24 @@ def test_one_thread_renews_all_leases_and_ends_when_there_are_none(store, monkey
 
 
 def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
+    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "0.4")
     lease = Lease(store, ID)
     lease.take()
     assert list(store.names()) == [lease_name(ID)]
     del lease
-    gc.collect()
+    gc.collect_garbage()
     wait_for(lambda: not list(store.names()))
     assert list(store.names()) == []
 
 
 def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_LEASE", "0.4")
+    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "0.4")
     lease = Lease(store, ID)
     lease.take()
     child = os.fork()
     if not child:
         del lease
-        gc.collect()
+        gc.collect_garbage()
         Lease(store, OTHER).take()  # its own one goes
         time.sleep(1)
         os._exit(0)
@@ -175,7 +175,7 @@ Lease(LocalStore({str(store.path)!r}), {ID!r}).take()
     assert living(store, leases, time.time) == set()
     with Lease(store, OTHER) as lease:
         lease.take()
-        assert [one.name for one in collect(store, lease)] == [left]
+        assert [one.name for one in collect_garbage(store, lease)] == [left]
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -190,7 +190,7 @@ def test_one_that_is_collected_before_it_has_its_name_is_written_again(store, ti
                 self.met += 1
                 with Lease(store, OTHER) as other:
                     other.take()
-                    assert [one.save_id for one in collect(store, other)] == [ID]
+                    assert [one.save_id for one in collect_garbage(store, other)] == [ID]
 
     with Lease(Met(store.path), ID) as lease:
         lease.take()
@@ -225,7 +225,7 @@ def test_a_container_has_pids_of_its_own(store):
 
 
 def test_of_another_machine_the_store_s_clock_tells(store, monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_LEASE", "100")
+    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "100")
     young = put(store, ID, lease_of(ELSEWHERE), age=90)
     old = put(store, OTHER, lease_of(ELSEWHERE), age=110)
     monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock of this host is wrong
@@ -262,7 +262,7 @@ def test_a_lease_that_ended_meanwhile_is_dead(store):
 
 
 def test_a_lease_is_renewed_while_it_lives(store, monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_LEASE", "1")  # the least
+    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "1")  # the least
     with Lease(store, ID) as lease:
         lease.take()
         path = store.path / lease_name(ID)

@@ -53,7 +53,7 @@ def planned(monkeypatch):
 def test_a_cast_is_that_of_the_whole_tensor_whatever_the_budget(
     monkeypatch, planned, verify, threads
 ):
-    monkeypatch.setenv("SHARDKEEP_THREADS", threads)
+    monkeypatch.setenv("SHARDKEEP_READ_THREADS", threads)
     store, saved = MemoryStore(), state()
     sk.save(saved, store)
     for budget in (MIB, 4 * MIB, 64 * MIB):
@@ -64,7 +64,7 @@ def test_a_cast_is_that_of_the_whole_tensor_whatever_the_budget(
             store,
             dtype="cast",
             verify=verify,
-            host_budget=budget,
+            max_host_memory=budget,
             progress=lambda *what, told=told: told.append(what),
         )
         for name, one in saved.items():
@@ -89,7 +89,7 @@ def test_parts_of_shards_that_lie_across_the_saved_ones():
     for verify in (True, False):
         column = torch.zeros(1200, 400, dtype=torch.float64)
         mine = {"t": sk.Shards((1200, 900), [((0, 250), column)])}
-        report = sk.load(mine, store, dtype="cast", host_budget=MIB, verify=verify)
+        report = sk.load(mine, store, dtype="cast", max_host_memory=MIB, verify=verify)
         assert torch.equal(column, saved[:, 250:650].double())
         assert report.resharded == ("t",)
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_stock_torch_is_checked_over_all_rounds(tmp_path, planne
     saved = state()
     dcp.save(saved, checkpoint_id=tmp_path)
     mine = template()
-    report = sk.load(mine, tmp_path, dtype="cast", host_budget=MIB)
+    report = sk.load(mine, tmp_path, dtype="cast", max_host_memory=MIB)
     assert len(planned[0].rounds) > 3
     assert report.unchecked == ()
     assert torch.equal(mine["large"], saved["large"].double())
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_stock_torch_is_checked_over_all_rounds(tmp_path, planne
     content[place] ^= 1
     file.write_bytes(content)
     with pytest.raises(Damaged, match=r"'large'.*CRC-32"):
-        sk.load(template(), tmp_path, dtype="cast", host_budget=MIB)
+        sk.load(template(), tmp_path, dtype="cast", max_host_memory=MIB)
 
 
 def test_a_cast_that_torch_can_not_do_is_a_mismatch(monkeypatch):
@@ -149,5 +149,5 @@ def test_what_can_be_read_to_where_it_belongs_has_no_rounds(planned):
     mine = {name: torch.zeros_like(one) for name, one in saved.items()}
     sk.load(mine, store)
     assert all(torch.equal(mine[name], one) for name, one in saved.items())
-    assert isinstance(planned[0], read_plan.Filling)
+    assert isinstance(planned[0], read_plan.ReadPlan)
     assert planned[0].rounds == [] and planned[0].room == 0

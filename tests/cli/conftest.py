@@ -99,7 +99,7 @@ def write(
     rows = np.array([where[i] for i in range(len(placed))], dtype=np.int64)
     chunks, others = rows[: len(rows) - len(objects)], rows[len(rows) - len(objects) :]
     counts = np.diff(written.block)
-    digests = [written.digests[written.block[r] : written.block[r + 1]] for r in chunks]
+    checksums = [written.checksums[written.block[r] : written.block[r + 1]] for r in chunks]
 
     def padded(parts: list[tuple[int, ...]], fill: int) -> np.ndarray:
         table = np.full((len(parts), width), fill, dtype=np.int64)
@@ -127,7 +127,7 @@ def write(
             payload=written.payload[chunks],
             transform=np.zeros(len(chunks), np.int16),
             block=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[chunks])]),
-            digests=np.concatenate([np.zeros(0, np.uint32), *digests]),
+            checksums=np.concatenate([np.zeros(0, np.uint32), *checksums]),
         ),
         objects=Objects(
             names=tuple(objects),

@@ -489,7 +489,7 @@ def test_safetensors_are_listed_but_can_not_be_checked(tmp_path: Path, run: Run)
     ran = run("verify", tmp_path)
     assert ran.code == 0
     assert "nothing could be checked" in ran.lines[0]
-    assert ran.lines[1:] == ["no digest, so damage in them would not show (1):", "  a.b"]
+    assert ran.lines[1:] == ["no checksum, so damage in them would not show (1):", "  a.b"]
 
 
 def test_arguments(run: Run) -> None:

@@ -133,7 +133,7 @@ def write_many(path: Path) -> None:
             payload=item + 512,
             transform=np.zeros(MANY, np.int16),
             block=np.arange(MANY + 1),
-            digests=np.arange(MANY, dtype=np.uint32),
+            checksums=np.arange(MANY, dtype=np.uint32),
         ),
         objects=Objects((), np.zeros(0, np.int32), none, none, np.zeros(0, np.int16), none, {}),
         structure=Structure(dict(zip(names, paths, strict=True)), containers),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from shardkeep.cli.render import brief, is_json, opaque_names, pretty
 from shardkeep.cli.terminal import Output, escape, one_line
 from shardkeep.types import Opaque
-from shardkeep.util.formatting import count, human
+from shardkeep.util.formatting import count, human_bytes
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
@@ -69,7 +69,7 @@ def test_an_error_does_not_escape_twice() -> None:
     ],
 )
 def test_human_sizes(nbytes: int, text: str) -> None:
-    assert human(nbytes) == text
+    assert human_bytes(nbytes) == text
 
 
 def test_counts() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from shardkeep.contracts import Ranks
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.group import GroupRanks, GroupSession
 from support import sessions
 from support.gloo import Failed, Pool
 
-QUICK = {"SHARDKEEP_HEARTBEAT": "0.3", "SHARDKEEP_MISSED": "4"}
+QUICK = {"SHARDKEEP_HEARTBEAT_SECONDS": "0.3", "SHARDKEEP_MAX_MISSED_HEARTBEATS": "4"}
 
 
 def beside_training(ranks: Ranks) -> tuple[int, list[Any]]:
@@ -83,7 +83,7 @@ def test_killed_or_frozen_store_is_explained(gloo: Pool, number: signal.Signals)
 
 
 def in_halves(rank: int, size: int) -> list[str]:
-    half = take_part([1, 0] if rank < 2 else [2, 3])
+    half = detect_ranks([1, 0] if rank < 2 else [2, 3])
     assert half.rank == [1, 0, 0, 1][rank]
     first = sessions.conversation(half, [0, 5000])
 
@@ -92,7 +92,7 @@ def in_halves(rank: int, size: int) -> list[str]:
             raise ValueError("boom")
 
     end = sessions.outcome(half, step)
-    return [first, end["end"], str(end.get("rank")), sessions.conversation(take_part(), [1])]
+    return [first, end["end"], str(end.get("rank")), sessions.conversation(detect_ranks(), [1])]
 
 
 def test_subgroups_at_the_same_time(gloo: Pool) -> None:
@@ -135,7 +135,7 @@ def clients(rank: int, size: int) -> bool:
     from shardkeep.coordination.keyvalue import clients as ours
 
     gc.collect()  # what earlier jobs of these processes have left
-    first, second = take_part()._keys._client, take_part([1, 0])._keys._client
+    first, second = detect_ranks()._keys._client, detect_ranks([1, 0])._keys._client
     assert len(ours._clients) == 1
     assert first.store is not dist.distributed_c10d._get_default_store()
     return first is second

@@ -117,7 +117,7 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
 ) -> None:
     """To `get`, torch waits for the key, and then for the end of the waiting: twice as long."""
     monkeypatch.setattr(clients, "_LEAST", 1.0)
-    monkeypatch.setenv("SHARDKEEP_HEARTBEAT", "0.2")
+    monkeypatch.setenv("SHARDKEEP_HEARTBEAT_SECONDS", "0.2")
     process, store = hosted
     keys = StoreKeys(store, 2)
     keys.set("a", b"1")

@@ -43,7 +43,7 @@ def test_failure_is_told_to_all_in_every_phase(play: Play, culprit: int) -> None
             assert later["end"] == "done"
 
 
-TINY = {"SHARDKEEP_DEADLINE": "0.6", "SHARDKEEP_HEARTBEAT": "0.2"}
+TINY = {"SHARDKEEP_DEADLINE_SECONDS": "0.6", "SHARDKEEP_HEARTBEAT_SECONDS": "0.2"}
 
 
 @pytest.mark.parametrize("culprit", [0, 3])

@@ -16,7 +16,7 @@ from shardkeep.testing import simulated_ranks
 from support import sessions
 
 Play = Callable[..., list[Any]]
-OFTEN = {"SHARDKEEP_WATCH": "0.01"}
+OFTEN = {"SHARDKEEP_STOP_POLL_SECONDS": "0.01"}
 
 
 @pytest.mark.parametrize("collective", [False, True])
@@ -35,7 +35,7 @@ def test_all_stop_at_one_step(play: Play, asking: list[int], collective: bool) -
 def test_all_stop_at_one_step_however_they_drift(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SHARDKEEP_WATCH", "0.005")
+    monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.005")
     size = 2 + seed % 5
     found = simulated_ranks.run(size, sessions.stops, 3, seed, [seed % size], bool(seed % 3))
     steps = [[step for step, _ in rounds] for rounds in found]
@@ -51,7 +51,7 @@ def test_nobody_waits_for_a_rank_that_has_left(play: Play, leaver: int) -> None:
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_does_not_answer_is_named(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = simulated_ranks.Timing(deadline=30.0, heartbeat=0.3, missed=4)
-    monkeypatch.setenv("SHARDKEEP_WATCH", "0.01")
+    monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.01")
     found = simulated_ranks.run(3, sessions.nobody_answers, silent, timing=timing)
     for rank, told in enumerate(found):
         if rank == silent:
@@ -76,7 +76,7 @@ def test_alone() -> None:
 
 
 def test_the_store_holds_no_more_after_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHARDKEEP_WATCH", "0.005")
+    monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.005")
     left = []
     for rounds in (1, 6):
         keys = MemoryKeys()
@@ -89,7 +89,7 @@ def test_the_store_holds_no_more_after_many_rounds(monkeypatch: pytest.MonkeyPat
 
 def test_who_drops_a_meeting_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a `Manager` that nobody closes does: its thread would look into the store for ever."""
-    monkeypatch.setenv("SHARDKEEP_WATCH", "0.01")
+    monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.01")
 
     def work(ranks: Any) -> None:
         meeting = ranks.meeting("run")

@@ -7,21 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from shardkeep.contracts import Ranks, Session
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.solo import Solo
 
 
 def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
-    assert isinstance(take_part(), Solo)
-    assert isinstance(take_part([0]), Ranks)
+    assert isinstance(detect_ranks(), Solo)
+    assert isinstance(detect_ranks([0]), Ranks)
     with pytest.raises(ValueError, match=r"ranks=\[0, 1\] are not different ranks of a job of 1"):
-        take_part([0, 1])
+        detect_ranks([0, 1])
 
 
 def test_solo_session() -> None:
-    with take_part().session("save", "x") as session:
+    with detect_ranks().session("save", "x") as session:
         assert isinstance(session, Solo().session("save", "x").__class__)
         assert (session.rank, session.size) == (0, 1)
         session.phase("write")
@@ -32,13 +32,13 @@ def test_solo_session() -> None:
             session.scatter([b"", b""])
         with pytest.raises(ValueError, match="no message"):
             session.broadcast(None)
-    with pytest.raises(ZeroDivisionError), take_part().session("save", "x"):
+    with pytest.raises(ZeroDivisionError), detect_ranks().session("save", "x"):
         1 / 0  # noqa: B018
 
 
 def test_given_ranks_are_taken_as_they_are() -> None:
     ranks = Solo()
-    assert take_part(ranks) is ranks
+    assert detect_ranks(ranks) is ranks
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_torch_without_a_group(
     monkeypatch: pytest.MonkeyPatch, dist: SimpleNamespace, kind: type[Ranks]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed", dist)
-    assert isinstance(take_part(), kind)
+    assert isinstance(detect_ranks(), kind)
 
 
 def job(rank: int, size: int) -> SimpleNamespace:
@@ -76,8 +76,8 @@ def job(rank: int, size: int) -> SimpleNamespace:
 def test_bad_subsets(monkeypatch: pytest.MonkeyPatch, ranks: list[int], message: str) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed", job(2, 4))
     with pytest.raises(ValueError, match=message):
-        take_part(ranks)
-    assert isinstance(take_part([2]), Solo)
+        detect_ranks(ranks)
+    assert isinstance(detect_ranks([2]), Solo)
 
 
 def test_sessions_are_sessions() -> None:

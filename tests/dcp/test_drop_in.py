@@ -133,9 +133,11 @@ def test_metadata_is_what_stocks_reader_says(tmp_path, module, flatten):
     theirs = stock.FileSystemReader(tmp_path).read_metadata()
     ours = dcp.FileSystemReader(tmp_path).read_metadata()
     assert type(ours) is type(theirs)
-    twins = sk.open(tmp_path).index.twins  # only torch 2.3 and older look for these
-    assert bool(twins) == (flatten and module is dcp)
-    for name in twins:
+    legacy_duplicates = sk.open(
+        tmp_path
+    ).index.legacy_duplicates  # only torch 2.3 and older look for these
+    assert bool(legacy_duplicates) == (flatten and module is dcp)
+    for name in legacy_duplicates:
         del theirs.state_dict_metadata[name], theirs.planner_data[name]
         del theirs.storage_data[MetadataIndex(name)]
     assert plain(ours) == plain(theirs)
@@ -155,7 +157,7 @@ class Upward(stock.DefaultLoadPlanner):
 def test_a_planner_of_torchs_does_not_take_our_checkpoints_for_old_ones(tmp_path):
     w = values("w", (3, 4), torch.float32)
     dcp.save({"w": w, "n": {"x": 1}}, checkpoint_id=tmp_path)
-    assert sk.open(tmp_path).index.twins  # by which torch's planner knows old ones
+    assert sk.open(tmp_path).index.legacy_duplicates  # by which torch's planner knows old ones
     planner = Upward()
     dcp.load({"w": torch.zeros(3, 4), "n": {"x": 0}}, checkpoint_id=tmp_path, planner=planner)
     assert torch.equal(planner.wide["w"], w.double())

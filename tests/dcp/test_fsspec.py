@@ -20,12 +20,12 @@ import torch.distributed.checkpoint.filesystem as stock_files
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.safetensors import Folder, Part, part_items
 from shardkeep.dcp.bridge.torch_filesystem import FsspecStore, StreamStore, store_of
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
 from shardkeep.dcp.reexports import theirs
 from shardkeep.stores import LocalStore
+from shardkeep.stores.contract import Store
 from stores.test_stores import StoreTests
 from support.dcp_files import OwnLoadPlanner, OwnSavePlanner, blank, writer_options
 from support.scenarios import equal, values

@@ -374,7 +374,7 @@ def test_a_future_that_fails_later_fails_the_save(tmp_path):
 
 # --- on real ranks -------------------------------------------------------------------------------
 
-SOON = {"SHARDKEEP_HEARTBEAT": "0.3", "SHARDKEEP_MISSED": "6"}
+SOON = {"SHARDKEEP_HEARTBEAT_SECONDS": "0.3", "SHARDKEEP_MAX_MISSED_HEARTBEATS": "6"}
 
 
 @pytest.mark.parametrize("step", ["set_up_planner", "create_global_plan", "write_data", "finish"])

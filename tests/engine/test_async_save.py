@@ -69,7 +69,7 @@ def test_changes_after_the_return_change_nothing_that_is_saved(tmp_path, budget)
     mine, store = state("a"), Gate(tmp_path)
     if budget is not None:
         store.opened.set()  # Its call returns when the last bytes were taken, file by file.
-    handle = sk.async_save(mine, store, host_budget=budget)
+    handle = sk.async_save(mine, store, max_host_memory=budget)
     for tensor in (mine["w"], mine["t"], *mine["small"]):
         tensor.view(torch.uint8).zero_() if tensor.is_contiguous() else tensor.zero_()
     mine["object"]["numbers"].append(4)
@@ -186,7 +186,7 @@ def test_a_gentle_save_leaves_the_caller_its_priority(tmp_path):
             seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
             return super().reserve(name, nbytes)
 
-    sk.async_save(state(), Watched(tmp_path / "a"), gentle=True).result(60)
+    sk.async_save(state(), Watched(tmp_path / "a"), low_priority=True).result(60)
     sk.async_save(state(), Watched(tmp_path / "b")).result(60)
     assert seen == [19, before]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torch
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.engine import save_queue
 from shardkeep.errors import AsyncSaveFailed, RankFailed
 from shardkeep.stores import LocalStore
@@ -220,7 +220,7 @@ class Interrupting:
 def test_a_state_whose_copy_was_interrupted_is_not_saved(tmp_path, budget):
     """The caller is told by the interrupt, and may go on to change it."""
     with pytest.raises(KeyboardInterrupt):
-        sk.async_save({"m": Interrupting()}, tmp_path / "ckpt", host_budget=budget)
+        sk.async_save({"m": Interrupting()}, tmp_path / "ckpt", max_host_memory=budget)
     sk.save({"w": torch.ones(3)}, tmp_path / "next")  # waits for it, and has nothing to complain of
     with pytest.raises(sk.NotACheckpoint):
         sk.open(tmp_path / "ckpt")

@@ -11,7 +11,7 @@ import shardkeep as sk
 from support import jobs
 from support.gloo import Failed
 
-SOON = {"SHARDKEEP_HEARTBEAT": "0.3", "SHARDKEEP_MISSED": "6"}
+SOON = {"SHARDKEEP_HEARTBEAT_SECONDS": "0.3", "SHARDKEEP_MAX_MISSED_HEARTBEATS": "6"}
 FAILURES = {
     "partial": ("describe", "Conflict", "tensor 'p' is Partial(sum)"),
     "full": ("write", "OSError", "No space left on device"),

@@ -231,7 +231,7 @@ def test_a_save_interrupted_while_it_writes_leaves_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         big = {"w": torch.ones(8 << 20), "n": 2}
-        sk.save(big, path, overwrite=True, host_budget=4 << 20, progress=progress)
+        sk.save(big, path, overwrite=True, max_host_memory=4 << 20, progress=progress)
     assert there(path) == before
     assert (open_files(), threading.active_count()) == (files, threads)
     sk.save(state(3), path, overwrite=True)

@@ -10,7 +10,7 @@ import pytest
 
 import shardkeep as sk
 from shardkeep.checkpoint import commit
-from shardkeep.engine.negotiate import own, report
+from shardkeep.engine.negotiate import negotiate_writers, report
 from shardkeep.format.torch_zip.container_write import TensorItem
 from shardkeep.io.write.items import Item, write_items
 from shardkeep.stores import MemoryStore
@@ -49,7 +49,7 @@ def claim(rank: int, size: int, *, note: str = "same") -> Claim:
         objects=("note", alone),
         values={"note": note, alone: rank},
         structure=Structure(leaves, {(): "dict", ("rank",): "dict", ("rank", rank): "dict"}),
-        twins={},
+        legacy_duplicates={},
     )
 
 
@@ -68,7 +68,7 @@ def save(ranks, store, **options) -> str:
     """The life of a save, with numpy in the place of torch."""
     with ranks.session("save", "memory") as session:
         mine = claim(ranks.rank, ranks.size, **options)
-        order = own(session, mine, admit=lambda: None)
+        order = negotiate_writers(session, mine, admit=lambda: None)
         items = [
             Item(
                 TensorItem(DType.named("float32"), shape(mine, row)),
@@ -150,6 +150,8 @@ def test_names_of_two_lone_surrogates_stay_two():
                     {**leaves, "scale": ("scale",), "rank.0.bias": ("rank.0.bias",)}, {(): "dict"}
                 ),
             )
-            return own(session, mine, admit=lambda: None, same_objects=False).objects
+            return negotiate_writers(
+                session, mine, admit=lambda: None, require_identical_objects=False
+            ).objects
 
     assert simulated_ranks.run(2, settled) == [(odd,), ()]

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue.heartbeat import Timing
 from shardkeep.stores import LocalStore
 from shardkeep.testing import simulated_ranks
@@ -85,7 +85,7 @@ def test_row_03_the_original_traceback_is_shown_and_travels():
 
 
 def test_row_03_a_death_is_known_within_ten_seconds_by_default(monkeypatch):
-    for name in ("SHARDKEEP_HEARTBEAT", "SHARDKEEP_MISSED"):
+    for name in ("SHARDKEEP_HEARTBEAT_SECONDS", "SHARDKEEP_MAX_MISSED_HEARTBEATS"):
         monkeypatch.delenv(name, raising=False)
     timing = Timing.from_knobs()
     # It may happen just after a look that saw a new sign.
@@ -103,7 +103,7 @@ def writing_for_ever(ranks: Ranks, path: str) -> dict:
     # 64 MiB in windows of a page or so: thousands of writes, were it not for the failure.
     mine = {f"w{ranks.rank}": torch.ones(1 << 24)}
     end = ended(
-        lambda: sk.save(mine, path, ranks=ranks, host_budget=1 << 20, progress=slowly(progress))
+        lambda: sk.save(mine, path, ranks=ranks, max_host_memory=1 << 20, progress=slowly(progress))
     )
     return end | {"writes": progress.told}
 
@@ -149,9 +149,9 @@ def test_row_03_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         work, phase, culprit, how = GONE[number]
-        env = {"SHARDKEEP_HEARTBEAT": "1", "SHARDKEEP_MISSED": "5"}
+        env = {"SHARDKEEP_HEARTBEAT_SECONDS": "1", "SHARDKEEP_MAX_MISSED_HEARTBEATS": "5"}
         if how == "asleep":
-            env["SHARDKEEP_DEADLINE"] = "4"
+            env["SHARDKEEP_DEADLINE_SECONDS"] = "4"
         args = (work, phase, culprit, how, str(folder / "ckpt"))
         return forked.run(phases.gone, *args, folder=folder, env=env, limit=80)
 

@@ -279,7 +279,7 @@ def test_only_the_needed_bytes_are_read(tmp_path):
 
 def keep_the_lowest(ranks, path):
     state = {"lr": ranks.rank, "same": [1], "w": torch.ones(2)}
-    sk.save(state, path, ranks=ranks, same_objects=False)
+    sk.save(state, path, ranks=ranks, require_identical_objects=False)
 
 
 def test_objects_that_differ_are_named_where_that_is_let_pass(tmp_path):
@@ -310,13 +310,18 @@ def test_files_of_each_rank(tmp_path, files, each):
     assert all((loaded[f"w{i}"] == i).all() for i in range(5))
 
 
-def save_replicas(ranks, path, spread):
-    sk.save({f"w{i}": torch.ones(64) for i in range(8)}, path, ranks=ranks, spread=spread)
+def save_replicas(ranks, path, balance_replicas):
+    sk.save(
+        {f"w{i}": torch.ones(64) for i in range(8)},
+        path,
+        ranks=ranks,
+        balance_replicas=balance_replicas,
+    )
 
 
 @pytest.mark.parametrize(("spread", "ranks"), [(True, {0, 1, 2}), (False, {0})])
-def test_who_writes_replicas(tmp_path, spread, ranks):
-    simulated_ranks.run(3, save_replicas, tmp_path, spread)
+def test_who_writes_replicas(tmp_path, balance_replicas, ranks):
+    simulated_ranks.run(3, save_replicas, tmp_path, balance_replicas)
     assert {int(path.name.split("_")[2]) for path in tmp_path.glob("*.distcp")} == ranks
 
 
@@ -341,11 +346,16 @@ MODULE = torch.nn.Linear(2, 2)
         ([("a", 1)], {}, TypeError, "a state is a mapping of names to values, not a list"),
         ({}, {"files": 0}, ValueError, "files=0 can't be: 1 or more"),
         ({}, {"files": -3}, ValueError, "files=-3 can't be: 1 or more"),
-        ({}, {"host_budget": "64MB"}, ValueError, "a number of bytes, 1 or more, not '64MB'"),
-        ({}, {"host_budget": 0}, ValueError, "host_budget must be a number of bytes, .* not 0"),
-        ({}, {"host_budget": -1}, ValueError, "host_budget must be a number of bytes, .* not -1"),
-        ({}, {"host_budget": 2e9}, ValueError, "a number of bytes, .* not 2000000000.0"),
-        ({}, {"host_budget": True}, ValueError, "a number of bytes, .* not True"),
+        ({}, {"max_host_memory": "64MB"}, ValueError, "a number of bytes, 1 or more, not '64MB'"),
+        ({}, {"max_host_memory": 0}, ValueError, "host_budget must be a number of bytes, .* not 0"),
+        (
+            {},
+            {"max_host_memory": -1},
+            ValueError,
+            "host_budget must be a number of bytes, .* not -1",
+        ),
+        ({}, {"max_host_memory": 2e9}, ValueError, "a number of bytes, .* not 2000000000.0"),
+        ({}, {"max_host_memory": True}, ValueError, "a number of bytes, .* not True"),
     ],
 )
 def test_arguments_that_can_not_be_are_refused_before_anything_is_made(
@@ -364,7 +374,7 @@ def test_arguments_that_can_not_be_are_refused_before_anything_is_made(
 def test_any_number_of_bytes_is_a_budget(tmp_path):
     mine = {"w": torch.arange(400_000.0)}
     for budget in (1, 1000, 1 << 20, np.int64(3 << 20), 1 << 40):
-        sk.save(mine, tmp_path, overwrite=True, host_budget=budget)
+        sk.save(mine, tmp_path, overwrite=True, max_host_memory=budget)
         found = {"w": torch.zeros(400_000)}
-        sk.load(found, tmp_path, host_budget=budget)
+        sk.load(found, tmp_path, max_host_memory=budget)
         assert equal(found["w"], mine["w"])

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
 from shardkeep.checkpoint import commit
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
 from shardkeep.engine.negotiate import own, report
 from shardkeep.io.write.items import Written
 from shardkeep.stores import MemoryStore
@@ -63,7 +63,7 @@ def settled(count: int) -> Callable[[], None]:
     claim = describe_state(state(count)).claim
 
     def run() -> None:
-        with take_part(None).session("save", "memory") as session:
+        with detect_ranks(None).session("save", "memory") as session:
             order = own(session, claim, lambda: None)
             index = report(session, order, written(len(order.pieces)))
             assert index is not None
@@ -129,9 +129,9 @@ def test_runs_of_small_tensors_come_back(
     kinds = [kind for kind, count in runs for _ in range(count)]
     given = {f"t{row}": tensor(kind, row) for row, kind in enumerate(kinds)}
     if staged:
-        sk.async_save(given, path, host_budget=budget and 64 * budget).result(60)
+        sk.async_save(given, path, max_host_memory=budget and 64 * budget).result(60)
     else:
-        sk.save(given, path, host_budget=budget)
+        sk.save(given, path, max_host_memory=budget)
     assert sk.open(path).verify().ok
     for load in (sk.load, stock.load):
         into = {name: torch.ones(one.shape, dtype=one.dtype) for name, one in given.items()}

@@ -31,7 +31,7 @@ DTYPES = "float32 bfloat16 int8 bool complex64 float8_e4m3fn uint16 complex128 f
 @contextmanager
 def columns(bytes_at_most):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDKEEP_SMALL", str(bytes_at_most))
+        patch.setenv("SHARDKEEP_SMALL_TENSOR_BYTES", str(bytes_at_most))
         yield
 
 
@@ -112,7 +112,7 @@ def both_ways(store, made):
     for limit in (0, 1 << 18):
         template = template_of(made)
         with columns(limit), pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SHARDKEEP_THREADS", "1")
+            patch.setenv("SHARDKEEP_READ_THREADS", "1")
             try:
                 report = sk.load(template, store, dtype="cast")
             except sk.errors.ShardkeepError as error:
@@ -246,7 +246,7 @@ def test_memory_that_is_not_plain_is_filled_in_the_general_way():
     ],
 )
 def test_what_was_cut_on_saving_is_not_resharded(monkeypatch, saved, part, wanted, resharded):
-    monkeypatch.setenv("SHARDKEEP_PART", str(part))
+    monkeypatch.setenv("SHARDKEEP_MAX_CHUNK_BYTES", str(part))
     whole, store = torch.arange(12.0).reshape(4, 3), MemoryStore()
     cut = [((low, 0), whole[low:high]) for low, high in saved or [(0, 4)]]
     sk.save({"w": sk.Shards((4, 3), cut)}, store)

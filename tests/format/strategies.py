@@ -183,10 +183,12 @@ def indexes(draw):
     places = st.integers(0, len(file_names) - 1), st.integers(0, len(kinds) - 1)
     blocks = np.concatenate([[0], np.cumsum([c[6] for c in chunks])]).astype(np.int64)
     total = int(blocks[-1])
-    digests = draw(st.lists(st.integers(0, 2**32 - 1), min_size=total, max_size=total))
+    checksums = draw(st.lists(st.integers(0, 2**32 - 1), min_size=total, max_size=total))
     found = [draw(items(0)) for _ in object_names]
     known = draw(st.sets(st.sampled_from(object_names))) if object_names else ()
-    twins = draw(st.lists(st.sampled_from(object_names), unique=True)) if object_names else ()
+    legacy_duplicates = (
+        draw(st.lists(st.sampled_from(object_names), unique=True)) if object_names else ()
+    )
     return Index(
         file_names,
         Tensors(
@@ -205,7 +207,7 @@ def indexes(draw):
             column([c[5] for c in chunks]),
             column([draw(places[1]) for _ in chunks], np.int16),
             blocks,
-            column(digests, np.uint32),
+            column(checksums, np.uint32),
         ),
         Objects(
             object_names,
@@ -218,7 +220,7 @@ def indexes(draw):
         ),
         kinds,
         draw(st.none() | structures(names)),
-        {name: tuple(draw(st.lists(path_keys, max_size=3))) for name in twins},
+        {name: tuple(draw(st.lists(path_keys, max_size=3))) for name in legacy_duplicates},
         draw(st.dictionaries(st.text(max_size=4), st.none() | st.integers() | texts, max_size=3)),
     )
 

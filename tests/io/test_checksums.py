@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep.io.checksums as module
-from shardkeep.io.checksums import block_digests, crc32, digest, whole_crc
+from shardkeep.io.checksums import block_checksums, checksum_payload, crc32, whole_crc
 from shardkeep.settings import BLOCK
 
 
@@ -34,15 +34,15 @@ def random_bytes(n):
 @pytest.mark.parametrize("n", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 77])
 def test_blocks_and_whole(n):
     data = random_bytes(n)
-    blocks, whole = digest(data)
+    blocks, whole = checksum_payload(data)
     assert blocks.dtype == np.uint32
     assert blocks.tolist() == [zlib.crc32(data[i : i + BLOCK]) for i in range(0, n, BLOCK)]
     assert whole == zlib.crc32(data) == whole_crc(blocks, n) == whole_crc(blocks.tolist(), n)
-    assert (block_digests(bytearray(data)) == blocks).all()
+    assert (block_checksums(bytearray(data)) == blocks).all()
     array = np.frombuffer(data, dtype=np.uint8)
     assert module.crc32_at(array.ctypes.data, array.data) == whole
     assert module.crc32_blocks(array.ctypes.data, n) == blocks.tolist()
-    assert (block_digests(memoryview(data)) == blocks).all()
+    assert (block_checksums(memoryview(data)) == blocks).all()
 
 
 @pytest.mark.usefixtures("library")
@@ -64,4 +64,4 @@ def test_combining_long_runs_agrees_with_the_fast_library():
 def test_arrays_count_as_their_bytes():
     array = np.arange(12, dtype=np.float32).astype(ml_dtypes.bfloat16)
     assert crc32(array.view(np.uint8)) == zlib.crc32(array.tobytes())
-    assert digest(array.view(np.uint8))[1] == zlib.crc32(array.tobytes())
+    assert checksum_payload(array.view(np.uint8))[1] == zlib.crc32(array.tobytes())

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.errors import Conflict
-from shardkeep.plan.assign_writers import settle
+from shardkeep.plan.assign_writers import assign_writers
 from shardkeep.types import Box, Claim, DType, Structure, Tensors
 
 
-def claim(tensors=(), objects=None, *, twins=None, containers=None, alias=None):
+def claim(tensors=(), objects=None, *, legacy_duplicates=None, containers=None, alias=None):
     """A rank's claim: tensors are (name, dtype, shape, [boxes])."""
     width = max((len(shape) for _, _, shape, _ in tensors), default=0)
 
@@ -46,7 +46,7 @@ def claim(tensors=(), objects=None, *, twins=None, containers=None, alias=None):
         objects=tuple(objects),
         values=objects,
         structure=Structure(paths, known | (containers or {})),
-        twins=twins or {},
+        legacy_duplicates=legacy_duplicates or {},
     )
 
 
@@ -79,7 +79,7 @@ def jobs(draw):
 
 @given(jobs())
 def test_every_box_is_written_once_by_a_rank_that_holds_it(claims):
-    done = settle(claims)
+    done = assign_writers(claims)
     distinct = {
         (c.tensors.names[t], tuple(o), tuple(s))
         for c in claims
@@ -106,7 +106,7 @@ def test_every_box_is_written_once_by_a_rank_that_holds_it(claims):
 
 
 def test_ranks_may_hold_tensors_that_others_lack():
-    done = settle([claim([whole("a", 2)]), claim([whole("b", 3, 4)]), claim()])
+    done = assign_writers([claim([whole("a", 2)]), claim([whole("b", 3, 4)]), claim()])
     assert done.tensors.names == ("a", "b")
     assert done.tensors.shape.tolist() == [[2, 1], [3, 4]]
     assert done.writer.tolist() == [0, 1]
@@ -114,13 +114,15 @@ def test_ranks_may_hold_tensors_that_others_lack():
 
 def test_aliases_are_one_payload():
     tied = claim([whole("head", 4, 4), whole("embed", 4, 4), whole("x", 4, 4)], alias=[0, 0, 2])
-    done = settle([tied, tied])
+    done = assign_writers([tied, tied])
     assert done.payload.tolist()[0] == done.payload.tolist()[1]
     assert len(done.writer) == 2
 
 
 def test_aliases_seen_by_another_rank_only_are_still_one_payload():
-    done = settle([claim([whole("a", 4)]), claim([whole("b", 4), whole("a", 4)], alias=[0, 0])])
+    done = assign_writers(
+        [claim([whole("a", 4)]), claim([whole("b", 4), whole("a", 4)], alias=[0, 0])]
+    )
     assert len(set(done.payload.tolist())) == 1
     assert len(done.writer) == 1
 
@@ -162,20 +164,20 @@ def test_aliases_seen_by_another_rank_only_are_still_one_payload():
 )
 def test_contradictions_name_tensor_and_ranks(claims, message):
     with pytest.raises(Conflict, match=message):
-        settle(claims)
+        assign_writers(claims)
 
 
 def test_objects_are_written_by_the_lowest_rank_that_has_them():
-    done = settle([claim(objects={"a": 1}), claim(objects={"b": 2, "a": 1})])
+    done = assign_writers([claim(objects={"a": 1}), claim(objects={"b": 2, "a": 1})])
     assert done.objects == ("a", "b")
     assert done.object_writer.tolist() == [0, 1]
     assert [names for _, names in done.orders(2)] == [("a",), ("b",)]
 
 
 def test_a_twin_is_written_after_everything_else():
-    done = settle([claim(objects={"opt.lr": 1}, twins={"opt": ("opt",)})])
+    done = assign_writers([claim(objects={"opt.lr": 1}, legacy_duplicates={"opt": ("opt",)})])
     assert done.objects == ("opt.lr",)
-    assert done.twins == {"opt": ("opt",)}
+    assert done.legacy_duplicates == {"opt": ("opt",)}
     assert done.orders(1)[0][1] == ("opt.lr", "opt")
 
 
@@ -185,11 +187,13 @@ def test_a_twin_is_written_after_everything_else():
     ids=["another leaf", "a tensor"],
 )
 def test_no_twin_where_another_rank_has_more_in_that_container(other):
-    done = settle([claim(objects={"opt.lr": 1}, twins={"opt": ("opt",)}), other])
-    assert done.twins == {}
+    done = assign_writers(
+        [claim(objects={"opt.lr": 1}, legacy_duplicates={"opt": ("opt",)}), other]
+    )
+    assert done.legacy_duplicates == {}
 
 
 def test_nothing_to_save_is_fine():
-    done = settle([claim(), claim()])
+    done = assign_writers([claim(), claim()])
     assert done.tensors.names == ()
     assert [pieces.tolist() for pieces, _ in done.orders(2)] == [[], []]

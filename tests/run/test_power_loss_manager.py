@@ -31,7 +31,7 @@ _RECORD = re.compile(r"run/step_(\d+)/\.metadata")
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Operations of several threads have no order. And once the power is gone, no save is alive."""
-    monkeypatch.setenv("SHARDKEEP_THREADS", "1")
+    monkeypatch.setenv("SHARDKEEP_READ_THREADS", "1")
     monkeypatch.setenv("SHARDKEEP_WRITE_THREADS", "1")
     monkeypatch.setattr(Holder, "ended", lambda _: True)
 

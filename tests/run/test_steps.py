@@ -15,10 +15,10 @@ pytestmark = pytest.mark.torch
 import shardkeep as sk
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
 from shardkeep.engine.save import Options, life
 from shardkeep.run import Steps
-from shardkeep.run.pruner import Keeper
+from shardkeep.run.pruner import Pruner
 from shardkeep.run.removal import remove
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.stores.folders import below
@@ -31,7 +31,7 @@ def state(step: int) -> dict:
 
 def with_metrics(step: int, store, metrics, **how) -> None:
     """As a manager saves it."""
-    life([state(step)], store, take_part(), Options(metrics=metrics, **how))
+    life([state(step)], store, detect_ranks(), Options(metrics=metrics, **how))
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -218,9 +218,9 @@ def test_what_a_crash_leaves_of_a_removal_goes_with_the_next(tmp_path, when):
             inner.publish(name, data)
         store = FaultyStore(inner, at, "crash", when)
         with contextlib.suppress(Died):
-            Keeper(Steps(store), sk.KeepLast(1)).prune(())
+            Pruner(Steps(store), sk.KeepLast(1)).prune(())
         halves.add(len(list(inner.names())))
-        Keeper(Steps(inner), sk.KeepLast(1)).prune(())
+        Pruner(Steps(inner), sk.KeepLast(1)).prune(())
         assert Steps(inner).numbers() == [3]
         left = {name for name in inner.names() if not name.startswith("step_3/")}
         assert left == {"step_1/notes.txt"}
@@ -233,7 +233,7 @@ def test_folders_that_a_crash_emptied_go(tmp_path):
     sk.save(state(2), tmp_path / "step_2")
     (tmp_path / "step_1").mkdir()
     (tmp_path / "step_x").mkdir()
-    Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(())
+    Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_x"]
 
 
@@ -246,10 +246,10 @@ def test_a_step_that_another_job_is_writing_stays(tmp_path):
     for name in names:
         with store.create(name) as sink:
             sink.write(b"x")
-    Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(())
+    Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(())
     assert f"__0_0_{'a' * 32}.distcp" in set(store.names())
     lease.release()
-    Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(())
+    Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(())
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
@@ -257,8 +257,8 @@ def test_nothing_is_removed_where_no_step_is_whole(tmp_path):
     for step in (1, 2):
         sk.save(state(step), tmp_path / f"step_{step}")
         next((tmp_path / f"step_{step}").glob("*.distcp")).unlink()
-    assert Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(()) == ()
+    assert Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(()) == ()
     assert Steps(tmp_path).numbers() == [1, 2]
     sk.save(state(0), tmp_path / "step_0")
-    assert Keeper(Steps(tmp_path), sk.KeepLast(1)).prune(()) == (1,)
+    assert Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(()) == (1,)
     assert Steps(tmp_path).numbers() == [0, 2]  # the one that is whole, and the last one

@@ -98,7 +98,7 @@ def test_twins_are_the_outermost_containers_without_a_tensor(state: Any) -> None
     if flattened is None:
         return
     held = [leaf.path for leaf in flattened.leaves if is_tensor(leaf.value)]
-    twins = {twin.path: twin for twin in flattened.twins}
+    legacy_duplicates = {twin.path: twin for twin in flattened.legacy_duplicates}
 
     def bare(path: tuple[Any, ...]) -> bool:
         return path != () and not any(p[: len(path)] == path for p in held)
@@ -112,10 +112,10 @@ def test_twins_are_the_outermost_containers_without_a_tensor(state: Any) -> None
             and name not in flattened.structure.leaves
             and names.count(name) == 1
         )
-        assert (path in twins) == wanted
+        assert (path in legacy_duplicates) == wanted
         if wanted:
-            assert twins[path].name == name
-            assert same(twins[path].value, get(state, path))
+            assert legacy_duplicates[path].name == name
+            assert same(legacy_duplicates[path].value, get(state, path))
 
 
 @given(STATES)
@@ -175,7 +175,7 @@ def test_twins_repeat_what_old_readers_look_up() -> None:
         "rng": {"seed": 1, "cuda": OrderedDict(a=1)},
         "plain": [1, 2],
     }
-    found = {twin.name: twin.value for twin in flat(state).twins}
+    found = {twin.name: twin.value for twin in flat(state).legacy_duplicates}
     assert found == {
         "optim.groups": [{"lr": 0.1, "params": [0, 1]}],
         "optim.hooks": {},
@@ -188,8 +188,8 @@ def test_twins_repeat_what_old_readers_look_up() -> None:
 def test_a_twin_gives_way_to_a_leaf_and_to_another_container() -> None:
     weight = Tensor()
     state = {"a": {"b": {"c": 1}, "w": weight}, "a.b": weight, "d": {"e": {1: 1}, "w": weight}}
-    assert [twin.name for twin in flat(state).twins] == ["d.e"]
-    assert flat({"a": {"b": {"c": 1}, "w": weight}, "a.b": {"d": 1}}).twins == ()
+    assert [twin.name for twin in flat(state).legacy_duplicates] == ["d.e"]
+    assert flat({"a": {"b": {"c": 1}, "w": weight}, "a.b": {"d": 1}}).legacy_duplicates == ()
 
 
 def test_the_place_of_empty_containers_is_kept() -> None:

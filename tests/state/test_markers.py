@@ -110,7 +110,7 @@ def test_torch_2_3_finds_a_mapping_without_tensors_as_one_object(tmp_path):
     states = {r: {"a": {"b": sk.PerRank({"x": r, "y": {}}), "c": {"d": 1}}} for r in range(2)}
     assert simulated_ranks.run(2, own.save, path, states) == ["saved"] * 2
     index = sk.open(path).index
-    assert set(index.twins) == {"a.b.rank_0_of_2", "a.b.rank_1_of_2", "a.c"}
+    assert set(index.legacy_duplicates) == {"a.b.rank_0_of_2", "a.b.rank_1_of_2", "a.c"}
     row = index.objects.names.index("a.b.rank_1_of_2")
     item, length = int(index.objects.item[row]), int(index.objects.length[row])
     data = (Path(path) / index.files[index.objects.file[row]]).read_bytes()[item : item + length]

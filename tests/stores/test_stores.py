@@ -1,4 +1,4 @@
-"""One suite for every store: what `contracts.Store` promises."""
+"""One suite for every store: what `stores.contract.Store` promises."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shardkeep.contracts import Store
 from shardkeep.stores import LocalStore, MemoryStore, store_at
+from shardkeep.stores.contract import Store
 from shardkeep.stores.local.descriptors import Descriptor, opened
 
 # The store is shared by the examples of a test, which leave it empty; the same test runs in several

@@ -109,7 +109,9 @@ def outcome(work: Callable[[], bool], file: str) -> str:
         return "refused" if named else f"no file is named: {error}"
     except sk.NotACheckpoint:
         return "refused" if file == ".metadata" else "nothing found"
-    except sk.Mismatch as error:  # names, shapes and dtypes of `.metadata` have no digest of theirs
+    except (
+        sk.Mismatch
+    ) as error:  # names, shapes and dtypes of `.metadata` have no checksum of theirs
         return "refused" if file == ".metadata" else f"another template: {error}"
 
 

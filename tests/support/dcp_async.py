@@ -26,7 +26,7 @@ from support.layouts import Pair, _sharded_tensor
 from support.scenarios import same, values
 
 TYPES = {"thread": AsyncCheckpointerType.THREAD, "process": AsyncCheckpointerType.PROCESS}
-ENV = {"SHARDKEEP_HEARTBEAT": "0.2", "SHARDKEEP_DEADLINE": "40"}
+ENV = {"SHARDKEEP_HEARTBEAT_SECONDS": "0.2", "SHARDKEEP_DEADLINE_SECONDS": "40"}
 
 
 class Gate:

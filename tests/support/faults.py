@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from shardkeep.contracts import Sink, Store
 from shardkeep.stores import MemoryStore
+from shardkeep.stores.contract import Sink, Store
 
 WAYS = [(kind, when) for kind in ("error", "crash") for when in ("before", "after")]
 

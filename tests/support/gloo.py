@@ -263,9 +263,9 @@ def _call(rank: int, job: _Job) -> Any:
         return function(rank, job.size, *job.args)
     from torch import distributed as dist
 
-    from shardkeep.coordination import take_part
+    from shardkeep.coordination import detect_ranks
 
-    ranks = take_part()
+    ranks = detect_ranks()
     dist.barrier()  # connecting can take seconds, which are no part of what is measured
     return function(ranks, *job.args)
 

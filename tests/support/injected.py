@@ -168,7 +168,7 @@ def main() -> None:
         elif kind == "async":
             sk.async_save(mine, path, overwrite=True, ranks=ranks).result(60)
         else:
-            sk.save(mine, path, overwrite=kind == "over", ranks=ranks, host_budget=1 << 20)
+            sk.save(mine, path, overwrite=kind == "over", ranks=ranks, max_host_memory=1 << 20)
         return {"end": "saved"}
 
     def load(ranks: Any, kind: str, path: str, seed: int) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def main() -> None:
 
     def look(kind: str, path: str) -> dict[str, Any]:
         found = there(kind, path)
-        gc.collect()  # and with it what was open to look
+        gc.collect_garbage()  # and with it what was open to look
         return found | {"open": len([*Path("/proc/self/fd").iterdir()])}
 
     print("ready", flush=True)

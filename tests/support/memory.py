@@ -34,7 +34,7 @@ def peak(work: Callable[[], Any]) -> int:
 
     What earlier work has freed is given back first: it would be used again, and not be seen.
     """
-    gc.collect()
+    gc.collect_garbage()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there now
     before = rss()
@@ -69,12 +69,12 @@ def exported(folder: Path) -> int:
             file.write(laid_out.header)
             for n in range(6):
                 file.write(np.full((2048, 2048), n + part / 2, np.float32).data)
-    os.environ["SHARDKEEP_HOST_BUDGET"] = str(BUDGET)
+    os.environ["SHARDKEEP_MAX_HOST_MEMORY_BYTES"] = str(BUDGET)
     join = consolidate_safetensors_files
     taken = peak(
         lambda: join(str(folder / "parts"), str(folder / "whole"), {f"l{n}": 1 for n in range(6)})
     )
-    del os.environ["SHARDKEEP_HOST_BUDGET"]
+    del os.environ["SHARDKEEP_MAX_HOST_MEMORY_BYTES"]
     whole = sk.open(folder / "whole")
     for n in range(6):
         assert (whole.read(f"l{n}")[::2048, 7] == [n, n + 0.5]).all()
@@ -88,20 +88,22 @@ def main(path: str) -> dict[str, Any]:
     sk.async_save(small, f"{path}/warm2").result()
     sk.release_memory()
     mine = state()
-    found = {"save": peak(lambda: sk.save(mine, f"{path}/a", host_budget=BUDGET))}
-    found["async"] = peak(lambda: sk.async_save(mine, f"{path}/b", host_budget=BUDGET).result())
-    found["load"] = peak(lambda: sk.load(mine, f"{path}/a", host_budget=BUDGET))
+    found = {"save": peak(lambda: sk.save(mine, f"{path}/a", max_host_memory=BUDGET))}
+    found["async"] = peak(lambda: sk.async_save(mine, f"{path}/b", max_host_memory=BUDGET).result())
+    found["load"] = peak(lambda: sk.load(mine, f"{path}/a", max_host_memory=BUDGET))
     for verify in (True, False):
         template = columns(0.0)
         found[f"reshard {verify}"] = peak(
             lambda t=template, v=verify: sk.load(
-                t, f"{path}/a", host_budget=BUDGET, verify=v, strict={"*": True}
+                t, f"{path}/a", max_host_memory=BUDGET, verify=v, strict={"*": True}
             )
         )
     cast = {name: torch.zeros(4096, 2048, dtype=torch.float16) for name in mine if name[0] == "l"}
-    found["load cast"] = peak(lambda: sk.load(cast, f"{path}/a", host_budget=BUDGET, dtype="cast"))
+    found["load cast"] = peak(
+        lambda: sk.load(cast, f"{path}/a", max_host_memory=BUDGET, dtype="cast")
+    )
     light = {f"l{n}": torch.full((4096,), float(n)) for n in range(5000)}  # 16 KiB each
-    found["save light"] = peak(lambda: sk.save(light, f"{path}/light", host_budget=BUDGET))
+    found["save light"] = peak(lambda: sk.save(light, f"{path}/light", max_host_memory=BUDGET))
     found["export"] = exported(Path(path))
     ckpt = sk.open(f"{path}/a")
     found["slice"] = peak(lambda: ckpt.read("l1", Box((0, 5), (4096, 1)))) - 4096 * 4

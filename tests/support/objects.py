@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from types import TracebackType
 
-from shardkeep.contracts import Buffer, Sink
 from shardkeep.stores import MemoryStore
+from shardkeep.stores.contract import Buffer, Sink
 
 __all__ = ["Change", "ObjectStore", "cuts"]
 

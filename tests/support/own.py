@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import shardkeep as sk
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 
 
 class Loader:

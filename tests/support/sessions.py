@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from shardkeep.contracts import Ranks, Session
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.errors import RankFailed
 
 PHASES = ["describe", "own", "write", "report", "commit", "leave"]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue import session
 from shardkeep.coordination.keyvalue.heartbeat import Timing
 from shardkeep.coordination.keyvalue.keys import MemoryKeys

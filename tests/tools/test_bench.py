@@ -421,14 +421,14 @@ def test_rows_are_loaded_as_columns_by_ranks(tiny):
 def test_memory_over_saves_sees_what_is_kept(tmp_path):
     from bench import solo
 
-    class Keeper:
+    class Pruner:
         def __init__(self, nbytes):
             self.kept, self.nbytes = [], nbytes
 
         def save(self, state, path):
             self.kept.append(fresh(self.nbytes))
 
-    entries = {"leaks": Keeper(1 << 20), "does not": Keeper(0)}
+    entries = {"leaks": Pruner(1 << 20), "does not": Pruner(0)}
     seat = SimpleNamespace(states={"state": {}}, entries=entries)
     slopes = {
         entry: solo.memory_over(seat, entry, "state", "save", tmp_path, 60).figures["slope"]

@@ -110,10 +110,11 @@ def test_a_failure_is_in_the_report(tmp_path, monkeypatch):
     assert "**2 moments, 1 failures**" in text
     assert "- moment 1 of seed 5 (async, all, publish): step 2 is there" in text
     assert "a sign of life every 0.1 s, and a deadline of 1.5 s. By default these are" in text
-    defaults = {"SHARDKEEP_HEARTBEAT": "1.5 s", "SHARDKEEP_DEADLINE": "1,800 s"}
+    defaults = {"SHARDKEEP_HEARTBEAT_SECONDS": "1.5 s", "SHARDKEEP_DEADLINE_SECONDS": "1,800 s"}
     for name in defaults:
         monkeypatch.delenv(name, raising=False)
-    assert [f"{settings.heartbeat():g} s", f"{settings.deadline():,.0f} s"] == [*defaults.values()]
+    in_force = [f"{settings.heartbeat_seconds():g} s", f"{settings.deadline_seconds():,.0f} s"]
+    assert in_force == [*defaults.values()]
     assert "{} and {}".format(*defaults.values()) in text
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import flatten
 from shardkeep.torch_state.describe import describe_tensors
-from shardkeep.torch_state.memory import Landings, in_order, landing, payload, raw
+from shardkeep.torch_state.memory import Destinations, destination, in_order, payload, raw
 from shardkeep.torch_state.pieces import is_any_tensor
 from shardkeep.types import DTYPES, DType
 
@@ -59,7 +59,7 @@ def test_words_are_the_bytes_in_memory_for_any_dtype_and_strides(dtype: DType, v
     assert bytes(payload(view(tensor))) == view(expected).tobytes()
     target = empty(dtype, 4, 6, 5)
     raw(target)[...] = 0
-    array, finish = landing(view(target), dtype)
+    array, finish = destination(view(target), dtype)
     array[...] = view(expected)
     finish()
     untouched = np.zeros_like(expected)
@@ -87,7 +87,7 @@ def test_scalars_and_empties(dtype: DType, shape: tuple[int, ...]) -> None:
     tensor = empty(dtype, *shape)
     assert raw(tensor).shape == shape
     assert len(payload(tensor)) == tensor.numel() * dtype.itemsize
-    array, finish = landing(tensor, dtype)
+    array, finish = destination(tensor, dtype)
     assert array.shape == shape
     finish()
 
@@ -100,7 +100,7 @@ def test_lazily_conjugated_and_negated_tensors() -> None:
             raw(lazy)
         expected = lazy.resolve_conj().resolve_neg()
         assert bytes(payload(lazy)) == expected.contiguous().numpy().tobytes()
-        array, finish = landing(lazy, DType.named(str(lazy.dtype)))
+        array, finish = destination(lazy, DType.named(str(lazy.dtype)))
         array[...] = raw(expected * 3)
         finish()
         assert torch.equal(lazy.resolve_conj().resolve_neg(), expected * 3)
@@ -118,7 +118,7 @@ def test_a_load_reaches_parameters_and_inference_tensors() -> None:
     for tensor in (parameter, inference, torch.zeros(6)[::2]):
         for stored in (torch.float32, torch.bfloat16, torch.float64, torch.int32):
             source = torch.tensor([1, 2, 3], dtype=stored)
-            array, finish = landing(tensor, DType.named(str(stored)))
+            array, finish = destination(tensor, DType.named(str(stored)))
             array[...] = raw(source)
             finish()
             assert tensor.tolist() == [1, 2, 3]
@@ -130,9 +130,9 @@ def test_a_load_reaches_parameters_and_inference_tensors() -> None:
 
 def test_a_dtype_that_this_torch_lacks_or_can_not_cast_is_refused() -> None:
     with pytest.raises(Mismatch, match=r"torch .* has no dtype strange"):
-        landing(torch.zeros(1), DType("strange", np.dtype("u1")))
+        destination(torch.zeros(1), DType("strange", np.dtype("u1")))
     if hasattr(torch, "bits8"):
-        array, finish = landing(torch.zeros(1), DType.named("bits8"))
+        array, finish = destination(torch.zeros(1), DType.named("bits8"))
         array[...] = 1
         with pytest.raises(Mismatch, match=r"can't cast bits8 to torch\.float32"):
             finish()
@@ -145,7 +145,7 @@ def addresses(*tensors: torch.Tensor) -> list[int]:
     nbytes = np.array([tensor.nbytes for tensor in tensors])
     codes = np.array(rows.codes, dtype=np.uint8)
     every = np.arange(len(tensors))
-    return Landings(pieces.memory, pieces.addresses, codes, nbytes).addresses(every).tolist()
+    return Destinations(pieces.memory, pieces.addresses, codes, nbytes).addresses(every).tolist()
 
 
 @given(st.sampled_from(PLAIN), views())

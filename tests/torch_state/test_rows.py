@@ -120,7 +120,7 @@ def test_the_pieces_of_one_tensor_are_those_that_describe_finds(state: dict[str,
 def test_large_pieces_are_cut_into_views_that_tile_them(state: dict[str, Any], limit: int) -> None:
     whole = describe_state(state)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDKEEP_PART", str(limit))
+        patch.setenv("SHARDKEEP_MAX_CHUNK_BYTES", str(limit))
         cut = describe_state(state)
     assert cut.claim.tensors.names == whole.claim.tensors.names
     assert cut.claim.structure == whole.claim.structure
@@ -142,7 +142,7 @@ def test_large_pieces_are_cut_into_views_that_tile_them(state: dict[str, Any], l
 
 
 def test_cut_pieces_keep_their_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHARDKEEP_PART", "8")
+    monkeypatch.setenv("SHARDKEEP_MAX_CHUNK_BYTES", "8")
     tied = torch.rand(4, 2)
     claim = describe_state({"a": tied, "b": torch.rand(3), "c": torch.nn.Parameter(tied)}).claim
     assert claim.piece.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]

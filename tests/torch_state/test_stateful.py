@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.torch_state.stateful import expand, make_room, restore
+from shardkeep.torch_state.stateful import expand, materialize_optimizer_state, restore
 from shardkeep.types import DType
 
 
@@ -90,7 +90,7 @@ def test_optimizers_without_a_state_get_room_for_the_stored_one() -> None:
     ]
     plain, found = expand({"fresh": fresh, "used": used, "step": 1})
     before = used.state_dict()["state"]
-    make_room(plain, found, stored)
+    materialize_optimizer_state(plain, found, stored)
     assert not fresh.state
     assert {name: list(one) for name, one in plain["used"]["state"].items()} == {
         name: list(one) for name, one in before.items()
@@ -116,6 +116,6 @@ def test_the_checkpoint_is_not_walked_without_need() -> None:
         yield
 
     plain, found = expand({"model": torch.nn.Linear(1, 1), "step": 1})
-    make_room(plain, found, never())
+    materialize_optimizer_state(plain, found, never())
     assert set(plain) == {"model", "step"}
     assert set(found) == {"model"}

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import settings
-from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError, ShardkeepError
 from shardkeep.format.dcp import transforms
 from shardkeep.format.torch_zip import container
@@ -21,9 +20,10 @@ from shardkeep.io.checksums import crc32
 from shardkeep.io.read.ranges import Read, Want, gather, mismatch
 from shardkeep.plan.reads import Source
 from shardkeep.settings import BLOCK
+from shardkeep.stores.contract import Store
 from shardkeep.types import DTYPES, I64, ITEMSIZES, ByteRange, DType, Index
 
-__all__ = ["Plain", "Sources", "inside", "read_range", "unpacked_limit", "window"]
+__all__ = ["ChunkLocations", "Plain", "inside", "read_range", "unpacked_limit", "window"]
 
 _WHOLE = 64 * 1024
 """Items up to this many bytes are read in one piece when their header is asked for."""
@@ -67,7 +67,7 @@ class Plain:
         return Plain(self.start[rows], self.nbytes[rows], self.crc[rows])
 
 
-class Sources:
+class ChunkLocations:
     """The sources of one checkpoint's chunks, by their row in `Index.chunks`."""
 
     def __init__(self, store: Store, index: Index) -> None:
@@ -87,7 +87,7 @@ class Sources:
         wanted = list(rows)
         unknown = [row for row in wanted if row not in self._known]
         asked = [row for row in unknown if self.index.chunks.payload[row] < 0]
-        headers = self._ask(asked, threads or settings.threads()) if asked else {}
+        headers = self._ask(asked, threads or settings.read_threads()) if asked else {}
         for row in unknown:
             found = headers[row] if row in headers else self._locate(row)
             if isinstance(found, ShardkeepError):
@@ -105,7 +105,7 @@ class Sources:
             for row, item in zip(rows, map(self.item, rows), strict=True)
         ]
         small = [want for want in wants if want.high - want.low <= _WHOLE]
-        reads = list(gather(small, settings.gap(), _TOGETHER))
+        reads = list(gather(small, settings.read_gap_bytes(), _TOGETHER))
         reads += [Read(*want[:3], [want]) for want in wants if want.high - want.low > _WHOLE]
         found: dict[int, Source | ShardkeepError] = {}
         with ThreadPoolExecutor(threads) as pool:
@@ -143,17 +143,17 @@ class Sources:
         rough = chunks.sizes[rows].prod(axis=1, dtype=np.float64) * itemsize
         small = rough <= limit
         nbytes = np.where(small, rough, -1).astype(np.int64)
-        digests = chunks.block[rows + 1] - chunks.block[rows]
-        small &= digests <= 1
+        checksums = chunks.block[rows + 1] - chunks.block[rows]
+        small &= checksums <= 1
         crc = np.full(len(rows), -1, dtype=np.int64)
-        crc[digests == 1] = chunks.digests[chunks.block[rows[digests == 1]]]
+        crc[checksums == 1] = chunks.checksums[chunks.block[rows[checksums == 1]]]
         start = np.where(small & self._simple(rows, nbytes), chunks.payload[rows], -1)
         doubtful = np.flatnonzero(start < 0)
         found = self.locate(rows[doubtful].tolist(), threads=threads)
         for k in doubtful[small[doubtful]].tolist():
             if _is_plain(source := found[int(rows[k])]):
                 start[k] = source.start
-                crc[k] = -1 if source.digests is None else source.digests[0]
+                crc[k] = -1 if source.checksums is None else source.checksums[0]
         return Plain(start, nbytes, crc)
 
     def _simple(self, rows: I64, nbytes: I64) -> NDArray[np.bool_]:
@@ -234,7 +234,7 @@ class Sources:
             if stored.conj or stored.neg:
                 record = read_at(stored.record.offset, stored.record.nbytes)
                 return _resolved(stored, source, record, name)
-            return _digested(source)
+            return _checksummed(source)
         limit = unpacked_limit(item.length, prod(sizes) * dtype.itemsize)
         packed = read_range(self.store, item, name) if data is None else data
         data = transforms.undo(packed, undo, limit=limit, file=item.file, place=name)
@@ -245,10 +245,10 @@ class Sources:
         record = data[first : first + stored.record.nbytes]
         if stored.conj or stored.neg:
             return _resolved(stored, source, record, name)
-        digests = self._digests(row)
-        if digests is None:
+        checksums = self._checksums(row)
+        if checksums is None:
             _check_record(stored, source, record, name)
-        return replace(source, digests=digests)
+        return replace(source, checksums=checksums)
 
     def _check_inside(self, item: ByteRange, name: str) -> None:
         try:
@@ -277,14 +277,14 @@ class Sources:
             sizes=sizes,
             itemsize=dtype.itemsize,
             payload=(start, nbytes),
-            digests=self._digests(row),
+            checksums=self._checksums(row),
             data=None,
         )
 
-    def _digests(self, row: int) -> NDArray[np.uint32] | None:
+    def _checksums(self, row: int) -> NDArray[np.uint32] | None:
         chunks = self.index.chunks
         first, last = int(chunks.block[row]), int(chunks.block[row + 1])
-        return chunks.digests[first:last] if last > first else None
+        return chunks.checksums[first:last] if last > first else None
 
 
 def _source(
@@ -319,17 +319,17 @@ def _source(
         sizes=sizes,
         itemsize=dtype.itemsize,
         payload=(item.offset + stored.record.offset, stored.record.nbytes),
-        digests=None,
+        checksums=None,
         data=data,
         crc=stored.record.crc32,
     )
 
 
-def _digested(source: Source) -> Source:
+def _checksummed(source: Source) -> Source:
     """The CRC-32 of a payload that is not larger than a block is that block's digest."""
     if source.crc is None or not 0 < source.payload[1] <= BLOCK:
         return source
-    return replace(source, digests=np.array([source.crc], dtype=np.uint32))
+    return replace(source, checksums=np.array([source.crc], dtype=np.uint32))
 
 
 def _check_record(stored: container.StoredTensor, source: Source, record: bytes, name: str) -> None:
@@ -349,14 +349,15 @@ def _resolved(stored: container.StoredTensor, source: Source, record: bytes, nam
 
 
 def _is_plain(source: Source) -> bool:
-    """Whether a small chunk is its payload's elements in C order, where one digest covers those."""
+    """Whether a small chunk is its payload's elements in C order, where one checksum covers
+    those."""
     if source.data is not None or source.strides != _c_strides(source.sizes, source.itemsize):
         return False
     first, nbytes = source.payload
     wanted = prod(source.sizes) * source.itemsize
-    if source.digests is None:
+    if source.checksums is None:
         return first <= source.start and source.start + wanted <= first + nbytes
-    return (source.start, wanted) == (first, nbytes) and len(source.digests) == 1
+    return (source.start, wanted) == (first, nbytes) and len(source.checksums) == 1
 
 
 def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from shardkeep.contracts import Store
 from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.filenames import METADATA, data_file, data_file_parts, of_ranks
 from shardkeep.format.dcp.metadata_read import merge_metadata, read_metadata
@@ -30,7 +29,8 @@ from shardkeep.format.manifest.read import (
 )
 from shardkeep.format.paths import names_of, paths_of
 from shardkeep.format.safetensors import parse
-from shardkeep.types import Index, Rest, no_rest
+from shardkeep.stores.contract import Store
+from shardkeep.types import Index, YieldGil, never_yield
 
 __all__ = [
     "METADATA",
@@ -42,9 +42,9 @@ __all__ = [
     "new_id",
     "publish",
     "rank_of",
+    "remove_replaced",
     "removed_on_failure",
     "size_of",
-    "sweep",
     "undone_on_failure",
     "weights",
 ]
@@ -136,7 +136,7 @@ def publish(
     save_id: str,
     index: Index,
     header: Mapping[str, Any],
-    rest: Rest = no_rest,
+    yield_gil: YieldGil = never_yield,
 ) -> None:
     """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
 
@@ -147,18 +147,18 @@ def publish(
         store: where to.
         save_id, index: the save, and what it saved.
         header: what else the manifest says of it.
-        rest: called between pieces of work.
+        yield_gil: called between pieces of work.
     """
     paths = paths_of(index.structure, names_of(index)) if index.structure else None
-    manifest = write_manifest(index, {"save_id": save_id, **header}, paths, rest)
-    pickle = metadata_bytes(index, paths, rest)
+    manifest = write_manifest(index, {"save_id": save_id, **header}, paths, yield_gil)
+    pickle = metadata_bytes(index, paths, yield_gil)
     trailer = Trailer.of(save_id, pickle, manifest)
-    rest()
+    yield_gil()
     with store.create(manifest_name(save_id)) as sink:
         sink.write(manifest)
-    rest()
+    yield_gil()
     store.sync()
-    rest()
+    yield_gil()
     store.publish(METADATA, pickle + trailer.to_bytes())
 
 
@@ -237,7 +237,7 @@ def committed_files(store: Store) -> frozenset[str]:
     return frozenset(files)
 
 
-def sweep(store: Store, old: frozenset[str]) -> None:
+def remove_replaced(store: Store, old: frozenset[str]) -> None:
     """Remove the files of the checkpoint that was there before, after the new one is durable."""
     if not old:
         return  # and do not read again what was just written
@@ -282,7 +282,7 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
 
 
 def _metadata(store: Store, trailer: Trailer | None) -> Index:
-    """The pickle's index; a trailer has its digest, whoever reads it."""
+    """The pickle's index; a trailer has its checksum, whoever reads it."""
     data = _whole(store, METADATA)
     if trailer is not None:
         trailer.check_pickle(data[: trailer.pickle_length])
@@ -298,7 +298,7 @@ def _manifest(store: Store, trailer: Trailer) -> bytes:
     try:
         trailer.check_manifest(data)
     except Damaged as error:
-        raise Damaged(f"the manifest does not match its digest{_HINT}", file=name) from error
+        raise Damaged(f"the manifest does not match its checksum{_HINT}", file=name) from error
     return data
 
 

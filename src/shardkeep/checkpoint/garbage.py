@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease, lease_save_id, living
-from shardkeep.contracts import Store
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.filenames import data_file_parts, of_ranks
 from shardkeep.format.dcp.metadata_read import read_metadata
 from shardkeep.format.dcp.trailer import manifest_save_id
+from shardkeep.stores.contract import Store
 
-__all__ = ["Remain", "collect", "remains"]
+__all__ = ["OrphanedFile", "collect_garbage", "find_garbage"]
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _LEASE_TO_BE = re.compile(r"(\.lease_[0-9a-f]{32}\.json)\.[0-9a-f]{16}\.tmp")
@@ -30,7 +30,7 @@ _RECORD_TO_BE = re.compile(r"\.metadata\.[0-9a-f]{16}\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
-class Remain:
+class OrphanedFile:
     """A file that a dead save left.
 
     Attributes:
@@ -44,9 +44,9 @@ class Remain:
     save_id: str
 
 
-def remains(
+def find_garbage(
     store: Store, time: Callable[[], float | None], *, but: str | None = None
-) -> list[Remain]:
+) -> list[OrphanedFile]:
     """The files of dead saves; none if a commit record can't be read.
 
     Args:
@@ -72,13 +72,13 @@ def remains(
         if name not in named and save_id not in alive and not (others and not save_id)
     }
     return [
-        Remain(name, size, save_id)
+        OrphanedFile(name, size, save_id)
         for name, save_id in sorted(dead.items())
         if (size := commit.size_of(store, name)) is not None
     ]
 
 
-def collect(store: Store, lease: Lease) -> list[Remain]:
+def collect_garbage(store: Store, lease: Lease) -> list[OrphanedFile]:
     """Remove what dead saves left; what was removed.
 
     Args:
@@ -88,7 +88,7 @@ def collect(store: Store, lease: Lease) -> list[Remain]:
     Raises:
         LeaseLost, OSError: from the store.
     """
-    found = remains(store, lease.time, but=lease.save_id)
+    found = find_garbage(store, lease.time, but=lease.save_id)
     # The lease first: a save that is not dead after all sees by it what happened.
     for one in sorted(found, key=lambda one: (lease_save_id(one.name) is None, one.name)):
         store.remove(one.name)

@@ -32,9 +32,9 @@ from threading import Condition, Lock, Thread
 from types import TracebackType
 
 from shardkeep import settings
-from shardkeep.contracts import Store, StoreWithTimes
 from shardkeep.errors import LeaseLost
-from shardkeep.util.forking import in_children
+from shardkeep.stores.contract import Store, StoreWithTimes
+from shardkeep.util.forking import after_fork_in_child
 
 __all__ = ["Holder", "Lease", "lease_name", "lease_save_id", "living"]
 
@@ -142,7 +142,7 @@ class Lease:
     def __init__(self, store: Store, save_id: str) -> None:
         self.save_id = save_id
         self._store, self._name = store, lease_name(save_id)
-        self._seconds = settings.lease()
+        self._seconds = settings.lease_seconds()
         self._lock = Lock()
         self._written: float | None = None
         self._due = 0.0
@@ -285,7 +285,7 @@ class _Renewer:
                 if pause is None and idle and not self._abandoned:
                     self._thread = None
                     return
-                woken = self._changed.wait(settings.lease() / 4 if pause is None else pause)
+                woken = self._changed.wait(settings.lease_seconds() / 4 if pause is None else pause)
                 idle = pause is None and not woken
             self._look()
 
@@ -310,7 +310,7 @@ def _forget() -> None:
     _renewer = _Renewer()
 
 
-in_children(_forget)
+after_fork_in_child(_forget)
 
 
 def living(store: Store, leases: Iterable[str], time: Callable[[], float | None]) -> frozenset[str]:
@@ -338,7 +338,7 @@ def _lives(store: Store, name: str, time: Callable[[], float | None]) -> bool:
         if not isinstance(store, StoreWithTimes):
             return True
         now = time()
-        return now is None or now - store.modified(name) <= settings.lease()
+        return now is None or now - store.modified(name) <= settings.lease_seconds()
     except FileNotFoundError:  # ended meanwhile
         return False
 

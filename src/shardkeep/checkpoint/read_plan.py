@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import settings
-from shardkeep.checkpoint.chunk_locations import Plain, Sources
-from shardkeep.contracts import Progress, Store
+from shardkeep.checkpoint.chunk_locations import ChunkLocations, Plain
 from shardkeep.io.arena import aligned
 from shardkeep.io.read.copies import Copy, ReadStats, Round, read_copies
 from shardkeep.io.read.small import Batch, Small, batches, by_place, read_small
 from shardkeep.plan.overlap import Boxes, Overlap, each_once, first_element, one_run, overlap
 from shardkeep.plan.rounds import Part, in_rounds
-from shardkeep.types import I64, ITEMSIZES, Box, Chunks, Index
+from shardkeep.stores.contract import Store
+from shardkeep.types import I64, ITEMSIZES, Box, Chunks, Index, Progress
 
-__all__ = ["Filling", "Memory", "plan"]
+__all__ = ["Memory", "ReadPlan", "plan"]
 
 Mask = NDArray[np.bool_]
 
@@ -59,7 +59,7 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Filling:
+class ReadPlan:
     """What is to be read, and where it goes.
 
     Attributes:
@@ -90,7 +90,7 @@ class Filling:
     ) -> ReadStats:
         """Read everything, as `io.read.read_copies` does; it raises what that does."""
         told = _Told(progress, sum(read.high - read.low for read in self.reads))
-        budget = settings.host_budget() if budget is None else budget
+        budget = settings.max_host_memory_bytes() if budget is None else budget
         stats = read_copies(
             store,
             self.copies,
@@ -138,14 +138,14 @@ def _nobody(phase: str, done: int, total: int) -> None:
 
 
 def plan(
-    sources: Sources,
+    sources: ChunkLocations,
     wanted: Boxes,
     memory: Memory,
     *,
     threads: int,
     together: bool = False,
     budget: int | None = None,
-) -> Filling:
+) -> ReadPlan:
     """Decide how to read some boxes. Item headers are read where the index does not say enough.
 
     Args:
@@ -153,10 +153,10 @@ def plan(
         memory: where each of them goes.
         together: other ranks of this machine load at the same time. Whole tensors are what all of
             them want: those are read through the page cache, so that the disk is read once.
-        budget: as of `Filling.run`; a quarter of it is for what is not read to where it belongs.
+        budget: as of `ReadPlan.run`; a quarter of it is for what is not read to where it belongs.
 
     Raises:
-        Damaged, FormatError: as from `Sources.locate`.
+        Damaged, FormatError: as from `ChunkLocations.locate`.
     """
     chunks = sources.index.chunks
     found = _meet(wanted, chunks)
@@ -166,7 +166,7 @@ def plan(
     resharded[found.left[~(whole & _as_saved(wanted, found, sources.index))]] = True
 
     rows, place = np.unique(found.right, return_inverse=True)
-    plain = sources.plain(rows, limit=settings.small(), threads=threads).take(place)
+    plain = sources.plain(rows, limit=settings.small_tensor_bytes(), threads=threads).take(place)
     fast = whole & (plain.start >= 0)
     asked = each_once(found.left[fast])
     address = np.zeros(len(wanted.tensor), dtype=np.int64)
@@ -185,15 +185,17 @@ def plan(
     shared = together & (wanted.sizes == shapes).all(axis=1)
     rest = rest[~np.isin(found.left[rest], around)]
     copies = _copies(sources, wanted, found, rest, arrays, shared, threads)
-    room = (settings.host_budget() if budget is None else budget) // 4
+    room = (settings.max_host_memory_bytes() if budget is None else budget) // 4
     room = max(1, room // settings.BLOCK) * settings.BLOCK
     rounds = _rounds(sources, wanted, around, memory, shared, threads, room)
     room = room if rounds else 0
-    return Filling(small, batches(small, settings.gap()), copies, rounds, room, resharded, memory)
+    return ReadPlan(
+        small, batches(small, settings.read_gap_bytes()), copies, rounds, room, resharded, memory
+    )
 
 
 def _rounds(
-    sources: Sources,
+    sources: ChunkLocations,
     wanted: Boxes,
     rows: I64,
     memory: Memory,
@@ -253,7 +255,7 @@ def _as_saved(wanted: Boxes, found: Overlap, index: Index) -> Mask:
     """
     all_of_it: Mask = (found.sizes == wanted.sizes[found.left]).all(axis=1)
     nbytes = found.sizes.prod(axis=1) * ITEMSIZES[index.tensors.dtype[wanted.tensor[found.left]]]
-    all_of_it |= 2 * nbytes > settings.part()
+    all_of_it |= 2 * nbytes > settings.max_chunk_bytes()
     return all_of_it
 
 
@@ -269,7 +271,7 @@ def _meet(wanted: Boxes, chunks: Chunks) -> Overlap:
 
 
 def _small(
-    sources: Sources, wanted: Boxes, found: Overlap, plain: Plain, address: I64, fast: I64
+    sources: ChunkLocations, wanted: Boxes, found: Overlap, plain: Plain, address: I64, fast: I64
 ) -> Small:
     """The rows `fast` of `found` as small payloads."""
     index = sources.index
@@ -289,7 +291,7 @@ def _small(
 
 
 def _copies(
-    sources: Sources,
+    sources: ChunkLocations,
     wanted: Boxes,
     found: Overlap,
     rows: I64,

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from shardkeep import settings
 from shardkeep.checkpoint import commit, read_plan
-from shardkeep.checkpoint.chunk_locations import Sources, read_range, unpacked_limit
-from shardkeep.checkpoint.read_plan import Filling, Memory
+from shardkeep.checkpoint.chunk_locations import ChunkLocations, read_range, unpacked_limit
+from shardkeep.checkpoint.read_plan import Memory, ReadPlan
 from shardkeep.checkpoint.verify import VerifyReport, verify
-from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format import values
 from shardkeep.format.dcp import transforms
@@ -31,7 +30,19 @@ from shardkeep.plan.coverage import coverage
 from shardkeep.plan.overlap import Boxes, each_once
 from shardkeep.state.flatten import unflatten
 from shardkeep.stores import store_at
-from shardkeep.types import DTYPES, I64, Box, Chunk, DType, Index, ObjectInfo, Structure, TensorInfo
+from shardkeep.stores.contract import Store
+from shardkeep.types import (
+    DTYPES,
+    I64,
+    Box,
+    Chunk,
+    DType,
+    Index,
+    ObjectInfo,
+    Progress,
+    Structure,
+    TensorInfo,
+)
 
 __all__ = ["Checkpoint", "Request", "open"]
 
@@ -149,14 +160,14 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     @cached_property
     def _objects(self) -> Mapping[str, int]:
         """Objects that are not twins: those only repeat other names."""
-        twins = self.outline.twins
+        legacy_duplicates = self.outline.legacy_duplicates
         names = self.outline.objects.names
-        return {name: row for row, name in enumerate(names) if name not in twins}
+        return {name: row for row, name in enumerate(names) if name not in legacy_duplicates}
 
     @cached_property
-    def sources(self) -> Sources:
+    def sources(self) -> ChunkLocations:
         """Where the bytes of its chunks lie."""
-        return Sources(self.store, self.index)
+        return ChunkLocations(self.store, self.index)
 
     def _rows(self, name: str) -> range:
         """The chunks of a tensor."""
@@ -224,7 +235,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         Args:
             name: its flat name.
             box: the part of the tensor to read, in global coordinates; only its bytes are read.
-            verify: check the digests of what is read.
+            verify: check the checksums of what is read.
 
         Returns:
             An array of the box's sizes and of the dtype's `numpy` kind (`DType.note` says where
@@ -327,13 +338,13 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     ) -> ReadStats:
         """Read many boxes into memory, in parallel, only the byte ranges that are needed.
 
-        `budget`: as of `Filling.run`.
+        `budget`: as of `ReadPlan.run`.
 
         Raises:
             FormatError: the chunks of a tensor do not cover it.
             Damaged: bytes are missing or do not match their digest.
         """
-        threads = threads or settings.threads()
+        threads = threads or settings.read_threads()
         names = [request.name for request in requests]
         wanted = self.boxes(names, [request.box for request in requests])
         planned = self.plan(wanted, _Arrays(requests), threads=threads)
@@ -354,7 +365,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         threads: int,
         together: bool = False,
         budget: int | None = None,
-    ) -> Filling:
+    ) -> ReadPlan:
         """Decide how to read boxes into memory, as `filling.plan` does.
 
         Raises: as `fill`, but for what is read.

@@ -1,4 +1,4 @@
-"""Check every byte of a checkpoint that has a digest, and say which ones have none."""
+"""Check every byte of a checkpoint that has a checksum, and say which ones have none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardkeep import settings
-from shardkeep.checkpoint.chunk_locations import Sources, inside, read_range, unpacked_limit, window
+from shardkeep.checkpoint.chunk_locations import (
+    ChunkLocations,
+    inside,
+    read_range,
+    unpacked_limit,
+    window,
+)
 from shardkeep.checkpoint.commit import METADATA, Found
-from shardkeep.contracts import Progress
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format.dcp import transforms
 from shardkeep.format.torch_zip import container
@@ -19,7 +24,7 @@ from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.io.checksums import crc32, whole_crc
 from shardkeep.io.read.copies import Payload, verify_payloads
 from shardkeep.settings import PAGE
-from shardkeep.types import DTYPES, ByteRange
+from shardkeep.types import DTYPES, ByteRange, Progress
 
 __all__ = ["VerifyReport", "verify"]
 
@@ -34,7 +39,7 @@ class VerifyReport:
         files: how many files its metadata names.
         checked_bytes: bytes that were compared with a digest.
         damaged: what is broken: file, tensor, rank and block of each. An object is one block, with
-            one digest, so there is no block to name.
+            one checksum, so there is no block to name.
         unchecked: tensors, objects and files that have no digest. They may be damaged or not.
         unchecked_bytes: how many bytes those are.
     """
@@ -55,7 +60,7 @@ class VerifyReport:
 
 def verify(
     found: Found,
-    sources: Sources,
+    sources: ChunkLocations,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -65,7 +70,7 @@ def verify(
     Damage is collected, not raised. What Shardkeep wrote is checked to the last byte, what stock
     torch wrote by the CRC-32 of its zip records; safetensors have no digests.
     """
-    workers = threads or settings.threads()
+    workers = threads or settings.read_threads()
     work = _Work(found, sources, workers)
     if found.kind == "shardkeep":
         work.shardkeep()
@@ -88,7 +93,7 @@ def verify(
 class _Work:
     """What there is to check in one checkpoint; the cheap part is checked on the way."""
 
-    def __init__(self, found: Found, sources: Sources, threads: int) -> None:
+    def __init__(self, found: Found, sources: ChunkLocations, threads: int) -> None:
         self._found = found
         self._sources = sources
         self._store = sources.store
@@ -97,17 +102,17 @@ class _Work:
         self.payloads: list[Payload] = []
         self.damaged: list[Damaged] = []
         self.unchecked: dict[str, int] = {}
-        """What has no digest -> its bytes."""
+        """What has no checksum -> its bytes."""
         self.checked = 0
 
     def shardkeep(self) -> None:
-        """Block digests of payloads, the frames around them, objects, the pickle of `.metadata`."""
+        """Block checksums of payloads, the frames around them, objects, `.metadata`'s pickle."""
         self._pickle()
         chunks = self._index.chunks
         items = np.column_stack([chunks.file, chunks.item])
         _, rows = np.unique(items, axis=0, return_index=True)
         self._each(self._framed, sorted(rows.tolist()))
-        self._each(self._digested_object, range(len(self._index.objects.names)))
+        self._each(self._checksummed_object, range(len(self._index.objects.names)))
 
     def stock(self) -> None:
         """CRC-32 of every record of every item."""
@@ -133,7 +138,7 @@ class _Work:
         self._each(self._records, items.items())
 
     def safetensors(self) -> None:
-        """They have no digests; what can be checked is that every payload is there."""
+        """They have no checksums; what can be checked is that every payload is there."""
         sizes = {name: self._store.size(name) for name in self._index.files}
         for row in range(len(self._index.chunks.tensor)):
             item = self._sources.item(row)
@@ -181,7 +186,7 @@ class _Work:
             return self._records((item, (name, undo, row)))
         source = self._sources.locate([row])[row]
         if item.length == self._sources.nbytes(row):  # In a safetensors file: there is no frame.
-            whole = Payload(name, item.file, *source.payload, digests=source.digests)
+            whole = Payload(name, item.file, *source.payload, checksums=source.checksums)
             return [whole] if item.length else []
         dtype = DTYPES[self._index.tensors.dtype[int(chunks.tensor[row])]]
         start, nbytes = source.payload
@@ -189,7 +194,7 @@ class _Work:
         end = start + nbytes
         after = ByteRange(item.file, end, item.offset + item.length - end)
         tail = read_range(self._store, after, name)
-        crc = whole_crc(() if source.digests is None else source.digests, nbytes)
+        crc = whole_crc(() if source.checksums is None else source.checksums, nbytes)
         framing = TensorFraming(dtype, source.sizes)
         frames = (framing(item.offset, False), framing(item.offset - start % PAGE, True))
         if not any(head == frame.head and tail == frame.tail(crc) for frame in frames):
@@ -197,9 +202,9 @@ class _Work:
         self.checked += len(head) + len(tail)
         if not nbytes:
             return []
-        return [Payload(name, item.file, start, nbytes, digests=source.digests)]
+        return [Payload(name, item.file, start, nbytes, checksums=source.checksums)]
 
-    def _digested_object(self, row: int) -> list[Payload]:
+    def _checksummed_object(self, row: int) -> list[Payload]:
         objects, where = self._index.objects, self._sources.object(row)
         name, crc = objects.names[row], int(objects.crc[row])
         return [Payload(name, where.file, where.offset, where.length, crc=crc)]

@@ -46,7 +46,7 @@ _EXIT = (
     "**Exit code**: 0 done; 1 damaged, or no such name; 2 no checkpoint there, or wrong arguments."
 )
 _EXIT_VERIFY = (
-    "**Exit code**: 0 whole, as far as there are digests; 1 damaged, and that includes "
+    "**Exit code**: 0 whole, as far as there are checksums; 1 damaged, and that includes "
     "metadata that can't be read; 2 no checkpoint there, or wrong arguments."
 )
 
@@ -150,10 +150,10 @@ def verify(
         bool, typer.Option("--quiet", "-q", help="Print nothing; the exit code tells.")
     ] = False,
 ) -> int:
-    """Check every byte that has a digest, and name what is damaged: file, tensor, block.
+    """Check every byte that has a checksum, and name what is damaged: file, tensor, block.
 
     What Shardkeep wrote is checked to the last byte; what stock torch wrote by the CRC-32 values in
-    its files. What has no digest is listed, too: it may be damaged or not.
+    its files. What has no checksum is listed, too: it may be damaged or not.
     """
     from shardkeep.cli import verify
 
@@ -178,7 +178,7 @@ def gc(
     """List, or remove, the files of saves that were killed.
 
     Only files that no commit names and whose save is dead: its process is gone or, if it ran on
-    another machine, its lease was not renewed for SHARDKEEP_LEASE seconds (300). Names that
+    another machine, its lease was not renewed for SHARDKEEP_LEASE_SECONDS seconds (300). Names that
     Shardkeep does not give are never touched.
     """
     from shardkeep.cli import gc

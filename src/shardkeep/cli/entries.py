@@ -50,7 +50,7 @@ def rows(checkpoint: Checkpoint) -> list[Row]:
         dtype, shape = DTYPES[code], tuple(padded[:ndim])
         found[name] = Row(name, path(name), "tensor", dtype, shape, prod(shape) * dtype.itemsize)
     for name in outline.objects.names:
-        if name not in outline.twins:
+        if name not in outline.legacy_duplicates:
             found[name] = Row(name, path(name), "object")
     if outline.structure is None:
         return list(found.values())

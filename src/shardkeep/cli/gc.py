@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.garbage import Remain, collect, remains
+from shardkeep.checkpoint.garbage import OrphanedFile, collect_garbage, find_garbage
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.cli.terminal import CommandError, Output, escape
 from shardkeep.stores import LocalStore
-from shardkeep.util.formatting import count, human
+from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["gc"]
 
@@ -23,7 +23,7 @@ class _Left:
     """A file that a dead save left, and the folder that it is in."""
 
     folder: Path
-    file: Remain
+    file: OrphanedFile
 
 
 def gc(path: str, out: Output, *, delete: bool, as_json: bool) -> int:
@@ -49,22 +49,22 @@ def _folders(root: Path) -> Iterator[Path]:
     yield from (root / parent for parent in sorted(parents))
 
 
-def _find(folder: Path, delete: bool) -> list[Remain]:
+def _find(folder: Path, delete: bool) -> list[OrphanedFile]:
     with LocalStore(folder) as store:
         # A mere look writes nothing, so it goes by the clock of this host.
-        found = remains(store, time.time)
+        found = find_garbage(store, time.time)
         if not (found and delete):
             return found
         with Lease(store, commit.new_id()) as lease:
             lease.take()
-            return collect(store, lease)
+            return collect_garbage(store, lease)
 
 
 def _lines(path: str, left: list[_Left], delete: bool) -> Iterator[str]:
     for one in left:
         name = escape(str(one.folder / one.file.name))
-        yield f"{human(one.file.nbytes):>10}  {name}"
-    total = f"{count(len(left), 'file')}, {human(sum(one.file.nbytes for one in left))}"
+        yield f"{human_bytes(one.file.nbytes):>10}  {name}"
+    total = f"{count(len(left), 'file')}, {human_bytes(sum(one.file.nbytes for one in left))}"
     if not left:
         yield f"{escape(path)}: no save has left anything behind"
     elif delete:

@@ -14,7 +14,7 @@ from shardkeep.cli.render import brief, is_json
 from shardkeep.cli.terminal import CommandError, Output, escape, one_line
 from shardkeep.errors import ShardkeepError
 from shardkeep.format.manifest.read import Outline
-from shardkeep.util.formatting import count, human
+from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["ls", "print_tree"]
 
@@ -72,7 +72,7 @@ def _header(checkpoint: Checkpoint, found: Sequence[Row], out: Output) -> str:
         _writer(checkpoint),
         count(tensors, "tensor"),
         count(sum(row.kind == "object" for row in found), "object"),
-        f"{human(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1024 else count(nbytes, "byte"),
+        f"{human_bytes(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1024 else count(nbytes, "byte"),
         count(len(checkpoint.outline.files), "file"),
     ]
     return f"{out.paint('bold', escape(checkpoint.url))}: {', '.join(parts)}"
@@ -157,7 +157,7 @@ def _cells(what: Row | Node, told: _Values) -> tuple[str, str, str]:
         known = told.line(what.name) if what.kind == "object" else what.kind
         return known, "", "yellow"
     shape = ", ".join(map(str, what.shape))
-    return f"{what.dtype.name} [{shape}]", human(what.nbytes), "cyan"
+    return f"{what.dtype.name} [{shape}]", human_bytes(what.nbytes), "cyan"
 
 
 def _walk(root: Node, depth: int | None) -> Iterator[_Line]:
@@ -200,7 +200,7 @@ def _sum(node: Node) -> tuple[str, str, str]:
         objects += row.kind == "object"
     parts = [count(tensors, "tensor")] if tensors else []
     parts += [count(objects, "object")] if objects else []
-    return ", ".join(parts), human(nbytes) if tensors else "", "dim"
+    return ", ".join(parts), human_bytes(nbytes) if tensors else "", "dim"
 
 
 class _Values:
@@ -227,7 +227,7 @@ class _Values:
     def line(self, name: str) -> str:
         """The value; or the size where it is large, or why it can't be read."""
         if not self._shown(name):
-            return f"object of {human(self._sizes[name])}"
+            return f"object of {human_bytes(self._sizes[name])}"
         try:
             return one_line(brief(self._checkpoint.value(name, limit=_LARGEST)))
         except (ShardkeepError, OSError) as error:

@@ -17,7 +17,7 @@ from shardkeep.cli.stats import Stats, statistics, widened
 from shardkeep.cli.terminal import CommandError, Output, escape, one_line
 from shardkeep.coordination.progress import bar
 from shardkeep.types import Box, Chunk, DType, TensorInfo
-from shardkeep.util.formatting import count, human
+from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["show"]
 
@@ -119,7 +119,7 @@ def _tensor(
     out.line(out.paint("bold", escape(name)))
     out.line(f"  dtype   {info.dtype}" + (f" ({info.dtype.note})" if info.dtype.note else ""))
     out.line(f"  shape   {list(info.shape)}")
-    out.line(f"  size    {human(info.nbytes)}{exact}")
+    out.line(f"  size    {human_bytes(info.nbytes)}{exact}")
     out.line(f"  chunks  {len(info.chunks):,} in {count(files, 'file')}")
     out.line()
     out.lines(_table(info.chunks if chunks else info.chunks[:_CHUNKS]))

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from shardkeep.checkpoint.reader import Checkpoint
 from shardkeep.cli.boxes import slabs
 from shardkeep.cli.terminal import CommandError
-from shardkeep.contracts import Progress
-from shardkeep.types import Box, DType
+from shardkeep.types import Box, DType, Progress
 
 __all__ = ["Stats", "statistics", "widened"]
 

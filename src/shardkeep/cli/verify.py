@@ -10,7 +10,7 @@ from shardkeep.checkpoint.verify import VerifyReport
 from shardkeep.cli.terminal import Output, escape, one_line
 from shardkeep.coordination.progress import bar
 from shardkeep.errors import Damaged, FormatError
-from shardkeep.util.formatting import count, human
+from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["verify"]
 
@@ -45,7 +45,7 @@ def _unreadable(path: str, error: Damaged | FormatError) -> VerifyReport:
 
 def _lines(report: VerifyReport, out: Output) -> Iterator[str]:
     path = out.paint("bold", escape(report.path))
-    checked = f"{human(report.checked_bytes)} of {count(report.files, 'file')} checked"
+    checked = f"{human_bytes(report.checked_bytes)} of {count(report.files, 'file')} checked"
     if report.damaged:
         verdict = out.paint("red", "damaged") + f" in {count(len(report.damaged), 'place')}"
     elif report.checked_bytes:
@@ -56,7 +56,7 @@ def _lines(report: VerifyReport, out: Output) -> Iterator[str]:
     for damage in report.damaged:
         yield f"  {escape(_place(damage))}: {one_line(damage.what)}"
     if report.unchecked:
-        yield f"no digest, so damage in them would not show ({len(report.unchecked):,}):"
+        yield f"no checksum, so damage in them would not show ({len(report.unchecked):,}):"
         yield from (f"  {escape(name)}" for name in report.unchecked)
 
 

@@ -1,4 +1,4 @@
-"""Who else takes part, and how they talk (`contracts.Ranks`). Nothing here imports torch."""
+"""Who else takes part, and how they talk (see `contract.Ranks`). Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.group import GroupRanks
 from shardkeep.coordination.keyvalue.ranks import KeyRanks
 from shardkeep.coordination.keyvalue.torch_store import StoreKeys
 from shardkeep.coordination.solo import Solo
 
-__all__ = ["take_part"]
+__all__ = ["detect_ranks"]
 
 
-def take_part(ranks: Sequence[int] | Ranks | None = None, *, by_path: bool = True) -> Ranks:
+def detect_ranks(ranks: Sequence[int] | Ranks | None = None, *, by_path: bool = True) -> Ranks:
     """All ranks of the job: those of the initialised default process group, else this one alone.
 
     Args:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from shardkeep.contracts import Progress, Session
+from shardkeep.coordination.contract import Session
+from shardkeep.types import Progress
 
 __all__ = ["bar", "shown"]
 

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from types import TracebackType
 
-from shardkeep.contracts import Ranks, Session
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.keyvalue.stop_agreement import Alone
 
 __all__ = ["Solo"]

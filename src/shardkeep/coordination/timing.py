@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from shardkeep.contracts import Session
+from shardkeep.coordination.contract import Session
 from shardkeep.format.messages import columns
 
 __all__ = ["Clock", "slowest"]

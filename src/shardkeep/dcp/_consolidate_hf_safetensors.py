@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from shardkeep import settings
 from shardkeep.checkpoint.reader import Checkpoint, Request
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.safetensors import Folder, open_folder
 from shardkeep.dcp.reexports import rest_of
@@ -53,7 +53,8 @@ def consolidate_safetensors_files(
     Args:
         input_dir, output_dir: folders, or URLs that fsspec knows.
         fqn_to_index_mapping: tensor -> number of the file that it goes to, from 1 on.
-        num_threads: files that are written at a time; all of them share `SHARDKEEP_HOST_BUDGET`.
+        num_threads: files that are written at a time; all of them share
+            `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
 
     Raises:
         NotACheckpoint: there is nothing to join.
@@ -76,7 +77,7 @@ def consolidate_safetensors_files_on_every_rank(
     """
     _, ranks = members(process_group, 0, False)
     output = Folder(output_dir)
-    with take_part(ranks).session("consolidate", output.store.url) as session:
+    with detect_ranks(ranks).session("consolidate", output.store.url) as session:
         source, files = _open(Folder(input_dir), fqn_to_index_mapping)
         nbytes = [_nbytes(source, names) for names in files.values()]
         place = pack(np.array(nbytes, dtype=np.int64), session.size).tolist()
@@ -135,7 +136,8 @@ def _publish(source: Checkpoint, output: Folder, files: _Files) -> None:
 
 def _write(source: Checkpoint, output: Folder, files: _Files, threads: int) -> None:
     together = max(1, min(threads, len(files)))
-    readers, budget = max(1, settings.threads() // together), settings.host_budget() // together
+    readers = max(1, settings.read_threads() // together)
+    budget = settings.max_host_memory_bytes() // together
     content = {file: _content(source, names, readers, budget) for file, names in files.items()}
     output.write(content, threads)
 

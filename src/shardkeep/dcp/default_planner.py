@@ -223,7 +223,7 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
     ) -> None:
         """Take the state to fill, and what the checkpoint holds."""
         if metadata is not None and self.flatten_state_dict:
-            metadata = without_twins(metadata)
+            metadata = without_legacy_duplicates(metadata)
         take_memory(state_dict)
         self._keys.clear()
         self.original_state_dict = state_dict
@@ -304,7 +304,7 @@ def _poured(value: Any, held: Any) -> Any:
     return held
 
 
-def without_twins(metadata: Metadata) -> Metadata:
+def without_legacy_duplicates(metadata: Metadata) -> Metadata:
     """The metadata without the objects whose leaves are there as well, for torch 2.3 and older."""
     paths = _paths(metadata)
     outer = {path[:depth] for path in paths.values() for depth in range(1, len(path))}
@@ -358,7 +358,7 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         if metadata is None:
             raise ValueError("without metadata nothing says what the checkpoint holds")
         if self.flatten_state_dict:
-            metadata = without_twins(metadata)
+            metadata = without_legacy_duplicates(metadata)
         paths = _paths(metadata) if self.flatten_state_dict else {}
         wanted = metadata.state_dict_metadata.items()
         flat = {name: _room(e) for name, e in wanted if self._should_include_key(name, metadata)}

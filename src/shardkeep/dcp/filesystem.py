@@ -22,10 +22,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.chunk_locations import Sources
+from shardkeep.checkpoint.chunk_locations import ChunkLocations
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.checkpoint.reader import Checkpoint
-from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.items import write_containers
 from shardkeep.dcp.bridge.metadata import VERSION, index_of, metadata_of
 from shardkeep.dcp.bridge.publishing import publish, publish_own
@@ -37,6 +36,7 @@ from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import AlreadyExists, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.filenames import of_ranks
 from shardkeep.format.dcp.metadata_read import merge_metadata
+from shardkeep.stores.contract import Store
 
 __all__ = ["FileSystemReader", "FileSystemWriter"]
 
@@ -75,7 +75,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
     """Torch's writer; see there for the options.
 
     An overwritten checkpoint stays whole until the new one is, files have names that were never
-    used before, and a manifest with digests of all bytes stands beside `.metadata`.
+    used before, and a manifest with checksums of all bytes stands beside `.metadata`.
     """
 
     @wraps(stock.FileSystemWriter.__init__)  # type: ignore[misc]
@@ -344,14 +344,16 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
             return metadata_of(index)
         return metadata_in(data, file=os.fspath(path))
 
-    def _sources(self, store: Store) -> Sources | None:
-        """Where the chunks are that the checkpoint's index knows, with their digests if any."""
+    def _sources(self, store: Store) -> ChunkLocations | None:
+        """Where the chunks are that the checkpoint's index knows, with their checksums if any."""
         if self._source is None and self._has_usual_paths:
             with suppress(ShardkeepError):  # What was read as metadata may be another file.
                 self._source = self._with_manifest(store)
         if self._source is not None:
             return self._source.sources
         try:
-            return None if self._metadata is None else Sources(store, index_of(self._metadata))
+            return (
+                None if self._metadata is None else ChunkLocations(store, index_of(self._metadata))
+            )
         except (FormatError, AttributeError, TypeError):
             return None  # Storage of the user's own: each item says itself what it is.

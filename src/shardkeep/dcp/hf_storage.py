@@ -26,7 +26,6 @@ from torch.futures import Future
 
 from shardkeep import settings
 from shardkeep.checkpoint.reader import Checkpoint
-from shardkeep.contracts import Store
 from shardkeep.dcp._consolidate_hf_safetensors import consolidate
 from shardkeep.dcp._hf_utils import SHARDED_DIR_NAME, _HFStorageInfo, _metadata_fn
 from shardkeep.dcp.bridge.metadata import metadata_of
@@ -45,6 +44,7 @@ from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import Conflict
 from shardkeep.format.safetensors.write import file_name, listing
 from shardkeep.io.pool import parallel
+from shardkeep.stores.contract import Store
 
 __all__ = ["HuggingFaceStorageReader", "HuggingFaceStorageWriter"]
 
@@ -160,7 +160,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             results.append(WriteResult(item.index, length, where))
         if files:
             content = {file: part_items(parts) for file, parts in files.items()}
-            threads = max(self.thread_count, settings.threads())
+            threads = max(self.thread_count, settings.read_threads())
             Folder(self.path, self.fs).write(content, threads)
         return _done(results)
 
@@ -178,15 +178,15 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             folder.store.publish(_metadata_fn, listing(weights, nbytes))
         if not self.use_collectives:
             return  # Other ranks' files are not known here.
-        folder.sweep(files, shards=self.save_distributed)
+        folder.remove_replaced(files, shards=self.save_distributed)
         if not self.save_distributed:
-            folder.sweep(set(), shards=True)
+            folder.remove_replaced(set(), shards=True)
         elif self.consolidated_output_path is not None:
             self._consolidate(folder, metadata)
         else:
             # What an index of an earlier save says is no longer so.
             folder.store.remove(_metadata_fn)
-            folder.sweep(set(), shards=False)
+            folder.remove_replaced(set(), shards=False)
 
     def _consolidate(self, folder: Folder, metadata: Metadata) -> None:
         mapping = self.fqn_to_index_mapping
@@ -194,7 +194,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             mapping = dict.fromkeys(metadata.state_dict_metadata, 1)
         output = Folder(self.fs.init_path(str(self.consolidated_output_path)), self.fs)
         files = consolidate(folder, output, mapping, self.thread_count_consolidation)
-        output.sweep(set(files), shards=False)
+        output.remove_replaced(set(files), shards=False)
 
 
 def _only_tensors(items: Sequence[WriteItem]) -> None:
@@ -345,7 +345,7 @@ class HuggingFaceStorageReader(FileSystemReader):
                 alone.setdefault(file, []).append(item)
             else:
                 together.append(item)
-        read_items(source, together, planner, max(self.thread_count, settings.threads()))
+        read_items(source, together, planner, max(self.thread_count, settings.read_threads()))
 
         def worker(files: Iterator[str]) -> None:
             for file in files:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
 from shardkeep.dcp.bridge.errors import as_torch
-from shardkeep.dcp.default_planner import without_twins
+from shardkeep.dcp.default_planner import without_legacy_duplicates
 from shardkeep.dcp.reexports import rest_of
 from shardkeep.dcp.state_dict_loader import _load_state_dict
 from shardkeep.errors import Mismatch
@@ -57,7 +57,7 @@ def load_sharded_optimizer_state_dict(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     with as_torch(rank):
-        metadata = without_twins(storage_reader.read_metadata())
+        metadata = without_legacy_duplicates(storage_reader.read_metadata())
         paths = _paths_below(optimizer_key, metadata)
         slices, group = stock._get_state_dict_2d_layout(model_state_dict)
         state: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
 from shardkeep.checkpoint.reader import open as open_checkpoint
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.engine_choice import plain_load
 from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.bridge.full_state import read_whole
@@ -106,7 +106,9 @@ def _load_state_dict(
                 state[key] = _state_of(state_dict[key])
             return state
 
-        load_by_steps(template, storage_reader, planner, take_part(ranks, by_path=False), rank=rank)
+        load_by_steps(
+            template, storage_reader, planner, detect_ranks(ranks, by_path=False), rank=rank
+        )
         for key, loaded in state.items():
             held = state_dict.get(key)  # Some planners fill a state that is empty.
             if isinstance(held, Stateful):
@@ -124,7 +126,7 @@ def _load_plainly(state: Any, reader: Any, planner: Any, ranks: Any) -> None:
         strict=not planner.allow_partial_load,
         dtype="cast",
         trust=trusted(),
-        ranks=take_part(ranks, by_path=False),
+        ranks=detect_ranks(ranks, by_path=False),
     )
     if isinstance(planner, DefaultLoadPlanner):
         planner.read_from(reader)
@@ -158,7 +160,7 @@ def _load_state_dict_from_keys(
     planner = _EmptyStateDictLoadPlanner(wanted)
     state: dict[str, Any] = {}
     with as_torch(rank):
-        job = take_part(ranks, by_path=False)
+        job = detect_ranks(ranks, by_path=False)
         if not plain_load(None, reader):
             load_by_steps(lambda: state, reader, planner, job, rank=rank)
             return state

@@ -20,8 +20,8 @@ from typing_extensions import deprecated
 
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.reader import open as open_checkpoint
-from shardkeep.contracts import Ranks
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.dcp.bridge import process_saves
 from shardkeep.dcp.bridge.async_staging import (
     after_saves,
@@ -139,7 +139,7 @@ def async_save(
     Raises: what staging raises; the other ranks' futures then raise `CheckpointException`.
     """
     _, ranks = members(process_group, 0, no_dist)
-    job = take_part(ranks, by_path=False)
+    job = detect_ranks(ranks, by_path=False)
     what = process_saves.Save(checkpoint_id, storage_writer, planner, use_collectives)
     stager = stager_of(async_stager, storage_writer)
     path = str(checkpoint_id or getattr(storage_writer, "path", type(storage_writer).__qualname__))
@@ -229,13 +229,13 @@ def _save_state_dict(
     rank, ranks = members(process_group, coordinator_rank, no_dist)
     with as_torch(rank):
         if use_collectives and plain_save(planner, storage_writer):
-            job = take_part(ranks, by_path=False)
+            job = detect_ranks(ranks, by_path=False)
             return _save_plainly([state_dict], storage_writer, planner or DefaultSavePlanner(), job)
         return save_by_steps(
             lambda: _stateful_to_state_dict(state_dict) if stateful else state_dict,
             storage_writer,
             planner or DefaultSavePlanner(),
-            take_part(ranks, by_path=False),
+            detect_ranks(ranks, by_path=False),
             rank=rank,
             use_collectives=use_collectives,
         )
@@ -255,8 +255,8 @@ def _save_plainly(
         overwrite=writer.overwrite,
         flatten=planner.flatten_state_dict,
         files=max(1, writer.thread_count),
-        spread=not planner.dedup_save_to_lowest_rank,
-        same_objects=False,
+        balance_replicas=not planner.dedup_save_to_lowest_rank,
+        require_identical_objects=False,
         save_id=writer.save_id,
     )
     try:

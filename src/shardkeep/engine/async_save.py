@@ -8,13 +8,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from os import PathLike
 from typing import Any, TypeVar
 
-from shardkeep.contracts import Progress, Ranks, Store
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.engine.save import Options, SaveReport, life
 from shardkeep.engine.save_queue import Behind, Handle, Job, Turns, line_of, simulated
 from shardkeep.io.arena import Arena
 from shardkeep.stores import store_at
-from shardkeep.util.forking import in_children
+from shardkeep.stores.contract import Store
+from shardkeep.types import Progress
+from shardkeep.util.forking import after_fork_in_child
 
 __all__ = ["SaveHandle", "async_save", "in_background", "release_memory"]
 
@@ -28,10 +30,10 @@ def async_save(
     overwrite: bool = False,
     flatten: bool = True,
     files: int | None = None,
-    spread: bool = True,
-    same_objects: bool = True,
-    host_budget: int | None = None,
-    gentle: bool = False,
+    balance_replicas: bool = True,
+    require_identical_objects: bool = True,
+    max_host_memory: int | None = None,
+    low_priority: bool = False,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | bool | None = None,
 ) -> SaveHandle:
@@ -43,19 +45,29 @@ def async_save(
     somebody waits for it, a save leaves the interpreter to others after each millisecond of work.
 
     Args:
-        host_budget: bytes of memory that the copy and the buffers may take. With less than a rank's
+        max_host_memory: bytes of memory that the copy and the buffers may take. With less than a
+            rank's
             part of the state, the call returns later: when the last bytes have been taken. By
             default the whole part is copied, whatever its size.
-        gentle: write at the lowest priority, so that training hardly notices.
-        state, path, overwrite, flatten, files, spread, same_objects, ranks, progress: as of `save`.
+        low_priority: write at the lowest priority, so that training hardly notices.
+        state, path, overwrite, flatten, files, balance_replicas, require_identical_objects, ranks,
+            progress: as of `save`.
 
     Raises: what `save` raises before anything is written. What fails later, `SaveHandle.result`
         raises; if nobody asks for it, the next save does.
     """
     options = Options(
-        overwrite, flatten, files, spread, same_objects, None, host_budget, progress, gentle
+        overwrite,
+        flatten,
+        files,
+        balance_replicas,
+        require_identical_objects,
+        None,
+        max_host_memory,
+        progress,
+        low_priority,
     )
-    job, store, rank = take_part(ranks), store_at(path), simulated(ranks)
+    job, store, rank = detect_ranks(ranks), store_at(path), simulated(ranks)
     line = line_of(rank)
     line.finish()
     return SaveHandle(begin([line.owed(state)], store, job, options, rank))
@@ -154,7 +166,7 @@ def _forget() -> None:
     _arenas.clear()
 
 
-in_children(_forget)
+after_fork_in_child(_forget)
 
 
 def release_memory() -> None:

@@ -13,10 +13,10 @@ import torch
 
 from shardkeep import settings
 from shardkeep.checkpoint import reader
-from shardkeep.checkpoint.read_plan import Filling
+from shardkeep.checkpoint.read_plan import ReadPlan
 from shardkeep.checkpoint.reader import Checkpoint
-from shardkeep.contracts import Progress, Ranks, Session, Store
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.progress import shown
 from shardkeep.coordination.timing import Clock, slowest
 from shardkeep.engine.match import Contents, Found, Match, match
@@ -25,12 +25,19 @@ from shardkeep.state.flatten import Leaf, put
 from shardkeep.state.markers import Unwrapped, unmarked
 from shardkeep.state.per_rank import Chooser, OwnValues
 from shardkeep.stores import store_at
-from shardkeep.torch_state.memory import Landings
+from shardkeep.stores.contract import Store
+from shardkeep.torch_state.memory import Destinations
 from shardkeep.torch_state.pieces import Described, is_any_tensor
-from shardkeep.torch_state.stateful import Statefuls, Stored, expand, make_room, restore
-from shardkeep.types import ITEMSIZES
+from shardkeep.torch_state.stateful import (
+    Statefuls,
+    Stored,
+    expand,
+    materialize_optimizer_state,
+    restore,
+)
+from shardkeep.types import ITEMSIZES, Progress
 from shardkeep.util import gc_pause
-from shardkeep.util.formatting import count, human
+from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["LoadReport", "load"]
 
@@ -60,8 +67,8 @@ class LoadReport:
         skipped: values of single ranks (`PerRank`) that another number of ranks saved, left as they
             are, as the caller wanted.
         refused: name -> why it can't be loaded; empty unless carried by a `Mismatch`.
-        unchecked: tensors of which this rank read something that no digest covers: all of it, or a
-            part of a payload whose only digest is one of the whole. It may be damaged or not.
+        unchecked: tensors of which this rank read something that no checksum covers: all of it, or
+            a part of a payload whose only checksum is one of the whole. It may be damaged or not.
         nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them;
             `bytes_unchecked`: how many of those that it needed are unchecked.
         seconds: phase -> seconds that this rank spent in it: "plan" (open the checkpoint, describe
@@ -96,7 +103,7 @@ class LoadReport:
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
         rank, longest = self.slowest
         return (
-            f"loaded {human(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
+            f"loaded {human_bytes(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
             f"slowest rank {rank}, {longest:.2f} s" + self._doubt()
         )
 
@@ -104,7 +111,7 @@ class LoadReport:
         if not self.unchecked:
             return ""
         of = count(len(self.unchecked), "tensor")
-        return f"; unchecked: {human(self.bytes_unchecked)} of {of}"
+        return f"; unchecked: {human_bytes(self.bytes_unchecked)} of {of}"
 
 
 def load(
@@ -116,7 +123,7 @@ def load(
     trust: Sequence[str] = (),
     per_rank: PerRankPolicy = "error",
     verify: bool = True,
-    host_budget: int | None = None,
+    max_host_memory: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | bool | None = None,
 ) -> LoadReport:
@@ -142,9 +149,9 @@ def load(
             "skip" (leave it as it is), "modulo" (take that of this rank's number modulo theirs), or
             a function (name, rank, ranks that load, ranks that saved) -> rank or None; also per
             name pattern.
-        verify: check the digests of everything that is read.
-        host_budget: bytes of memory that the reading may take, besides what objects take; by
-            default `SHARDKEEP_HOST_BUDGET`.
+        verify: check the checksums of everything that is read.
+        max_host_memory: bytes of memory that the reading may take, besides what objects take; by
+            default `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
         ranks: global ranks that take part (default: all of the default group, or this process).
         progress: told how far the reading has come; True shows a bar on standard error, if that is
             a terminal.
@@ -157,13 +164,13 @@ def load(
         RankFailed: another rank failed.
     """
     _check_policies(strict, dtype)
-    job = take_part(ranks)
-    store = store_at(path, budget=host_budget)
+    job = detect_ranks(ranks)
+    store = store_at(path, budget=max_host_memory)
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
         with gc_pause.paused():  # what is made for each tensor is gone again when this ends
             planned = _planned(
-                state, store, session, clock, strict, dtype, trust, per_rank, host_budget
+                state, store, session, clock, strict, dtype, trust, per_rank, max_host_memory
             )
 
         clock.part("read")
@@ -171,8 +178,8 @@ def load(
             stats = planned.filling.run(
                 store,
                 verify=verify,
-                threads=settings.threads(settings.ranks_here(session.size)),
-                budget=host_budget,
+                threads=settings.read_threads(settings.ranks_here(session.size)),
+                budget=max_host_memory,
                 progress=tell,
             )
 
@@ -211,7 +218,7 @@ class _Planned:
     template: Mapping[Any, Any]
     statefuls: Statefuls
     marked: Unwrapped
-    filling: Filling
+    filling: ReadPlan
     inside: list[tuple[Described, torch.Tensor]]
     values: list[tuple[Leaf, Any]]
     report: LoadReport
@@ -233,30 +240,32 @@ def _planned(
 
     clock.phase("describe")
     template, statefuls = expand(state)
-    make_room(template, statefuls, _stored(source))
+    materialize_optimizer_state(template, statefuls, _stored(source))
     policy = partial(_policy, per_rank, default="error")
-    own = OwnValues(source, session.rank, session.size, policy)
-    flat, marked = unmarked(template, is_any_tensor, own.key)
+    negotiate_writers = OwnValues(source, session.rank, session.size, policy)
+    flat, marked = unmarked(template, is_any_tensor, negotiate_writers.key)
 
     clock.phase("match")
-    matched = match(flat, Contents(source, tuple(trust)), own)
+    matched = match(flat, Contents(source, tuple(trust)), negotiate_writers)
     _refuse(matched, strict, dtype)
 
     clock.phase("read")
     clock.part("plan")
     filling = _plan(matched.found, source, settings.ranks_here(session.size), budget)
     report = _report(matched, matched.found.names_of(filling.resharded))
-    report = replace(report, skipped=tuple(own.skipped))
+    report = replace(report, skipped=tuple(negotiate_writers.skipped))
     return _Planned(template, statefuls, marked, filling, matched.inside, matched.values, report)
 
 
-def _plan(found: Found, source: Checkpoint, ranks_here: int, budget: int | None) -> Filling:
+def _plan(found: Found, source: Checkpoint, ranks_here: int, budget: int | None) -> ReadPlan:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     codes = source.index.tensors.dtype[found.wanted.tensor]
     nbytes = found.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
-    landings = Landings(found.memory, found.addresses, codes, nbytes)
-    threads, together = settings.threads(ranks_here), ranks_here > 1
-    return source.plan(found.wanted, landings, threads=threads, together=together, budget=budget)
+    destinations = Destinations(found.memory, found.addresses, codes, nbytes)
+    threads, together = settings.read_threads(ranks_here), ranks_here > 1
+    return source.plan(
+        found.wanted, destinations, threads=threads, together=together, budget=budget
+    )
 
 
 def _stored(source: Checkpoint) -> Iterator[Stored]:

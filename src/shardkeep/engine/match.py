@@ -118,7 +118,7 @@ class Match:
     refused: dict[str, str]
 
 
-def match(flat: Flat, contents: Contents, own: OwnValues) -> Match:
+def match(flat: Flat, contents: Contents, negotiate_writers: OwnValues) -> Match:
     """Compare names, shapes and dtypes; nothing is read but objects."""
     source, known = contents.source, contents.source.index
     rows, objects, _ = describe_tensors(flat)
@@ -129,7 +129,7 @@ def match(flat: Flat, contents: Contents, own: OwnValues) -> Match:
     cast = np.zeros(len(names), dtype=np.bool_)
     cast[there] = tensors.dtype[there] != known.tensors.dtype[place[there]]
     found = _found_pieces(names, pieces, there[same], place, cast, known.chunks.offsets.shape[1])
-    matched = Match(source.url, found, [], [], [], [], {}, dict(own.refused))
+    matched = Match(source.url, found, [], [], [], [], {}, dict(negotiate_writers.refused))
     used = {names[row] for row in there.tolist()}
     for row in there[~same].tolist():
         shape = source.kinds[names[row]][1]
@@ -156,7 +156,7 @@ def match(flat: Flat, contents: Contents, own: OwnValues) -> Match:
             used.add(held[0])
             matched.values.append((leaf, held[1]))
     left = (name for name in source if name not in used)
-    matched.unexpected.extend(name for name in left if not own.others(name))
+    matched.unexpected.extend(name for name in left if not negotiate_writers.others(name))
     return matched
 
 

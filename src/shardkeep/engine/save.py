@@ -20,37 +20,39 @@ import torch
 
 from shardkeep import settings
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.garbage import collect
+from shardkeep.checkpoint.garbage import collect_garbage
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.checkpoint.metrics import HEADER as METRICS
-from shardkeep.contracts import Payloads, Progress, Ranks, Session, Store
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.progress import shown
 from shardkeep.coordination.timing import Clock, slowest
-from shardkeep.engine.negotiate import Order, own, report
+from shardkeep.engine.negotiate import WriteAssignment, negotiate_writers, report
 from shardkeep.engine.save_queue import Behind, line_of, simulated
 from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
 from shardkeep.format.messages import columns
 from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.checksums import crc32
-from shardkeep.io.write.image import Digests, Image, images_of, of_memory, written_in
+from shardkeep.io.contract import Payloads
+from shardkeep.io.write.image import Checksums, Image, images_of, of_memory, written_in
 from shardkeep.io.write.place import copiers, placed, write_images, writers
 from shardkeep.io.write.staging import Places, stage
 from shardkeep.plan.distinct import distinct
 from shardkeep.plan.file_layout import smallest_window
 from shardkeep.stores import LocalStore, store_at
+from shardkeep.stores.contract import Store
 from shardkeep.torch_state.describe import Local, describe_state
 from shardkeep.torch_state.devices import pinned
 from shardkeep.torch_state.objects import to_bytes
 from shardkeep.torch_state.payloads import StatePayloads
-from shardkeep.types import DTYPES, ITEMSIZES, Index, no_rest
+from shardkeep.types import DTYPES, ITEMSIZES, Index, Progress, never_yield
 from shardkeep.util import gc_pause
-from shardkeep.util.formatting import human
+from shardkeep.util.formatting import human_bytes
 from shardkeep.util.retry import tried
 from shardkeep.version import __version__
 
-__all__ = ["Options", "SaveReport", "header", "life", "save", "sweep"]
+__all__ = ["Options", "SaveReport", "header", "life", "remove_replaced", "save"]
 
 _SHOWN = 8
 """Ranks that a message names."""
@@ -91,8 +93,8 @@ class SaveReport:
 
     def __str__(self) -> str:
         return (
-            f"saved {human(self.nbytes)} in {sum(self.seconds.values()):.2f} s, this rank "
-            f"{human(self.written)} ({self.rate:.1f} GB/s): "
+            f"saved {human_bytes(self.nbytes)} in {sum(self.seconds.values()):.2f} s, this rank "
+            f"{human_bytes(self.written)} ({self.rate:.1f} GB/s): "
             + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items())
             + f"; slowest rank {self.slowest[0]}, {self.slowest[1]:.2f} s"
         )
@@ -109,17 +111,17 @@ class Options:
     overwrite: bool = False
     flatten: bool = True
     files: int | None = None
-    spread: bool = True
-    same_objects: bool = True
+    balance_replicas: bool = True
+    require_identical_objects: bool = True
     save_id: str | None = None
-    host_budget: int | None = None
+    max_host_memory: int | None = None
     progress: Progress | bool | None = None
-    gentle: bool = False
+    low_priority: bool = False
     metrics: Mapping[str, float] | None = None
     retries: int = 0
 
     def __post_init__(self) -> None:
-        settings.check_budget(self.host_budget)
+        settings.check_max_host_memory(self.max_host_memory)
         if self.files is not None and self.files < 1:
             raise ValueError(f"files={self.files} can't be: 1 or more")
 
@@ -131,10 +133,10 @@ def save(
     overwrite: bool = False,
     flatten: bool = True,
     files: int | None = None,
-    spread: bool = True,
-    same_objects: bool = True,
+    balance_replicas: bool = True,
+    require_identical_objects: bool = True,
     save_id: str | None = None,
-    host_budget: int | None = None,
+    max_host_memory: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
     progress: Progress | bool | None = None,
 ) -> SaveReport:
@@ -153,15 +155,17 @@ def save(
         flatten: False keeps each top-level value as one leaf: containers become objects, with
             their tensors inside (what DCP calls `flatten_state_dict=False`).
         files: data files of each rank at most, as even in bytes as whole items can make them; what
-            is larger than `SHARDKEEP_PART` is several items. By default one, and none for a rank
-            that writes nothing.
-        spread: share replicas out over the ranks that hold them; else the lowest one writes them.
-        same_objects: refuse objects that differ between ranks under one name; else the lowest
+            is larger than `SHARDKEEP_MAX_CHUNK_BYTES` is several items. By default one, and none
+            for a rank that writes nothing.
+        balance_replicas: share replicas out over the ranks that hold them; else the lowest one
+            writes them.
+        require_identical_objects: refuse objects that differ between ranks under one name; else
+            the lowest
             rank's is saved, with a warning. Values that stand in the manifest are compared.
         save_id: an id for the save that was never used before, of 32 hexadecimal digits, taken
             from the coordinator; by default a new one.
-        host_budget: bytes of memory that the writing may take, besides what objects take when they
-            are pickled; by default `SHARDKEEP_HOST_BUDGET`.
+        max_host_memory: bytes of memory that the writing may take, besides what objects take when
+            they are pickled; by default `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
         ranks: global ranks that take part (default: all of the default group, or this process).
         progress: told how far the writing has come; True shows a bar on standard error, if that
             is a terminal.
@@ -175,11 +179,18 @@ def save(
         RankFailed: another rank failed; nothing was committed.
     """
     options = Options(
-        overwrite, flatten, files, spread, same_objects, save_id, host_budget, progress
+        overwrite,
+        flatten,
+        files,
+        balance_replicas,
+        require_identical_objects,
+        save_id,
+        max_host_memory,
+        progress,
     )
     line = line_of(simulated(ranks))
     line.finish()  # One of them may be on its way to the same place.
-    return life([line.owed(state)], store_at(path), take_part(ranks), options)
+    return life([line.owed(state)], store_at(path), detect_ranks(ranks), options)
 
 
 def life(
@@ -207,7 +218,7 @@ def life(
         old: list[frozenset[str]] = []
         # The collector is one for all threads, as the interpreter is: a training loop needs them.
         quiet = gc_pause.paused if behind is None else contextlib.nullcontext
-        rest = no_rest if behind is None else behind.rest
+        yield_gil = never_yield if behind is None else behind.yield_gil
         with gc_pause.paused():
             clock.phase("describe")
             local = describe_state(
@@ -215,40 +226,40 @@ def life(
             )
 
             clock.phase("own")
-            order = own(
+            order = negotiate_writers(
                 session,
                 local.claim,
                 lambda: old.append(_admit(store, options.overwrite)),
                 begin=lease.take,
                 save_id=lease.save_id,
-                spread=options.spread,
-                same_objects=options.same_objects,
+                balance_replicas=options.balance_replicas,
+                require_identical_objects=options.require_identical_objects,
             )
-            if order.settlement is not None and order.settlement.differing:
-                _warn_of(order.settlement.differing)
+            if order.write_plan is not None and order.write_plan.differing:
+                _warn_of(order.write_plan.differing)
 
             clock.phase("write" if behind is None else "stage")
             payloads = _Payloads(local, order, lasting=behind is None)
             del local
         here = settings.ranks_here(session.size)
         staged = None if behind is None else behind.staged
-        if behind is not None and payloads.stage(behind.arena, options.host_budget, here):
+        if behind is not None and payloads.stage(behind.arena, options.max_host_memory, here):
             _set(staged)
             staged = None
 
         clock.phase("write")
         with commit.removed_on_failure(store, order.save_id, session.rank):
-            if options.gentle:
+            if options.low_priority:
                 _give_way()
             name = partial(commit.data_file, session.rank, save_id=order.save_id)
             images = _write(store, payloads, name, session, clock, options, partial(_set, staged))
 
             clock.phase("report")
-            rest()
+            yield_gil()
             last = slowest(session, sum(clock.seconds().values()))
             with quiet():
                 written = written_in(images)
-            rest()
+            yield_gil()
 
         with commit.undone_on_failure(store, order.save_id, leads=session.rank == 0):
             with quiet():
@@ -261,11 +272,11 @@ def life(
                 lease.confirm()
                 about = header(session.size, options.metrics)
                 with quiet():
-                    commit.publish(store, lease.save_id, index, about, rest)
+                    commit.publish(store, lease.save_id, index, about, yield_gil)
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
-            rest()
-            sweep(store, old[0], lease)
+            yield_gil()
+            remove_replaced(store, old[0], lease)
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
@@ -289,8 +300,8 @@ def _write(
 
     The other ranks wait, and need not know.
     """
-    budget = options.host_budget
-    left = settings.host_budget() if budget is None else budget - (payloads.staged or 0)
+    budget = options.max_host_memory
+    left = settings.max_host_memory_bytes() if budget is None else budget - (payloads.staged or 0)
     beside = payloads.staged is not None
     threads, window = writers(settings.ranks_here(session.size), left, beside=beside)
     images: list[Image] = []
@@ -352,7 +363,7 @@ class _Payloads:
         lasting: nothing changes until all is written; else only until all has been copied.
     """
 
-    def __init__(self, local: Local, order: Order, *, lasting: bool) -> None:
+    def __init__(self, local: Local, order: WriteAssignment, *, lasting: bool) -> None:
         claim, rows = local.claim, order.pieces
         objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
         of, sizes = claim.piece[rows], claim.sizes[rows]
@@ -374,7 +385,7 @@ class _Payloads:
         source = StatePayloads(memory, local.addresses[rows], objects)
         self._on_cuda = any(device.type == "cuda" for device in source.devices)
         self._bytes: Payloads = source
-        self._digests: Digests = of_memory
+        self._checksums: Checksums = of_memory
         self._lasting = lasting
         self.staged: int | None = None
         """Bytes of memory that they are staged in; None until they are."""
@@ -386,7 +397,7 @@ class _Payloads:
             return False
         memory = arena.take(places.nbytes, pinned if self._on_cuda else roomy)
         staged = stage(self._bytes, places, memory, threads=copiers(ranks_here))
-        self._bytes, self._digests = staged, staged.digests
+        self._bytes, self._checksums = staged, staged.checksums
         self._lasting, self.staged = True, places.nbytes
         return True
 
@@ -406,7 +417,7 @@ class _Payloads:
                 self._crcs,
                 window,
                 in_place=self._lasting,
-                digests=self._digests,
+                checksums=self._checksums,
             )
 
 
@@ -457,14 +468,14 @@ def _warn_of(differing: Sequence[str]) -> None:
     )
 
 
-def sweep(store: Store, old: frozenset[str], lease: Lease) -> None:
+def remove_replaced(store: Store, old: frozenset[str], lease: Lease) -> None:
     """Remove the files of the overwritten checkpoint, and what dead saves left.
 
     The new checkpoint is committed, come what may.
     """
     try:
-        commit.sweep(store, old)
-        collect(store, lease)
+        commit.remove_replaced(store, old)
+        collect_garbage(store, lease)
     except (OSError, LeaseLost) as error:
         what = "files of the overwritten checkpoint, or of dead saves, stay behind"
         warnings.warn(f"{what}: {error}", stacklevel=4)
@@ -482,14 +493,14 @@ def header(ranks: int, metrics: Mapping[str, float] | None = None) -> dict[str, 
 
 
 def _totals(index: Index) -> bytes:
-    twins = len(index.twins)
+    legacy_duplicates = len(index.legacy_duplicates)
     chunks = index.chunks
     _, items = distinct([chunks.file, chunks.item, chunks.length])
     nbytes = int(chunks.length[items].sum()) + int(index.objects.length.sum())
     return columns.pack(
         {
             "tensors": len(index.tensors.names),
-            "objects": len(index.objects.names) - twins,
+            "objects": len(index.objects.names) - legacy_duplicates,
             "nbytes": nbytes,
         },
         {},

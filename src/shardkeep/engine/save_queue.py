@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 from weakref import WeakSet
 
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue.heartbeat import Timing
 from shardkeep.errors import AsyncSaveFailed
 from shardkeep.io.arena import Arena
-from shardkeep.types import Rest
-from shardkeep.util.forking import in_children
+from shardkeep.types import YieldGil
+from shardkeep.util.forking import after_fork_in_child
 
 __all__ = [
     "Behind",
@@ -62,12 +62,12 @@ class Behind:
     Attributes:
         arena: memory to stage the state in.
         staged: set as soon as the state is not looked at any more.
-        rest: called between pieces of work.
+        yield_gil: called between pieces of work.
     """
 
     arena: Arena
     staged: Future[None]
-    rest: Rest
+    yield_gil: YieldGil
 
 
 class Turns:
@@ -350,4 +350,4 @@ def _forget() -> None:
         line.forget()
 
 
-in_children(_forget)
+after_fork_in_child(_forget)

@@ -44,13 +44,13 @@ _LARGE = 128 * 1024
 """Bytes from which on the faster way makes up for finding out where they are."""
 
 __all__ = [
-    "block_digests",
+    "block_checksums",
+    "checksum_payload",
     "combine",
     "crc32",
     "crc32_at",
     "crc32_blocks",
     "crc32_each",
-    "digest",
     "whole_crc",
 ]
 
@@ -92,23 +92,23 @@ def crc32_each(small: Sequence[bytes | memoryview]) -> list[int]:
     return list(map(_zlib.crc32 if tiny else crc32, small))
 
 
-def digest(data: Bytes) -> tuple[NDArray[np.uint32], int]:
+def checksum_payload(data: Bytes) -> tuple[NDArray[np.uint32], int]:
     """CRC-32 of each block of `BLOCK` bytes and of the whole, in one pass over contiguous bytes."""
     array = np.frombuffer(data, dtype=np.uint8)
     blocks = [crc32(array[at : at + BLOCK]) for at in range(0, len(array), BLOCK)]
     return np.array(blocks, dtype=np.uint32), whole_crc(blocks, len(array))
 
 
-def block_digests(data: Bytes) -> NDArray[np.uint32]:
+def block_checksums(data: Bytes) -> NDArray[np.uint32]:
     """CRC-32 of each block of `BLOCK` bytes; the last block may be shorter. None for no bytes."""
-    return digest(data)[0]
+    return checksum_payload(data)[0]
 
 
-def whole_crc(digests: Sequence[int] | NDArray[np.uint32], nbytes: int) -> int:
+def whole_crc(checksums: Sequence[int] | NDArray[np.uint32], nbytes: int) -> int:
     """CRC-32 of a payload of `nbytes`, given those of its blocks."""
-    if not len(digests):
+    if not len(checksums):
         return 0
-    *full, last = digests.tolist() if isinstance(digests, np.ndarray) else digests
+    *full, last = checksums.tolist() if isinstance(checksums, np.ndarray) else checksums
     crc = 0
     for block in full:
         crc = combine(crc, block, BLOCK)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from threading import Lock, Thread
 from typing import Generic, TypeVar
 
-from shardkeep.contracts import Progress
+from shardkeep.types import Progress
 
 __all__ = ["Meter", "parallel"]
 

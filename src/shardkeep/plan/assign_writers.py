@@ -18,11 +18,11 @@ from shardkeep.plan.merging import merge
 from shardkeep.plan.ownership import lowest, owners
 from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Claim, Path, Structure, Tensors
 
-__all__ = ["Settlement", "settle"]
+__all__ = ["WritePlan", "assign_writers"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Settlement:
+class WritePlan:
     """What the checkpoint will hold, and which rank writes which part of it.
 
     The M chunks are sorted by tensor, then by offsets. Chunks with the same `payload` number are
@@ -49,11 +49,11 @@ class Settlement:
     differing: tuple[str, ...]
     """Objects of which ranks have different values, as far as values are known."""
     structure: Structure
-    twins: Mapping[str, Path]
+    legacy_duplicates: Mapping[str, Path]
 
     def orders(self, ranks: int) -> list[tuple[I64, tuple[str, ...]]]:
         """The pieces (ascending) and the objects that each rank has to write."""
-        names = (*self.objects, *self.twins)
+        names = (*self.objects, *self.legacy_duplicates)
         pieces = self.piece[np.lexsort((self.piece, self.writer))]
         objects = np.argsort(self.object_writer, kind="stable")
         return [
@@ -84,15 +84,20 @@ class _Pieces:
     """Position in these columns."""
 
 
-def settle(
-    claims: Sequence[Claim], *, spread: bool = True, same_objects: bool = True
-) -> Settlement:
+def assign_writers(
+    claims: Sequence[Claim],
+    *,
+    balance_replicas: bool = True,
+    require_identical_objects: bool = True,
+) -> WritePlan:
     """Merge what the ranks claim, in rank order; one rank writes each thing.
 
     Args:
         claims: of each rank.
-        spread: share replicas out over the ranks that hold them; else the lowest one writes them.
-        same_objects: refuse objects that differ between ranks; else the lowest rank's counts.
+        balance_replicas: share replicas out over the ranks that hold them; else the lowest one
+            writes them.
+        require_identical_objects: refuse objects that differ between ranks; else the lowest rank's
+            counts.
 
     Raises:
         Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes; replicas that
@@ -102,23 +107,25 @@ def settle(
     structure = merge([claim.structure for claim in claims])
     tensors, rows = _merge_tensors(claims)
     objects, object_rank, values, differing = _merge_objects(claims)
-    if differing and same_objects:
+    if differing and require_identical_objects:
         name, rank = next(iter(differing.items()))
         raise Conflict(
             f"object {name!r} has different values on ranks {object_rank[name]} and {rank}; "
             f"give each rank's its own name, or make them equal; nothing was written"
         )
     _refuse_two_kinds(tensors.names, objects, claims)
-    twins, twin_rank = _merge_twins(structure, tensors.names, claims)
+    legacy_duplicates, twin_rank = _merge_legacy_duplicates(structure, tensors.names, claims)
     pieces = _stack(claims, rows, tensors.shape.shape[1])
     key, first = distinct([pieces.tensor, *pieces.offsets.T, *pieces.sizes.T])
     _refuse_bad_cover(tensors, pieces, first)
     payload = _share_payloads(key, pieces.alias)
     nbytes = pieces.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[pieces.tensor]]
-    owned = owners(payload, pieces.rank, nbytes) if spread else lowest(payload, pieces.rank)
+    owned = (
+        owners(payload, pieces.rank, nbytes) if balance_replicas else lowest(payload, pieces.rank)
+    )
     chosen = np.flatnonzero(owned)
     chosen = chosen[np.argsort(payload[chosen])]
-    return Settlement(
+    return WritePlan(
         tensors=tensors,
         tensor=pieces.tensor[first],
         offsets=pieces.offsets[first],
@@ -133,11 +140,11 @@ def settle(
         values=values,
         differing=tuple(differing),
         structure=structure,
-        twins=twins,
+        legacy_duplicates=legacy_duplicates,
     )
 
 
-def _merge_twins(
+def _merge_legacy_duplicates(
     structure: Structure, tensors: Sequence[str], claims: Sequence[Claim]
 ) -> tuple[dict[str, Path], list[int]]:
     """The twins that tell the whole truth, and the lowest rank that has each one.
@@ -145,11 +152,13 @@ def _merge_twins(
     A container that holds more on another rank has no twin: stock torch puts a twin in the place of
     the leaves when it converts a checkpoint, and would lose what only the other rank had.
     """
-    wanted = {path: name for claim in reversed(claims) for name, path in claim.twins.items()}
-    twins: dict[str, Path] = {}
+    wanted = {
+        path: name for claim in reversed(claims) for name, path in claim.legacy_duplicates.items()
+    }
+    legacy_duplicates: dict[str, Path] = {}
     ranks: list[int] = []
     if not wanted:
-        return twins, ranks
+        return legacy_duplicates, ranks
     total = _leaves_below(structure.leaves.values(), wanted)
     with_tensors = _leaves_below((structure.leaves[name] for name in tensors), wanted)
     counts = {id(structure): total}
@@ -160,12 +169,14 @@ def _merge_twins(
     below = [counts[id(claim.structure)] for claim in claims]
     for path, name in sorted(wanted.items(), key=lambda twin: (len(twin[0]), twin[1])):
         whole = [
-            r for r, c in enumerate(claims) if name in c.twins and below[r][path] == total[path]
+            r
+            for r, c in enumerate(claims)
+            if name in c.legacy_duplicates and below[r][path] == total[path]
         ]
         if whole and path not in with_tensors and name not in structure.leaves:
-            twins[name] = path
+            legacy_duplicates[name] = path
             ranks.append(whole[0])
-    return twins, ranks
+    return legacy_duplicates, ranks
 
 
 def _leaves_below(leaves: Iterable[Path], wanted: Mapping[Path, str]) -> Counter[Path]:

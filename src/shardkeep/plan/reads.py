@@ -31,7 +31,7 @@ class Source:
         sizes: the chunk's extents, in elements.
         itemsize: bytes of an element.
         payload: first byte and number of bytes of the stored payload that holds the chunk.
-        digests: CRC-32 of each block of the payload, if known.
+        checksums: CRC-32 of each block of the payload, if known.
         data: bytes that are in memory already (a decompressed item): `start` and `payload` count
             from their first one then, not from the file's.
         crc: CRC-32 of the whole payload, if that is known but not those of its blocks; of `data`,
@@ -44,7 +44,7 @@ class Source:
     sizes: tuple[int, ...]
     itemsize: int
     payload: tuple[int, int]
-    digests: NDArray[np.uint32] | None = None
+    checksums: NDArray[np.uint32] | None = None
     data: memoryview | None = None
     crc: int | None = None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from shardkeep.contracts import Session
+from shardkeep.coordination.contract import Session
 from shardkeep.errors import Conflict, RankFailed
 from shardkeep.format.messages import columns
 

@@ -16,15 +16,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
 
 from shardkeep.checkpoint.metrics import finite
-from shardkeep.contracts import KeepPolicy, Progress, Ranks, Store
-from shardkeep.coordination import take_part
+from shardkeep.coordination import detect_ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.engine.save_queue import Handle, simulated
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.run import StepNames, Steps
 from shardkeep.run.agreement import Grade, Worst, take_turn
-from shardkeep.run.policies import Mode
-from shardkeep.run.pruner import Keeper
+from shardkeep.run.policies import KeepPolicy, Mode
+from shardkeep.run.pruner import Pruner
 from shardkeep.run.signals import Signals
+from shardkeep.stores.contract import Store
+from shardkeep.types import Progress
 
 if TYPE_CHECKING:
     from shardkeep.engine.save import SaveReport
@@ -78,7 +80,7 @@ class Manager:
         on_error: what a save that failed does to the next call: "raise", or "warn". A number
             raises, too, but before that a rank writes its copy of the state so many times anew, if
             storage fails (`OSError`); the other ranks wait for it.
-        host_budget, gentle, progress: as of `async_save`.
+        max_host_memory, low_priority, progress: as of `async_save`.
         ranks: global ranks that take part (default: all of the default group, or this process).
 
     Raises:
@@ -95,8 +97,8 @@ class Manager:
         asynchronous: bool = True,
         when_busy: Literal["wait", "skip"] = "wait",
         on_error: Literal["raise", "warn"] | int = "raise",
-        host_budget: int | None = None,
-        gentle: bool = False,
+        max_host_memory: int | None = None,
+        low_priority: bool = False,
         progress: Progress | bool | None = None,
         ranks: Sequence[int] | Ranks | None = None,
     ) -> None:
@@ -107,17 +109,17 @@ class Manager:
         if every is not None and every < 1:
             raise ValueError(f"every={every} steps can't be: 1 or more")
         self._steps = Steps(root, StepNames(name))
-        self._job = take_part(ranks)
+        self._job = detect_ranks(ranks)
         self._every, self._asynchronous = every, asynchronous
         self._when_busy, self._raises = when_busy, on_error != "warn"
         self._rank = simulated(ranks)
         self._how: dict[str, Any] = {
-            "host_budget": host_budget,
-            "gentle": gentle,
+            "max_host_memory": max_host_memory,
+            "low_priority": low_priority,
             "progress": progress,
             "retries": retries,
         }
-        self._keeper = Keeper(self._steps, keep)
+        self._keeper = Pruner(self._steps, keep)
         self._flight: StepHandle | None = None
         self._passed_over: dict[int, str] = {}
         self._meeting = self._job.meeting(self._url)
@@ -350,7 +352,7 @@ class Manager:
     ) -> int:
         """Fill a state from the newest step that is whole; every rank calls this.
 
-        If a step can't be read, or does not match its digests, the one before is tried, with a
+        If a step can't be read, or does not match its checksums, the one before is tried, with a
         warning; `restored` tells of it. What is wrong with the template is raised at once.
 
         A step that turns out to be damaged may have filled a part of the state by then. The one

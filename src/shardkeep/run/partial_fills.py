@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from shardkeep.checkpoint import commit
-from shardkeep.contracts import Store
 from shardkeep.errors import ShardkeepError
+from shardkeep.stores.contract import Store
 
-__all__ = ["Traces"]
+__all__ = ["PartialFills"]
 
 
-class Traces:
+class PartialFills:
     """Names that one rank's failed tries may have filled.
 
     Args:

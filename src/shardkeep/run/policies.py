@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from shardkeep.contracts import KeepPolicy
 from shardkeep.types import Step
 
-__all__ = ["KeepBest", "KeepEvery", "KeepLast", "Mode", "best_first", "doomed"]
+__all__ = ["KeepBest", "KeepEvery", "KeepLast", "KeepPolicy", "Mode", "best_first", "doomed"]
 
 Mode = Literal["min", "max"]
+
+
+class KeepPolicy(Protocol):
+    """Which steps of a run stay."""
+
+    def keep(self, steps: Sequence[Step]) -> Collection[int]:
+        """The numbers of those to keep, of all that are committed, which come in ascending order.
+
+        The step that was just saved and the newest whole one stay in any case.
+        """
+        ...
 
 
 class _Combined:

@@ -6,17 +6,17 @@ import threading
 import warnings
 from collections.abc import Callable, Collection
 
-from shardkeep.contracts import KeepPolicy, Store
 from shardkeep.engine.save_queue import Job, Line
-from shardkeep.run.policies import doomed
+from shardkeep.run.policies import KeepPolicy, doomed
 from shardkeep.run.removal import clear, remove
 from shardkeep.run.steps import Steps
+from shardkeep.stores.contract import Store
 from shardkeep.types import Step
 
-__all__ = ["Keeper"]
+__all__ = ["Pruner"]
 
 
-class Keeper:
+class Pruner:
     """Keeps the steps of a run few. Only one rank may: the coordinator.
 
     Args:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.garbage import collect, remains
+from shardkeep.checkpoint.garbage import collect_garbage, find_garbage
 from shardkeep.checkpoint.leases import Lease
-from shardkeep.contracts import Store
+from shardkeep.stores.contract import Store
 from shardkeep.stores.folders import below, drop
 
 __all__ = ["clear", "remove"]
@@ -49,8 +49,8 @@ def clear(root: Store, folder: str) -> None:
     """
     store = below(root, folder)
     # As if it were the end of all time, when every lease is over: is there anything at all?
-    if remains(store, lambda: math.inf):
+    if find_garbage(store, lambda: math.inf):
         with Lease(store, commit.new_id()) as lease:
             lease.take()
-            collect(store, lease)
+            collect_garbage(store, lease)
     drop(root, folder)

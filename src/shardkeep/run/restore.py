@@ -6,13 +6,13 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardkeep.contracts import Ranks, Session
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.engine.load import LoadReport, load
 from shardkeep.errors import Damaged, FormatError, Mismatch, NotACheckpoint, RankFailed
 from shardkeep.format.messages import columns
 from shardkeep.run import Steps
 from shardkeep.run.agreement import Grade, worst
-from shardkeep.run.partial_fills import Traces
+from shardkeep.run.partial_fills import PartialFills
 
 __all__ = ["Restored", "restore"]
 
@@ -61,7 +61,7 @@ def restore(
     url = steps.root.url
     with job.session("restore", url) as session:
         numbers = [step] if step is not None else _newest_first(session, steps)
-        traces = Traces(session.rank, session.size) if step is None else None
+        traces = PartialFills(session.rank, session.size) if step is None else None
         passed_over: dict[int, str] = {}
         for number in numbers:
             found = _tried(session, steps, job, number, state, how, traces)
@@ -89,7 +89,7 @@ def _tried(
     step: int,
     state: MutableMapping[Any, Any],
     how: Mapping[str, Any],
-    traces: Traces | None,
+    traces: PartialFills | None,
 ) -> LoadReport | str:
     """Load a step; why it can't be read on some rank, unless there is no other to try.
 
@@ -120,7 +120,7 @@ def _grade(error: Exception) -> Grade:
     return Grade.UNREADABLE if isinstance(error, _UNREADABLE) else Grade.FATAL
 
 
-def _refuse_mixed(path: str, report: LoadReport, traces: Traces) -> None:
+def _refuse_mixed(path: str, report: LoadReport, traces: PartialFills) -> None:
     """Raise Mismatch if something in the state may be of a step that could not be read."""
     left = traces.left(report.missing, report.skipped)
     if not left:

@@ -7,12 +7,12 @@ from os import PathLike
 
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.metrics import metrics_in
-from shardkeep.contracts import Store
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.format.manifest.read import read_header
 from shardkeep.run.policies import Mode, best_first
 from shardkeep.run.step_names import StepNames
 from shardkeep.stores import store_at
+from shardkeep.stores.contract import Store
 from shardkeep.stores.folders import below, folders_of
 from shardkeep.types import Step
 

@@ -51,14 +51,15 @@ class Flat:
     Attributes:
         values: the leaves, in the state's order.
         structure: their names, in the same order, and how they nest.
-        twins: each outermost container without a tensor in it, whole, under its dotted name. Torch
+        legacy_duplicates: each outermost container without a tensor in it, whole, under its dotted
+            name. Torch
             2.3 and older make one object of it and look that up. Never the root; none where a leaf
             or another container has that name. They belong behind all leaves.
     """
 
     values: Sequence[Any]
     structure: Structure
-    twins: tuple[Leaf, ...]
+    legacy_duplicates: tuple[Leaf, ...]
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -107,7 +108,7 @@ class _Flattening:
         self.containers: dict[Path, str] = {}
         self.empties: dict[Path, int] = {}
         self.parents: tuple[list[int], list[int]] = ([], [])
-        self.twins: list[Leaf] = []
+        self.legacy_duplicates: list[Leaf] = []
         self.names: list[str] = []
         """Of all containers but the root."""
         self.kinds: dict[type, bool] = {}
@@ -117,14 +118,14 @@ class _Flattening:
 
     def run(self, state: Mapping[Any, Any]) -> Flat:
         self.container(0, (), "", state)
-        counts = Counter(self.names) if self.twins else {}
-        twins = tuple(
+        counts = Counter(self.names) if self.legacy_duplicates else {}
+        legacy_duplicates = tuple(
             Leaf(name, path, _plain(value, self.containers, path))
-            for name, path, value in self.twins
+            for name, path, value in self.legacy_duplicates
             if name not in self.paths and counts[name] == 1
         )
         structure = Structure(self.paths, self.containers, self.empties, self.parents)
-        return Flat(self.values, structure, twins)
+        return Flat(self.values, structure, legacy_duplicates)
 
     def container(self, parent: int, path: Path, name: str, value: Any) -> bool:
         """Walk a container; whether it holds a tensor. No deeper than `MAX_DEPTH` calls."""
@@ -145,7 +146,7 @@ class _Flattening:
             self.empties[path] = leaves
         tensor = tensor or path in self.spread
         if tensor or not path:
-            self.twins += bare
+            self.legacy_duplicates += bare
         self.around.remove(id(value))
         return tensor
 

@@ -40,8 +40,8 @@ class PerRank:
 class Replicated:
     """A value that is the same on all ranks that have it: a save refuses replicas that differ.
 
-    Comparing takes a digest of each tensor in it. What is not marked is taken on trust: one rank's
-    tensor is saved, as only objects that stand in the manifest are always compared.
+    Comparing takes a checksum of each tensor in it. What is not marked is taken on trust: one
+    rank's tensor is saved, as only objects that stand in the manifest are always compared.
 
     Args:
         value: as of `PerRank`. Of a tensor that is spread over ranks, what several of them hold is

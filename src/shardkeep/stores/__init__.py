@@ -1,11 +1,11 @@
-"""Where checkpoints lie: folders of files, by relative names (`contracts.Store`)."""
+"""Where checkpoints lie: folders of files, by relative names (`stores.contract.Store`)."""
 
 from __future__ import annotations
 
 import os
 
-from shardkeep.contracts import Store
-from shardkeep.settings import check_budget
+from shardkeep.settings import check_max_host_memory
+from shardkeep.stores.contract import Store
 from shardkeep.stores.local.store import LocalStore
 from shardkeep.stores.memory import MemoryStore
 
@@ -19,7 +19,7 @@ def store_at(path: str | os.PathLike[str] | Store, *, budget: int | None = None)
         ValueError: a URL, which no store here serves, or a budget that is no number of bytes.
         TypeError: neither a path nor a store.
     """
-    check_budget(budget)
+    check_max_host_memory(budget)
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
         if "://" in text:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shardkeep.contracts import Buffer, Folders, Sink, Store
+from shardkeep.stores.contract import Buffer, Folders, Sink, Store
 from shardkeep.stores.names import checked
 
 __all__ = ["Below", "below", "drop", "folders_of"]

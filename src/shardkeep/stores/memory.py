@@ -8,7 +8,7 @@ from os import strerror
 from threading import Lock
 from types import TracebackType
 
-from shardkeep.contracts import Buffer, Store
+from shardkeep.stores.contract import Buffer, Store
 from shardkeep.stores.names import checked, checked_range
 
 __all__ = ["MemoryStore"]
@@ -85,7 +85,7 @@ class MemoryStore(Store):
 
 
 class MemorySink:
-    """A new file being written; see `contracts.Sink`."""
+    """A new file being written; see `stores.contract.Sink`."""
 
     def __init__(self, store: MemoryStore, name: str, content: bytearray) -> None:
         self._store, self._name, self._content = store, name, content

@@ -76,7 +76,7 @@ def describe_state(
         flat, marked = _top_level(plain), Unwrapped(plain)
     rows, objects, inner = describe_tensors(flat)
     tensors = rows.tensors()
-    pieces = cut_large(tensors, rows.pieces(tensors), settings.part())
+    pieces = cut_large(tensors, rows.pieces(tensors), settings.max_chunk_bytes())
     structure = _structure(flat.structure, rows.names) if inner else flat.structure
     return Local(
         claim=Claim(
@@ -88,13 +88,13 @@ def describe_state(
             objects=tuple(objects),
             values=_small_values(objects),
             structure=structure,
-            twins={twin.name: twin.path for twin in flat.twins},
+            legacy_duplicates={twin.name: twin.path for twin in flat.legacy_duplicates},
             marks=marked.marks,
             content=contents(marked.places("Replicated"), structure, tensors, pieces, objects),
         ),
         memory=pieces.memory,
         addresses=pieces.addresses,
-        objects={**objects, **{twin.name: twin.value for twin in flat.twins}},
+        objects={**objects, **{twin.name: twin.value for twin in flat.legacy_duplicates}},
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shardkeep.errors import Mismatch
 from shardkeep.types import DTYPES, I64, Box, DType
 
-__all__ = ["Landings", "in_order", "landing", "payload", "raw", "words"]
+__all__ = ["Destinations", "destination", "in_order", "payload", "raw", "words"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
@@ -58,7 +58,7 @@ def payload(tensor: torch.Tensor) -> memoryview:
     return flat.view(np.uint8).data
 
 
-def landing(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[[], None]]:
+def destination(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Callable[[], None]]:
     """Where the bytes go that a load reads for `tensor`.
 
     Args:
@@ -119,7 +119,7 @@ def _has_memory(tensor: torch.Tensor, nbytes: int) -> bool:
     return begin + nbytes <= tensor.untyped_storage().nbytes()
 
 
-class Landings:
+class Destinations:
     """Where a load puts what it reads for many tensors, by their rows: a `filling.Memory`.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardkeep.contracts import Payloads
+from shardkeep.io.contract import Payloads
 from shardkeep.torch_state.devices import copy_out, finish_work
 from shardkeep.torch_state.memory import words
 from shardkeep.types import I64
@@ -28,7 +28,7 @@ _memcpy.restype = None
 
 
 class StatePayloads(Payloads):
-    """Payloads of tensors, in C order, and after them of objects (`contracts.Payloads`).
+    """Payloads of tensors, in C order, and after them of objects (`io.contract.Payloads`).
 
     Tensors must not be freed or change as long as this is used. What accelerators are to do before
     is waited for here, by the thread whose stream it is on: others would not see it.

@@ -11,7 +11,7 @@ import torch
 from shardkeep.state.markers import has_state
 from shardkeep.types import DType, Path
 
-__all__ = ["Statefuls", "Stored", "expand", "make_room", "restore"]
+__all__ = ["Statefuls", "Stored", "expand", "materialize_optimizer_state", "restore"]
 
 Statefuls = dict[Any, Any]
 """Key in the state -> the object with `state_dict` and `load_state_dict` that is there."""
@@ -43,7 +43,9 @@ def expand(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Statefuls]:
     return plain, statefuls
 
 
-def make_room(plain: Mapping[Any, Any], found: Statefuls, stored: Iterable[Stored]) -> None:
+def materialize_optimizer_state(
+    plain: Mapping[Any, Any], found: Statefuls, stored: Iterable[Stored]
+) -> None:
     """Give optimizers that never made a step a template of the state that a checkpoint has.
 
     Their own `state_dict` has no place for it: they would go on without it, and nobody would know.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-__all__ = ["in_children"]
+__all__ = ["after_fork_in_child"]
 
 
-def in_children(forget: Callable[[], object]) -> None:
+def after_fork_in_child(forget: Callable[[], object]) -> None:
     """Call this in every process that is forked from here on, where there are such."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=forget)

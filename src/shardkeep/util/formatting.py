@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "human"]
+__all__ = ["count", "human_bytes"]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
-def human(nbytes: int) -> str:
+def human_bytes(nbytes: int) -> str:
     """A number of bytes in three digits or so: `999 B`, `1.5 KiB`, `12.0 GiB`."""
     if nbytes < 1024:
         return f"{nbytes} B"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-from shardkeep.util.forking import in_children
+from shardkeep.util.forking import after_fork_in_child
 
 __all__ = ["paused"]
 
@@ -67,4 +67,4 @@ def _forget() -> None:
     _pauses = _Pauses()
 
 
-in_children(_forget)
+after_fork_in_child(_forget)

@@ -108,7 +108,7 @@ def test_a_twin_is_told_by_its_place() -> None:
         p.sequence(p.text("b")),
     )
     index = read_metadata(p.metadata(entries, storage, paths))
-    assert index.twins == {"a": ("a",)}
+    assert index.legacy_duplicates == {"a": ("a",)}
     assert index.structure is not None
     assert index.structure.leaves == {"a.0.x": ("a", 0, "x"), "b": ("b",)}
     assert index.structure.containers == {(): "dict", ("a",): "list", ("a", 0): "dict"}

@@ -93,8 +93,8 @@ def test_torch_unpickles_every_index(index):
     found = pickle.load(io.BytesIO(metadata_bytes(index) + b"what follows STOP"))
     chunks, objects = items_of(index)
     assert type(found) is Metadata
-    ordinary = [name for name in index.objects.names if name not in index.twins]
-    order = [*index.tensors.names, *ordinary, *index.twins]
+    ordinary = [name for name in index.objects.names if name not in index.legacy_duplicates]
+    order = [*index.tensors.names, *ordinary, *index.legacy_duplicates]
     assert list(found.state_dict_metadata) == list(found.planner_data) == order
     for row, name in enumerate(index.tensors.names):
         entry = found.state_dict_metadata[name]
@@ -120,13 +120,16 @@ def test_torch_unpickles_every_index(index):
         for key, place in found.storage_data.items()
     } == places
     names = [key.fqn for key in found.storage_data]
-    assert [name for name in dict.fromkeys(names) if name in objects] == [*ordinary, *index.twins]
+    assert [name for name in dict.fromkeys(names) if name in objects] == [
+        *ordinary,
+        *index.legacy_duplicates,
+    ]
     for key in found.storage_data:
         if key.offset is not None:
             assert found.state_dict_metadata[key.fqn].chunks[key.index].offsets == key.offset
     structure = index.structure or Structure({}, {})
     for name, path in found.planner_data.items():
-        known = index.twins.get(name) or structure.leaves.get(name) or (name,)
+        known = index.legacy_duplicates.get(name) or structure.leaves.get(name) or (name,)
         assert path == dcp_path(known, structure.containers)
     # What newer classes have and the pickle lacks comes from the classes.
     assert (found.storage_meta, found.version) == (None, None)
@@ -225,7 +228,7 @@ class _Assembly:
         self.data += out.getvalue()
         self.objects[name] = position, len(self.data) - position
 
-    def index(self, tensors, structure, twins):
+    def index(self, tensors, structure, legacy_duplicates):
         dims = max(tensor.ndim for tensor in tensors.values())
         rows, count = self.rows, len(self.rows)
         return Index(
@@ -258,7 +261,7 @@ class _Assembly:
                 {},
             ),
             structure=structure,
-            twins=twins,
+            legacy_duplicates=legacy_duplicates,
         )
 
 

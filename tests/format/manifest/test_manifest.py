@@ -72,7 +72,7 @@ def sample(count=3):
             },
             {("none",): 1},
         ),
-        twins={"lr": ("a", 0)},
+        legacy_duplicates={"lr": ("a", 0)},
         extra={"torch": "2.13.0"},
     )
 
@@ -134,7 +134,14 @@ def test_an_outline_reads_no_columns_of_chunks():
     blocks[1:] = len(noise)
     columns = {name: getattr(index.chunks, name) for name in Chunks.__slots__}
     chunks = Chunks(**{**columns, "block": blocks, "digests": noise})
-    big = Index(index.files, tensors, chunks, index.objects, structure=None, twins=index.twins)
+    big = Index(
+        index.files,
+        tensors,
+        chunks,
+        index.objects,
+        structure=None,
+        legacy_duplicates=index.legacy_duplicates,
+    )
     data = write_manifest(big, {"save_id": SAVE, "tool": "x"})
     reads = []
 
@@ -345,10 +352,10 @@ def test_a_forged_manifest_is_one_error(changes, head, message):
 
 
 def wrapping():
-    """A manifest whose counts of digests go once around all numbers of 64 bits, to end at one.
+    """A manifest whose counts of checksums go once around all numbers of 64 bits, to end at one.
 
     Two tensors of 2**61 bytes, in as many chunks of as many blocks; between them a small one, whose
-    only digest would be read at a negative place.
+    only checksum would be read at a negative place.
     """
     elements = 2**58
     chunks = 2**64 // (elements * 8 // BLOCK)

@@ -76,7 +76,7 @@ def claim(index: Index) -> Claim:
         index.objects.names,
         dict(index.objects.values),
         index.structure or Structure({name: (name,) for name in names}, {(): "dict"}),
-        index.twins,
+        index.legacy_duplicates,
     )
 
 

@@ -1,4 +1,4 @@
-"""Whole payloads against their digests: every damage is named, nothing else is."""
+"""Whole payloads against their checksums: every damage is named, nothing else is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkeep.io.checksums import block_digests
+from shardkeep.io.checksums import block_checksums
 from shardkeep.io.read.copies import Payload, verify_payloads
 from shardkeep.settings import BLOCK, PAGE
 from shardkeep.stores.local.store import LocalStore
@@ -40,7 +40,7 @@ def layouts(draw):
                 file,
                 len(files[file]),
                 n,
-                digests=block_digests(data) if kind != "crc" else None,
+                checksums=block_checksums(data) if kind != "crc" else None,
                 crc=zlib.crc32(data) if kind != "blocks" else None,
             )
         )
@@ -68,7 +68,7 @@ def test_flipped_bytes_are_named_and_nothing_else(layout, threads, data):
                 st.sets(st.integers(0, payload.nbytes - 1), min_size=1, max_size=3)
             ):
                 broken[payload.file][payload.offset + at] ^= 0x10
-                block = at // BLOCK if payload.digests is not None else None
+                block = at // BLOCK if payload.checksums is not None else None
                 expected.add((payload.file, payload.name, block))
     found = verify_payloads(store_of(broken), payloads, threads=threads)
     places = [(error.file, error.name, error.block) for error in found]
@@ -98,7 +98,7 @@ def test_cut_files_name_every_payload_that_is_cut(layout, threads, data):
 
 def test_damage_before_the_cut_is_named_as_well():
     data = bytearray(np.random.default_rng(0).bytes(4 * BLOCK))
-    crcs = block_digests(data)
+    crcs = block_checksums(data)
     data[BLOCK + 5] ^= 1
     store = store_of({"f": bytes(data[: 3 * BLOCK + 9])})
     found = verify_payloads(store, [Payload("t", "f", 0, 4 * BLOCK, crcs)], threads=1)
@@ -114,9 +114,9 @@ def test_missing_files():
 
 def test_too_few_digests():
     store = store_of({"f": bytes(2 * BLOCK)})
-    payload = Payload("t", "f", 0, 2 * BLOCK, block_digests(bytes(BLOCK)))
+    payload = Payload("t", "f", 0, 2 * BLOCK, block_checksums(bytes(BLOCK)))
     (error,) = verify_payloads(store, [payload], threads=1)
-    assert str(error) == f"f, 't': 1 block digests for {2 * BLOCK} bytes"
+    assert str(error) == f"f, 't': 1 block checksums for {2 * BLOCK} bytes"
 
 
 def test_a_length_out_of_a_hostile_checkpoint_costs_nothing():
@@ -180,7 +180,7 @@ def test_what_lies_beside_a_bad_sector_is_not_named(at, blocks):
     broken[500] ^= 1
     for number, nbytes in enumerate(sizes):
         part = data[first : first + nbytes]
-        known = {"digests": block_digests(part)} if blocks else {"crc": zlib.crc32(part)}
+        known = {"digests": block_checksums(part)} if blocks else {"crc": zlib.crc32(part)}
         payloads.append(Payload(f"t{number}", "f", first, nbytes, **known))
         first += nbytes
     found = verify_payloads(BadSector(bytes(broken), at), payloads, threads=1)
@@ -209,7 +209,7 @@ def test_large_payloads_come_in_few_reads_that_need_no_copy(tmp_path):
     data = np.random.default_rng(0).bytes(33 * BLOCK + 5)
     (tmp_path / "f").write_bytes(b"x" * 777 + data)
     store = Noting(tmp_path)
-    payload = Payload("t", "f", 777, len(data), digests=block_digests(data))
+    payload = Payload("t", "f", 777, len(data), checksums=block_checksums(data))
     assert verify_payloads(store, [payload], threads=2) == []
     assert sorted(store.reads) == [BLOCK + 5, 16 * BLOCK, 16 * BLOCK] and store.copied == 0
 

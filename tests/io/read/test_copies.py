@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.errors import Damaged, FormatError
-from shardkeep.io.checksums import block_digests
+from shardkeep.io.checksums import block_checksums
 from shardkeep.io.read.copies import Copy, read_copies
 from shardkeep.plan.reads import Source
 from shardkeep.settings import BLOCK
@@ -76,8 +76,8 @@ class Mapped(Logging):
 FILE = np.random.default_rng(0).bytes(16 * BLOCK)
 
 
-def digests(first, nbytes):
-    return block_digests(FILE[first : first + nbytes])
+def checksums(first, nbytes):
+    return block_checksums(FILE[first : first + nbytes])
 
 
 def stored(source):
@@ -121,7 +121,7 @@ def copies(draw):
         for n, o in zip(sizes, offsets, strict=True)
     ]
     start, data = first + before, None
-    payload, crcs = (first, nbytes), digests(first, nbytes) if draw(st.booleans()) else None
+    payload, crcs = (first, nbytes), checksums(first, nbytes) if draw(st.booleans()) else None
     if draw(st.integers(0, 4)) == 0:
         data = memoryview(FILE[first : first + nbytes])
         start, payload = before, (0, nbytes)
@@ -148,8 +148,8 @@ def expected(copy, first):
 def test_every_box_arrives(wanted, verify, threads, gap, steps):
     store = Logging(f=FILE) if steps is None else InSteps(steps, f=FILE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDKEEP_GAP", str(gap))
-        patch.setenv("SHARDKEEP_HOST_BUDGET", str(1 << 20))
+        patch.setenv("SHARDKEEP_READ_GAP_BYTES", str(gap))
+        patch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(1 << 20))
         found = read_copies(store, [copy for copy, _ in wanted], verify=verify, threads=threads)
     for copy, first in wanted:
         assert copy.into.tobytes() == expected(copy, first)
@@ -173,7 +173,7 @@ def test_every_box_arrives_out_of_a_mapping(wanted, verify, threads, wish):
 def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, kind, data):
     copy, first = wanted
     source, nbytes = copy.source, copy.source.payload[1]
-    good = digests(first, nbytes)
+    good = checksums(first, nbytes)
     # A byte of the box itself: of some element, at its place in the file.
     index = [
         data.draw(st.integers(low, high - 1))
@@ -212,7 +212,7 @@ def flat(first, count, *, name="t", dtype=np.uint8, checked=True, into=None):
     """A copy of a whole payload."""
     into = np.zeros(count, dtype) if into is None else into
     nbytes = into.nbytes
-    crcs = digests(first, nbytes) if checked else None
+    crcs = checksums(first, nbytes) if checked else None
     source = Source("f", first, (into.itemsize,), (count,), into.itemsize, (first, nbytes), crcs)
     return Copy(name, source, Box((0,), (count,)), into)
 
@@ -263,7 +263,7 @@ def test_small_tensors_share_reads():
 
 
 def test_far_ranges_are_not_read(monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_GAP", "4096")
+    monkeypatch.setenv("SHARDKEEP_READ_GAP_BYTES", "4096")
     store = Logging(f=FILE)
     found = read_copies(store, [flat(0, 64), flat(2 * BLOCK, 64)], threads=1)
     assert found.bytes_read == 128
@@ -300,11 +300,11 @@ def test_parts_of_a_payload_are_read_by_whole_blocks(start, stop, damage):
 
 
 def test_rows_that_share_blocks_are_read_once(monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_GAP", "0")
+    monkeypatch.setenv("SHARDKEEP_READ_GAP_BYTES", "0")
     store = Logging(f=FILE)
     sizes = (80, BLOCK // 8)
     nbytes = sizes[0] * sizes[1]
-    source = Source("f", 0, (sizes[1], 1), sizes, 1, (0, nbytes), digests(0, nbytes))
+    source = Source("f", 0, (sizes[1], 1), sizes, 1, (0, nbytes), checksums(0, nbytes))
     into = np.zeros((80, 64), np.uint8)
     found = read_copies(store, [Copy("t", source, Box((0, 0), into.shape), into)], threads=1)
     assert into.tobytes() == stored(source)[:, :64].tobytes()
@@ -343,7 +343,7 @@ def test_rows_apart_go_straight_to_memory():
 
 def columns(rows, width, low, high, *, first=64, checked=True, shared=False):
     """A copy of some columns of a matrix of bytes."""
-    crcs = digests(first, rows * width) if checked else None
+    crcs = checksums(first, rows * width) if checked else None
     source = Source("f", first, (width, 1), (rows, width), 1, (first, rows * width), crcs)
     into = np.zeros((rows, high - low), np.uint8)
     return Copy("t", source, Box((0, low), into.shape), into, shared)
@@ -369,7 +369,7 @@ def test_columns_within_a_small_budget_read_no_block_twice(monkeypatch):
     monkeypatch.setattr(
         module, "crc32_at", lambda at, view: checked.append(len(view)) or real(at, view)
     )
-    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(1 << 20))
+    monkeypatch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(1 << 20))
     store = Logging(f=FILE)
     wanted = [columns(14 * BLOCK // 4096, 4096, low, low + 1024) for low in (0, 1024)]
     read_copies(store, wanted[:1], threads=4)
@@ -522,7 +522,7 @@ def test_items_are_moved_as_they_are():
 def test_scalars_and_empty_boxes():
     store = Logging(f=FILE)
     scalar = np.zeros((), np.int64)
-    source = Source("f", 16, (), (), 8, (16, 8), digests(16, 8))
+    source = Source("f", 16, (), (), 8, (16, 8), checksums(16, 8))
     empty = Source("gone", 0, (4, 4), (0, 3), 4, (0, 0), np.zeros(0, np.uint32))
     nothing = np.zeros((0, 3), np.float32)
     wanted = [
@@ -556,7 +556,7 @@ def test_nothing_to_read():
         (
             {"source": Source("f", 0, (1,), (10,), 1, (0, 10), np.zeros(2, np.uint32))},
             FormatError,
-            "f, tensor 't': 2 block digests for a payload of 10 bytes",
+            "f, tensor 't': 2 block checksums for a payload of 10 bytes",
         ),
     ],
 )
@@ -600,11 +600,11 @@ def test_buffers_stay_in_their_budget(tmp_path, monkeypatch):
     """A transposed payload larger than the buffers: it comes through them part by part."""
     import tracemalloc
 
-    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(2 << 20))
+    monkeypatch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(2 << 20))
     rows, columns = 2048, 4096
     data = np.random.default_rng(1).integers(0, 2**32, (rows, columns), dtype=np.uint32)
     (tmp_path / "f").write_bytes(data.tobytes())
-    crcs = block_digests(data.tobytes())
+    crcs = block_checksums(data.tobytes())
     source = Source("f", 0, (4, 4 * columns), (columns, rows), 4, (0, data.nbytes), crcs)
     into = np.zeros((columns, rows), np.float32)
     tracemalloc.start()

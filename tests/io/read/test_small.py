@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.errors import Damaged
-from shardkeep.io.checksums import block_digests, crc32
+from shardkeep.io.checksums import block_checksums, crc32
 from shardkeep.io.read.copies import Copy, read_copies
 from shardkeep.io.read.small import Small, batches, by_place, read_small
 from shardkeep.plan.reads import Source
@@ -46,7 +46,7 @@ places = st.tuples(
 
 def columns(wanted, space):
     """The payloads as columns, one after the other into `space`."""
-    file, start, nbytes, digested = (np.array(column) for column in zip(*wanted, strict=True))
+    file, start, nbytes, checksummed = (np.array(column) for column in zip(*wanted, strict=True))
     parts = [FILES[NAMES[f]][s : s + n] for f, s, n, _ in wanted]
     return Small(
         names=[f"t{i}" for i in range(len(wanted))],
@@ -55,7 +55,7 @@ def columns(wanted, space):
         file=file,
         start=start,
         nbytes=nbytes,
-        crc=np.where(digested, [crc32(part) for part in parts], -1),
+        crc=np.where(checksummed, [crc32(part) for part in parts], -1),
         into=space.ctypes.data + np.cumsum(nbytes) - nbytes,
     )
 
@@ -63,9 +63,11 @@ def columns(wanted, space):
 def copies(wanted, space):
     """The same for the general way."""
     found, at = [], 0
-    for row, (f, start, nbytes, digested) in enumerate(wanted):
-        digests = block_digests(FILES[NAMES[f]][start : start + nbytes]) if digested else None
-        source = Source(NAMES[f], start, (1,), (nbytes,), 1, (start, nbytes), digests)
+    for row, (f, start, nbytes, checksummed) in enumerate(wanted):
+        checksums = (
+            block_checksums(FILES[NAMES[f]][start : start + nbytes]) if checksummed else None
+        )
+        source = Source(NAMES[f], start, (1,), (nbytes,), 1, (start, nbytes), checksums)
         found.append(Copy(f"t{row}", source, Box((0,), (nbytes,)), space[at : at + nbytes]))
         at += nbytes
     return found
@@ -115,7 +117,7 @@ def test_damage_is_called_what_the_general_way_calls_it(wanted, verify, data):
         try:
             if way == "general":
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setenv("SHARDKEEP_GAP", str(GAP))
+                    patch.setenv("SHARDKEEP_READ_GAP_BYTES", str(GAP))
                     read_copies(store, copies(wanted, space), verify=verify, threads=1)
             else:
                 fast(store, wanted, space, verify=verify, threads=1)

@@ -66,12 +66,12 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
         places = Places(payloads, nbytes)
         source = stage(payloads, places, aligned(places.nbytes), threads=staged)
         payloads.copy = payloads.addresses = None  # not looked at again
-        how = {"in_place": True, "digests": source.digests}
+        how = {"in_place": True, "digests": source.checksums}
     return payloads, images_of(names, nbytes, kind, framings, source, crcs, window, **how)
 
 
 def check(store, images, payloads, bare):
-    """Every item is where the columns say, bit for bit, with the digests that they hold."""
+    """Every item is where the columns say, bit for bit, with the checksums that they hold."""
     written = written_in(images)
     ends = dict.fromkeys(written.files, 0)
     for row, data in enumerate(map(bytes, payloads.data)):
@@ -80,7 +80,7 @@ def check(store, images, payloads, bare):
         at, crc = int(written.payload[row]), zlib.crc32(data)
         item = store.read(name, start, length)
         blocks = [zlib.crc32(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)]
-        mine = written.digests[written.block[row] : written.block[row + 1]].tolist()
+        mine = written.checksums[written.block[row] : written.block[row + 1]].tolist()
         if row in bare:
             assert item == data and mine == []
         else:

@@ -1,4 +1,4 @@
-"""What is written lies where the columns say, with the digests that they hold."""
+"""What is written lies where the columns say, with the checksums that they hold."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def test_items_lie_where_the_columns_say(layout, threads):
             assert written.item[row] == position
             assert written.length[row] == len(item)
             assert written.payload[row] == position + len(head)
-            digests = written.digests[written.block[row] : written.block[row + 1]]
+            checksums = written.checksums[written.block[row] : written.block[row + 1]]
             blocks = [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
-            assert digests.tolist() == [zlib.crc32(block) for block in blocks]
+            assert checksums.tolist() == [zlib.crc32(block) for block in blocks]
             assert written.crc[row] == zlib.crc32(data)
             position += len(item)
             row += 1
         assert position == len(whole)
     assert row == len(written.item) == len(written.block) - 1
-    assert written.block[-1] == len(written.digests)
+    assert written.block[-1] == len(written.checksums)
 
 
 @pytest.mark.parametrize(

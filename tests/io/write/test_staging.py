@@ -72,9 +72,9 @@ def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_befo
         if size > LIGHT:
             at = int(staged.addresses[row])
             blocks = range(0, size, BLOCK)
-            digests = [zlib.crc32(wanted[row][i : i + BLOCK]) for i in blocks]
-            assert staged.digests(row, 0, size, at) == digests
-            assert staged.digests(row, BLOCK, size - BLOCK, at + BLOCK) == digests[1:]
+            checksums = [zlib.crc32(wanted[row][i : i + BLOCK]) for i in blocks]
+            assert staged.checksums(row, 0, size, at) == checksums
+            assert staged.checksums(row, BLOCK, size - BLOCK, at + BLOCK) == checksums[1:]
     assert got == wanted
     assert list(map(ctypes.string_at, staged.addresses.tolist(), sizes)) == wanted
 

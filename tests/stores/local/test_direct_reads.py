@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkeep.contracts import StoreInSteps
 from shardkeep.settings import PAGE
 from shardkeep.stores import LocalStore
+from shardkeep.stores.contract import StoreInSteps
 from shardkeep.stores.local import direct_reads as past_cache
 from shardkeep.stores.local import syscalls
 
@@ -103,7 +103,7 @@ Path(FOLDER.name, "f").write_bytes(DATA)
 def test_any_range_arrives(offset, length, step, budget, in_place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
-        patch.setenv("SHARDKEEP_HOST_BUDGET", str(budget))
+        patch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(budget))
         store = LocalStore(FOLDER.name)
         buffer = memory(length, offset, in_place).data
         steps = list(store.read_steps("f", offset, buffer, max(step, length // 50)))
@@ -271,7 +271,7 @@ def test_buffers_are_few_and_used_again(store, cold, monkeypatch, in_place):
     assert all(more["flags"] & mmap.MAP_PRIVATE for _, more in made), "a fork must not share them"
     store.close()
     made.clear()
-    monkeypatch.setenv("SHARDKEEP_HOST_BUDGET", str(4 << 20))
+    monkeypatch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(4 << 20))
     with ThreadPoolExecutor(9) as pool:
         assert set(pool.map(lambda _: read(store, in_place=in_place), range(18))) == {DATA}
     assert sum(length for length, _ in made) <= (2 << 20) + 4 * 4096

@@ -10,7 +10,7 @@ from threading import Event, Lock, Thread
 from shardkeep import settings
 from shardkeep.coordination.keyvalue.keys import KeyValue
 
-__all__ = ["Heart", "Sign", "Timing"]
+__all__ = ["Heartbeat", "Sign", "Timing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,11 @@ class Timing:
 
     @staticmethod
     def from_knobs() -> Timing:
-        return Timing(settings.deadline(), settings.heartbeat(), settings.missed())
+        return Timing(
+            settings.deadline_seconds(),
+            settings.heartbeat_seconds(),
+            settings.max_missed_heartbeats(),
+        )
 
     @property
     def patience(self) -> float:
@@ -54,7 +58,7 @@ class Sign:
         return Sign(*json.loads(data))
 
 
-class Heart:
+class Heartbeat:
     """Sends this rank's signs of life, watches those of one other rank, and hears of failures.
 
     All that in a thread of its own, so that long work between two messages can ask what is known.

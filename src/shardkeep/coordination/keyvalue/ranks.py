@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue.heartbeat import Timing
 from shardkeep.coordination.keyvalue.keys import KeyValue
 from shardkeep.coordination.keyvalue.session import KeySession
-from shardkeep.coordination.keyvalue.stop_agreement import End, KeyMeeting
+from shardkeep.coordination.keyvalue.stop_agreement import End, KeyValueStopAgreement
 
 __all__ = ["KeyRanks"]
 
@@ -56,7 +56,7 @@ class KeyRanks(Ranks):
             timing=self._timing,
         )
 
-    def meeting(self, path: str) -> KeyMeeting:
+    def meeting(self, path: str) -> KeyValueStopAgreement:
         begin = partial(self.session, "meeting", path)
         end = End(self._keys, self._rank, self._members, begin, path, timing=self._timing)
-        return KeyMeeting(end)
+        return KeyValueStopAgreement(end)

@@ -39,9 +39,9 @@ from time import monotonic
 from types import TracebackType
 from typing import NamedTuple
 
-from shardkeep.contracts import Session
+from shardkeep.coordination.contract import Session
 from shardkeep.coordination.keyvalue.framing import count, join, split
-from shardkeep.coordination.keyvalue.heartbeat import Heart, Sign, Timing
+from shardkeep.coordination.keyvalue.heartbeat import Heartbeat, Sign, Timing
 from shardkeep.coordination.keyvalue.keys import KeyValue
 from shardkeep.errors import RankFailed
 
@@ -93,7 +93,7 @@ class KeySession(Session):
         self._group = _group(scope, members)
         self._base = f"{self._group}/{_digest(work, *([path] if by_path else []))}"
         self._id = ""
-        self._heart: Heart | None = None
+        self._heart: Heartbeat | None = None
         self._phase = "enter"
         self._waits: int | None = None
         self._host = socket.gethostname()
@@ -367,7 +367,7 @@ class KeySession(Session):
         alive = f"{self._id}/alive"
         own, other = f"{alive}/{self._rank}", f"{alive}/{watched}"
         failed = f"{self._id}/failed"
-        self._heart = Heart(self._keys, own, other, failed, sign, lost, self._timing)
+        self._heart = Heartbeat(self._keys, own, other, failed, sign, lost, self._timing)
         self._heart.start()
 
     # --- parting ---------------------------------------------------------------------------------

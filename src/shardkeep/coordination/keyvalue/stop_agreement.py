@@ -27,12 +27,12 @@ from threading import Event, Lock, Thread
 from weakref import finalize
 
 from shardkeep import settings
-from shardkeep.contracts import Meeting, Session
+from shardkeep.coordination.contract import Session, StopAgreement
 from shardkeep.coordination.keyvalue.heartbeat import Timing
 from shardkeep.coordination.keyvalue.keys import KeyValue
 from shardkeep.errors import RankFailed
 
-__all__ = ["Alone", "End", "KeyMeeting"]
+__all__ = ["Alone", "End", "KeyValueStopAgreement"]
 
 _PHASE = "agree on a step"
 _NOWHERE = "an unknown host"
@@ -43,7 +43,7 @@ _CROWD = 1024
 """Ranks beyond which each one looks less often, so that the store's host is not kept busy."""
 
 
-class Alone(Meeting):
+class Alone(StopAgreement):
     """Nobody else to ask."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Alone(Meeting):
         """Nobody to tell."""
 
 
-class KeyMeeting(Meeting):
+class KeyValueStopAgreement(StopAgreement):
     """Ranks that share a key-value store; see the module.
 
     Who drops it without closing it leaves, too: the thread knows the end only.
@@ -107,7 +107,7 @@ class End:
         self._keys, self._rank, self._members = keys, rank, members
         self._session, self._path = session, path
         self._timing = timing or Timing.from_knobs()
-        self._pause = settings.watch() * max(1.0, len(members) / _CROWD)
+        self._pause = settings.stop_poll_seconds() * max(1.0, len(members) / _CROWD)
         self._base = self._round = self._before = ""
         self._thread: Thread | None = None
         self._stop = Event()

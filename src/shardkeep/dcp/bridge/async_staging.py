@@ -22,7 +22,7 @@ from shardkeep.dcp.reexports import theirs
 from shardkeep.engine.save_queue import Job, Withheld, line_of
 from shardkeep.torch_state.copies import Allocate, copy_state
 from shardkeep.torch_state.devices import pinned
-from shardkeep.util.forking import in_children
+from shardkeep.util.forking import after_fork_in_child
 
 __all__ = ["after_saves", "copied_here", "nothing_put_off", "owed", "put_off", "stage", "stager_of"]
 
@@ -113,7 +113,7 @@ _uses: WeakKeyDictionary[Any, Future[Any]] = WeakKeyDictionary()
 """By a stager that keeps memory, the last save of what it staged."""
 
 # In a forked process no save of its parent ends, and what is kept may be pinned for the parent.
-in_children(_uses.clear)
+after_fork_in_child(_uses.clear)
 
 _line = line_of()
 

@@ -11,7 +11,7 @@ import torch
 from shardkeep.checkpoint.reader import Checkpoint, Request
 from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import unflatten
-from shardkeep.torch_state.memory import landing
+from shardkeep.torch_state.memory import destination
 from shardkeep.torch_state.objects import MAKERS, from_bytes
 from shardkeep.types import Box, Path, Structure
 
@@ -53,7 +53,7 @@ def read_whole(
         place = (dtype, shape, info.chunks) if info.chunks else name
         if place not in tied:
             tied[place] = _empty(name, dtype.name, shape)
-            array, _ = landing(tied[place], dtype)
+            array, _ = destination(tied[place], dtype)
             requests.append(Request(name, Box.whole(shape), array))
         made[name] = tied[place]
     source.fill(requests)

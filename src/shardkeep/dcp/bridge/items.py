@@ -14,33 +14,34 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardkeep.contracts import Codec, Store
 from shardkeep.errors import FormatError
 from shardkeep.format.torch_zip.container_write import TensorItem
-from shardkeep.io.checksums import digest, whole_crc
+from shardkeep.io.checksums import checksum_payload, whole_crc
+from shardkeep.io.contract import Codec
 from shardkeep.io.write.items import Bare, Item, write_packed
+from shardkeep.stores.contract import Store
 from shardkeep.torch_state.memory import payload
 from shardkeep.torch_state.objects import to_bytes
 from shardkeep.types import DType
 
-__all__ = ["Digested", "nbytes_of", "resolved", "result", "write_containers"]
+__all__ = ["Checksummed", "nbytes_of", "resolved", "result", "write_containers"]
 
 
 @dataclass(frozen=True)
-class Digested(WriteResult):  # type: ignore[misc, unused-ignore]
+class Checksummed(WriteResult):  # type: ignore[misc, unused-ignore]
     """A result as torch knows it, and what Shardkeep's manifest says besides.
 
     Attributes:
         dtype, sizes: of a tensor, as it was written; no dtype if only its item knows.
         payload: where its bytes start in the item; negative if they don't lie there as they are.
-        digests: CRC-32 of each block of the payload, little-endian.
+        checksums: CRC-32 of each block of the payload, little-endian.
         crc: CRC-32 of an object's item, as it is stored; -1 for a tensor.
     """
 
     dtype: str = ""
     sizes: tuple[int, ...] = ()
     payload: int = -1
-    digests: bytes = b""
+    checksums: bytes = b""
     crc: int = -1
 
 
@@ -75,13 +76,13 @@ def resolved(item: WriteItem, planner: SavePlanner) -> tuple[DType | None, Any, 
     return None, (), memoryview(to_bytes(plain, name=item.index.fqn))
 
 
-def result(item: WriteItem, file: str, start: int, length: int, **more: Any) -> Digested:
+def result(item: WriteItem, file: str, start: int, length: int, **more: Any) -> Checksummed:
     """What became of an item. `transforms` names those of its stream, if there are any."""
     transforms = more.pop("transforms", ())
     kind: Any = _StorageInfo
     # Older releases have no such field.
     place = kind(file, start, length, *([list(transforms)] if transforms else []))
-    return Digested(item.index, length, place, **more)
+    return Checksummed(item.index, length, place, **more)
 
 
 def write_containers(
@@ -116,9 +117,9 @@ def write_containers(
         elif one.dtype is not None:
             more |= {"dtype": one.dtype.name, "sizes": one.sizes}
             if one.transforms:
-                more["digests"] = one.digests
+                more["digests"] = one.checksums
             else:
-                blocks = written.digests[int(written.block[row]) : int(written.block[row + 1])]
+                blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
                 more["digests"] = blocks.astype("<u4").tobytes()
                 more["payload"] = int(written.payload[row]) - start
         results.append(result(one.item, written.files[written.file[row]], start, length, **more))
@@ -134,7 +135,7 @@ class _Writing:
         self.dtype: DType | None = None
         self.sizes: tuple[int, ...] = ()
         self.transforms: tuple[str, ...] = ()
-        self.digests = b""
+        self.checksums = b""
         self._planner, self._stream = planner, transforms
         self._codec: Codec = Bare(0)
         self._data = memoryview(b"")
@@ -160,10 +161,10 @@ class _Writing:
         stream, names = self._stream.transform_save_stream(self.item, raw)
         if not names:
             return
-        blocks, _ = digest(self._data) if self._data else (np.zeros(0, np.uint32), 0)
+        blocks, _ = checksum_payload(self._data) if self._data else (np.zeros(0, np.uint32), 0)
         crc = whole_crc(blocks, len(self._data))
         for part in (self._codec.head(0), self._data, self._codec.tail(0, crc)):
             stream.write(part)  # What it returns may count what came out of it.
         stream.close()
-        self.transforms, self.digests = tuple(names), blocks.astype("<u4").tobytes()
+        self.transforms, self.checksums = tuple(names), blocks.astype("<u4").tobytes()
         self._codec, self._data = Bare(raw.getbuffer().nbytes), raw.getbuffer()

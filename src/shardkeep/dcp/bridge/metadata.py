@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardkeep.checkpoint.reader import Checkpoint
-from shardkeep.dcp.bridge.items import Digested
+from shardkeep.dcp.bridge.items import Checksummed
 from shardkeep.errors import FormatError
 from shardkeep.format.dcp.metadata_columns import (
     Files,
@@ -70,8 +70,8 @@ def index_of(metadata: Metadata, results: Results | None = None) -> Index:
 
     Args:
         metadata: with `storage_data`.
-        results: what was written for its entries, with digests if it is `Digested`. A tensor is of
-            the dtype that it was written in, whatever its entry says.
+        results: what was written for its entries, with checksums if it is `Checksummed`. A tensor
+            is of the dtype that it was written in, whatever its entry says.
 
     Raises:
         FormatError: it contradicts itself, or is of other classes than torch's own writers use.
@@ -105,20 +105,22 @@ def index_of(metadata: Metadata, results: Results | None = None) -> Index:
     chunks = chunk_columns(rows, tensors, files)
     known = object_columns(objects, files)
     paths = metadata.planner_data
-    structure, twins = (None, {}) if paths is None else structure_of(paths, dtypes, objects)
+    structure, legacy_duplicates = (
+        (None, {}) if paths is None else structure_of(paths, dtypes, objects)
+    )
     return Index(
         files=files.files,
         tensors=tensors,
-        chunks=_digested(chunks, rows, written),
+        chunks=_checksummed(chunks, rows, written),
         objects=_with_crcs(known, results),
         transforms=files.transforms,
         structure=structure,
-        twins=twins,
+        legacy_duplicates=legacy_duplicates,
     )
 
 
 def is_whole(index: Index) -> bool:
-    """Whether every byte of an index has a digest, so that it can stand in a manifest."""
+    """Whether every byte of an index has a checksum, so that it can stand in a manifest."""
     chunks = index.chunks
     filled = (chunks.sizes > 0).all(axis=1) if len(chunks.tensor) else np.zeros(0, bool)
     plain = (chunks.payload >= 0) | (chunks.transform > 0)
@@ -182,13 +184,13 @@ def _to_torch(index: Index) -> Metadata:
         places[MetadataIndex(name, offsets, len(held))] = _info(index, chunks, row)
         held.append(ChunkStorageMetadata(offsets, sizes))
     for row, name in enumerate(index.objects.names):
-        if name in index.twins:
+        if name in index.legacy_duplicates:
             continue
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = _info(index, index.objects, row)
     paths = _planner_data(index)
     if paths is not None:
-        paths = {name: path for name, path in paths.items() if name not in index.twins}
+        paths = {name: path for name, path in paths.items() if name not in index.legacy_duplicates}
     return Metadata(entries, planner_data=paths, storage_data=places)
 
 
@@ -204,7 +206,7 @@ def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]] | None:
     if index.structure is None:
         return None
     containers = index.structure.containers
-    paths = {**index.structure.leaves, **index.twins}
+    paths = {**index.structure.leaves, **index.legacy_duplicates}
     return {name: dcp_path(path, containers) for name, path in paths.items()}
 
 
@@ -223,35 +225,35 @@ def _placed(metadata: Metadata, key: MetadataIndex) -> Placed:
 
 def _dtype(name: str, entry: TensorStorageMetadata, written: list[WriteResult | None]) -> DType:
     """The dtype that all chunks were written in, or the one that the entry says."""
-    kinds = {one.dtype for one in written if isinstance(one, Digested) and one.dtype}
+    kinds = {one.dtype for one in written if isinstance(one, Checksummed) and one.dtype}
     if len(kinds) > 1:
         raise FormatError(f"its chunks are of {sorted(kinds)}", place=f"name {name!r}")
     return DType.named(kinds.pop() if kinds else str(entry.properties.dtype))
 
 
-def _digested(chunks: Chunks, rows: list[Row], written: list[WriteResult | None]) -> Chunks:
+def _checksummed(chunks: Chunks, rows: list[Row], written: list[WriteResult | None]) -> Chunks:
     """The chunks with what is known of their payloads."""
     payload = np.full(len(rows), -1, dtype=np.int64)
-    digests: list[np.ndarray[Any, Any]] = []
+    checksums: list[np.ndarray[Any, Any]] = []
     for row, one in enumerate(written):
         mine = np.zeros(0, dtype=np.uint32)
-        if isinstance(one, Digested) and one.dtype:
+        if isinstance(one, Checksummed) and one.dtype:
             if one.sizes != rows[row][2]:
                 what = f"written as {list(one.sizes)}, planned as {list(rows[row][2])}"
                 raise FormatError(what, place=f"name {one.index.fqn!r}")
-            mine = np.frombuffer(one.digests, "<u4").astype(np.uint32)
+            mine = np.frombuffer(one.checksums, "<u4").astype(np.uint32)
             if one.payload >= 0:
                 payload[row] = chunks.item[row] + one.payload
-        digests.append(mine)
-    counts = np.fromiter(map(len, digests), np.int64, len(digests))
+        checksums.append(mine)
+    counts = np.fromiter(map(len, checksums), np.int64, len(checksums))
     block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    joined = np.concatenate([np.zeros(0, np.uint32), *digests])
-    return replace(chunks, payload=payload, block=block, digests=joined)
+    joined = np.concatenate([np.zeros(0, np.uint32), *checksums])
+    return replace(chunks, payload=payload, block=block, checksums=joined)
 
 
 def _with_crcs(objects: Objects, results: Results) -> Objects:
     found = (results.get(MetadataIndex(name)) for name in objects.names)
-    crc = [one.crc if isinstance(one, Digested) else -1 for one in found]
+    crc = [one.crc if isinstance(one, Checksummed) else -1 for one in found]
     return replace(objects, crc=np.array(crc, dtype=np.int64))
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from shardkeep import settings
-from shardkeep.contracts import Ranks, Session
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.keyvalue.ranks import KeyRanks
 from shardkeep.coordination.keyvalue.torch_store import StoreKeys
 from shardkeep.coordination.solo import Solo
@@ -102,7 +102,7 @@ def venue(job: Ranks, ranks: Sequence[int] | Ranks | None) -> Venue:
 
     Args:
         job: who saves.
-        ranks: the same, as it was said to `take_part`.
+        ranks: the same, as it was said to `detect_ranks`.
 
     Raises:
         NotImplementedError: other processes can't reach the store, or there is none.
@@ -343,7 +343,7 @@ def _ranks(orders: _Orders) -> Ranks:
 def _store(at: tuple[str, ...]) -> Any:
     if at[0] == "file":
         return _stores.FileStore(at[1], -1)
-    wait = timedelta(seconds=settings.deadline())
+    wait = timedelta(seconds=settings.deadline_seconds())
     return _stores.TCPStore(
         at[1], int(at[2]), is_master=False, wait_for_workers=False, timeout=wait
     )  # fmt: skip
@@ -360,5 +360,5 @@ def _join(orders: _Orders) -> None:
         store=_stores.PrefixStore(f"shardkeep/background/{orders.group}", store),
         rank=orders.rank,
         world_size=len(orders.where.members),
-        timeout=timedelta(seconds=settings.deadline()),
+        timeout=timedelta(seconds=settings.deadline_seconds()),
     )

@@ -10,12 +10,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
-from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.metadata import index_of, is_whole, pickled, says_no_more
 from shardkeep.engine import save
 from shardkeep.errors import FormatError
 from shardkeep.format.dcp.metadata_read import read_metadata
 from shardkeep.format.dcp.metadata_write import metadata_bytes
+from shardkeep.stores.contract import Store
 from shardkeep.types import Index
 
 __all__ = ["publish", "publish_own"]
@@ -47,7 +47,7 @@ def publish(
     else:
         store.publish(name, pickled(metadata) if index is None else metadata_bytes(index))
     if index is not None or commit.files_of(store):
-        save.sweep(store, old - {name}, lease)
+        save.remove_replaced(store, old - {name}, lease)
 
 
 def publish_own(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from shardkeep.contracts import Ranks
+from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.solo import Solo
 
 __all__ = ["members"]
@@ -15,7 +15,7 @@ __all__ = ["members"]
 def members(
     group: dist.ProcessGroup | Ranks | None, coordinator: int, no_dist: bool
 ) -> tuple[int, Sequence[int] | Ranks | None]:
-    """This rank in the group, and what `take_part` is asked for.
+    """This rank in the group, and what `detect_ranks` is asked for.
 
     Args:
         group: by default the job's; `Ranks` are who takes part.

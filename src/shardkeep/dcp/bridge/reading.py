@@ -13,8 +13,7 @@ import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from shardkeep import settings
-from shardkeep.checkpoint.chunk_locations import Sources, read_range, unpacked_limit
-from shardkeep.contracts import Store
+from shardkeep.checkpoint.chunk_locations import ChunkLocations, read_range, unpacked_limit
 from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.errors import Damaged, FormatError, Mismatch
@@ -23,7 +22,8 @@ from shardkeep.format.names import safe_file_name
 from shardkeep.io.checksums import crc32
 from shardkeep.io.read.copies import Copy, read_copies
 from shardkeep.plan.reads import Source
-from shardkeep.torch_state.memory import landing
+from shardkeep.stores.contract import Store
+from shardkeep.torch_state.memory import destination
 from shardkeep.torch_state.objects import from_bytes
 from shardkeep.types import DTYPES, Box, ByteRange, DType
 
@@ -48,7 +48,7 @@ class Reading:
     def __init__(
         self,
         store: Store,
-        sources: Sources | None,
+        sources: ChunkLocations | None,
         places: Any,
         planner: LoadPlanner,
         *,
@@ -118,11 +118,11 @@ class Reading:
             if row is None or row not in sources or not _is_memory(target):
                 self._read_alone(item, place, target, box)
             else:
-                array, done = landing(target, self._dtype(row))
+                array, done = destination(target, self._dtype(row))
                 copies.append(Copy(item.storage_index.fqn, sources[row], box, array))
                 finish.append(done)
             finish.append(partial(self._planner.commit_tensor, item, target))
-        read_copies(self._store, copies, threads=settings.threads())
+        read_copies(self._store, copies, threads=settings.read_threads())
         for done in finish:
             done()
 
@@ -170,7 +170,7 @@ class Reading:
             target.copy_(value)
 
     def _bytes(self, item: ReadItem, place: ByteRange) -> bytes:
-        """The bytes of an item, checked where a digest is known, without its transforms."""
+        """The bytes of an item, checked where a checksum is known, without its transforms."""
         info = self._places[item.storage_index]
         name = item.storage_index.fqn
         data = read_range(self._store, place, name) if self._cut is None else self._cut(info)

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.reader import Checkpoint, Request
-from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.torch_filesystem import replace, store_of
 from shardkeep.dcp.reexports import theirs
@@ -25,7 +24,8 @@ from shardkeep.errors import Mismatch, NotACheckpoint
 from shardkeep.format.safetensors import parse
 from shardkeep.format.safetensors.write import is_file_name, layout, of_parts
 from shardkeep.io.write.items import Bare, Item, write_items
-from shardkeep.torch_state.memory import landing, payload
+from shardkeep.stores.contract import Store
+from shardkeep.torch_state.memory import destination, payload
 from shardkeep.types import Box, DType
 
 __all__ = [
@@ -89,7 +89,7 @@ class Folder:
             raise
         self.store.sync()
 
-    def sweep(self, kept: set[str], *, shards: bool) -> None:
+    def remove_replaced(self, kept: set[str], *, shards: bool) -> None:
         """Remove the files of earlier saves: those with shards, or those without."""
         for name in list(self.store.names()):
             sharded = name.startswith("shard-")
@@ -201,7 +201,7 @@ class _Slice:
         ranges = [range(*s.indices(n)) for s, n in zip(given, self._shape, strict=True)]
         box = Box(tuple(r.start for r in ranges), tuple(map(len, ranges)))
         tensor = torch.empty(box.sizes, dtype=torch_dtype(self._dtype))
-        into, finish = landing(tensor, self._dtype)
+        into, finish = destination(tensor, self._dtype)
         self._source.fill([Request(self._name, box, into)], threads=1)
         finish()
         return tensor
@@ -247,7 +247,7 @@ def read_items(
             if target.dtype != torch_dtype(dtype):
                 wanted = str(target.dtype).removeprefix("torch.")
                 cast[name] = f"{name}: stored as {dtype}, cast to {wanted}"
-            into, finish = landing(target, dtype)
+            into, finish = destination(target, dtype)
             requests.append(Request(name, box_of(item), into))
             landed.append((item, target, finish))
         source.fill(requests, threads=threads)

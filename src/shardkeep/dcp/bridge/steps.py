@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
-from shardkeep.contracts import Ranks, Session
+from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.dcp.bridge.errors import portable, together, wrapped
 from shardkeep.errors import NotACheckpoint, RankFailed
 
@@ -143,7 +143,7 @@ def load_by_steps(
         made: list[Any] = reader.prepare_global_plan(planner.create_global_plan(plans))
         return made
 
-    def settle(found: list[tuple[bool, Any]]) -> list[Any]:
+    def assign_writers(found: list[tuple[bool, Any]]) -> list[Any]:
         plans = [plan for _, plan in found]
         if not any(alone for alone, _ in found):
             return plan_global(plans)
@@ -157,7 +157,7 @@ def load_by_steps(
         reader.read_data(planner.finish_plan(plan), planner).wait()
 
     with _Steps(job.session("load", _where(reader)), rank) as steps:
-        plan = steps.scatter("plan", plan_local, settle)
+        plan = steps.scatter("plan", plan_local, assign_writers)
         steps.each("read", lambda: read(plan))
 
 

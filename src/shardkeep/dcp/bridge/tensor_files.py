@@ -14,12 +14,12 @@ import numpy as np
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardkeep.contracts import Store
 from shardkeep.dcp.bridge.items import nbytes_of, resolved, result
 from shardkeep.errors import Conflict
 from shardkeep.format.safetensors.write import layout, of_parts
 from shardkeep.io.write.items import Bare, Item, write_items
 from shardkeep.plan.packing import pack
+from shardkeep.stores.contract import Store
 from shardkeep.types import Box, DType
 
 __all__ = ["write_tensor_files"]
@@ -57,7 +57,7 @@ def write_tensor_files(
             if part.item.type == WriteItemType.BYTE_IO:
                 more: dict[str, Any] = {"crc": int(written.crc[row])}
             else:
-                blocks = written.digests[int(written.block[row]) : int(written.block[row + 1])]
+                blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
                 more = {"dtype": part.dtype.name, "sizes": part.sizes, "payload": 0}
                 more["digests"] = blocks.astype("<u4").tobytes()
             start = int(written.payload[row])

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch.distributed.checkpoint.filesystem as stock
 
-from shardkeep.contracts import Buffer, Sink, Store
 from shardkeep.dcp.reexports import theirs
 from shardkeep.stores import LocalStore
+from shardkeep.stores.contract import Buffer, Sink, Store
 from shardkeep.stores.names import checked, checked_range
 
 __all__ = ["FsspecStore", "StreamStore", "replace", "store_of"]
@@ -257,7 +257,7 @@ class StreamStore(Store):
 
 
 class StreamSink:
-    """A new file being written; see `contracts.Sink`."""
+    """A new file being written; see `stores.contract.Sink`."""
 
     def __init__(self, fs: Any, path: Any, sync: bool, ended: Callable[[bool], None]) -> None:
         self._fs, self._path, self._sync, self._ended = fs, path, sync, ended

@@ -136,7 +136,7 @@ def chunk_columns(
         payload=np.full(len(rows), -1) if payload is None else np.array(payload, dtype=np.int64),
         transform=transform,
         block=np.zeros(len(rows) + 1, dtype=np.int64),
-        digests=np.zeros(0, dtype=np.uint32),
+        checksums=np.zeros(0, dtype=np.uint32),
     )
 
 

@@ -40,12 +40,12 @@ def path_columns(pickle: Pickle, index: Index, paths: Paths | None) -> tuple[I64
     numbers, depths = _leaves(pickle, structure, paths)
     alone = np.ones(len(names), np.bool_)
     alone[paths.names] = False
-    if index.twins:
-        alone |= np.fromiter(map(index.twins.__contains__, names), np.bool_, len(names))
+    if index.legacy_duplicates:
+        alone |= np.fromiter(map(index.legacy_duplicates.__contains__, names), np.bool_, len(names))
     others: dict[int, list[int]] = {}
     for place in np.flatnonzero(alone).tolist():
         name = names[place]
-        path = index.twins.get(name) or structure.leaves.get(name) or (name,)
+        path = index.legacy_duplicates.get(name) or structure.leaves.get(name) or (name,)
         others[place] = [
             pickle.text(key) if isinstance(key, str) else pickle.constant(integer(key))
             for key in dcp_path(path, structure.containers)

@@ -361,7 +361,7 @@ def _columns(parts: Sequence[_Part], tensors: _Tensors, objects: dict[str, Place
     table = tensor_columns(names, list(tensors.dtypes.values()), list(tensors.shapes.values()))
     chunks = chunk_columns(list(_rows(tensors)), table, files)
     known = object_columns(objects, files)
-    structure, twins = _structure(parts, tensors, objects)
+    structure, legacy_duplicates = _structure(parts, tensors, objects)
     extra = parts[0].extra if len(parts) == 1 else {**parts[0].extra, "parts": len(parts)}
     return Index(
         files=files.files,
@@ -370,7 +370,7 @@ def _columns(parts: Sequence[_Part], tensors: _Tensors, objects: dict[str, Place
         objects=known,
         transforms=files.transforms,
         structure=structure,
-        twins=twins,
+        legacy_duplicates=legacy_duplicates,
         extra=extra,
     )
 

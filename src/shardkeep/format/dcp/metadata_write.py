@@ -18,7 +18,7 @@ from shardkeep.format.paths import Paths, names_of
 from shardkeep.format.pickle.records import Bytes, Part, integers, records, references
 from shardkeep.format.pickle.writer import FALSE, NONE, Pickle, integer, new, reference, sequence
 from shardkeep.plan.distinct import distinct
-from shardkeep.types import DTYPES, I64, Index, Rest, no_rest
+from shardkeep.types import DTYPES, I64, Index, YieldGil, never_yield
 
 __all__ = ["dcp_path", "metadata_bytes"]
 
@@ -41,7 +41,9 @@ _CLASSES = {
 _ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_path length".split()
 
 
-def metadata_bytes(index: Index, paths: Paths | None = None, rest: Rest = no_rest) -> bytes:
+def metadata_bytes(
+    index: Index, paths: Paths | None = None, yield_gil: YieldGil = never_yield
+) -> bytes:
     """The pickle, STOP byte included.
 
     Tensors come first, then objects, in the order of the index, and twins last: torch's converter
@@ -50,7 +52,7 @@ def metadata_bytes(index: Index, paths: Paths | None = None, rest: Rest = no_res
     Args:
         index: what the checkpoint holds, and where.
         paths: those of its structure, if they are known already.
-        rest: called between pieces of work.
+        yield_gil: called between pieces of work.
     """
     out = _Writer(index)
     tables: list[bytes] = []
@@ -61,10 +63,10 @@ def metadata_bytes(index: Index, paths: Paths | None = None, rest: Rest = no_res
     ):
         tables.append(out.text(name) + b"}(")
         for part in parts:
-            rest()
+            yield_gil()
             tables.append(part())
         tables.append(b"u")
-    rest()
+    yield_gil()
     # Long parts, which are joined only once: each copy of them takes as long as making them.
     return out.pickle.finish(out.new("Metadata"), *tables, b"ub")
 
@@ -82,9 +84,9 @@ class _Writer:
         self._properties = self._properties_by_code()
         self._names = references(self.pickle.texts(names_of(index)))
         objects = {name: row for row, name in enumerate(index.objects.names)}
-        ordinary = [row for name, row in objects.items() if name not in index.twins]
-        twins = [objects[name] for name in index.twins]
-        self._objects = np.array([*ordinary, *twins], np.int64)
+        ordinary = [row for name, row in objects.items() if name not in index.legacy_duplicates]
+        legacy_duplicates = [objects[name] for name in index.legacy_duplicates]
+        self._objects = np.array([*ordinary, *legacy_duplicates], np.int64)
         """Rows of the objects, the twins last."""
         self._shapes, self._offsets, self._extents = self._sizes()
         self._chunks = _stored(index, self._offsets)

@@ -39,8 +39,8 @@ def structure_of(
         for name in names:
             leaves.setdefault(name, (name,))
     children = _children(leaves.values())
-    twins = {name: path for name, path in leaves.items() if path in children}
-    for name in twins:
+    legacy_duplicates = {name: path for name, path in leaves.items() if path in children}
+    for name in legacy_duplicates:
         if name in tensors:
             raise FormatError("it is at the place of a container", place=f"name {shown(name)}")
         del leaves[name]
@@ -48,7 +48,7 @@ def structure_of(
         raise FormatError(f"two names have one path: {_clash(leaves)}")
     containers = {path: _kind(keys) for path, keys in sorted(children.items(), key=_depth)}
     containers[()] = "dict"
-    return Structure(leaves, containers), twins
+    return Structure(leaves, containers), legacy_duplicates
 
 
 def _depth(item: tuple[Path, Any]) -> int:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.format.values import Json, dumps, loads
-from shardkeep.types import Rest, no_rest
+from shardkeep.types import YieldGil, never_yield
 
 __all__ = ["Archive", "ReadAt", "Writer"]
 
@@ -39,10 +39,10 @@ _RATIO = 256
 
 
 class Writer:
-    """Collects members; `finish` gives the file. `rest` is called after each of them."""
+    """Collects members; `finish` gives the file. `yield_gil` is called after each of them."""
 
-    def __init__(self, rest: Rest = no_rest) -> None:
-        self._rest = rest
+    def __init__(self, yield_gil: YieldGil = never_yield) -> None:
+        self._yield_gil = yield_gil
         self._file = io.BytesIO()
         self._zip = zipfile.ZipFile(self._file, "w")
 
@@ -62,7 +62,7 @@ class Writer:
         packed = packed and len(data) > _SMALL
         info.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
         self._zip.writestr(info, data, compresslevel=1)
-        self._rest()
+        self._yield_gil()
 
     def finish(self) -> bytes:
         """The bytes of the file. Nothing can be added afterwards."""

@@ -59,7 +59,7 @@ class Outline:
     objects: Objects
     transforms: tuple[tuple[str, ...], ...]
     structure: Structure | None
-    twins: Mapping[str, Path]
+    legacy_duplicates: Mapping[str, Path]
     extra: Mapping[str, Any]
     header: Mapping[str, Any]
     _reader: _Reader = field(repr=False)
@@ -79,7 +79,7 @@ class Outline:
             self.objects,
             self.transforms,
             self.structure,
-            self.twins,
+            self.legacy_duplicates,
             self.extra,
         )
 
@@ -174,7 +174,7 @@ class _Reader:
             objects,
             transforms,
             self._structure(names),
-            self._twins(objects.names),
+            self._legacy_duplicates(objects.names),
             extra,
             header,
             self,
@@ -208,9 +208,11 @@ class _Reader:
             payload < -1
         ).any():
             self._refuse("chunks.payload.npy", "holds a payload outside its item")
-        blocks, digests = column("chunks.blocks", count), self._count("digests")
+        blocks, checksums = column("chunks.blocks", count), self._count("digests")
         block = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
-        if ((blocks != 0) & (blocks != -(-nbytes // BLOCK))).any() or not _sums_to(block, digests):
+        if ((blocks != 0) & (blocks != -(-nbytes // BLOCK))).any() or not _sums_to(
+            block, checksums
+        ):
             self._refuse("chunks.blocks.npy", "does not fit the payloads or the digests")
         return Chunks(
             tensor,
@@ -222,7 +224,7 @@ class _Reader:
             np.where(known, item + payload, -1),
             place[1],
             block,
-            column("chunks.digests", digests, dtype=np.uint32),
+            column("chunks.digests", checksums, dtype=np.uint32),
         )
 
     def _header(self) -> dict[str, Json]:
@@ -388,16 +390,16 @@ class _Reader:
         self._within(f"{table}.key", rows, 0, len(keys) - 1)
         return rows
 
-    def _twins(self, names: tuple[str, ...]) -> dict[str, Path]:
-        twins, known = {}, set(names)
+    def _legacy_duplicates(self, names: tuple[str, ...]) -> dict[str, Path]:
+        legacy_duplicates, known = {}, set(names)
         for pair in self._list("twins"):
             if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], list):
                 self._refuse("header.json", "does not list twins")
             name, path = self._text(pair[0]), tuple(self._key(k, "header.json") for k in pair[1])
             if name not in known or too_long(np.array([len(path)])):
                 self._refuse("header.json", f"has a twin {name!r:.80} that is no object of it")
-            twins[name] = path
-        return twins
+            legacy_duplicates[name] = path
+        return legacy_duplicates
 
     def _list(self, name: str) -> list[Json]:
         value = self._head.get(name)

@@ -13,7 +13,7 @@ from shardkeep.format.manifest.layout import FORMAT, KINDS, VERSION, LazyValues,
 from shardkeep.format.paths import Paths, names_of, paths_of
 from shardkeep.format.texts import joined
 from shardkeep.format.values import Json, dumps, encode, encode_key
-from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, Rest, no_rest
+from shardkeep.types import DTYPES, I64, Chunks, Index, Objects, YieldGil, never_yield
 
 __all__ = ["write_manifest"]
 
@@ -22,7 +22,7 @@ def write_manifest(
     index: Index,
     header: Mapping[str, Any],
     paths: Paths | None = None,
-    rest: Rest = no_rest,
+    yield_gil: YieldGil = never_yield,
 ) -> bytes:
     """The manifest of an index.
 
@@ -30,13 +30,13 @@ def write_manifest(
         index: what the checkpoint holds, and where.
         header: what else to say, above all "save_id"; anything that `values.encode` takes.
         paths: those of its structure, if they are known already.
-        rest: called between pieces of work.
+        yield_gil: called between pieces of work.
 
     Raises:
         NotEncodable: `header`, `index.extra` or a key of a path cannot be carried.
         ValueError: the structure does not fit together, or its paths are too long.
     """
-    out = Writer(rest)
+    out = Writer(yield_gil)
     head = _write_chunks(out, index.chunks) | _write_tensors(out, index)
     head |= _write_objects(out, index.objects)
     head |= {
@@ -45,7 +45,9 @@ def write_manifest(
         "names": _write_texts(out, "names", names_of(index)),
         "files": [encode(file) for file in index.files],
         "transforms": [[encode(name) for name in names] for names in index.transforms],
-        "twins": [[encode(n), [encode_key(k) for k in p]] for n, p in index.twins.items()],
+        "twins": [
+            [encode(n), [encode_key(k) for k in p]] for n, p in index.legacy_duplicates.items()
+        ],
         "extra": encode(dict(index.extra)),
         "header": encode(dict(header)),
         "structure": _write_structure(out, index, paths),
@@ -57,7 +59,7 @@ def write_manifest(
 def _write_chunks(out: Writer, chunks: Chunks) -> dict[str, Json]:
     """Their columns; what the header says of them."""
     first, last = chunks.block[[0, -1]].tolist()
-    out.column("chunks.digests", chunks.digests[first:last], packed=False)
+    out.column("chunks.digests", chunks.checksums[first:last], packed=False)
     out.column("chunks.offsets", chunks.offsets)
     out.column("chunks.sizes", chunks.sizes)
     out.column("chunks.file", chunks.file)

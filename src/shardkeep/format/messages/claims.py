@@ -39,8 +39,8 @@ def outline(claim: Claim) -> bytes:
             ],
             "keys": [encode_key(key) for key in paths.keys],
             "empties": [[_path(path), count] for path, count in structure.empties.items()],
-            "twins": to_json(list(claim.twins)),
-            "twin paths": [_path(path) for path in claim.twins.values()],
+            "twins": to_json(list(claim.legacy_duplicates)),
+            "twin paths": [_path(path) for path in claim.legacy_duplicates.values()],
             "marks": [[_path(path), kind] for path, kind in claim.marks.items()],
             "content": [[what, digest.hex()] for what, digest in claim.content.items()],
         },
@@ -84,7 +84,7 @@ def unpack_claim(block: bytes, lead: Claim) -> Claim:
         objects=head.objects,
         values=head.values,
         structure=head.structure,
-        twins=head.twins,
+        legacy_duplicates=head.legacy_duplicates,
         marks=head.marks,
         content=head.content,
     )
@@ -104,7 +104,9 @@ def _read_outline(block: bytes) -> Claim:
         objects=objects,
         values={objects[row]: value for row, value in head["values"]},
         structure=_read_structure(head, columns, names + objects),
-        twins=dict(zip(from_json(head["twins"]), map(_keys, head["twin paths"]), strict=True)),
+        legacy_duplicates=dict(
+            zip(from_json(head["twins"]), map(_keys, head["twin paths"]), strict=True)
+        ),
         marks={_keys(path): kind for path, kind in head["marks"]},
         content={what: bytes.fromhex(digest) for what, digest in head["content"]},
     )

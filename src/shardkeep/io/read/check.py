@@ -1,4 +1,4 @@
-"""Payloads against their digests, streaming: all damage is collected."""
+"""Payloads against their checksums, streaming: all damage is collected."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import settings
-from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged
 from shardkeep.io.arena import aligned
 from shardkeep.io.checksums import combine, crc32_at, crc32_blocks
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.io.read.ranges import MISSING, Read, Want, fetch_steps, gather, mismatch, too_short
 from shardkeep.settings import BLOCK, PAGE
+from shardkeep.stores.contract import Store
+from shardkeep.types import Progress
 
 __all__ = ["Payload", "verify_payloads"]
 
@@ -30,12 +31,12 @@ _STEP = 8 * BLOCK
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Payload:
-    """Stored bytes, and what is known of them: a digest for each block, or one for all.
+    """Stored bytes, and what is known of them: a checksum for each block, or one for all.
 
     Attributes:
         name: the tensor or object, for errors.
         file, offset, nbytes: where they lie, in bytes.
-        digests: CRC-32 of each `BLOCK` bytes. They win over `crc`, as they tell the place.
+        checksums: CRC-32 of each `BLOCK` bytes. They win over `crc`, as they tell the place.
         crc: CRC-32 of all.
     """
 
@@ -43,7 +44,7 @@ class Payload:
     file: str
     offset: int
     nbytes: int
-    digests: NDArray[np.uint32] | None = None
+    checksums: NDArray[np.uint32] | None = None
     crc: int | None = None
 
 
@@ -64,7 +65,8 @@ def verify_payloads(
     threads: int,
     progress: Progress | None = None,
 ) -> list[Damaged]:
-    """Check all payloads, each thread 4 MiB at a time; those without a digest only for being there.
+    """Check all payloads, each thread 4 MiB at a time; those without a checksum only for being
+    there.
 
     Returns:
         All damage, in the order of the payloads: each block that does not match, each payload that
@@ -86,7 +88,7 @@ def verify_payloads(
             found[row].end = there
         for at in range(payload.offset, there, _PIECE):
             wants.append(Want(payload.file, at, min(at + _PIECE, end), row))
-    jobs = list(gather(wants, settings.gap(), _PIECE))
+    jobs = list(gather(wants, settings.read_gap_bytes(), _PIECE))
     meter = Meter(progress, "verify", sum(job.high - job.low for job in jobs))
     parallel(jobs, partial(_work, store, payloads, found, meter), threads)
     return [damage for pair in zip(payloads, found, strict=True) for damage in _damage(*pair)]
@@ -120,7 +122,7 @@ def _read(
     job: Read,
     space: NDArray[np.uint8],
 ) -> None:
-    """Read once, and digest what came as soon as it is there."""
+    """Read once, and checksum what came as soon as it is there."""
     # As far past a page as in the file: what comes from the disk itself is not copied then.
     there = space[job.low % PAGE :][: job.high - job.low]
     take = partial(_take, payloads, found, job.low, there.data, there.ctypes.data)
@@ -176,40 +178,40 @@ def _take(
         Up to where it is digested.
     """
     payload, result, high = payloads[want.use], found[want.use], min(want.high, end)
-    digests, first = payload.digests, (low - payload.offset) // BLOCK
-    if digests is not None and high < want.high:
+    checksums, first = payload.checksums, (low - payload.offset) // BLOCK
+    if checksums is not None and high < want.high:
         high -= (high - payload.offset) % BLOCK
-    if low >= high or (digests is None and payload.crc is None):
+    if low >= high or (checksums is None and payload.crc is None):
         return low
-    if digests is None:
+    if checksums is None:
         before = result.crcs.get(want.low, 0)
         part = view[low - base : high - base]
         result.crcs[want.low] = crc32_at(address + low - base, part, before)
         return high
     if high - low <= BLOCK:
         crc = crc32_at(address + low - base, view[low - base : high - base])
-        if first < len(digests) and crc != digests[first]:
+        if first < len(checksums) and crc != checksums[first]:
             result.bad[first] = crc
         return high
     for block, crc in enumerate(crc32_blocks(address + low - base, high - low), first):
-        if block < len(digests) and crc != digests[block]:
+        if block < len(checksums) and crc != checksums[block]:
             result.bad[block] = crc
     return high
 
 
 def _damage(payload: Payload, found: _Found) -> Iterator[Damaged]:
     damaged = partial(Damaged, file=payload.file, name=payload.name)
-    end, digests = payload.offset + payload.nbytes, payload.digests
-    if digests is not None:
-        if len(digests) != -(-payload.nbytes // BLOCK):
-            yield damaged(f"{len(digests)} block digests for {payload.nbytes} bytes")
+    end, checksums = payload.offset + payload.nbytes, payload.checksums
+    if checksums is not None:
+        if len(checksums) != -(-payload.nbytes // BLOCK):
+            yield damaged(f"{len(checksums)} block checksums for {payload.nbytes} bytes")
         for block, crc in sorted(found.bad.items()):
-            yield damaged(mismatch(crc, digests[block]), block=block)
+            yield damaged(mismatch(crc, checksums[block]), block=block)
     if found.problem is not None:
         yield damaged(found.problem)
     elif found.end is not None:
         yield damaged(too_short(found.end, end))
-    elif digests is None and payload.crc is not None:
+    elif checksums is None and payload.crc is not None:
         crc = 0
         for low in sorted(found.crcs):
             crc = combine(crc, found.crcs[low], min(_PIECE, end - low))

@@ -1,4 +1,4 @@
-"""Boxes of stored chunks into memory: few reads, digests checked, bytes put where they belong."""
+"""Boxes of stored chunks into memory: few reads, checksums checked, bytes put where they belong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import settings
-from shardkeep.contracts import Progress, Store, StoreInRows, StoreMapped
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.arena import aligned
 from shardkeep.io.checksums import crc32, crc32_at
@@ -22,6 +21,8 @@ from shardkeep.io.read.requests import Copy, Planner, Rows, Straight, Use, uses_
 from shardkeep.io.read.running_checksums import Sums
 from shardkeep.plan.reads import block_range, runs
 from shardkeep.settings import BLOCK, PAGE
+from shardkeep.stores.contract import Store, StoreInRows, StoreMapped
+from shardkeep.types import Progress
 
 __all__ = ["Copy", "Payload", "ReadStats", "Round", "read_copies", "verify_payloads"]
 
@@ -44,8 +45,8 @@ class ReadStats:
     """Bytes read from the store, and bytes that the boxes have.
 
     Attributes:
-        unchecked: tensors of which something was read that could not be compared with a digest (or
-            should not be), and `bytes_unchecked`: how much of what the boxes have.
+        unchecked: tensors of which something was read that could not be compared with a checksum
+            (or should not be), and `bytes_unchecked`: how much of what the boxes have.
     """
 
     bytes_read: int
@@ -86,13 +87,13 @@ def read_copies(
     destinations is undefined, and no thread goes on.
 
     Raises:
-        Damaged: a block does not match its digest, or a payload its CRC-32 where blocks have none
+        Damaged: a block does not match its checksum, or a payload its CRC-32 where blocks have none
             and it was read in full, or a file is missing or too short; the error names file and
             tensor.
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
-    whole = settings.host_budget() if budget is None else budget
+    whole = settings.max_host_memory_bytes() if budget is None else budget
     limit = whole // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
     in_rows = isinstance(store, StoreInRows)
@@ -101,7 +102,7 @@ def read_copies(
     needed = sum(map(_check, every))
 
     def planned(some: Sequence[Copy]) -> tuple[list[_Job], list[Use]]:
-        planner = Planner(settings.gap(), limit, verify, in_rows, mapped)
+        planner = Planner(settings.read_gap_bytes(), limit, verify, in_rows, mapped)
         return _jobs(some, planner), planner.uses
 
     work = [planned(copies), *(planned(later.copies) for later in rounds)]
@@ -160,7 +161,7 @@ class _Worker:
             space = self._buffer(job.low, job.high)
             _read(self._store, job, uses, space, self._verify, self._sums)
         elif not _read_rows(self._store, job):
-            planner = Planner(settings.gap(), self._limit, self._verify)
+            planner = Planner(settings.read_gap_bytes(), self._limit, self._verify)
             planner.add(job.copy)
             return sum(self.do(part, planner.uses) for part in planner.jobs())
         return job.into.nbytes if isinstance(job, Rows) else job.high - job.low
@@ -194,9 +195,9 @@ def _check(copy: Copy) -> int:
     if not into.flags.writeable:
         raise ValueError(f"{copy.name!r}: its destination is read-only")
     nbytes = source.payload[1]
-    if source.digests is not None and len(source.digests) != -(-nbytes // BLOCK):
+    if source.checksums is not None and len(source.checksums) != -(-nbytes // BLOCK):
         raise FormatError(
-            f"{len(source.digests)} block digests for a payload of {nbytes} bytes",
+            f"{len(source.checksums)} block checksums for a payload of {nbytes} bytes",
             file=source.file,
             place=f"tensor {copy.name!r}",
         )
@@ -204,17 +205,17 @@ def _check(copy: Copy) -> int:
 
 
 def _read_straight(store: Store, job: Straight, sums: Sums) -> None:
-    """Read, and digest what came as soon as it is there: one CRC over all of the job's bytes.
+    """Read, and checksum what came as soon as it is there: one CRC over all of the job's bytes.
 
-    Only if that is not what their blocks' digests combine to, these are looked at one by one.
+    Only if that is not what their blocks' checksums combine to, these are looked at one by one.
     """
     copy, view, crc, end = job.copy, job.into.data, 0, 0
     summed = sums.wants(copy.source)
-    digesting = job.crc is not None or summed
+    checksumming = job.crc is not None or summed
     address = job.into.ctypes.data
-    step = _STEP if digesting else len(view)
+    step = _STEP if checksumming else len(view)
     for done in fetch_steps(store, job.file, job.low, view, copy.name, step=step, keep=copy.shared):
-        if digesting:
+        if checksumming:
             crc = crc32_at(address + end, view[end:done], crc)
         end = done
     if end < len(view):
@@ -248,13 +249,13 @@ def _read(
     want: Want | None = next(waiting)
     checked: dict[tuple[int, int], int] = {}
     end, first = job.low, uses[job.wants[0].use].copy
-    step = _STEP if verify and first.source.digests is not None else len(space)
+    step = _STEP if verify and first.source.checksums is not None else len(space)
     keep = _shared(job, uses)
     for done in fetch_steps(store, job.file, job.low, space.data, first.name, step=step, keep=keep):
         end = job.low + done
         while want is not None and want.low < end:
             use = uses[want.use]
-            if verify and use.copy.source.digests is not None:
+            if verify and use.copy.source.checksums is not None:
                 # Wants come sorted: the blocks of a payload are checked up to some byte.
                 payload = use.copy.source.payload
                 low = checked.get(payload, want.low)
@@ -302,7 +303,7 @@ def _take_from_memory(copy: Copy, verify: bool) -> None:
 def _check_blocks(copy: Copy, space: NDArray[np.uint8], base: int, low: int, high: int) -> None:
     """Check the payload's blocks from byte `low` to `high`; `space` holds the bytes from `base`."""
     source, view = copy.source, space.data
-    if source.digests is None:
+    if source.checksums is None:
         return
     first, nbytes = source.payload
     address = space.ctypes.data - base
@@ -310,8 +311,8 @@ def _check_blocks(copy: Copy, space: NDArray[np.uint8], base: int, low: int, hig
         block = (start - first) // BLOCK
         part = view[start - base : min(start + BLOCK, first + nbytes) - base]
         crc = crc32_at(address + start, part)
-        if crc != source.digests[block]:
-            what = mismatch(crc, int(source.digests[block]))
+        if crc != source.checksums[block]:
+            what = mismatch(crc, int(source.checksums[block]))
             raise Damaged(what, file=source.file, name=copy.name, block=block)
 
 

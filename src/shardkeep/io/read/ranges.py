@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from shardkeep.contracts import Store
 from shardkeep.errors import Damaged
+from shardkeep.stores.contract import Store
 
 __all__ = [
     "MISSING",
@@ -82,7 +82,7 @@ def fetch_steps(
 ) -> Iterator[int]:
     """The same, yielding how many bytes are there: every `step` or so, if the store can.
 
-    `keep` says that others want the same bytes (`contracts.StoreInSteps`).
+    `keep` says that others want the same bytes (`stores.contract.StoreInSteps`).
     """
     in_steps = getattr(store, "read_steps", None)
     try:

@@ -74,8 +74,8 @@ class Straight(NamedTuple):
         file, low, high: which bytes.
         copy: what they are for.
         into: where they go.
-        crc: the CRC-32 of all of them, as follows from the digests of their blocks; None where they
-            are not checked against such.
+        crc: the CRC-32 of all of them, as follows from the checksums of their blocks; None where
+            they are not checked against such.
     """
 
     file: str
@@ -114,8 +114,8 @@ class Planner:
         gap: bytes between useful ones that are rather read than skipped.
         limit: bytes of one read into a buffer at most, at least four blocks.
         verify: digested payloads are read by whole blocks.
-        rows: the store can read in rows (`contracts.StoreInRows`).
-        mapped: a file's bytes as memory (`contracts.StoreMapped`), if that is wanted.
+        rows: the store can read in rows (`stores.contract.StoreInRows`).
+        mapped: a file's bytes as memory (`stores.contract.StoreMapped`), if that is wanted.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Planner:
     def add(self, copy: Copy) -> None:
         """Plan one copy. Raises FormatError if its source contradicts itself."""
         source, box, into = copy.source, copy.box, copy.into
-        checked = self._verify and source.digests is not None
+        checked = self._verify and source.checksums is not None
         if self._rows and not checked and self._mapped is None and self._add_rows(copy):
             return
         # Runs nearer than a block would have to share blocks: they are read as one then.
@@ -219,10 +219,10 @@ class Planner:
 
 
 def _crc(source: Source, low: int, high: int) -> int:
-    """What the digests of whole blocks, from byte `low` to `high` of the file, combine to."""
-    assert source.digests is not None
+    """What the checksums of whole blocks, from byte `low` to `high` of the file, combine to."""
+    assert source.checksums is not None
     first = (low - source.payload[0]) // BLOCK
-    return whole_crc(source.digests[first : first - (low - high) // BLOCK], high - low)
+    return whole_crc(source.checksums[first : first - (low - high) // BLOCK], high - low)
 
 
 def uses_in(copy: Copy, found: Runs, into: NDArray[Any]) -> Iterator[Use]:

@@ -69,12 +69,12 @@ class Sums:
 
 def _has_one(source: Source) -> bool:
     """Whether there is a CRC-32 of its whole payload that is still to be compared."""
-    return source.crc is not None and source.digests is None and source.data is None
+    return source.crc is not None and source.checksums is None and source.data is None
 
 
 def _has_others(source: Source) -> bool:
     """Whether its blocks are checked on reading, or were when its bytes came into memory."""
-    return source.digests is not None or (source.data is not None and source.crc is not None)
+    return source.checksums is not None or (source.data is not None and source.crc is not None)
 
 
 def _payload(source: Source) -> _Payload:

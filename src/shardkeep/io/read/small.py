@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Progress, Store
 from shardkeep.errors import Damaged
 from shardkeep.io.checksums import crc32_each
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.io.read.ranges import fetch, mismatch, too_short
 from shardkeep.io.scatter_gather import put
 from shardkeep.settings import BLOCK
-from shardkeep.types import I64
+from shardkeep.stores.contract import Store
+from shardkeep.types import I64, Progress
 
 __all__ = ["Batch", "Small", "batches", "by_place", "read_small"]
 

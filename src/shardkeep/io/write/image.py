@@ -1,4 +1,4 @@
-"""A data file as it will be: any window of it can be made in memory, digests on the way."""
+"""A data file as it will be: any window of it can be made in memory, checksums on the way."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Payloads
 from shardkeep.io.arena import memory_at
 from shardkeep.io.checksums import crc32_blocks, crc32_each, whole_crc
+from shardkeep.io.contract import Payloads
 from shardkeep.io.scatter_gather import pick_up
 from shardkeep.io.write.items import Written, take_blocks
 from shardkeep.plan.file_layout import Layout, lay_out, least_in_place, run_ends
@@ -19,7 +19,7 @@ from shardkeep.plan.packing import pack
 from shardkeep.settings import ALIGNMENT, BLOCK, PAGE
 from shardkeep.types import I64, Frame, Framing
 
-__all__ = ["LIGHT", "STEP", "Digests", "Image", "images_of", "of_memory", "written_in"]
+__all__ = ["LIGHT", "STEP", "Checksums", "Image", "images_of", "of_memory", "written_in"]
 
 STEP = 2 * BLOCK
 """Bytes that are copied at once: as large as a core's own cache may be."""
@@ -30,13 +30,13 @@ LIGHT = 16 * 1024
 _FEW = 8
 """Items up to which one after the other is as quick as all of them together."""
 
-Digests = Callable[[int, int, int, int], list[int]]
+Checksums = Callable[[int, int, int, int], list[int]]
 """CRC-32 of each block of some bytes of a payload: its row, the first of the bytes, how many, and
 the address where they lie in memory."""
 
 
 def of_memory(row: int, start: int, nbytes: int, address: int) -> list[int]:
-    """`Digests` that are taken when they are asked for."""
+    """`Checksums` that are taken when they are asked for."""
     return crc32_blocks(address, nbytes)
 
 
@@ -66,7 +66,7 @@ class Image:
             those of which nothing is known but their bytes.
         in_place: leave payloads where they lie, but for what shares a page with something else;
             else all are copied.
-        digests: gives those of payloads of more than `LIGHT` bytes.
+        checksums: gives those of payloads of more than `LIGHT` bytes.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class Image:
         addresses: I64,
         *,
         in_place: bool,
-        digests: Digests,
+        checksums: Checksums,
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
         self._addresses, self._in_place = addresses.tolist(), in_place
-        self._copy, self._blocks, self._memory = payloads.copy, digests, payloads.addresses[rows]
+        self._copy, self._blocks, self._memory = payloads.copy, checksums, payloads.addresses[rows]
         self._rows, self._nbytes = rows.tolist(), nbytes.tolist()
         self._items, self._starts = layout.item.tolist(), layout.payload.tolist()
         self._lengths, self._frames = layout.length.tolist(), layout.frame.tolist()
@@ -93,8 +93,8 @@ class Image:
         blocks = -(-nbytes // BLOCK)
         blocks[list(crcs)] = 0
         self.block: I64 = np.concatenate([np.zeros(1, np.int64), np.cumsum(blocks)])
-        """[N + 1] rows block[i]:block[i + 1] of `digests` belong to item i: none of a bare one."""
-        self._digests = np.zeros(int(self.block[-1]), dtype=np.uint32)
+        """[N + 1] rows block[i]:block[i + 1] of `checksums` belong to item i: none if bare."""
+        self._checksums = np.zeros(int(self.block[-1]), dtype=np.uint32)
         self._crcs = np.zeros(len(rows), dtype=np.uint32)
         self._crcs[list(crcs)] = list(crcs.values())
         self._first_block = self.block.tolist()
@@ -106,9 +106,9 @@ class Image:
         self._error: BaseException | None = None
 
     @property
-    def digests(self) -> NDArray[np.uint32]:
+    def checksums(self) -> NDArray[np.uint32]:
         """CRC-32 of each block of `BLOCK` bytes of a payload; true once its window is made."""
-        return self._digests
+        return self._checksums
 
     @property
     def crc(self) -> NDArray[np.uint32]:
@@ -203,7 +203,7 @@ class Image:
             items[:, place : place + 4] = crcs.view(np.uint8).reshape(-1, 4)
         self._crcs[rows] = crcs
         if size:  # an empty payload has no block
-            self._digests[self.block[rows]] = crcs
+            self._checksums[self.block[rows]] = crcs
 
     def _pick_up(self, rows: I64, into: NDArray[np.uint8]) -> None:
         """Copy payloads of one size, [N, size], those that lie in memory all at once."""
@@ -251,16 +251,16 @@ class Image:
         if self._in_place:
             inner = min(-(-begin // PAGE) * PAGE, stop)
             outer = max(inner, stop // PAGE * PAGE)
-            self._digest(row, inner - start, outer - start)
+            self._checksum(row, inner - start, outer - start)
         for first, last in ((begin, inner), (outer, stop)):
             for low in range(first, last, STEP):
                 high = min(low + STEP, last)
                 self._copy(self._rows[row], low - start, high - low, base + low)
-                self._digest(row, low - start, high - start)
+                self._checksum(row, low - start, high - start)
         here = self._addresses[row] - start
         return [_InPlace(inner, outer, here + inner)] if inner < outer else []
 
-    def _digest(self, row: int, low: int, high: int) -> None:
+    def _checksum(self, row: int, low: int, high: int) -> None:
         """Digest the blocks of a payload that begin between these bytes of it, where they lie.
 
         A window is cut up to a page before a block begins, so some of the block is in the next.
@@ -269,28 +269,28 @@ class Image:
         begin, end = -(-low // BLOCK), -(-high // BLOCK)
         start = begin * BLOCK
         nbytes = min(end * BLOCK, self._nbytes[row]) - start
-        self._digests[first + begin : first + end] = self._blocks(
+        self._checksums[first + begin : first + end] = self._blocks(
             self._rows[row], start, nbytes, here + start
         )
 
     def _payload(self, row: int, begin: int, stop: int, address: int) -> None:
         """Copy part of a payload, in steps that are in the cache for their digests."""
         source, start = self._rows[row], begin - self._starts[row]
-        # Nobody else digests light ones, and a window may begin with one.
-        digests = of_memory if self._nbytes[row] <= LIGHT else self._blocks
+        # Nobody else checksums light ones, and a window may begin with one.
+        checksums = of_memory if self._nbytes[row] <= LIGHT else self._blocks
         for at in range(0, stop - begin, STEP):
             nbytes = min(STEP, stop - begin - at)
             self._copy(source, start + at, nbytes, address + at)
-            found = digests(source, start + at, nbytes, address + at)
+            found = checksums(source, start + at, nbytes, address + at)
             block = self._first_block[row] + (start + at) // BLOCK
-            self._digests[block : block + len(found)] = found
+            self._checksums[block : block + len(found)] = found
 
     def _whole(self, row: int, number: int) -> int:
         """The CRC-32 of a payload whose last block is in this window."""
         first, last = self._first_block[row], self._first_block[row + 1]
         if last - first > 1:
             self._await(self._starts[row], number)
-        crc = whole_crc(self._digests[first:last], self._nbytes[row])
+        crc = whole_crc(self._checksums[first:last], self._nbytes[row])
         self._crcs[row] = crc
         return crc
 
@@ -315,7 +315,7 @@ def images_of(
     window: int,
     *,
     in_place: bool,
-    digests: Digests = of_memory,
+    checksums: Checksums = of_memory,
 ) -> list[Image]:
     """Images of files that are even in bytes.
 
@@ -330,7 +330,7 @@ def images_of(
         in_place: write large payloads from where they lie, so that they must not change until they
             are written; else all are copied when a window is made. Either way they lie in the
             file as in memory, past a page: so will the memory that they are read to, most likely.
-        digests: as of `Image`.
+        checksums: as of `Image`.
     """
     place = _shared_out(nbytes, kind, framings, len(names))
     framed = np.fromiter((framing is not None for framing in framings), np.bool_, len(framings))
@@ -351,7 +351,7 @@ def images_of(
                 {at: crcs[row] for at, row in enumerate(rows.tolist()) if row in crcs},
                 its_addresses,
                 in_place=in_place,
-                digests=digests,
+                checksums=checksums,
             )
         )
     return images
@@ -377,8 +377,8 @@ def written_in(images: Sequence[Image]) -> Written:
     counts = [len(image.rows) for image in images]
     order = np.argsort(_joined([image.rows for image in images], np.int64))
     blocks = _joined([np.diff(image.block) for image in images], np.int64)
-    digests = _joined([image.digests for image in images], np.uint32)
-    block, taken = take_blocks(blocks, digests, order)
+    checksums = _joined([image.checksums for image in images], np.uint32)
+    block, taken = take_blocks(blocks, checksums, order)
     return Written(
         files=tuple(image.name for image in images),
         file=np.repeat(np.arange(len(images), dtype=np.int32), counts)[order],
@@ -386,7 +386,7 @@ def written_in(images: Sequence[Image]) -> Written:
         length=_joined([image.layout.length for image in images], np.int64)[order],
         payload=_joined([image.layout.payload for image in images], np.int64)[order],
         block=block,
-        digests=taken,
+        checksums=taken,
         crc=_joined([image.crc for image in images], np.uint32)[order],
     )
 

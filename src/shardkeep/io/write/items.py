@@ -1,4 +1,4 @@
-"""Items into files: head, payload and tail in one pass, with digests on the way."""
+"""Items into files: head, payload and tail in one pass, with checksums on the way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Codec, Sink, Store
 from shardkeep.io.checksums import crc32, whole_crc
+from shardkeep.io.contract import Codec
 from shardkeep.io.pool import parallel
 from shardkeep.plan.packing import pack
 from shardkeep.settings import BLOCK
+from shardkeep.stores.contract import Sink, Store
 from shardkeep.types import I64
 
 __all__ = ["Bare", "Item", "Written", "take_blocks", "write_items", "write_packed"]
@@ -62,8 +63,8 @@ class Written:
     payload: I64
     """[N] where the payload starts in the file, in bytes."""
     block: I64
-    """[N + 1] rows block[i]:block[i + 1] of `digests` belong to item i."""
-    digests: NDArray[np.uint32]
+    """[N + 1] rows block[i]:block[i + 1] of `checksums` belong to item i."""
+    checksums: NDArray[np.uint32]
     """CRC-32 of each block of `BLOCK` bytes of a payload."""
     crc: NDArray[np.uint32]
     """[N] CRC-32 of the whole payload."""
@@ -99,7 +100,7 @@ def write_packed(
 
 def _take(written: Written, rows: I64) -> Written:
     """These rows, in this order."""
-    block, digests = take_blocks(np.diff(written.block), written.digests, rows)
+    block, checksums = take_blocks(np.diff(written.block), written.checksums, rows)
     return replace(
         written,
         file=written.file[rows],
@@ -107,28 +108,28 @@ def _take(written: Written, rows: I64) -> Written:
         length=written.length[rows],
         payload=written.payload[rows],
         block=block,
-        digests=digests,
+        checksums=checksums,
         crc=written.crc[rows],
     )
 
 
 def take_blocks(
-    counts: I64, digests: NDArray[np.uint32], rows: I64
+    counts: I64, checksums: NDArray[np.uint32], rows: I64
 ) -> tuple[I64, NDArray[np.uint32]]:
-    """The digests of these rows, one after the other, and where each row's begin.
+    """The checksums of these rows, one after the other, and where each row's begin.
 
     Args:
-        counts: [N] how many digests each row has.
-        digests: [sum of counts] those of all rows.
+        counts: [N] how many checksums each row has.
+        checksums: [sum of counts] those of all rows.
         rows: [M] the rows wanted.
 
     Returns:
-        [M + 1] where the digests of each begin, and the digests.
+        [M + 1] where the checksums of each begin, and the digests.
     """
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[rows])])
     inside = np.arange(int(block[-1])) - np.repeat(block[:-1], counts[rows])
-    return block, digests[np.repeat(starts[rows], counts[rows]) + inside]
+    return block, checksums[np.repeat(starts[rows], counts[rows]) + inside]
 
 
 def write_items(store: Store, files: Mapping[str, Sequence[Item]], *, threads: int) -> Written:
@@ -169,7 +170,7 @@ class _Rows:
     length: list[int] = field(default_factory=list)
     payload: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    digests: list[int] = field(default_factory=list)
+    checksums: list[int] = field(default_factory=list)
     crc: list[int] = field(default_factory=list)
 
 
@@ -209,13 +210,13 @@ def _write_file(packed: _Packed, items: Sequence[Item], rows: _Rows) -> None:
         packed.write(item.codec.tail(start, crc))
         rows.length.append(packed.position - start)
         rows.blocks.append(len(blocks))
-        rows.digests += blocks
+        rows.checksums += blocks
         rows.crc.append(crc)
     packed.flush()
 
 
 def _write_payload(packed: _Packed, payload: memoryview) -> list[int]:
-    """Write it in slices that are still in the cache from their digests; those are returned."""
+    """Write it in slices that are still in the cache from their checksums; those are returned."""
     blocks = []
     for at in range(0, len(payload), _BUFFER):
         part = payload[at : at + _BUFFER]
@@ -261,6 +262,6 @@ def _written(done: Mapping[str, _Rows]) -> Written:
         length=column("length", np.int64),
         payload=column("payload", np.int64),
         block=block,
-        digests=column("digests", np.uint32),
+        checksums=column("digests", np.uint32),
         crc=column("crc", np.uint32),
     )

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from shardkeep import settings
-from shardkeep.contracts import Placing, Progress, Sink, Store, Target
 from shardkeep.io.arena import aligned
 from shardkeep.io.pool import Meter, parallel
 from shardkeep.io.write.image import Image
 from shardkeep.plan.file_layout import smallest_window
 from shardkeep.settings import PAGE
+from shardkeep.stores.contract import Placing, Sink, Store, Target
+from shardkeep.types import Progress
 
 __all__ = ["Writers", "copiers", "placed", "write_images", "writers"]
 

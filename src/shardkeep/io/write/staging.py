@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Payloads
 from shardkeep.io.checksums import crc32_blocks
+from shardkeep.io.contract import Payloads
 from shardkeep.io.pool import parallel
 from shardkeep.io.write.image import LIGHT, STEP
 from shardkeep.plan.file_layout import least_in_place
@@ -70,18 +70,18 @@ class Staged(Payloads):
         self._sizes: list[int] = places.sizes.tolist()
         blocks = np.cumsum(-(-places.sizes // BLOCK))
         self._first: list[int] = [0, *blocks.tolist()]
-        self._digests = [0] * self._first[-1]
+        self._checksums = [0] * self._first[-1]
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         # Without giving up the interpreter's lock, which a busy caller keeps for milliseconds.
         ctypes.memmove(address, self._addresses[row] + start, nbytes)
 
-    def digests(self, row: int, start: int, nbytes: int, address: int) -> list[int]:
+    def checksums(self, row: int, start: int, nbytes: int, address: int) -> list[int]:
         """CRC-32 of each block of some bytes of a payload, as taken when it was copied; of those of
         more than `LIGHT` bytes (`io.image.Digests`).
         """
         first = self._first[row] + start // BLOCK
-        return self._digests[first : first + -(-nbytes // BLOCK)]
+        return self._checksums[first : first + -(-nbytes // BLOCK)]
 
     def receive(self, payloads: Payloads, row: int, start: int, stop: int) -> None:
         """Copy bytes of a payload to here, in steps that are in the cache for their digests."""
@@ -92,7 +92,7 @@ class Staged(Payloads):
             if not light:
                 found = crc32_blocks(here + at, nbytes)
                 first = self._first[row] + at // BLOCK
-                self._digests[first : first + len(found)] = found
+                self._checksums[first : first + len(found)] = found
 
 
 def stage(payloads: Payloads, places: Places, memory: NDArray[np.uint8], *, threads: int) -> Staged:

@@ -162,8 +162,9 @@ class ColdReads:
         with self._lock:
             if self._free:
                 return self._free.pop()
-            budget = (settings.host_budget() if self._budget is None else self._budget) // 2
-            size = min(PIECE, budget // settings.threads()) // PAGE * PAGE
+            limit = settings.max_host_memory_bytes() if self._budget is None else self._budget
+            budget = limit // 2
+            size = min(PIECE, budget // settings.read_threads()) // PAGE * PAGE
             if size < _LEAST or (self._taken + 1) * size > budget:
                 return None
             self._taken += 1

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
-from shardkeep.contracts import Buffer
 from shardkeep.settings import PAGE
+from shardkeep.stores.contract import Buffer
 from shardkeep.stores.local import syscalls
 from shardkeep.stores.local.buffers import AT_ONCE, after
 from shardkeep.stores.local.descriptors import opened
@@ -96,7 +96,7 @@ class _NewFile:
 
 
 class LocalSink(_NewFile):
-    """See `contracts.Sink`."""
+    """See `stores.contract.Sink`."""
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
@@ -109,7 +109,7 @@ class LocalSink(_NewFile):
 
 
 class LocalTarget(_NewFile):
-    """See `contracts.Target`. Its space is reserved when it is made.
+    """See `stores.contract.Target`. Its space is reserved when it is made.
 
     Args:
         path: of the file; it must not exist.

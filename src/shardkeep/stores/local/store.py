@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.contracts import Buffer, Store
+from shardkeep.stores.contract import Buffer, Store
 from shardkeep.stores.local import direct_reads
 from shardkeep.stores.local.descriptors import opened
 from shardkeep.stores.local.error_names import naming

@@ -1,0 +1,32 @@
+"""What the writing of files needs from its caller: bytes, and the frame around them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shardkeep.types import I64
+
+__all__ = ["Codec", "Payloads"]
+
+
+class Payloads(Protocol):
+    """The bytes of many payloads, wherever they are. Safe to use from several threads."""
+
+    addresses: I64
+    """[N] where each payload lies in memory, all of it in order; 0 for one that does not."""
+
+    def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
+        """Copy bytes of one payload, one or more, from its byte `start` on, to an address."""
+        ...
+
+
+class Codec(Protocol):
+    """Wraps one payload as an item of the checkpoint's format, in one pass over its bytes."""
+
+    def head(self, position: int) -> bytes:
+        """What goes before the payload, for an item that starts at `position` of its file."""
+        ...
+
+    def tail(self, position: int, crc: int) -> bytes:
+        """What goes after the payload, given its CRC-32."""
+        ...
