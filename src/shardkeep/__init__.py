@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
-from shardkeep.version import __version__
+from shardkeep.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from shardkeep.checkpoint.reader import Checkpoint, open
@@ -89,7 +89,6 @@ __all__ = [
     "TensorInfo",
     "Untrusted",
     "VerifyReport",
-    "__version__",
     "async_save",
     "load",
     "open",
@@ -113,4 +112,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

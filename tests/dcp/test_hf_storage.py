@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.stores.local.store import LocalSink
+from shardkeep.stores.local.store import LocalSink, LocalStore
 from support import dcp_hf
 from support.dcp_hf import Parts, dtypes
 from support.scenarios import same, values
@@ -314,13 +314,13 @@ def test_only_the_bytes_that_are_wanted_are_read(tmp_path, monkeypatch):
         {"w": torch.arange(1 << 20), "v": torch.ones(1 << 20)}, storage_writer=Writer(tmp_path)
     )
     read = []
-    in_steps = sk.stores.local.LocalStore.read_steps
+    in_steps = LocalStore.read_steps
 
     def counted(self, name, offset, buffer, step, **more):
         read.append(buffer.nbytes)
         return in_steps(self, name, offset, buffer, step, **more)
 
-    monkeypatch.setattr(sk.stores.local.LocalStore, "read_steps", counted)
+    monkeypatch.setattr(LocalStore, "read_steps", counted)
     part = Parts.of(torch.zeros(1 << 20, dtype=torch.int64), [((1000,), (50,))])
     dcp.load({"w": part}, storage_reader=Reader(tmp_path))
     assert part.plain[1000:1050].tolist() == list(range(1000, 1050))

@@ -29,7 +29,10 @@ from shardkeep.coordination.solo import Solo
 from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.bridge.full_state import read_whole
 from shardkeep.dcp.bridge.trust import trusted
-from shardkeep.dcp.default_planner import DefaultLoadPlanner
+from shardkeep.dcp.default_planner import (
+    DefaultLoadPlanner,
+    _EmptyStateDictLoadPlanner,  # noqa: F401 - as in torch's module: others take it from here
+)
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter  # noqa: F401 - the same
 from shardkeep.dcp.reexports import rest_of
 from shardkeep.dcp.state_dict_loader import _load_state_dict  # noqa: F401 - the same
