@@ -97,7 +97,7 @@ def check_max_host_memory(given: object) -> None:
     if given is None:
         return
     if isinstance(given, bool) or not isinstance(given, Integral) or given < 1:
-        raise ValueError(f"host_budget must be a number of bytes, 1 or more, not {given!r}")
+        raise ValueError(f"max_host_memory must be a number of bytes, 1 or more, not {given!r}")
 
 
 def ranks_here(size: int) -> int:

@@ -319,7 +319,7 @@ def save_replicas(ranks, path, balance_replicas):
     )
 
 
-@pytest.mark.parametrize(("spread", "ranks"), [(True, {0, 1, 2}), (False, {0})])
+@pytest.mark.parametrize(("balance_replicas", "ranks"), [(True, {0, 1, 2}), (False, {0})])
 def test_who_writes_replicas(tmp_path, balance_replicas, ranks):
     simulated_ranks.run(3, save_replicas, tmp_path, balance_replicas)
     assert {int(path.name.split("_")[2]) for path in tmp_path.glob("*.distcp")} == ranks
@@ -347,12 +347,12 @@ MODULE = torch.nn.Linear(2, 2)
         ({}, {"files": 0}, ValueError, "files=0 can't be: 1 or more"),
         ({}, {"files": -3}, ValueError, "files=-3 can't be: 1 or more"),
         ({}, {"max_host_memory": "64MB"}, ValueError, "a number of bytes, 1 or more, not '64MB'"),
-        ({}, {"max_host_memory": 0}, ValueError, "host_budget must be a number of bytes, .* not 0"),
+        ({}, {"max_host_memory": 0}, ValueError, "max_host_memory must be .* not 0"),
         (
             {},
             {"max_host_memory": -1},
             ValueError,
-            "host_budget must be a number of bytes, .* not -1",
+            "max_host_memory must be a number of bytes, .* not -1",
         ),
         ({}, {"max_host_memory": 2e9}, ValueError, "a number of bytes, .* not 2000000000.0"),
         ({}, {"max_host_memory": True}, ValueError, "a number of bytes, .* not True"),

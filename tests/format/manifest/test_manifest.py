@@ -133,7 +133,7 @@ def test_an_outline_reads_no_columns_of_chunks():
     index.chunks.payload[1:] += index.chunks.length[0]
     blocks[1:] = len(noise)
     columns = {name: getattr(index.chunks, name) for name in Chunks.__slots__}
-    chunks = Chunks(**{**columns, "block": blocks, "digests": noise})
+    chunks = Chunks(**{**columns, "block": blocks, "checksums": noise})
     big = Index(
         index.files,
         tensors,

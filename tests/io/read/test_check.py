@@ -180,7 +180,7 @@ def test_what_lies_beside_a_bad_sector_is_not_named(at, blocks):
     broken[500] ^= 1
     for number, nbytes in enumerate(sizes):
         part = data[first : first + nbytes]
-        known = {"digests": block_checksums(part)} if blocks else {"crc": zlib.crc32(part)}
+        known = {"checksums": block_checksums(part)} if blocks else {"crc": zlib.crc32(part)}
         payloads.append(Payload(f"t{number}", "f", first, nbytes, **known))
         first += nbytes
     found = verify_payloads(BadSector(bytes(broken), at), payloads, threads=1)

@@ -66,7 +66,7 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
         places = Places(payloads, nbytes)
         source = stage(payloads, places, aligned(places.nbytes), threads=staged)
         payloads.copy = payloads.addresses = None  # not looked at again
-        how = {"in_place": True, "digests": source.checksums}
+        how = {"in_place": True, "checksums": source.checksums}
     return payloads, images_of(names, nbytes, kind, framings, source, crcs, window, **how)
 
 

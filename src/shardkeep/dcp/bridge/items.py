@@ -117,10 +117,10 @@ def write_containers(
         elif one.dtype is not None:
             more |= {"dtype": one.dtype.name, "sizes": one.sizes}
             if one.transforms:
-                more["digests"] = one.checksums
+                more["checksums"] = one.checksums
             else:
                 blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
-                more["digests"] = blocks.astype("<u4").tobytes()
+                more["checksums"] = blocks.astype("<u4").tobytes()
                 more["payload"] = int(written.payload[row]) - start
         results.append(result(one.item, written.files[written.file[row]], start, length, **more))
     return results

@@ -59,7 +59,7 @@ def write_tensor_files(
             else:
                 blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
                 more = {"dtype": part.dtype.name, "sizes": part.sizes, "payload": 0}
-                more["digests"] = blocks.astype("<u4").tobytes()
+                more["checksums"] = blocks.astype("<u4").tobytes()
             start = int(written.payload[row])
             results.append(result(part.item, file, start, part.data.nbytes, **more))
     return results

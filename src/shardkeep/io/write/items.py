@@ -262,6 +262,6 @@ def _written(done: Mapping[str, _Rows]) -> Written:
         length=column("length", np.int64),
         payload=column("payload", np.int64),
         block=block,
-        checksums=column("digests", np.uint32),
+        checksums=column("checksums", np.uint32),
         crc=column("crc", np.uint32),
     )
