@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as stock
 import shardkeep as sk
 from shardkeep.checkpoint import commit
 from shardkeep.coordination import detect_ranks
-from shardkeep.engine.negotiate import own, report
+from shardkeep.engine.negotiate import negotiate_writers, report
 from shardkeep.io.write.items import Written
 from shardkeep.stores import MemoryStore
 from shardkeep.torch_state.describe import describe_state
@@ -64,7 +64,7 @@ def settled(count: int) -> Callable[[], None]:
 
     def run() -> None:
         with detect_ranks(None).session("save", "memory") as session:
-            order = own(session, claim, lambda: None)
+            order = negotiate_writers(session, claim, lambda: None)
             index = report(session, order, written(len(order.pieces)))
             assert index is not None
             commit.publish(MemoryStore(), order.save_id, index, {})
