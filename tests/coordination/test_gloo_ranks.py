@@ -173,12 +173,15 @@ def by_collectives(rank: int, size: int) -> list[Any]:
     ends = sessions.failure(ranks, 2)
     half = GroupRanks(dist, [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2])
     stranger = sessions.strangers(ranks)
-    return [talked, ends, sessions.conversation(half, [5]), stranger]
+    with ranks.session("load", "run/step") as session:
+        together = session.ranks_on_this_host()
+    return [talked, ends, sessions.conversation(half, [5]), stranger, together]
 
 
 def test_collectives(gloo: Pool) -> None:
-    for rank, (talked, rounds, half, stranger) in enumerate(gloo.run(by_collectives)):
+    for rank, (talked, rounds, half, stranger, together) in enumerate(gloo.run(by_collectives)):
         assert talked == half == "done"
+        assert together == 4
         for where, (first, later) in zip(sessions.PHASES, rounds, strict=True):
             assert first["end"] == ("raised" if rank == 2 else "told")
             if rank != 2:

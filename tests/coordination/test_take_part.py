@@ -25,6 +25,7 @@ def test_solo_session() -> None:
         assert isinstance(session, Solo().session("save", "x").__class__)
         assert (session.rank, session.size) == (0, 1)
         session.phase("write")
+        assert session.ranks_on_this_host() == 1
         assert session.gather(b"a") == [b"a"]
         assert session.scatter([b"b"]) == b"b"
         assert session.broadcast(b"c") == b"c"

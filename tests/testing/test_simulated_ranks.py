@@ -311,6 +311,31 @@ def test_other_jobs_in_the_same_store_do_not_meet() -> None:
     assert results["b"][0] == [b"b"] * 3
 
 
+# --- hosts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hosts", ["aaaa", "abcd", "abba", "aaab"])
+def test_every_rank_knows_how_many_ranks_share_its_host(
+    hosts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No launcher says it where `srun` or `mpirun` started the job: LOCAL_WORLD_SIZE is missing."""
+
+    def scenario(ranks: Ranks) -> int:
+        with ranks.session("load", "run/step") as session:
+            return session.ranks_on_this_host()
+
+    keys = MemoryKeys()
+    names = dict(zip(range(len(hosts)), hosts, strict=True))
+    monkeypatch.setattr(
+        KeySession,
+        "_host",
+        property(lambda session: names[session.rank], lambda *_: None),
+        raising=False,
+    )
+    assert run(4, scenario, keys=keys, timing=CALM) == [hosts.count(host) for host in hosts]
+    assert len(keys) == 0
+
+
 # --- the store itself -----------------------------------------------------------------------------
 
 

@@ -37,6 +37,14 @@ class Session(Protocol):
         """The name of the host that a rank of this session runs on."""
         ...
 
+    def ranks_on_this_host(self) -> int:
+        """The number of ranks of this session, this one included, that run on this rank's host.
+
+        Costs no message of its own, but waits until all ranks have entered the session. Call it
+        inside the `with` block, on any rank, as often as needed.
+        """
+        ...
+
     def gather(self, message: bytes) -> list[bytes] | None:
         """Every rank's message, in rank order, on the coordinator; None elsewhere."""
         ...

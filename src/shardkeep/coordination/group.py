@@ -77,6 +77,9 @@ class GroupSession(Session):
     def host(self, rank: int) -> str:
         return self._hosts[rank]
 
+    def ranks_on_this_host(self) -> int:
+        return self._hosts.count(self._hosts[self._rank])
+
     def gather(self, message: bytes) -> list[bytes] | None:
         self._round("gather")
         out: list[Any] | None = None if self._rank else [None] * self.size

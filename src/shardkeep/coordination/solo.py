@@ -40,6 +40,9 @@ class SoloSession(Session):
     def host(self, rank: int) -> str:
         return socket.gethostname()
 
+    def ranks_on_this_host(self) -> int:
+        return 1
+
     def gather(self, message: bytes) -> list[bytes]:
         return [message]
 

@@ -2,7 +2,8 @@
 
 **Meeting.** Each rank announces a random word of its own under a key of (scope, members, work,
 path). The coordinator makes a random id for the session and answers each word with it; everything
-else happens under that id. So nothing is counted: a session that some ranks never entered, or that
+else happens under that id. With its word a rank says its host; the coordinator publishes how many
+ranks each host has. So nothing is counted: a session that some ranks never entered, or that
 failed half-way on some of them, leaves nothing that a later one could mistake for its own. A word
 is written and removed only by its rank, and answered under a key of its own, so an answer to an
 earlier try of a rank is never read by a later one. The answered rank's first sign of life tells
@@ -31,6 +32,7 @@ import hashlib
 import json
 import socket
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -59,6 +61,11 @@ _GLANCE = 0.5
 class _Answered(NamedTuple):
     word: bytes
     at: float
+
+    @property
+    def host(self) -> str:
+        """The host that the rank named beside its random token."""
+        return self.word.decode().partition(" ")[2] or _NOWHERE
 
 
 class KeySession(Session):
@@ -103,6 +110,7 @@ class KeySession(Session):
         self._step = 0
         self._posted: list[str] = []
         self._answered: dict[int, _Answered] = {}
+        self._ranks_per_host: dict[str, int] | None = None
         self._absent = False
         self._blamed: int | None = None
 
@@ -139,6 +147,16 @@ class KeySession(Session):
             if (sign := self._sign_of(rank)) is not None:
                 return sign.host
         return _NOWHERE
+
+    def ranks_on_this_host(self) -> int:
+        if not self._id:
+            raise RuntimeError("use a session in a with block")
+        if self._ranks_per_host is None:
+            key = f"{self._id}/hosts"
+            with self._reporting():
+                self._wait(key, 0)
+                self._ranks_per_host = json.loads(self._keys.get(key))
+        return self._ranks_per_host[self._host]
 
     # --- talking ---------------------------------------------------------------------------------
 
@@ -287,10 +305,10 @@ class KeySession(Session):
         return self
 
     def _come(self) -> None:
-        word = token_hex(16)
-        own, answer = f"{self._base}/word/{self._rank}", f"{self._base}/answer/{word}"
+        token = token_hex(16)
+        own, answer = f"{self._base}/word/{self._rank}", f"{self._base}/answer/{token}"
         missed = f"{self._base}/missed/{self._rank}"
-        self._keys.set(own, word.encode())
+        self._keys.set(own, f"{token} {self._host}".encode())
         try:
             found = self._keys.wait([missed, answer], self._timing.deadline + _LATER)
             if found is None:
@@ -319,6 +337,10 @@ class KeySession(Session):
             self._answer(rank)
         for rank in range(1, self.size):
             self._admit(rank, end)
+        hosts = [self._host, *(answered.host for answered in self._answered.values())]
+        self._ranks_per_host = Counter(hosts)
+        self._keys.set(f"{self._id}/hosts", json.dumps(self._ranks_per_host).encode())
+        self._posted.append(f"{self._id}/hosts")
 
     def _admit(self, rank: int, end: float) -> None:
         """Answer a rank until it has come in; again, if it has given up and come anew."""
@@ -343,7 +365,7 @@ class KeySession(Session):
         answered = self._answered.get(rank)
         if word is None or (answered is not None and answered.word == word):
             return
-        answer = f"{self._base}/answer/{word.decode()}"
+        answer = f"{self._base}/answer/{word.decode().partition(' ')[0]}"
         self._keys.set(answer, json.dumps([self._id, self._host]).encode())
         self._posted.append(answer)
         self._answered[rank] = _Answered(word, monotonic())
