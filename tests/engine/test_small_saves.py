@@ -21,7 +21,7 @@ import shardkeep as sk
 from shardkeep.checkpoint import commit
 from shardkeep.coordination import detect_ranks
 from shardkeep.engine.negotiate import negotiate_writers, report
-from shardkeep.io.write.items import Written
+from shardkeep.io.write.written import Written
 from shardkeep.stores import MemoryStore
 from shardkeep.torch_state.describe import describe_state
 from shardkeep.torch_state.payloads import StatePayloads

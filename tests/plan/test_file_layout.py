@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkeep.plan.file_layout import lay_out, least_in_place, smallest_window
+from shardkeep.plan.file_layout import MIN_IN_PLACE_BYTES, MIN_WINDOW_BYTES, lay_out
 from shardkeep.settings import ALIGNMENT, BLOCK, PAGE
 from shardkeep.types import Frame
 
@@ -60,7 +60,7 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks):
     ]
     nbytes = np.array([n for n, *_ in items], dtype=np.int64)
     past = np.array([at * ALIGNMENT for *_, at in items], dtype=np.int64)
-    past[nbytes < least_in_place] = 0
+    past[nbytes < MIN_IN_PLACE_BYTES] = 0
     kind = np.array([which for _, which, _ in items], dtype=np.int64)
     items = [(size, kinds[which]) for size, which, _ in items]
     layout = lay_out(nbytes, kind, kinds, past, window)
@@ -112,7 +112,7 @@ def test_large_items_come_first_then_small_ones_by_kind_and_bare_ones_last():
     nbytes = np.array([5, 3 * BLOCK, 7, 2 * BLOCK, 9, 4, 5])
     kind = np.array([1, 1, 2, 0, 0, 1, 0])
     kinds = [Framing(10, 10), Framing(20, 10), None]
-    layout = lay_out(nbytes, kind, kinds, np.zeros(7, np.int64), smallest_window)
+    layout = lay_out(nbytes, kind, kinds, np.zeros(7, np.int64), MIN_WINDOW_BYTES)
     assert layout.order.tolist() == [1, 3, 4, 6, 0, 5, 2]
 
 
@@ -138,6 +138,6 @@ def test_a_window_too_small_to_cut_is_refused():
 
 
 def test_a_payload_without_a_place_to_cut_starts_at_a_page():
-    nbytes, past = np.array([least_in_place, least_in_place - 1]), np.array([64, 64])
+    nbytes, past = np.array([MIN_IN_PLACE_BYTES, MIN_IN_PLACE_BYTES - 1]), np.array([64, 64])
     with pytest.raises(ValueError, match="a payload of less than 524288 bytes has no place to cut"):
-        lay_out(nbytes, np.zeros(2, np.int64), [Framing(10, 10)], past, smallest_window)
+        lay_out(nbytes, np.zeros(2, np.int64), [Framing(10, 10)], past, MIN_WINDOW_BYTES)

@@ -20,7 +20,7 @@ from shardkeep.errors import AlreadyExists, Conflict, ShardkeepError
 from shardkeep.format.messages.claims import outline, pack_claim, unpack_claim
 from shardkeep.format.messages.columns import pack, unpack
 from shardkeep.format.texts import from_json, to_json
-from shardkeep.io.write.items import Written, take_blocks
+from shardkeep.io.write.written import Written, take_blocks
 from shardkeep.plan.assign_writers import WritePlan, assign_writers
 from shardkeep.types import I64, Chunks, Claim, Index, Objects
 

@@ -35,11 +35,12 @@ from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.io.arena import Arena, roomy
 from shardkeep.io.checksums import crc32
 from shardkeep.io.contract import Payloads
-from shardkeep.io.write.image import Checksums, Image, images_of, of_memory, written_in
-from shardkeep.io.write.place import copiers, placed, write_images, writers
-from shardkeep.io.write.staging import Places, stage
+from shardkeep.io.write.files import choose_writers, copy_threads, open_targets, write_windows
+from shardkeep.io.write.staging import StagingLayout, stage_payloads
+from shardkeep.io.write.windows import BlockChecksums, FileWindows, checksum_memory, lay_out_files
+from shardkeep.io.write.written import collect_written
 from shardkeep.plan.distinct import distinct
-from shardkeep.plan.file_layout import smallest_window
+from shardkeep.plan.file_layout import MIN_WINDOW_BYTES
 from shardkeep.stores import LocalStore, store_at
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.describe import Local, describe_state
@@ -258,7 +259,7 @@ def life(
             yield_gil()
             last = slowest(session, sum(clock.seconds().values()))
             with quiet():
-                written = written_in(images)
+                written = collect_written(images)
             yield_gil()
 
         with commit.undone_on_failure(store, order.save_id, leads=session.rank == 0):
@@ -295,7 +296,7 @@ def _write(
     clock: Clock,
     options: Options,
     made: Callable[[], None],
-) -> list[Image]:
+) -> list[FileWindows]:
     """Write this rank's files, durably: again under other names, if storage refuses what is staged.
 
     The other ranks wait, and need not know.
@@ -303,8 +304,8 @@ def _write(
     budget = options.max_host_memory
     left = settings.max_host_memory_bytes() if budget is None else budget - (payloads.staged or 0)
     beside = payloads.staged is not None
-    threads, window = writers(settings.ranks_here(session.size), left, beside=beside)
-    images: list[Image] = []
+    threads, window = choose_writers(settings.ranks_here(session.size), left, beside=beside)
+    images: list[FileWindows] = []
 
     def once(before: int) -> None:
         clock.phase("write")
@@ -312,8 +313,8 @@ def _write(
         names = [name(number) for number in range(before * count, (before + 1) * count)]
         images[:] = payloads.images(names, window)
         telling = shown(options.progress, session)
-        with placed(store, images) as targets, telling as tell:
-            write_images(targets, images, threads=threads, progress=tell, made=made)
+        with open_targets(store, images) as targets, telling as tell:
+            write_windows(targets, images, threads=threads, progress=tell, made=made)
             clock.phase("sync")
         store.sync()
 
@@ -385,18 +386,18 @@ class _Payloads:
         source = StatePayloads(memory, local.addresses[rows], objects)
         self._on_cuda = any(device.type == "cuda" for device in source.devices)
         self._bytes: Payloads = source
-        self._checksums: Checksums = of_memory
+        self._checksums: BlockChecksums = checksum_memory
         self._lasting = lasting
         self.staged: int | None = None
         """Bytes of memory that they are staged in; None until they are."""
 
     def stage(self, arena: Arena, budget: int | None, ranks_here: int) -> bool:
         """Copy all to memory where it lasts; False if that would take more than the budget."""
-        places = Places(self._bytes, self._nbytes)
-        if budget is not None and places.nbytes + smallest_window > budget:
+        places = StagingLayout(self._bytes, self._nbytes)
+        if budget is not None and places.nbytes + MIN_WINDOW_BYTES > budget:
             return False
         memory = arena.take(places.nbytes, pinned if self._on_cuda else roomy)
-        staged = stage(self._bytes, places, memory, threads=copiers(ranks_here))
+        staged = stage_payloads(self._bytes, places, memory, threads=copy_threads(ranks_here))
         self._bytes, self._checksums = staged, staged.checksums
         self._lasting, self.staged = True, places.nbytes
         return True
@@ -405,10 +406,10 @@ class _Payloads:
         """How many files; by default one, if there is anything to write."""
         return min(1, len(self._kind)) if wanted is None else wanted
 
-    def images(self, names: Sequence[str], window: int) -> list[Image]:
+    def images(self, names: Sequence[str], window: int) -> list[FileWindows]:
         """Of these files, in windows of so many bytes at most."""
         with gc_pause.paused() if self.staged is None else contextlib.nullcontext():
-            return images_of(
+            return lay_out_files(
                 names,
                 self._nbytes,
                 self._kind,

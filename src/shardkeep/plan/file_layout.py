@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from shardkeep.settings import ALIGNMENT, BLOCK, PAGE
 from shardkeep.types import I64, Frame, Framing
 
-__all__ = ["Layout", "lay_out", "least_in_place", "run_ends", "smallest_window"]
+__all__ = ["MIN_IN_PLACE_BYTES", "MIN_WINDOW_BYTES", "FileLayout", "lay_out", "run_ends"]
 
-smallest_window = 4 * BLOCK
+MIN_WINDOW_BYTES = 4 * BLOCK
 """Bytes that a window may be limited to at least, so that there is always a place to cut."""
 
-least_in_place = 2 * BLOCK
+MIN_IN_PLACE_BYTES = 2 * BLOCK
 """Bytes of a payload from which on it may start elsewhere than at a multiple of `PAGE`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class FileLayout:
     """A file of N items, cut into W windows, each of which can be made and written by itself.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layout:
 
 def lay_out(
     nbytes: I64, kind: I64, framings: Sequence[Framing | None], past: I64, window: int
-) -> Layout:
+) -> FileLayout:
     """Lay items out one after the other: large ones first, then small ones by kind, then bare ones.
 
     Payloads of a block and more start at a multiple of `PAGE`, or so many bytes past one as they
@@ -61,16 +61,16 @@ def lay_out(
         kind: [N] which of `framings` makes its frame.
         framings: None where a payload is an item as it is.
         past: [N] bytes past a multiple of `PAGE` where the payload is to start: less than a `PAGE`,
-            a multiple of `ALIGNMENT`, and 0 for payloads of less than `least_in_place`.
-        window: bytes of a window at most, `smallest_window` or more.
+            a multiple of `ALIGNMENT`, and 0 for payloads of less than `MIN_IN_PLACE_BYTES`.
+        window: bytes of a window at most, `MIN_WINDOW_BYTES` or more.
 
     Raises:
         ValueError: the window is too small, or a small payload is to start past a multiple.
     """
-    if window < smallest_window:
-        raise ValueError(f"a window of {window} bytes is less than {smallest_window}")
-    if past[nbytes < least_in_place].any():
-        raise ValueError(f"a payload of less than {least_in_place} bytes has no place to cut")
+    if window < MIN_WINDOW_BYTES:
+        raise ValueError(f"a window of {window} bytes is less than {MIN_WINDOW_BYTES}")
+    if past[nbytes < MIN_IN_PLACE_BYTES].any():
+        raise ValueError(f"a payload of less than {MIN_IN_PLACE_BYTES} bytes has no place to cut")
     bare = np.fromiter((framing is None for framing in framings), np.bool_, len(framings))[kind]
     place = np.where(bare, len(framings), np.where(nbytes < BLOCK, kind, -1))
     order = np.argsort(place, kind="stable")
@@ -134,12 +134,12 @@ class _Items:
         self.count += count
         return int(last[0, 0]) + (count + 1) * length
 
-    def laid_out(self, order: NDArray[np.intp], cuts: Sequence[int]) -> Layout:
+    def laid_out(self, order: NDArray[np.intp], cuts: Sequence[int]) -> FileLayout:
         """The columns in the order of the rows."""
         table = np.empty_like(self._table)
         table[:, order] = self._table
         item, payload, length, frame = table
-        return Layout(
+        return FileLayout(
             nbytes=cuts[-1],
             order=order.astype(np.int64),
             item=item,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.io.arena import aligned
-from shardkeep.io.write.image import LIGHT
-from shardkeep.io.write.staging import Places, stage
+from shardkeep.io.write.staging import StagingLayout, stage_payloads
+from shardkeep.io.write.windows import LIGHT_BYTES
 from shardkeep.settings import BLOCK, PAGE
 
 
@@ -43,7 +43,9 @@ lying = st.lists(
     st.tuples(
         st.one_of(
             st.integers(0, 300),
-            st.sampled_from([LIGHT, LIGHT + 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 5 * BLOCK + 3]),
+            st.sampled_from(
+                [LIGHT_BYTES, LIGHT_BYTES + 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 5 * BLOCK + 3]
+            ),
         ),
         st.one_of(st.none(), st.sampled_from([0, 16, 64, 512, 4032, PAGE - 1])),
     ),
@@ -56,9 +58,9 @@ lying = st.lists(
 def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_before(lying, threads):
     sizes, past = [size for size, _ in lying], [at for _, at in lying]
     source = Memory(sizes, past)
-    places = Places(source, np.array(sizes, np.int64))
+    places = StagingLayout(source, np.array(sizes, np.int64))
     memory = aligned(places.nbytes)
-    staged = stage(source, places, memory, threads=threads)
+    staged = stage_payloads(source, places, memory, threads=threads)
     assert source.asked.tolist() == sizes
 
     wanted = [bytes(data) for data in source.data]
@@ -69,7 +71,7 @@ def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_befo
         copy = ctypes.create_string_buffer(size + 1)
         staged.copy(row, 0, size, ctypes.addressof(copy))
         got.append(copy.raw[:size])
-        if size > LIGHT:
+        if size > LIGHT_BYTES:
             at = int(staged.addresses[row])
             blocks = range(0, size, BLOCK)
             checksums = [zlib.crc32(wanted[row][i : i + BLOCK]) for i in blocks]
@@ -97,6 +99,6 @@ def test_a_payload_that_can_not_be_had_is_told(monkeypatch):
         raise RuntimeError(f"no memory at {start}")
 
     monkeypatch.setattr(source, "copy", broken)
-    places = Places(source, np.array([100, 3 * BLOCK, 200], np.int64))
+    places = StagingLayout(source, np.array([100, 3 * BLOCK, 200], np.int64))
     with pytest.raises(RuntimeError, match="no memory at"):
-        stage(source, places, aligned(places.nbytes), threads=2)
+        stage_payloads(source, places, aligned(places.nbytes), threads=2)

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from shardkeep.io.checksums import crc32, whole_crc
 from shardkeep.io.contract import Codec
 from shardkeep.io.pool import parallel
+from shardkeep.io.write.written import Written, take_blocks
 from shardkeep.plan.packing import pack
 from shardkeep.settings import BLOCK
 from shardkeep.stores.contract import Sink, Store
 from shardkeep.types import I64
 
-__all__ = ["Bare", "Item", "Written", "take_blocks", "write_items", "write_packed"]
+__all__ = ["Bare", "Item", "write_items", "write_packed"]
 
 _Bytes = memoryview | NDArray[Any]
 
@@ -47,27 +48,6 @@ class Bare:
 
     def tail(self, position: int, crc: int) -> bytes:
         return b""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Written:
-    """Where N items went, in the order in which files and items were given."""
-
-    files: tuple[str, ...]
-    file: NDArray[np.int32]
-    """[N] position in `files`."""
-    item: I64
-    """[N] where the item starts, in bytes."""
-    length: I64
-    """[N] bytes of the item."""
-    payload: I64
-    """[N] where the payload starts in the file, in bytes."""
-    block: I64
-    """[N + 1] rows block[i]:block[i + 1] of `checksums` belong to item i."""
-    checksums: NDArray[np.uint32]
-    """CRC-32 of each block of `BLOCK` bytes of a payload."""
-    crc: NDArray[np.uint32]
-    """[N] CRC-32 of the whole payload."""
 
 
 def write_packed(
@@ -111,25 +91,6 @@ def _take(written: Written, rows: I64) -> Written:
         checksums=checksums,
         crc=written.crc[rows],
     )
-
-
-def take_blocks(
-    counts: I64, checksums: NDArray[np.uint32], rows: I64
-) -> tuple[I64, NDArray[np.uint32]]:
-    """The checksums of these rows, one after the other, and where each row's begin.
-
-    Args:
-        counts: [N] how many checksums each row has.
-        checksums: [sum of counts] those of all rows.
-        rows: [M] the rows wanted.
-
-    Returns:
-        [M + 1] where the checksums of each begin, and the digests.
-    """
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-    block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[rows])])
-    inside = np.arange(int(block[-1])) - np.repeat(block[:-1], counts[rows])
-    return block, checksums[np.repeat(starts[rows], counts[rows]) + inside]
 
 
 def write_items(store: Store, files: Mapping[str, Sequence[Item]], *, threads: int) -> Written:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from shardkeep.io.checksums import crc32_blocks
 from shardkeep.io.contract import Payloads
 from shardkeep.io.pool import parallel
-from shardkeep.io.write.image import LIGHT, STEP
-from shardkeep.plan.file_layout import least_in_place
+from shardkeep.io.write.windows import LIGHT_BYTES, STEP_BYTES
+from shardkeep.plan.file_layout import MIN_IN_PLACE_BYTES
 from shardkeep.settings import ALIGNMENT, BLOCK, PAGE
 from shardkeep.types import I64
 
-__all__ = ["Places", "Staged", "stage"]
+__all__ = ["StagedPayloads", "StagingLayout", "stage_payloads"]
 
 _JOB = 8 << 20
 """Bytes that a thread copies before it looks for more: all threads end at about the same time."""
@@ -25,7 +25,7 @@ _JOB_LIGHT = 1024
 """Light payloads that it copies before it looks for more."""
 
 
-class Places:
+class StagingLayout:
     """Where each of N payloads goes in memory that starts at a page.
 
     Large ones lie as far past a page as where they come from: so they do in files, too
@@ -37,7 +37,7 @@ class Places:
     """
 
     def __init__(self, payloads: Payloads, nbytes: I64) -> None:
-        large = nbytes >= least_in_place
+        large = nbytes >= MIN_IN_PLACE_BYTES
         past = np.zeros_like(nbytes)
         past[large] = payloads.addresses[large] % PAGE
         past[past % ALIGNMENT != 0] = 0
@@ -55,7 +55,7 @@ class Places:
         """Bytes of memory that it takes."""
 
 
-class Staged(Payloads):
+class StagedPayloads(Payloads):
     """Payloads that have been copied to memory where nothing changes them.
 
     Args:
@@ -63,7 +63,7 @@ class Staged(Payloads):
         places: of each.
     """
 
-    def __init__(self, memory: NDArray[np.uint8], places: Places) -> None:
+    def __init__(self, memory: NDArray[np.uint8], places: StagingLayout) -> None:
         self._memory = memory
         self.addresses = memory.ctypes.data + places.starts
         self._addresses: list[int] = self.addresses.tolist()
@@ -78,16 +78,16 @@ class Staged(Payloads):
 
     def checksums(self, row: int, start: int, nbytes: int, address: int) -> list[int]:
         """CRC-32 of each block of some bytes of a payload, as taken when it was copied; of those of
-        more than `LIGHT` bytes (`io.image.Digests`).
+        more than `LIGHT_BYTES` bytes (`io.write.windows.BlockChecksums`).
         """
         first = self._first[row] + start // BLOCK
         return self._checksums[first : first + -(-nbytes // BLOCK)]
 
     def receive(self, payloads: Payloads, row: int, start: int, stop: int) -> None:
         """Copy bytes of a payload to here, in steps that are in the cache for their digests."""
-        here, light = self._addresses[row], self._sizes[row] <= LIGHT
-        for at in range(start, stop, STEP):
-            nbytes = min(STEP, stop - at)
+        here, light = self._addresses[row], self._sizes[row] <= LIGHT_BYTES
+        for at in range(start, stop, STEP_BYTES):
+            nbytes = min(STEP_BYTES, stop - at)
             payloads.copy(row, at, nbytes, here + at)
             if not light:
                 found = crc32_blocks(here + at, nbytes)
@@ -95,7 +95,9 @@ class Staged(Payloads):
                 self._checksums[first : first + len(found)] = found
 
 
-def stage(payloads: Payloads, places: Places, memory: NDArray[np.uint8], *, threads: int) -> Staged:
+def stage_payloads(
+    payloads: Payloads, places: StagingLayout, memory: NDArray[np.uint8], *, threads: int
+) -> StagedPayloads:
     """Copy payloads.
 
     Args:
@@ -106,7 +108,7 @@ def stage(payloads: Payloads, places: Places, memory: NDArray[np.uint8], *, thre
 
     Raises: whatever the payloads raise.
     """
-    staged = Staged(memory, places)
+    staged = StagedPayloads(memory, places)
 
     def worker(mine: Iterator[Sequence[tuple[int, int, int]]]) -> None:
         for job in mine:
@@ -119,7 +121,10 @@ def stage(payloads: Payloads, places: Places, memory: NDArray[np.uint8], *, thre
 
 def _jobs(sizes: I64) -> list[list[tuple[int, int, int]]]:
     """What there is to copy: rows, and which bytes of them."""
-    heavy, light = np.flatnonzero(sizes > LIGHT), np.flatnonzero((sizes > 0) & (sizes <= LIGHT))
+    heavy, light = (
+        np.flatnonzero(sizes > LIGHT_BYTES),
+        np.flatnonzero((sizes > 0) & (sizes <= LIGHT_BYTES)),
+    )
     jobs = []
     for row, size in zip(heavy.tolist(), sizes[heavy].tolist(), strict=True):
         jobs += [[(row, at, min(at + _JOB, size))] for at in range(0, size, _JOB)]

@@ -13,26 +13,26 @@ import numpy as np
 from shardkeep import settings
 from shardkeep.io.arena import aligned
 from shardkeep.io.pool import Meter, parallel
-from shardkeep.io.write.image import Image
-from shardkeep.plan.file_layout import smallest_window
+from shardkeep.io.write.windows import FileWindows
+from shardkeep.plan.file_layout import MIN_WINDOW_BYTES
 from shardkeep.settings import PAGE
 from shardkeep.stores.contract import Placing, Sink, Store, Target
 from shardkeep.types import Progress
 
-__all__ = ["Writers", "copiers", "placed", "write_images", "writers"]
+__all__ = ["WriterSettings", "choose_writers", "copy_threads", "open_targets", "write_windows"]
 
 _WRITE = 16 << 20
 """Bytes of one write at most: a busy interpreter delays a thread once for each."""
 
 
-class Writers(NamedTuple):
+class WriterSettings(NamedTuple):
     """How files are written: by so many threads, in windows of at most so many bytes."""
 
     threads: int
     window: int
 
 
-def writers(ranks_here: int, budget: int, *, beside: bool = False) -> Writers:
+def choose_writers(ranks_here: int, budget: int, *, beside: bool = False) -> WriterSettings:
     """What is fastest for so many ranks of one machine, within a budget of bytes for each.
 
     As measured on 2 cores: 2 threads in one process, 1 in each of 4 (docs/decisions, "How bytes are
@@ -44,12 +44,12 @@ def writers(ranks_here: int, budget: int, *, beside: bool = False) -> Writers:
     """
     most = 1 if beside else 4
     threads = settings.write_threads() or _clamp(settings.cores() // ranks_here, 1, most)
-    threads = _clamp(budget // smallest_window, 1, threads)
+    threads = _clamp(budget // MIN_WINDOW_BYTES, 1, threads)
     share = budget // threads // PAGE * PAGE
-    return Writers(threads, _clamp(share, smallest_window, _WRITE))
+    return WriterSettings(threads, _clamp(share, MIN_WINDOW_BYTES, _WRITE))
 
 
-def copiers(ranks_here: int) -> int:
+def copy_threads(ranks_here: int) -> int:
     """Threads that fill the memory's bandwidth, together with those of the other ranks here."""
     return _clamp(settings.cores() // ranks_here, 1, 8)
 
@@ -59,7 +59,7 @@ def _clamp(value: int, low: int, high: int) -> int:
 
 
 @contextlib.contextmanager
-def placed(store: Store, images: Sequence[Image]) -> Iterator[list[Target]]:
+def open_targets(store: Store, images: Sequence[FileWindows]) -> Iterator[list[Target]]:
     """New files for the images, with their space reserved; durable when the block is left.
 
     `store.sync()`, for the names of the files, is the caller's. After an error none is left.
@@ -71,7 +71,7 @@ def placed(store: Store, images: Sequence[Image]) -> Iterator[list[Target]]:
         yield [stack.enter_context(_target(store, image)) for image in images]
 
 
-def _target(store: Store, image: Image) -> Target:
+def _target(store: Store, image: FileWindows) -> Target:
     if isinstance(store, Placing):
         return store.reserve(image.name, image.layout.nbytes)
     return _InOrder(store.create(image.name), image.layout.nbytes)
@@ -106,11 +106,11 @@ class _Job(NamedTuple):
     """Windows of one file that one thread has to make and write, in this order."""
 
     target: Target
-    image: Image
+    image: FileWindows
     windows: range
 
 
-def _jobs(targets: Sequence[Target], images: Sequence[Image]) -> list[_Job]:
+def _jobs(targets: Sequence[Target], images: Sequence[FileWindows]) -> list[_Job]:
     """A job for each window of a file; one for all of them where it is written in order."""
     jobs = []
     for target, image in zip(targets, images, strict=True):
@@ -122,9 +122,9 @@ def _jobs(targets: Sequence[Target], images: Sequence[Image]) -> list[_Job]:
     return jobs
 
 
-def write_images(
+def write_windows(
     targets: Sequence[Target],
-    images: Sequence[Image],
+    images: Sequence[FileWindows],
     *,
     threads: int,
     progress: Progress | None = None,
@@ -133,7 +133,7 @@ def write_images(
     """Make all windows of the images and write each at once.
 
     Args:
-        targets: as `placed` gives them.
+        targets: as `open_targets` gives them.
         images: what goes into them.
         threads: how many make and write windows, each in a buffer of its own.
         progress: told how many bytes of the files are written.
@@ -172,7 +172,7 @@ def write_images(
 class _Left:
     """Counts the windows that are still to be made."""
 
-    def __init__(self, images: Sequence[Image], then: Callable[[], None] | None) -> None:
+    def __init__(self, images: Sequence[FileWindows], then: Callable[[], None] | None) -> None:
         self._count, self._then = sum(image.windows for image in images), then
         self._lock = Lock()
         if not self._count:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.io.arena import aligned
-from shardkeep.io.write.image import LIGHT, images_of, written_in
-from shardkeep.io.write.place import placed, write_images
-from shardkeep.io.write.staging import Places, stage
+from shardkeep.io.write.files import open_targets, write_windows
+from shardkeep.io.write.staging import StagingLayout, stage_payloads
+from shardkeep.io.write.windows import LIGHT_BYTES, lay_out_files
+from shardkeep.io.write.written import collect_written
 from shardkeep.settings import BLOCK, PAGE
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.types import DType
@@ -63,16 +64,16 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
     nbytes = np.array(sizes, np.int64)
     source, how = payloads, {"in_place": in_place}
     if staged:
-        places = Places(payloads, nbytes)
-        source = stage(payloads, places, aligned(places.nbytes), threads=staged)
+        places = StagingLayout(payloads, nbytes)
+        source = stage_payloads(payloads, places, aligned(places.nbytes), threads=staged)
         payloads.copy = payloads.addresses = None  # not looked at again
         how = {"in_place": True, "checksums": source.checksums}
-    return payloads, images_of(names, nbytes, kind, framings, source, crcs, window, **how)
+    return payloads, lay_out_files(names, nbytes, kind, framings, source, crcs, window, **how)
 
 
 def check(store, images, payloads, bare):
     """Every item is where the columns say, bit for bit, with the checksums that they hold."""
-    written = written_in(images)
+    written = collect_written(images)
     ends = dict.fromkeys(written.files, 0)
     for row, data in enumerate(map(bytes, payloads.data)):
         name = written.files[written.file[row]]
@@ -112,11 +113,11 @@ def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, 
     store = MemoryStore()
     if "order" not in way:
         store = LocalStore(tmp_path_factory.mktemp("image"), direct=way != "buffered")
-    with placed(store, images) as targets:
-        write_images(targets, images, threads=threads)
+    with open_targets(store, images) as targets:
+        write_windows(targets, images, threads=threads)
     check(store, images, payloads, bare)
     once = zip(payloads.copied.tolist(), nbytes, strict=True)
-    assert all(copied == size or (not copied and size <= LIGHT) for copied, size in once)
+    assert all(copied == size or (not copied and size <= LIGHT_BYTES) for copied, size in once)
 
 
 @settings(max_examples=60)
@@ -148,10 +149,10 @@ def test_large_payloads_lie_in_files_as_in_memory_and_are_written_from_there(
     store = MemoryStore()
     if way != "in order":
         store = LocalStore(tmp_path_factory.mktemp("image"), direct=way != "buffered")
-    with placed(store, images) as targets:
-        write_images(targets, images, threads=threads)
+    with open_targets(store, images) as targets:
+        write_windows(targets, images, threads=threads)
     check(store, images, payloads, ())
-    places = written_in(images).payload.tolist()
+    places = collect_written(images).payload.tolist()
     for size, at, place, copied in zip(sizes, past, places, payloads.copied.tolist(), strict=True):
         known = size >= 2 * BLOCK and at is not None and at % 64 == 0
         if known:
@@ -159,7 +160,7 @@ def test_large_payloads_lie_in_files_as_in_memory_and_are_written_from_there(
         if known and in_place:
             assert copied < 2 * PAGE  # its ends, on pages that it shares with something else
         else:  # light ones are picked up, many at once
-            assert copied == size or (at is not None and not copied and size <= LIGHT)
+            assert copied == size or (at is not None and not copied and size <= LIGHT_BYTES)
 
 
 def test_a_light_payload_that_a_window_begins_with_has_its_digest_when_staged():
@@ -167,8 +168,8 @@ def test_a_light_payload_that_a_window_begins_with_has_its_digest_when_staged():
     payloads, images = made([BLOCK - 1, BLOCK - 1, 1, BLOCK - 2, BLOCK - 2], staged=1)
     assert images[0].layout.payload[2] in images[0].layout.cuts
     store = MemoryStore()
-    with placed(store, images) as targets:
-        write_images(targets, images, threads=1)
+    with open_targets(store, images) as targets:
+        write_windows(targets, images, threads=1)
     check(store, images, payloads, ())
 
 
@@ -190,30 +191,30 @@ def test_light_payloads_alike_are_made_together(runs, step, nowhere, staged, fil
     payloads.lie(past)
     _, images = made(sizes, files=files, payloads=payloads, staged=staged)
     store = MemoryStore()
-    with placed(store, images) as targets:
-        write_images(targets, images, threads=2)
+    with open_targets(store, images) as targets:
+        write_windows(targets, images, threads=2)
     check(store, images, payloads, ())
 
 
 def test_memory_is_not_looked_at_after_it_was_taken():
-    payloads, images = made([3 * BLOCK, LIGHT + 1, 9 * BLOCK])
+    payloads, images = made([3 * BLOCK, LIGHT_BYTES + 1, 9 * BLOCK])
     calls = []
-    with placed(MemoryStore(), images) as targets:
-        write_images(targets, images, threads=2, made=lambda: calls.append(sum(payloads.copied)))
-    assert calls == [12 * BLOCK + LIGHT + 1]
+    with open_targets(MemoryStore(), images) as targets:
+        write_windows(targets, images, threads=2, made=lambda: calls.append(sum(payloads.copied)))
+    assert calls == [12 * BLOCK + LIGHT_BYTES + 1]
 
 
 def test_nothing_to_write_is_taken_at_once():
     calls = []
-    write_images([], [], threads=2, made=lambda: calls.append(1))
+    write_windows([], [], threads=2, made=lambda: calls.append(1))
     assert calls == [1]
 
 
 def test_progress_counts_every_byte_of_the_files(tmp_path):
     _, images = made([5 * BLOCK, 10, 700])
     seen = []
-    with placed(LocalStore(tmp_path), images) as targets:
-        write_images(targets, images, threads=1, progress=lambda *told: seen.append(told))
+    with open_targets(LocalStore(tmp_path), images) as targets:
+        write_windows(targets, images, threads=1, progress=lambda *told: seen.append(told))
     total = images[0].layout.nbytes
     assert seen[-1] == ("write", total, total)
     assert [done for _, done, _ in seen] == sorted({done for _, done, _ in seen})
@@ -232,8 +233,8 @@ def test_a_window_that_fails_keeps_no_other_waiting(tmp_path):
     _, images = made(sizes, payloads=Broken(sizes))
     store = LocalStore(tmp_path)
     before = threading.active_count()
-    with pytest.raises(OSError, match="it broke"), placed(store, images) as targets:
-        write_images(targets, images, threads=4)
+    with pytest.raises(OSError, match="it broke"), open_targets(store, images) as targets:
+        write_windows(targets, images, threads=4)
     assert list(store.names()) == []
     assert threading.active_count() == before
 
@@ -260,8 +261,8 @@ def test_system_calls_are_few(tmp_path, monkeypatch, in_place):
     payloads.lie([64] * len(sizes))
     _, images = made(sizes, window=8 * BLOCK, payloads=payloads, in_place=in_place)
     store = LocalStore(tmp_path, direct=True)
-    with placed(store, images) as targets:
-        write_images(targets, images, threads=2)
+    with open_targets(store, images) as targets:
+        write_windows(targets, images, threads=2)
     names = [call[0] for call in calls]
     mib = images[0].layout.nbytes / (1 << 20)
     assert names.count("pwritev") == images[0].windows <= mib / 1.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,30 +13,36 @@ from shardkeep.io.arena import memory_at
 from shardkeep.io.checksums import crc32_blocks, crc32_each, whole_crc
 from shardkeep.io.contract import Payloads
 from shardkeep.io.scatter_gather import pick_up
-from shardkeep.io.write.items import Written, take_blocks
-from shardkeep.plan.file_layout import Layout, lay_out, least_in_place, run_ends
+from shardkeep.plan.file_layout import MIN_IN_PLACE_BYTES, FileLayout, lay_out, run_ends
 from shardkeep.plan.packing import pack
 from shardkeep.settings import ALIGNMENT, BLOCK, PAGE
 from shardkeep.types import I64, Frame, Framing
 
-__all__ = ["LIGHT", "STEP", "Checksums", "Image", "images_of", "of_memory", "written_in"]
+__all__ = [
+    "LIGHT_BYTES",
+    "STEP_BYTES",
+    "BlockChecksums",
+    "FileWindows",
+    "checksum_memory",
+    "lay_out_files",
+]
 
-STEP = 2 * BLOCK
+STEP_BYTES = 2 * BLOCK
 """Bytes that are copied at once: as large as a core's own cache may be."""
 
-LIGHT = 16 * 1024
+LIGHT_BYTES = 16 * 1024
 """Bytes of a payload up to which an item is made together with its neighbours."""
 
 _FEW = 8
 """Items up to which one after the other is as quick as all of them together."""
 
-Checksums = Callable[[int, int, int, int], list[int]]
+BlockChecksums = Callable[[int, int, int, int], list[int]]
 """CRC-32 of each block of some bytes of a payload: its row, the first of the bytes, how many, and
 the address where they lie in memory."""
 
 
-def of_memory(row: int, start: int, nbytes: int, address: int) -> list[int]:
-    """`Checksums` that are taken when they are asked for."""
+def checksum_memory(row: int, start: int, nbytes: int, address: int) -> list[int]:
+    """`BlockChecksums` that are taken when they are asked for."""
     return crc32_blocks(address, nbytes)
 
 
@@ -48,8 +54,8 @@ class _InPlace(NamedTuple):
     address: int
 
 
-class Image:
-    """One file of N items, which lie as a `Layout` says. Windows are made by several threads.
+class FileWindows:
+    """One file of N items, which lie as a `FileLayout` says. Windows are made by several threads.
 
     Windows must be begun in ascending order: the tail of an item holds the CRC-32 of its payload,
     so the window that has it waits until those before it are made.
@@ -66,13 +72,13 @@ class Image:
             those of which nothing is known but their bytes.
         in_place: leave payloads where they lie, but for what shares a page with something else;
             else all are copied.
-        checksums: gives those of payloads of more than `LIGHT` bytes.
+        checksums: gives those of payloads of more than `LIGHT_BYTES` bytes.
     """
 
     def __init__(
         self,
         name: str,
-        layout: Layout,
+        layout: FileLayout,
         payloads: Payloads,
         rows: I64,
         nbytes: I64,
@@ -80,7 +86,7 @@ class Image:
         addresses: I64,
         *,
         in_place: bool,
-        checksums: Checksums,
+        checksums: BlockChecksums,
     ) -> None:
         self.name, self.layout, self.rows = name, layout, rows
         self._addresses, self._in_place = addresses.tolist(), in_place
@@ -164,11 +170,11 @@ class Image:
         at, last = self._first[number], self._last[number + 1]
         while at < last:
             row, end = self._order[at], at + 1
-            light = self._frames[row] >= 0 and self._nbytes[row] <= LIGHT
+            light = self._frames[row] >= 0 and self._nbytes[row] <= LIGHT_BYTES
             # Windows are cut in payloads: only the first and the last item may be cut.
             if light and self._items[row] >= low:
                 # No more than stays in a core's cache: what is made on the way takes as much again.
-                few = max(_FEW + 1, STEP // self._lengths[row])
+                few = max(_FEW + 1, STEP_BYTES // self._lengths[row])
                 end = min(self._alike[at], last, at + few)
                 end -= end > at + 1 and self._end(self._order[end - 1]) > high
             if end - at > _FEW:
@@ -253,8 +259,8 @@ class Image:
             outer = max(inner, stop // PAGE * PAGE)
             self._checksum(row, inner - start, outer - start)
         for first, last in ((begin, inner), (outer, stop)):
-            for low in range(first, last, STEP):
-                high = min(low + STEP, last)
+            for low in range(first, last, STEP_BYTES):
+                high = min(low + STEP_BYTES, last)
                 self._copy(self._rows[row], low - start, high - low, base + low)
                 self._checksum(row, low - start, high - start)
         here = self._addresses[row] - start
@@ -277,9 +283,9 @@ class Image:
         """Copy part of a payload, in steps that are in the cache for their digests."""
         source, start = self._rows[row], begin - self._starts[row]
         # Nobody else checksums light ones, and a window may begin with one.
-        checksums = of_memory if self._nbytes[row] <= LIGHT else self._blocks
-        for at in range(0, stop - begin, STEP):
-            nbytes = min(STEP, stop - begin - at)
+        checksums = checksum_memory if self._nbytes[row] <= LIGHT_BYTES else self._blocks
+        for at in range(0, stop - begin, STEP_BYTES):
+            nbytes = min(STEP_BYTES, stop - begin - at)
             self._copy(source, start + at, nbytes, address + at)
             found = checksums(source, start + at, nbytes, address + at)
             block = self._first_block[row] + (start + at) // BLOCK
@@ -305,7 +311,7 @@ class Image:
                     self._changed.wait()
 
 
-def images_of(
+def lay_out_files(
     names: Sequence[str],
     nbytes: I64,
     kind: I64,
@@ -315,8 +321,8 @@ def images_of(
     window: int,
     *,
     in_place: bool,
-    checksums: Checksums = of_memory,
-) -> list[Image]:
+    checksums: BlockChecksums = checksum_memory,
+) -> list[FileWindows]:
     """Images of files that are even in bytes.
 
     Args:
@@ -330,11 +336,11 @@ def images_of(
         in_place: write large payloads from where they lie, so that they must not change until they
             are written; else all are copied when a window is made. Either way they lie in the
             file as in memory, past a page: so will the memory that they are read to, most likely.
-        checksums: as of `Image`.
+        checksums: as of `FileWindows`.
     """
     place = _shared_out(nbytes, kind, framings, len(names))
     framed = np.fromiter((framing is not None for framing in framings), np.bool_, len(framings))
-    large = (nbytes >= least_in_place) & framed[kind]
+    large = (nbytes >= MIN_IN_PLACE_BYTES) & framed[kind]
     lies = large & (payloads.addresses % ALIGNMENT == 0)
     addresses = np.where(lies, payloads.addresses, 0)
     images = []
@@ -342,7 +348,7 @@ def images_of(
         rows = np.flatnonzero(place == file)
         its_bytes, its_addresses = nbytes[rows], addresses[rows]
         images.append(
-            Image(
+            FileWindows(
                 name,
                 lay_out(its_bytes, kind[rows], framings, its_addresses % PAGE, window),
                 payloads,
@@ -370,26 +376,3 @@ def _shared_out(nbytes: I64, kind: I64, framings: Sequence[Framing | None], file
 def _around(framing: Framing) -> int:
     frame = framing(0, False)
     return len(frame.head) + frame.tail_length
-
-
-def written_in(images: Sequence[Image]) -> Written:
-    """Where everything went, in the order of the payloads."""
-    counts = [len(image.rows) for image in images]
-    order = np.argsort(_joined([image.rows for image in images], np.int64))
-    blocks = _joined([np.diff(image.block) for image in images], np.int64)
-    checksums = _joined([image.checksums for image in images], np.uint32)
-    block, taken = take_blocks(blocks, checksums, order)
-    return Written(
-        files=tuple(image.name for image in images),
-        file=np.repeat(np.arange(len(images), dtype=np.int32), counts)[order],
-        item=_joined([image.layout.item for image in images], np.int64)[order],
-        length=_joined([image.layout.length for image in images], np.int64)[order],
-        payload=_joined([image.layout.payload for image in images], np.int64)[order],
-        block=block,
-        checksums=taken,
-        crc=_joined([image.crc for image in images], np.uint32)[order],
-    )
-
-
-def _joined(parts: Sequence[NDArray[Any]], dtype: type[Any]) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *parts])
