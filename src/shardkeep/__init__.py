@@ -1,7 +1,24 @@
-"""Shardkeep keeps the shards: a checkpoint engine for PyTorch's distributed format.
+"""Shardkeep: a checkpoint engine for PyTorch's distributed checkpoint format (DCP).
 
-Reading needs no torch. Every name comes on its first use, so that what needs torch imports it only
-then, and the command starts fast.
+Save and load a training state (needs torch; every rank calls these):
+
+    import shardkeep as sk
+
+    sk.save(state, "run/step_100")
+    sk.load(state, "run/step_100")
+
+Look into a checkpoint, without torch:
+
+    with sk.open("run/step_100") as ckpt:
+        ckpt.tensor("model.0.weight").shape
+        ckpt.read("model.0.weight", sk.Box((0, 0), (2, 64)))
+
+Keep the checkpoints of a run:
+
+    run = sk.Manager("run", keep=sk.KeepLast(3) | sk.KeepBest("loss"), every=100)
+
+`shardkeep.dcp` has the names of `torch.distributed.checkpoint`. All names are imported on first
+use, so that reading never imports torch.
 """
 
 from __future__ import annotations
@@ -12,13 +29,16 @@ from typing import TYPE_CHECKING, Any
 from shardkeep.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from shardkeep import dcp as dcp
     from shardkeep.checkpoint.reader import Checkpoint, open
     from shardkeep.checkpoint.verify import VerifyReport
+    from shardkeep.coordination.contract import Ranks
     from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
     from shardkeep.engine.load import LoadReport, load
     from shardkeep.engine.save import SaveReport, save
     from shardkeep.errors import (
         AlreadyExists,
+        AsyncSaveFailed,
         Conflict,
         Damaged,
         FormatError,
@@ -29,17 +49,36 @@ if TYPE_CHECKING:
         ShardkeepError,
         Untrusted,
     )
-    from shardkeep.run.manager import Manager
-    from shardkeep.run.policies import KeepBest, KeepEvery, KeepLast
+    from shardkeep.run.manager import Manager, StepHandle
+    from shardkeep.run.policies import KeepBest, KeepEvery, KeepLast, KeepPolicy
+    from shardkeep.run.restore import Restored
     from shardkeep.state.markers import PerRank, Replicated
+    from shardkeep.stores.contract import Store
+    from shardkeep.stores.local.store import LocalStore
+    from shardkeep.stores.memory import MemoryStore
     from shardkeep.torch_state.shards import Shards
-    from shardkeep.types import Box, DType, ObjectInfo, Opaque, TensorInfo
+    from shardkeep.types import (
+        Box,
+        ByteRange,
+        Chunk,
+        DType,
+        ObjectInfo,
+        Opaque,
+        Progress,
+        Step,
+        TensorInfo,
+    )
 
-_ROOMS = {
-    "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
+_NAMES_BY_MODULE = {
     "checkpoint.reader": ("Checkpoint", "open"),
+    "checkpoint.verify": ("VerifyReport",),
+    "coordination.contract": ("Ranks",),
+    "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
+    "engine.load": ("LoadReport", "load"),
+    "engine.save": ("SaveReport", "save"),
     "errors": (
         "AlreadyExists",
+        "AsyncSaveFailed",
         "Conflict",
         "Damaged",
         "FormatError",
@@ -50,21 +89,37 @@ _ROOMS = {
         "ShardkeepError",
         "Untrusted",
     ),
-    "engine.load": ("LoadReport", "load"),
-    "run.policies": ("KeepBest", "KeepEvery", "KeepLast"),
-    "run.manager": ("Manager",),
+    "run.manager": ("Manager", "StepHandle"),
+    "run.policies": ("KeepBest", "KeepEvery", "KeepLast", "KeepPolicy"),
+    "run.restore": ("Restored",),
     "state.markers": ("PerRank", "Replicated"),
-    "engine.save": ("SaveReport", "save"),
+    "stores.contract": ("Store",),
+    "stores.local.store": ("LocalStore",),
+    "stores.memory": ("MemoryStore",),
     "torch_state.shards": ("Shards",),
-    "types": ("Box", "DType", "ObjectInfo", "Opaque", "TensorInfo"),
-    "checkpoint.verify": ("VerifyReport",),
+    "types": (
+        "Box",
+        "ByteRange",
+        "Chunk",
+        "DType",
+        "ObjectInfo",
+        "Opaque",
+        "Progress",
+        "Step",
+        "TensorInfo",
+    ),
 }
-_HOMES = {name: f"shardkeep.{room}" for room, names in _ROOMS.items() for name in names}
+_MODULES = {
+    name: f"shardkeep.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names
+}
 
 __all__ = [
     "AlreadyExists",
+    "AsyncSaveFailed",
     "Box",
+    "ByteRange",
     "Checkpoint",
+    "Chunk",
     "Conflict",
     "DType",
     "Damaged",
@@ -72,20 +127,29 @@ __all__ = [
     "KeepBest",
     "KeepEvery",
     "KeepLast",
+    "KeepPolicy",
     "LeaseLost",
     "LoadReport",
+    "LocalStore",
     "Manager",
+    "MemoryStore",
     "Mismatch",
     "NotACheckpoint",
     "ObjectInfo",
     "Opaque",
     "PerRank",
+    "Progress",
     "RankFailed",
+    "Ranks",
     "Replicated",
+    "Restored",
     "SaveHandle",
     "SaveReport",
     "ShardkeepError",
     "Shards",
+    "Step",
+    "StepHandle",
+    "Store",
     "TensorInfo",
     "Untrusted",
     "VerifyReport",
@@ -98,18 +162,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name != "dcp" and name not in _MODULES:
         raise AttributeError(f"module 'shardkeep' has no attribute {name!r}")
     try:
-        value = getattr(_import_module(_HOMES[name]), name)
+        if name == "dcp":
+            return _import_module("shardkeep.dcp")
+        value = getattr(_import_module(_MODULES[name]), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        why = f"shardkeep.{name} needs torch: pip install 'shardkeep[torch]'"
-        raise ModuleNotFoundError(why, name="torch") from None
+        from shardkeep.util.without_torch import stand_in, stand_in_module
+
+        value = (
+            stand_in_module("shardkeep.dcp") if name == "dcp" else stand_in(_MODULES[name], name)
+        )
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*__all__, "__version__", "dcp"])

@@ -27,6 +27,7 @@ from shardkeep.run.pruner import Pruner
 from shardkeep.run.signals import Signals
 from shardkeep.stores.contract import Store
 from shardkeep.types import Progress
+from shardkeep.util.without_torch import needs_torch
 
 if TYPE_CHECKING:
     from shardkeep.engine.save import SaveReport
@@ -206,6 +207,7 @@ class Manager:
                 this one is not begun. Or this one failed before the state was copied. Not with
                 `on_error="warn"`: then the handle's `result` raises it.
         """
+        needs_torch("shardkeep.Manager.save")
         stops = self._arrive(step)
         if self._flight is not None and (stops or self._when_busy == "wait"):
             self._flight.failure()
@@ -376,6 +378,7 @@ class Manager:
                 it by its number, into a state that no step has been loaded into.
             Untrusted, RankFailed: as of `load`.
         """
+        needs_torch("shardkeep.Manager.restore")
         from shardkeep.run.restore import restore
 
         _get_ready()
