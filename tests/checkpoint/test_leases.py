@@ -100,7 +100,7 @@ def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
     lease.take()
     assert list(store.names()) == [lease_name(ID)]
     del lease
-    gc.collect_garbage()
+    gc.collect()
     wait_for(lambda: not list(store.names()))
     assert list(store.names()) == []
 
@@ -112,7 +112,7 @@ def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
     child = os.fork()
     if not child:
         del lease
-        gc.collect_garbage()
+        gc.collect()
         Lease(store, OTHER).take()  # its own one goes
         time.sleep(1)
         os._exit(0)

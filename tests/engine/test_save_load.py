@@ -344,8 +344,8 @@ MODULE = torch.nn.Linear(2, 2)
         (torch.ones(2), {}, TypeError, "a state is a mapping of names to values, not a Tensor"),
         (MODULE, {}, TypeError, "a state is a mapping of names to values, not a Linear"),
         ([("a", 1)], {}, TypeError, "a state is a mapping of names to values, not a list"),
-        ({}, {"files": 0}, ValueError, "files=0 can't be: 1 or more"),
-        ({}, {"files": -3}, ValueError, "files=-3 can't be: 1 or more"),
+        ({}, {"files": 0}, ValueError, "files must be at least 1, not 0"),
+        ({}, {"files": -3}, ValueError, "files must be at least 1, not -3"),
         ({}, {"max_host_memory": "64MB"}, ValueError, "a number of bytes, 1 or more, not '64MB'"),
         ({}, {"max_host_memory": 0}, ValueError, "max_host_memory must be .* not 0"),
         (

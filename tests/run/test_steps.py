@@ -16,7 +16,8 @@ import shardkeep as sk
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.coordination import detect_ranks
-from shardkeep.engine.save import Options, life
+from shardkeep.engine.options import SaveConfig
+from shardkeep.engine.save import life
 from shardkeep.run import Steps
 from shardkeep.run.pruner import Pruner
 from shardkeep.run.removal import remove
@@ -31,7 +32,7 @@ def state(step: int) -> dict:
 
 def with_metrics(step: int, store, metrics, **how) -> None:
     """As a manager saves it."""
-    life([state(step)], store, detect_ranks(), Options(metrics=metrics, **how))
+    life([state(step)], store, detect_ranks(), SaveConfig(metrics=metrics, **how))
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -207,7 +207,7 @@ def main() -> None:
 
     def look(kind: str, path: str) -> dict[str, Any]:
         found = there(kind, path)
-        gc.collect_garbage()  # and with it what was open to look
+        gc.collect()  # and with it what was open to look
         return found | {"open": len([*Path("/proc/self/fd").iterdir()])}
 
     print("ready", flush=True)

@@ -34,7 +34,7 @@ def peak(work: Callable[[], Any]) -> int:
 
     What earlier work has freed is given back first: it would be used again, and not be seen.
     """
-    gc.collect_garbage()
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there now
     before = rss()

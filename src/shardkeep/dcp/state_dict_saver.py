@@ -46,6 +46,7 @@ from shardkeep.dcp.filesystem import CheckpointExists
 from shardkeep.dcp.reexports import rest_of, theirs
 from shardkeep.engine import async_save as engine_async_save
 from shardkeep.engine import save as engine_save
+from shardkeep.engine.options import SaveConfig
 from shardkeep.engine.save_queue import Behind, Withheld
 from shardkeep.errors import AlreadyExists
 
@@ -251,7 +252,7 @@ def _save_plainly(
     """What the options of a writer and a planner mean to the engine."""
     store = store_of(writer)
     writer.save_id = commit.new_id()
-    options = engine_save.Options(
+    options = SaveConfig(
         overwrite=writer.overwrite,
         flatten=planner.flatten_state_dict,
         files=max(1, writer.thread_count),

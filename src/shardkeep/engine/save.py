@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import Unpack
 
 from shardkeep import settings
 from shardkeep.checkpoint import commit
@@ -28,6 +29,7 @@ from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.progress import shown
 from shardkeep.coordination.timing import Clock, slowest
 from shardkeep.engine.negotiate import WriteAssignment, negotiate_writers, report
+from shardkeep.engine.options import SaveConfig, SaveOptions
 from shardkeep.engine.save_queue import Behind, line_of, simulated
 from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
 from shardkeep.format.messages import columns
@@ -47,13 +49,13 @@ from shardkeep.torch_state.describe import Local, describe_state
 from shardkeep.torch_state.devices import pinned
 from shardkeep.torch_state.objects import to_bytes
 from shardkeep.torch_state.payloads import StatePayloads
-from shardkeep.types import DTYPES, ITEMSIZES, Index, Progress, never_yield
+from shardkeep.types import DTYPES, ITEMSIZES, Index, never_yield
 from shardkeep.util import gc_pause
 from shardkeep.util.formatting import human_bytes
 from shardkeep.util.retry import tried
 from shardkeep.version import __version__
 
-__all__ = ["Options", "SaveReport", "header", "life", "remove_replaced", "save"]
+__all__ = ["SaveReport", "header", "life", "remove_replaced", "save"]
 
 _SHOWN = 8
 """Ranks that a message names."""
@@ -101,118 +103,94 @@ class SaveReport:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Options:
-    """How to save; see `save`.
-
-    Raises:
-        ValueError: no number of files, or of bytes.
-    """
-
-    overwrite: bool = False
-    flatten: bool = True
-    files: int | None = None
-    balance_replicas: bool = True
-    require_identical_objects: bool = True
-    save_id: str | None = None
-    max_host_memory: int | None = None
-    progress: Progress | bool | None = None
-    low_priority: bool = False
-    metrics: Mapping[str, float] | None = None
-    retries: int = 0
-
-    def __post_init__(self) -> None:
-        settings.check_max_host_memory(self.max_host_memory)
-        if self.files is not None and self.files < 1:
-            raise ValueError(f"files={self.files} can't be: 1 or more")
-
-
 def save(
     state: Mapping[Any, Any],
     path: str | PathLike[str] | Store,
     *,
     overwrite: bool = False,
-    flatten: bool = True,
-    files: int | None = None,
-    balance_replicas: bool = True,
-    require_identical_objects: bool = True,
     save_id: str | None = None,
-    max_host_memory: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | bool | None = None,
+    **options: Unpack[SaveOptions],
 ) -> SaveReport:
-    """Save a state as one checkpoint; every rank that takes part calls this with its own state.
+    """Save a state as one checkpoint; every participating rank calls this with its own state.
 
-    The checkpoint is whole or absent: it appears in one step, when everything is durable.
+    The checkpoint appears in one atomic step, when all its bytes are durable. A save that fails
+    leaves nothing behind, and leaves a checkpoint that it should have replaced as it was.
 
-    The state must not change until this returns: large tensors are written from where they are, and
-    one that another thread changes meanwhile is `Damaged` to who loads it. `async_save` copies.
+    The state must not change until this returns, because large tensors are written directly from
+    their memory. If another thread changes one meanwhile, loading it raises `Damaged`. To go on
+    with training while the state is written, use `async_save`, which copies it first.
 
     Args:
-        state: nested mappings and lists of tensors and values. At the top level, whatever has
-            `state_dict` and `load_state_dict` stands for its state.
-        path: a folder (made if needed), or a store.
-        overwrite: replace the checkpoint at `path`; it loads until the new one is durable.
-        flatten: False keeps each top-level value as one leaf: containers become objects, with
-            their tensors inside (what DCP calls `flatten_state_dict=False`).
-        files: data files of each rank at most, as even in bytes as whole items can make them; what
-            is larger than `SHARDKEEP_MAX_CHUNK_BYTES` is several items. By default one, and none
-            for a rank that writes nothing.
-        balance_replicas: share replicas out over the ranks that hold them; else the lowest one
-            writes them.
-        require_identical_objects: refuse objects that differ between ranks under one name; else
-            the lowest
-            rank's is saved, with a warning. Values that stand in the manifest are compared.
-        save_id: an id for the save that was never used before, of 32 hexadecimal digits, taken
-            from the coordinator; by default a new one.
-        max_host_memory: bytes of memory that the writing may take, besides what objects take when
-            they are pickled; by default `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
-        ranks: global ranks that take part (default: all of the default group, or this process).
-        progress: told how far the writing has come; True shows a bar on standard error, if that
-            is a terminal.
+        state: nested mappings and lists of tensors and values. An object at the top level that has
+            `state_dict` and `load_state_dict` is saved as what its `state_dict` returns.
+        path: a folder, which is created if it is missing, or a store.
+        overwrite: replace the checkpoint at `path`, which can be loaded until the new one is
+            durable.
+        save_id: the id of the save, 32 lowercase hexadecimal digits that no other save has used.
+            It is taken from the coordinator, and generated by default.
+        ranks: the global ranks that participate. The default is all ranks of the default process
+            group, or this process alone.
+        flatten: True (the default) stores nested containers leaf by leaf. False stores each
+            top-level value as one object, with its tensors inside (`flatten_state_dict=False` in
+            DCP).
+        files: the number of data files that each rank writes at most. Their sizes are as even as
+            whole items allow; a tensor larger than `SHARDKEEP_MAX_CHUNK_BYTES` is several items. By
+            default a rank writes one file, or none if it has nothing to write.
+        balance_replicas: True (the default) distributes replicated tensors over the ranks that hold
+            them. With False the lowest of these ranks writes them.
+        require_identical_objects: True (the default) refuses an object whose value differs between
+            ranks. With False the value of the lowest rank is saved, with a warning. Only values
+            that are stored in the manifest are compared.
+        max_host_memory: the number of bytes of host memory that the save may use, besides what
+            pickled objects take. The default is `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
+        retries: how many times a rank writes its files again if storage refuses them (`OSError`).
+            The other ranks wait for it. The default is 0.
+        progress: a callback for progress, or True for a progress bar on standard error if that is a
+            terminal.
+
+    Returns:
+        What was saved, and how long each phase took.
 
     Raises:
-        AlreadyExists: there is a checkpoint, and `overwrite` is False.
-        Conflict: two things under one name, overlapping or missing boxes; nothing was written.
-        TypeError, ValueError: an argument that can't be; nothing was made.
-        AsyncSaveFailed: an asynchronous save failed before, and nobody asked for its result; this
-            one was not begun.
-        RankFailed: another rank failed; nothing was committed.
+        AlreadyExists: there is a checkpoint at `path`, and `overwrite` is False.
+        Conflict: the ranks' states contradict each other: two values under one name, or chunks of a
+            tensor that overlap or leave a gap. Nothing was written.
+        TypeError, ValueError: an argument is not valid. Nothing was written.
+        AsyncSaveFailed: an earlier asynchronous save failed, and its result was never requested.
+            This save was not started.
+        RankFailed: another rank failed. Nothing was committed.
+
+    Example:
+        >>> report = shardkeep.save({"model": model, "step": 100}, "run/step_100")
+        >>> print(report)
+        saved 1.9 GiB in 0.93 s, this rank 1.9 GiB (2.2 GB/s): plan 0.02, write 0.88, ...
     """
-    options = Options(
-        overwrite,
-        flatten,
-        files,
-        balance_replicas,
-        require_identical_objects,
-        save_id,
-        max_host_memory,
-        progress,
-    )
+    config = SaveConfig.of("save", SaveOptions, options, overwrite=overwrite, save_id=save_id)
     line = line_of(simulated(ranks))
     line.finish()  # One of them may be on its way to the same place.
-    return life([line.owed(state)], store_at(path), detect_ranks(ranks), options)
+    return life([line.owed(state)], store_at(path), detect_ranks(ranks), config)
 
 
 def life(
     given: list[Mapping[Any, Any]],
     store: Store,
     job: Ranks,
-    options: Options,
+    config: SaveConfig,
     behind: Behind | None = None,
 ) -> SaveReport:
     """The life itself.
 
     Args:
         given: the state. It is taken out, or its tensors would live until all files are written.
-        store, job, options: where to, who takes part, how.
+        store, job, config: where to, who takes part, how.
         behind: for a save in the background; None writes the state from where it is.
 
     Raises: as `save`.
     """
     with (
         job.session("save", store.url) as session,
-        Lease(store, options.save_id or commit.new_id()) as lease,
+        Lease(store, config.save_id or commit.new_id()) as lease,
         _closing(store),
     ):
         clock = Clock(session, _PARTS)
@@ -223,18 +201,18 @@ def life(
         with gc_pause.paused():
             clock.phase("describe")
             local = describe_state(
-                given.pop(), nested=options.flatten, rank=(session.rank, session.size)
+                given.pop(), nested=config.flatten, rank=(session.rank, session.size)
             )
 
             clock.phase("own")
             order = negotiate_writers(
                 session,
                 local.claim,
-                lambda: old.append(_admit(store, options.overwrite)),
+                lambda: old.append(_admit(store, config.overwrite)),
                 begin=lease.take,
                 save_id=lease.save_id,
-                balance_replicas=options.balance_replicas,
-                require_identical_objects=options.require_identical_objects,
+                balance_replicas=config.balance_replicas,
+                require_identical_objects=config.require_identical_objects,
             )
             if order.write_plan is not None and order.write_plan.differing:
                 _warn_of(order.write_plan.differing)
@@ -244,16 +222,16 @@ def life(
             del local
         here = settings.ranks_here(session.size)
         staged = None if behind is None else behind.staged
-        if behind is not None and payloads.stage(behind.arena, options.max_host_memory, here):
+        if behind is not None and payloads.stage(behind.arena, config.max_host_memory, here):
             _set(staged)
             staged = None
 
         clock.phase("write")
         with commit.removed_on_failure(store, order.save_id, session.rank):
-            if options.low_priority:
+            if config.low_priority and behind is not None:
                 _give_way()
             name = partial(commit.data_file, session.rank, save_id=order.save_id)
-            images = _write(store, payloads, name, session, clock, options, partial(_set, staged))
+            images = _write(store, payloads, name, session, clock, config, partial(_set, staged))
 
             clock.phase("report")
             yield_gil()
@@ -271,7 +249,7 @@ def life(
             clock.phase("commit")
             if index is not None:
                 lease.confirm()
-                about = header(session.size, options.metrics)
+                about = header(session.size, config.metrics)
                 with quiet():
                     commit.publish(store, lease.save_id, index, about, yield_gil)
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
@@ -294,14 +272,14 @@ def _write(
     name: Callable[[int], str],
     session: Session,
     clock: Clock,
-    options: Options,
+    config: SaveConfig,
     made: Callable[[], None],
 ) -> list[FileWindows]:
     """Write this rank's files, durably: again under other names, if storage refuses what is staged.
 
     The other ranks wait, and need not know.
     """
-    budget = options.max_host_memory
+    budget = config.max_host_memory
     left = settings.max_host_memory_bytes() if budget is None else budget - (payloads.staged or 0)
     beside = payloads.staged is not None
     threads, window = choose_writers(settings.ranks_here(session.size), left, beside=beside)
@@ -309,16 +287,16 @@ def _write(
 
     def once(before: int) -> None:
         clock.phase("write")
-        count = payloads.files(options.files)
+        count = payloads.files(config.files)
         names = [name(number) for number in range(before * count, (before + 1) * count)]
         images[:] = payloads.images(names, window)
-        telling = shown(options.progress, session)
+        telling = shown(config.progress, session)
         with open_targets(store, images) as targets, telling as tell:
             write_windows(targets, images, threads=threads, progress=tell, made=made)
             clock.phase("sync")
         store.sync()
 
-    tried(once, 0 if payloads.staged is None else options.retries)
+    tried(once, config.retries if payloads.lasting else 0)
     return images
 
 
@@ -387,7 +365,7 @@ class _Payloads:
         self._on_cuda = any(device.type == "cuda" for device in source.devices)
         self._bytes: Payloads = source
         self._checksums: BlockChecksums = checksum_memory
-        self._lasting = lasting
+        self.lasting = lasting
         self.staged: int | None = None
         """Bytes of memory that they are staged in; None until they are."""
 
@@ -399,7 +377,7 @@ class _Payloads:
         memory = arena.take(places.nbytes, pinned if self._on_cuda else roomy)
         staged = stage_payloads(self._bytes, places, memory, threads=copy_threads(ranks_here))
         self._bytes, self._checksums = staged, staged.checksums
-        self._lasting, self.staged = True, places.nbytes
+        self.lasting, self.staged = True, places.nbytes
         return True
 
     def files(self, wanted: int | None) -> int:
@@ -417,7 +395,7 @@ class _Payloads:
                 self._bytes,
                 self._crcs,
                 window,
-                in_place=self._lasting,
+                in_place=self.lasting,
                 checksums=self._checksums,
             )
 

@@ -298,7 +298,7 @@ class Manager:
         self, step: int, state: Mapping[Any, Any], metrics: Mapping[str, float], overwrite: bool
     ) -> StepHandle:
         from shardkeep.engine.async_save import begin
-        from shardkeep.engine.save import Options
+        from shardkeep.engine.options import SaveConfig
 
         def ended(report: SaveReport | None) -> None:
             self._keeper.end()
@@ -308,7 +308,7 @@ class Manager:
                     self._keeper.later(step, frozenset(self._passed_over))
 
         replaces = overwrite or step in self._passed_over
-        options = Options(overwrite=replaces, metrics=metrics, **self._how)
+        options = SaveConfig(overwrite=replaces, metrics=metrics, **self._how)
         store, behind = self._steps.store(step), self._asynchronous
         try:
             future = begin([state], store, self._job, options, self._rank, ended, behind=behind)
