@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
+from shardkeep.coordination.keyvalue.ranks import KeyRanks
 from shardkeep.coordination.solo import Solo
 from shardkeep.run import Steps
 from shardkeep.stores import LocalStore, MemoryStore
@@ -599,6 +600,33 @@ def test_all_ranks_raise_a_failure_at_the_same_save(tmp_path):
     assert Steps(tmp_path).numbers() == [3]
 
 
+def test_a_save_has_one_session_and_its_errors_name_the_step(tmp_path):
+    class Recorded(KeyRanks):
+        """Ranks that note what they meet for."""
+
+        def session(self, work, path):
+            met.append((self.rank, work))
+            return super().session(work, path)
+
+    def one(ranks):
+        ranks.__class__ = Recorded
+        root = Full(tmp_path)
+        root.full = False
+        with sk.Manager(root, ranks=ranks) as m:
+            mine = {"mine": {ranks.rank: torch.ones(9)}}
+            m.save(1, mine).result(60)
+            root.full = ranks.rank == 1
+            try:
+                m.save(2, mine).result(60)
+            except (OSError, sk.RankFailed) as error:
+                return getattr(error, "path", None)
+
+    met: list[tuple[int, str]] = []
+    assert simulated_ranks.run(2, one) == [str(tmp_path / "step_2"), None]
+    once = [(rank, "meeting") for rank in (0, 1)]  # of the step to stop at
+    assert sorted(met) == sorted([*once, *[(0, "save"), (1, "save")] * 2])
+
+
 def test_ranks_at_different_steps_are_refused(tmp_path):
     def one(ranks):
         with sk.Manager(tmp_path, ranks=ranks) as m:
@@ -608,7 +636,10 @@ def test_ranks_at_different_steps_are_refused(tmp_path):
                 return str(error)
 
     found = simulated_ranks.run(3, one)
-    assert found[2] == "rank 2 saves step 2, and rank 0 step 1: all ranks save the same steps"
+    assert found[2] == (
+        "rank 2 saves step 2, but rank 0 saves step 1: "
+        "all ranks must save the same steps in the same order"
+    )
     assert "rank 2 saves step 2" in found[0] and "rank 2 saves step 2" in found[1]
     assert Steps(tmp_path).numbers() == []
 

@@ -26,6 +26,10 @@ class Session(Protocol):
         """From now on, errors say that they happened in this phase. Waits for nobody."""
         ...
 
+    def set_path(self, path: str) -> None:
+        """Name this path in errors from now on: for ranks that agree on the path in the session."""
+        ...
+
     def check(self) -> None:
         """Raise `RankFailed` if another rank is known to have failed.
 
@@ -80,7 +84,11 @@ class Ranks(Protocol):
     def size(self) -> int: ...
 
     def session(self, work: str, path: str) -> Session:
-        """Begin `work` ("save" or "load") on `path` with all the others."""
+        """Begin `work` ("save" or "load") on `path` with all the others.
+
+        A rank enters its sessions of the same work and path one after another. It may enter the
+        next one before the last one has ended, in another thread.
+        """
         ...
 
     def meeting(self, path: str) -> StopAgreement | None:

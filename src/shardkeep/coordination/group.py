@@ -71,6 +71,9 @@ class GroupSession(Session):
     def phase(self, name: str) -> None:
         self._phase = name
 
+    def set_path(self, path: str) -> None:
+        self._path = path
+
     def check(self) -> None:
         """Nothing is known between two rounds."""
 

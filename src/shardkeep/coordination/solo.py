@@ -34,6 +34,9 @@ class SoloSession(Session):
     def phase(self, name: str) -> None:
         """Errors of this rank are raised as they are: no one else needs to know the phase."""
 
+    def set_path(self, path: str) -> None:
+        """Errors of this rank are raised as they are, and name their own paths."""
+
     def check(self) -> None:
         """Nobody else can fail."""
 

@@ -1,90 +1,149 @@
-"""What ranks ask each other before a save, and after each try to restore.
+"""What the ranks of a run agree on before a save, and after each attempt to restore.
 
-Each rank alone knows only what happened to itself. If one raised the failure of the save before
-while another went on to the next save, that one would wait for it in vain.
+A rank alone knows only what happened to itself. If one rank raised the failure of the previous save
+while another one began the next save, the second rank would wait for the first one in vain.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from shardkeep.coordination.contract import Session
 from shardkeep.errors import Conflict, RankFailed
 from shardkeep.format.messages import columns
 
-__all__ = ["Grade", "Worst", "take_turn", "worst"]
+__all__ = ["Outcome", "SaveDecision", "SaveProposal", "Severity", "agree_on_save", "worst_outcome"]
 
 
-class Grade(IntEnum):
-    """How it went on a rank, from good to bad."""
+class Severity(IntEnum):
+    """How badly the work of a rank ended, in ascending order."""
 
-    FINE = 0
-    TOLD = 1
-    """It failed as another rank did."""
+    SUCCESS = 0
+    OTHER_RANK = 1
+    """It failed because another rank failed."""
     UNREADABLE = 2
-    """What is stored can't be read, or not as it was saved."""
+    """The checkpoint cannot be read, or differs from what was saved."""
     FATAL = 3
-    """Anything else: another checkpoint would not help."""
+    """Any other error: another checkpoint would not help."""
 
 
 @dataclass(frozen=True, slots=True)
-class Worst:
-    """How it went on the rank that it went worst on: the lowest of them, and its error."""
+class Outcome:
+    """How the work ended on one rank, as other ranks know it.
 
-    grade: Grade
+    Attributes:
+        severity: how badly it ended.
+        rank: the rank.
+        host: the name of its host.
+        error: the class and message of its exception; empty without one.
+    """
+
+    severity: Severity
     rank: int
     host: str
-    text: str
+    error: str
 
-    def raised(self, phase: str, path: str) -> RankFailed:
-        """What other ranks raise of it."""
-        return RankFailed(self.rank, self.host, phase, path, self.text)
+    def rank_failed(self, phase: str, path: str) -> RankFailed:
+        """Return the exception that other ranks raise for it."""
+        return RankFailed(self.rank, self.host, phase, path, self.error)
 
 
-def take_turn(
-    session: Session, step: int, *, busy: bool, failure: Callable[[], BaseException | None]
-) -> Worst | None:
-    """Agree on the next save.
+@dataclass(frozen=True, slots=True)
+class SaveProposal:
+    """What one rank knows before a save.
 
-    Args:
-        step: what this rank is about to save.
-        busy: on the coordinator, whether to leave this save out.
-        failure: waits for the save before, and gives what is still to be raised of it. Asked only
-            if this save is not left out.
+    Attributes:
+        step: the step that it is asked to save.
+        busy: whether its previous save is still under way.
+        stops_on_failure: whether it raises a failure of its previous save instead of saving.
+        error: the failure of its previous save, if the caller does not know of it yet.
+    """
 
-    Returns:
-        None if this save is left out; else how the one before went.
+    step: int
+    busy: bool
+    stops_on_failure: bool
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class SaveDecision:
+    """What all ranks do about a save. It is the same on all of them.
+
+    Attributes:
+        skip: leave this save out, because the previous one is still under way on some rank.
+        stop: raise the failure of the previous save, and leave this one out.
+        previous: how the previous save ended on the rank where it ended worst.
+    """
+
+    skip: bool
+    stop: bool
+    previous: Outcome
+
+
+def agree_on_save(session: Session, proposal: SaveProposal) -> SaveDecision:
+    """Decide with all ranks whether the next save is made. Costs two messages for each rank.
 
     Raises:
-        Conflict: ranks are at different steps.
+        Conflict: this rank is at another step than the coordinator.
     """
-    lead = session.rank == 0
-    word = columns.pack({"step": step, "busy": busy}, {}) if lead else None
-    said, _ = columns.unpack(session.broadcast(word))
-    if said["step"] != step:
-        raise Conflict(
-            f"rank {session.rank} saves step {step}, and rank 0 step {said['step']}: "
-            "all ranks save the same steps"
+    messages = session.gather(
+        columns.pack(
+            {
+                "step": proposal.step,
+                "busy": proposal.busy,
+                "stops": proposal.stops_on_failure,
+                **_outcome_fields(Severity.FATAL if proposal.error else Severity.SUCCESS)
+                | _error_fields(proposal.error),
+            },
+            {},
         )
-    if said["busy"]:
-        return None
-    error = failure()
-    return worst(session, Grade.FATAL if error else Grade.FINE, error)
-
-
-def worst(session: Session, grade: Grade, error: BaseException | None) -> Worst:
-    """How it went on the rank that it went worst on; the same answer on all ranks."""
-    text = "" if error is None else f"{type(error).__name__}: {error}"
-    told = session.gather(
-        columns.pack({"grade": int(grade), "host": socket.gethostname(), "text": text}, {})
     )
     answer = None
-    if told is not None:
-        said = [columns.unpack(message)[0] for message in told]
-        rank = max(range(len(said)), key=lambda rank: (said[rank]["grade"], -rank))
-        answer = columns.pack({"rank": rank, **said[rank]}, {})
+    if messages is not None:
+        fields = _unpacked(messages)
+        worst = _worst(fields)
+        failed = worst["severity"] > Severity.SUCCESS
+        skip = any(rank["busy"] for rank in fields)
+        stop = not skip and failed and any(rank["stops"] for rank in fields)
+        answer = columns.pack({**worst, "step": fields[0]["step"], "skip": skip, "stop": stop}, {})
+    decided, _ = columns.unpack(session.broadcast(answer))
+    if decided["step"] != proposal.step:
+        raise Conflict(
+            f"rank {session.rank} saves step {proposal.step}, but rank 0 saves step "
+            f"{decided['step']}: all ranks must save the same steps in the same order"
+        )
+    return SaveDecision(decided["skip"], decided["stop"], _outcome(decided))
+
+
+def worst_outcome(session: Session, severity: Severity, error: BaseException | None) -> Outcome:
+    """Return the outcome of the rank whose work ended worst. It is the same on all ranks."""
+    fields = _outcome_fields(severity) | _error_fields(error)
+    messages = session.gather(columns.pack(fields, {}))
+    answer = None if messages is None else columns.pack(_worst(_unpacked(messages)), {})
     found, _ = columns.unpack(session.broadcast(answer))
-    return Worst(Grade(found["grade"]), found["rank"], found["host"], found["text"])
+    return _outcome(found)
+
+
+def _outcome_fields(severity: Severity) -> dict[str, Any]:
+    return {"severity": int(severity), "host": socket.gethostname()}
+
+
+def _error_fields(error: BaseException | None) -> dict[str, Any]:
+    return {"error": "" if error is None else f"{type(error).__name__}: {error}"}
+
+
+def _unpacked(messages: list[bytes]) -> list[dict[str, Any]]:
+    return [columns.unpack(message)[0] for message in messages]
+
+
+def _worst(fields: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of the rank whose work ended worst, the lowest one of several, and its number."""
+    rank = max(range(len(fields)), key=lambda rank: (fields[rank]["severity"], -rank))
+    return {"rank": rank, **fields[rank]}
+
+
+def _outcome(fields: dict[str, Any]) -> Outcome:
+    return Outcome(Severity(fields["severity"]), fields["rank"], fields["host"], fields["error"])

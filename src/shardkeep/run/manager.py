@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsFloat
 
 from shardkeep.checkpoint.metrics import finite
 from shardkeep.coordination import detect_ranks
@@ -21,7 +21,8 @@ from shardkeep.coordination.contract import Ranks
 from shardkeep.engine.save_queue import Handle, simulated
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.run import StepNames, Steps
-from shardkeep.run.agreement import Grade, Worst, take_turn
+from shardkeep.run.agreement import Outcome, SaveProposal, agree_on_save
+from shardkeep.run.entered import EnteredRanks
 from shardkeep.run.policies import KeepPolicy, Mode
 from shardkeep.run.pruner import Pruner
 from shardkeep.run.signals import Signals
@@ -211,16 +212,18 @@ class Manager:
         stops = self._arrive(step)
         if self._flight is not None and (stops or self._when_busy == "wait"):
             self._flight.failure()
-        with self._job.session("turn", self._url) as session:
-            numbers = _checked(metrics) if session.rank == 0 else {}
-            busy = self._flight is not None and not self._flight.done()
-            before = take_turn(session, step, busy=busy, failure=self._failure)
-        if before is None:
+        with EnteredRanks(self._job, "save", self._url) as job:
+            job.entered.phase("agree")
+            numbers = _checked(metrics) if job.rank == 0 else {}
+            decision = agree_on_save(job.entered, self._proposal(step))
+            if not decision.skip and not decision.stop:
+                self._warn_of_failure()
+                self._keeper.begin(step)
+                self._flight = self._begun(step, state, numbers, overwrite, job)
+                return self._flight
+        if decision.skip:
             return StepHandle(step, _done(None), skipped=True)
-        self._tell(before)
-        self._keeper.begin(step)
-        self._flight = self._begun(step, state, numbers, overwrite)
-        return self._flight
+        self._raise_failure(decision.previous)
 
     def request_save(self) -> None:
         """Ask for a save at the next step that all ranks can agree on: `should_save` is true there.
@@ -295,7 +298,12 @@ class Manager:
         return self._stops
 
     def _begun(
-        self, step: int, state: Mapping[Any, Any], metrics: Mapping[str, float], overwrite: bool
+        self,
+        step: int,
+        state: Mapping[Any, Any],
+        metrics: Mapping[str, float],
+        overwrite: bool,
+        job: EnteredRanks,
     ) -> StepHandle:
         from shardkeep.engine.async_save import begin
         from shardkeep.engine.options import SaveConfig
@@ -311,25 +319,30 @@ class Manager:
         options = SaveConfig(overwrite=replaces, metrics=metrics, **self._how)
         store, behind = self._steps.store(step), self._asynchronous
         try:
-            future = begin([state], store, self._job, options, self._rank, ended, behind=behind)
+            future = begin([state], store, job, options, self._rank, ended, behind=behind)
         except Exception as error:
             if self._raises:
                 raise
+            job.fail(error)
             handle = StepHandle(step, _failed(error))
             self._tell_own(handle)
             return handle
         return StepHandle(step, future)
 
-    def _failure(self) -> BaseException | None:
-        return None if self._flight is None else self._flight.failure()
+    def _proposal(self, step: int) -> SaveProposal:
+        """What this rank knows before it saves `step`."""
+        flight, error = self._flight, None
+        busy = flight is not None and not flight.done()
+        if flight is not None and not busy:
+            error = flight.failure()
+        return SaveProposal(step, busy, self._raises, error)
 
-    def _tell(self, before: Worst) -> None:
-        """Raise, or warn, of how the save before ended on any rank."""
-        if before.grade is Grade.FINE or self._flight is None:
-            return
-        self._tell_own(self._flight)
-        if self._raises:
-            raise before.raised("save", self.path(self._flight.step))
+    def _raise_failure(self, previous: Outcome) -> NoReturn:
+        """Raise why the previous save failed: on this rank, or on the one where it ended worst."""
+        flight = self._flight
+        assert flight is not None  # it failed
+        error, flight.told = flight.failure(), True
+        raise error or previous.rank_failed("save", self.path(flight.step))
 
     def _tell_own(self, flight: StepHandle) -> None:
         """Raise, or warn, of how a save that is over ended on this rank, unless that was done."""
@@ -341,6 +354,11 @@ class Manager:
             raise error
         what = f"step {flight.step} was not saved: {type(error).__name__}: {error}"
         warnings.warn(f"{self._url}: {what}", stacklevel=3)
+
+    def _warn_of_failure(self) -> None:
+        """Warn of the failure of the previous save on this rank, unless the caller knows of it."""
+        if self._flight is not None:
+            self._tell_own(self._flight)
 
     # --- restoring -------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from shardkeep.engine.load import LoadReport, load
 from shardkeep.errors import Damaged, FormatError, Mismatch, NotACheckpoint, RankFailed
 from shardkeep.format.messages import columns
 from shardkeep.run import Steps
-from shardkeep.run.agreement import Grade, worst
+from shardkeep.run.agreement import Severity, worst_outcome
 from shardkeep.run.partial_fills import PartialFills
 
 __all__ = ["Restored", "restore"]
@@ -98,26 +98,26 @@ def _tried(
             None if there is no other to try.
     """
     store = steps.store(step)
-    grade, error, report = Grade.FINE, None, None
+    severity, error, report = Severity.SUCCESS, None, None
     try:
         report = load(state, store, ranks=job, **how)
         if traces is not None:
             _refuse_mixed(store.url, report, traces)
     except Exception as caught:
-        grade, error = _grade(caught), caught
-    outcome = worst(session, grade, error)
-    if report is not None and outcome.grade is Grade.FINE:
+        severity, error = _severity_of(caught), caught
+    outcome = worst_outcome(session, severity, error)
+    if report is not None and outcome.severity is Severity.SUCCESS:
         return report
-    if outcome.grade is Grade.UNREADABLE and traces is not None:
+    if outcome.severity is Severity.UNREADABLE and traces is not None:
         traces.add(step, store, error)
-        return outcome.text
-    raise error or outcome.raised("load", store.url)
+        return outcome.error
+    raise error or outcome.rank_failed("load", store.url)
 
 
-def _grade(error: Exception) -> Grade:
+def _severity_of(error: Exception) -> Severity:
     if isinstance(error, RankFailed):
-        return Grade.TOLD
-    return Grade.UNREADABLE if isinstance(error, _UNREADABLE) else Grade.FATAL
+        return Severity.OTHER_RANK
+    return Severity.UNREADABLE if isinstance(error, _UNREADABLE) else Severity.FATAL
 
 
 def _refuse_mixed(path: str, report: LoadReport, traces: PartialFills) -> None:

@@ -22,8 +22,9 @@ Ranks meet by work and path, so whatever can fail belongs inside the session: a 
 before it enters, and then comes with the next state for the same path, meets the others in the
 session that it missed.
 
-Sessions on different paths (or of different work) may run at the same time, in different threads.
-For one work on one path, a process has one session at a time.
+Sessions may run at the same time, in different threads. A rank enters those of one work on one path
+one after another, and on all ranks in the same order: a word belongs to the session that is being
+entered.
 """
 
 from __future__ import annotations
@@ -128,6 +129,9 @@ class KeySession(Session):
         if self._heart is not None and self._timing.heartbeat:
             with suppress(ConnectionError):  # the next call meets it, too
                 self._heart.tell()
+
+    def set_path(self, path: str) -> None:
+        self._path = path
 
     def check(self) -> None:
         heart = self._heart
