@@ -23,9 +23,9 @@ from crash.notes import PHASES, Notes, Outcome
 from crash.plans import Plan
 from crash.state import RANKS, state
 from shardkeep.coordination.contract import Ranks
-from shardkeep.coordination.keyvalue.ranks import KeyRanks
-from shardkeep.coordination.keyvalue.session import KeySession
-from shardkeep.coordination.keyvalue.torch_store import StoreKeys
+from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
+from shardkeep.coordination.keyvalue.session import KeyValueSession
+from shardkeep.coordination.keyvalue.torch_store import TorchKeyValueStore
 from shardkeep.engine.async_save import async_save
 from shardkeep.engine.save import save as save_now
 from shardkeep.stores import LocalStore
@@ -82,7 +82,7 @@ class _Rank:
         )
         if is_host:
             self.notes.port = store.port
-        ranks = KeyRanks(StoreKeys(store, RANKS), self.rank, range(RANKS))
+        ranks = KeyValueRanks(TorchKeyValueStore(store, RANKS), self.rank, range(RANKS))
         self.notes.put(self.rank, "ready", 1)
         while not all(self.notes.every("ready")):  # who still connects waits for a dead host
             time.sleep(0.001)
@@ -130,7 +130,11 @@ class _Rank:
 
     def watch(self) -> None:
         """Be told of phases. What is changed here is this process's own."""
-        enter, phase, leave = KeySession.__enter__, KeySession.phase, KeySession.__exit__
+        enter, phase, leave = (
+            KeyValueSession.__enter__,
+            KeyValueSession.phase,
+            KeyValueSession.__exit__,
+        )
 
         def entering(session: Any) -> Any:
             self.note("enter")
@@ -144,9 +148,9 @@ class _Rank:
             self.note("part")
             return leave(session, *error)
 
-        KeySession.__enter__ = entering  # type: ignore[method-assign]
-        KeySession.phase = begin  # type: ignore[method-assign]
-        KeySession.__exit__ = leaving  # type: ignore[method-assign]
+        KeyValueSession.__enter__ = entering  # type: ignore[method-assign]
+        KeyValueSession.phase = begin  # type: ignore[method-assign]
+        KeyValueSession.__exit__ = leaving  # type: ignore[method-assign]
 
 
 class _Watched(LocalStore):

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from shardkeep.coordination.keyvalue import clients
-from shardkeep.coordination.keyvalue.keys import MemoryKeys
-from shardkeep.coordination.keyvalue.torch_store import StoreKeys
+from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
+from shardkeep.coordination.keyvalue.torch_store import TorchKeyValueStore
 
 
 def test_values() -> None:
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
     with pytest.raises(KeyError):
         keys.get("a")
     keys.set("a", b"1")
@@ -30,7 +30,7 @@ def test_values() -> None:
 
 
 def test_wait_gives_the_first_in_order() -> None:
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
     keys.set("b", b"")
     keys.set("c", b"")
     assert keys.wait(["a", "b", "c"], 0) == "b"
@@ -38,7 +38,7 @@ def test_wait_gives_the_first_in_order() -> None:
 
 
 def test_wait_ends_with_its_time() -> None:
-    keys, began = MemoryKeys(), time.monotonic()
+    keys, began = MemoryKeyValueStore(), time.monotonic()
     assert keys.wait(["a"], -1) is None
     assert keys.wait(["a"], 0.1) is None
     assert 0.1 <= time.monotonic() - began < 5
@@ -46,7 +46,7 @@ def test_wait_ends_with_its_time() -> None:
 
 
 def test_wait_is_woken() -> None:
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
     timer = threading.Timer(0.05, lambda: (keys.set("other", b""), keys.set("b", b"")))
     timer.start()
     assert keys.wait(["a", "b"], 30) == "b"
@@ -66,7 +66,7 @@ class Vanishing:
 
 def test_a_key_that_goes_while_it_is_read_is_missing_not_empty():
     with pytest.raises(KeyError, match="message/0"):
-        StoreKeys(Vanishing(), 2).get("message/0")
+        TorchKeyValueStore(Vanishing(), 2).get("message/0")
 
 
 class Late:
@@ -83,8 +83,8 @@ class Late:
 
 
 def test_a_message_wins_over_a_failure_that_came_after_it():
-    assert StoreKeys(Late(), 2).wait(["message", "failed"], 10) == "message"
-    assert StoreKeys(Late(), 2).wait(["other", "failed"], 10) == "failed"
+    assert TorchKeyValueStore(Late(), 2).wait(["message", "failed"], 10) == "message"
+    assert TorchKeyValueStore(Late(), 2).wait(["other", "failed"], 10) == "failed"
 
 
 HOST = """
@@ -119,7 +119,7 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
     monkeypatch.setattr(clients, "_LEAST", 1.0)
     monkeypatch.setenv("SHARDKEEP_HEARTBEAT_SECONDS", "0.2")
     process, store = hosted
-    keys = StoreKeys(store, 2)
+    keys = TorchKeyValueStore(store, 2)
     keys.set("a", b"1")
     assert keys.get("a") == b"1"
     os.kill(process.pid, signal.SIGSTOP)
@@ -138,7 +138,7 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
 def test_a_key_that_is_missing_is_known_at_once(
     hosted: tuple[subprocess.Popen[str], Any],
 ) -> None:
-    keys, began = StoreKeys(hosted[1], 2), time.monotonic()
+    keys, began = TorchKeyValueStore(hosted[1], 2), time.monotonic()
     for _ in range(2):
         with pytest.raises(KeyError):
             keys.get("a")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shardkeep.coordination.keyvalue.keys import MemoryKeys
+from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
 from shardkeep.coordination.solo import Solo
 from shardkeep.testing import simulated_ranks
 from support import sessions
@@ -50,9 +50,9 @@ def test_nobody_waits_for_a_rank_that_has_left(play: Play, leaver: int) -> None:
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_does_not_answer_is_named(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    timing = simulated_ranks.Timing(deadline=30.0, heartbeat=0.3, missed=4)
+    timeouts = simulated_ranks.Timeouts(30.0, 0.3, 4)
     monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.01")
-    found = simulated_ranks.run(3, sessions.nobody_answers, silent, timing=timing)
+    found = simulated_ranks.run(3, sessions.nobody_answers, silent, timeouts=timeouts)
     for rank, told in enumerate(found):
         if rank == silent:
             assert told is None
@@ -79,7 +79,7 @@ def test_the_store_holds_no_more_after_many_rounds(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.005")
     left = []
     for rounds in (1, 6):
-        keys = MemoryKeys()
+        keys = MemoryKeyValueStore()
         simulated_ranks.run(3, sessions.stops, rounds, 1, [1], False, keys=keys)
         wait_for(lambda: not watching())
         left.append(len(keys))

@@ -17,7 +17,7 @@ from torch.futures import Future
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.coordination.keyvalue.heartbeat import Timing
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.dcp.bridge.steps import load_by_steps, save_by_steps
 from shardkeep.testing import simulated_ranks
 from support import dcp_failing
@@ -133,7 +133,7 @@ class Job:
                 return error
 
         begin = time.monotonic()
-        results = simulated_ranks.run(4, caught, timing=Timing(20.0, 0.0, 5))
+        results = simulated_ranks.run(4, caught, timeouts=Timeouts(20.0, 0.0, 5))
         assert time.monotonic() - begin < 5
         return results
 
@@ -301,7 +301,7 @@ def test_ranks_that_read_different_metadata_are_told(tmp_path):
         with pytest.raises(CheckpointException, match=r"ranks \[2\] found metadata of their own"):
             load_by_steps(lambda: cleared(ranks.rank), Same(reader), planner, ranks)
 
-    simulated_ranks.run(4, one, timing=Timing(10.0, 0.0, 5))
+    simulated_ranks.run(4, one, timeouts=Timeouts(10.0, 0.0, 5))
 
 
 class Same:
@@ -329,7 +329,7 @@ def test_storage_of_one_rank_each_needs_no_common_path_without_collectives(tmp_p
             use_collectives=False,
         )
 
-    simulated_ranks.run(4, one, timing=Timing(10.0, 0.0, 5))
+    simulated_ranks.run(4, one, timeouts=Timeouts(10.0, 0.0, 5))
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.metadata")}
     assert found == {f"{rank}/__{rank}.metadata" for rank in range(4)}
 

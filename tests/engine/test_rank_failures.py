@@ -16,7 +16,7 @@ pytestmark = pytest.mark.torch
 
 import shardkeep as sk
 from shardkeep.coordination.contract import Ranks
-from shardkeep.coordination.keyvalue.heartbeat import Timing
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.stores import LocalStore
 from shardkeep.testing import simulated_ranks
 from support import forked, phases
@@ -87,9 +87,9 @@ def test_row_03_the_original_traceback_is_shown_and_travels():
 def test_row_03_a_death_is_known_within_ten_seconds_by_default(monkeypatch):
     for name in ("SHARDKEEP_HEARTBEAT_SECONDS", "SHARDKEEP_MAX_MISSED_HEARTBEATS"):
         monkeypatch.delenv(name, raising=False)
-    timing = Timing.from_knobs()
+    timeouts = Timeouts.from_settings()
     # It may happen just after a look that saw a new sign.
-    assert timing.heartbeat * (timing.missed + 1) <= 9
+    assert timeouts.heartbeat * (timeouts.missed + 1) <= 9
 
 
 def writing_for_ever(ranks: Ranks, path: str) -> dict:

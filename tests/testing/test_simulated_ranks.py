@@ -14,22 +14,22 @@ from hypothesis import strategies as st
 
 from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue import session
-from shardkeep.coordination.keyvalue.heartbeat import Timing
-from shardkeep.coordination.keyvalue.keys import MemoryKeys
-from shardkeep.coordination.keyvalue.ranks import KeyRanks
-from shardkeep.coordination.keyvalue.session import KeySession
+from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
+from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
+from shardkeep.coordination.keyvalue.session import KeyValueSession
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.errors import RankFailed
 from shardkeep.testing.simulated_ranks import run
 from support import sessions
 
-CALM = Timing(deadline=20, heartbeat=0.0, missed=5)
-QUICK = Timing(deadline=20, heartbeat=0.05, missed=4)
+CALM = Timeouts(20, 0.0, 5)
+QUICK = Timeouts(20, 0.05, 4)
 
 
 @settings(max_examples=30)
 @given(size=st.integers(1, 7), lengths=st.lists(st.integers(0, 2000), max_size=4))
 def test_conversations_leave_nothing_behind(size: int, lengths: list[int]) -> None:
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
     assert run(size, sessions.conversation, lengths, keys=keys) == ["done"] * size
     assert len(keys) == 0
 
@@ -41,7 +41,7 @@ def test_64_ranks() -> None:
 def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
     monkeypatch.setattr(session, "_AGAIN", 60.0)  # then it would look who else has come
 
-    class Held(MemoryKeys):
+    class Held(MemoryKeyValueStore):
         """Who has been answered does not come in before all have been answered."""
 
         def __init__(self) -> None:
@@ -58,7 +58,7 @@ def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
                     self.all.set()
 
     keys = Held()
-    assert run(4, sessions.conversation, [0], keys=keys, timing=CALM) == ["done"] * 4
+    assert run(4, sessions.conversation, [0], keys=keys, timeouts=CALM) == ["done"] * 4
     assert not keys.late
 
 
@@ -66,7 +66,7 @@ def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> No
     monkeypatch.setattr(session, "_AGAIN", 0.05)  # who else has come is looked at soon
     looked = threading.Event()
 
-    class Reordered(MemoryKeys):
+    class Reordered(MemoryKeyValueStore):
         """A word goes between the question of whether it is there and that of what it says."""
 
         def __init__(self) -> None:
@@ -91,11 +91,11 @@ def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> No
             assert looked.wait(5)
         return sessions.conversation(ranks, [0])
 
-    assert run(4, scenario, keys=Reordered(), timing=CALM) == ["done"] * 4
+    assert run(4, scenario, keys=Reordered(), timeouts=CALM) == ["done"] * 4
 
 
 def test_failures_leave_nothing_behind() -> None:
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
     run(4, sessions.failure, 2, keys=keys)
     assert len(keys) == 0
 
@@ -112,7 +112,7 @@ def test_any_set_of_failures_reaches_all(culprits: dict[int, str]) -> None:
 
         return [sessions.outcome(ranks, step), sessions.outcome(ranks, sessions.nothing)]
 
-    results = run(5, scenario, timing=CALM)
+    results = run(5, scenario, timeouts=CALM)
     named = {first["rank"] for first, _ in results if first["end"] == "told"}
     assert named <= set(culprits)
     for rank, (first, later) in enumerate(results):
@@ -122,7 +122,7 @@ def test_any_set_of_failures_reaches_all(culprits: dict[int, str]) -> None:
 
 def test_no_thread_is_left() -> None:
     before = threading.active_count()
-    run(8, sessions.conversation, [1], timing=QUICK)
+    run(8, sessions.conversation, [1], timeouts=QUICK)
     assert threading.active_count() == before
 
 
@@ -155,7 +155,7 @@ def test_told_again_by_every_call() -> None:
                     told += 1
         return told
 
-    assert run(3, scenario, timing=CALM) == [3, 0, 3]
+    assert run(3, scenario, timeouts=CALM) == [3, 0, 3]
 
 
 def test_rank_that_enters_after_the_failure_is_told_at_once() -> None:
@@ -169,8 +169,8 @@ def test_rank_that_enters_after_the_failure_is_told_at_once() -> None:
         first = sessions.outcome(ranks, step)
         return first["end"], sessions.outcome(ranks, sessions.nothing)["end"], first["took"] < 0.5
 
-    keys = MemoryKeys()
-    assert run(3, scenario, timing=CALM, keys=keys) == [
+    keys = MemoryKeyValueStore()
+    assert run(3, scenario, timeouts=CALM, keys=keys) == [
         ("told", "done", True),
         ("raised", "done", True),
         ("told", "done", True),
@@ -209,16 +209,16 @@ def test_rank_without_signs_of_life_is_named(culprit: int) -> None:
 
         return sessions.outcome(ranks, step)
 
-    alive: list[KeySession] = []
-    real = KeySession._live
+    alive: list[KeyValueSession] = []
+    real = KeyValueSession._live
 
-    def note(session: KeySession) -> None:
+    def note(session: KeyValueSession) -> None:
         alive.append(session)
         real(session)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KeySession, "_live", note)
-        results = run(4, scenario, timing=QUICK)
+        patch.setattr(KeyValueSession, "_live", note)
+        results = run(4, scenario, timeouts=QUICK)
     for rank, end in enumerate(results):
         assert (end["end"], end["rank"], end["phase"]) == ("told", culprit, "write")
         assert end["cause"] == "it stopped answering: no sign of life for 0.2 s"
@@ -229,19 +229,21 @@ def test_slow_rank_with_signs_of_life_is_waited_for() -> None:
     def scenario(ranks: Ranks) -> str:
         return sessions.outcome(ranks, lambda _: time.sleep(0.3 * (ranks.rank == 1)))["end"]
 
-    assert run(3, scenario, timing=QUICK) == ["done"] * 3
+    assert run(3, scenario, timeouts=QUICK) == ["done"] * 3
 
 
 # --- meeting --------------------------------------------------------------------------------------
 
 
 def test_rank_that_gave_up_and_came_again_is_let_in() -> None:
-    def scenario(ranks: KeyRanks) -> int:
+    def scenario(ranks: KeyValueRanks) -> int:
         if ranks.rank == 0:
             time.sleep(1.5)
         for attempt in range(100):
             deadline = 20 if ranks.rank == 0 else 0.01
-            own = KeyRanks(ranks._keys, ranks.rank, range(2), timing=Timing(deadline, 0, 5))
+            own = KeyValueRanks(
+                ranks._keys, ranks.rank, range(2), timeouts=Timeouts(deadline, 0, 5)
+            )
             try:
                 with own.session("save", "x"):
                     return attempt
@@ -256,9 +258,9 @@ def test_rank_that_gave_up_and_came_again_is_let_in() -> None:
 
 def test_words_of_the_dead_are_no_entrance() -> None:
     """A killed rank leaves its word behind; the one that is started in its place comes later."""
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
 
-    def scenario(ranks: KeyRanks) -> str:
+    def scenario(ranks: KeyValueRanks) -> str:
         session = ranks.session("save", "run/step")
         if ranks.rank:
             keys.set(f"{session._base}/word/{ranks.rank}", b"dead")
@@ -269,12 +271,12 @@ def test_words_of_the_dead_are_no_entrance() -> None:
         return sessions.conversation(ranks, [3])
 
     started = threading.Event()
-    assert run(3, scenario, timing=CALM, keys=keys) == ["done"] * 3
+    assert run(3, scenario, timeouts=CALM, keys=keys) == ["done"] * 3
     assert len(keys) == 0
 
 
 def test_rank_that_dies_while_it_enters_is_named() -> None:
-    def scenario(ranks: KeyRanks) -> str:
+    def scenario(ranks: KeyValueRanks) -> str:
         session = ranks.session("save", "x")
         if ranks.rank == 2:
             ranks._keys.set(f"{session._base}/word/2", b"last word")
@@ -287,14 +289,14 @@ def test_rank_that_dies_while_it_enters_is_named() -> None:
         return "done"
 
     told = "2 enter it stopped answering: no sign of life for 0.2 s"
-    assert run(3, scenario, timing=QUICK) == [told, told, "died"]
+    assert run(3, scenario, timeouts=QUICK) == [told, told, "died"]
 
 
 def test_other_jobs_in_the_same_store_do_not_meet() -> None:
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
 
     def scenario(ranks: Ranks, scope: str) -> list[bytes] | None:
-        own = KeyRanks(keys, ranks.rank, range(3), scope=scope, timing=CALM)
+        own = KeyValueRanks(keys, ranks.rank, range(3), scope=scope, timeouts=CALM)
         with own.session("save", "x") as session:
             return session.gather(scope.encode())
 
@@ -324,22 +326,22 @@ def test_every_rank_knows_how_many_ranks_share_its_host(
         with ranks.session("load", "run/step") as session:
             return session.ranks_on_this_host()
 
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
     names = dict(zip(range(len(hosts)), hosts, strict=True))
     monkeypatch.setattr(
-        KeySession,
+        KeyValueSession,
         "_host",
         property(lambda session: names[session.rank], lambda *_: None),
         raising=False,
     )
-    assert run(4, scenario, keys=keys, timing=CALM) == [hosts.count(host) for host in hosts]
+    assert run(4, scenario, keys=keys, timeouts=CALM) == [hosts.count(host) for host in hosts]
     assert len(keys) == 0
 
 
 # --- the store itself -----------------------------------------------------------------------------
 
 
-class BrokenKeys(MemoryKeys):
+class BrokenKeys(MemoryKeyValueStore):
     """Out of reach from some moment on."""
 
     broken = False
@@ -375,7 +377,7 @@ def test_lost_store_is_explained() -> None:
 
         return sessions.outcome(ranks, step)["cause"]
 
-    for cause in run(2, scenario, timing=CALM, keys=keys):
+    for cause in run(2, scenario, timeouts=CALM, keys=keys):
         assert cause == (
             "the job's store, which lives beside it, is out of reach: connection reset by peer"
         )
@@ -393,7 +395,7 @@ def test_no_torch_is_imported() -> None:
 
 
 @pytest.mark.parametrize("timing", [CALM, QUICK])
-def test_long_work_hears_of_failures_by_asking(timing: Timing) -> None:
+def test_long_work_hears_of_failures_by_asking(timeouts: Timeouts) -> None:
     def scenario(ranks: Ranks) -> str:
         with ranks.session("save", "x") as session:
             session.phase("write")
@@ -413,7 +415,7 @@ def test_long_work_hears_of_failures_by_asking(timing: Timing) -> None:
         except ValueError:
             return "raised"
 
-    assert run(3, told, timing=timing) == ["1 write", "raised", "1 write"]
+    assert run(3, told, timeouts=timeouts) == ["1 write", "raised", "1 write"]
 
 
 def test_a_phase_is_known_as_soon_as_it_begins() -> None:
@@ -427,6 +429,6 @@ def test_a_phase_is_known_as_soon_as_it_begins() -> None:
             everyone = range(ranks.size)
             return [(session._sign_of(rank).phase, session.host(rank)) for rank in everyone]
 
-    slow = Timing(deadline=20, heartbeat=60, missed=5)
+    slow = Timeouts(20, 60, 5)
     host = socket.gethostname()
-    assert run(3, scenario, timing=slow)[0] == [(f"phase of {rank}", host) for rank in range(3)]
+    assert run(3, scenario, timeouts=slow)[0] == [(f"phase of {rank}", host) for rank in range(3)]

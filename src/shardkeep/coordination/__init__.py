@@ -9,8 +9,8 @@ from typing import Any
 
 from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.group import GroupRanks
-from shardkeep.coordination.keyvalue.ranks import KeyRanks
-from shardkeep.coordination.keyvalue.torch_store import StoreKeys
+from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
+from shardkeep.coordination.keyvalue.torch_store import TorchKeyValueStore
 from shardkeep.coordination.solo import Solo
 
 __all__ = ["detect_ranks"]
@@ -46,8 +46,8 @@ def detect_ranks(ranks: Sequence[int] | Ranks | None = None, *, by_path: bool = 
         if len(members) != size:
             raise ValueError("this job has no store: only all of its ranks can take part")
         return GroupRanks(dist)
-    keys = StoreKeys(store, size)
-    return KeyRanks(keys, members.index(rank), members, scope=_scope(), by_path=by_path)
+    keys = TorchKeyValueStore(store, size)
+    return KeyValueRanks(keys, members.index(rank), members, scope=_scope(), by_path=by_path)
 
 
 def _initialised() -> Any:

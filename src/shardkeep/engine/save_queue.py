@@ -26,7 +26,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from weakref import WeakSet
 
 from shardkeep.coordination.contract import Ranks
-from shardkeep.coordination.keyvalue.heartbeat import Timing
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.errors import AsyncSaveFailed
 from shardkeep.io.arena import Arena
 from shardkeep.types import YieldGil
@@ -328,7 +328,7 @@ def _last() -> None:
     for line in list(_lines.values()):
         while jobs := line.waiting():
             if not any(job.owed for job in jobs):
-                _await(jobs, Timing.from_knobs().patience)
+                _await(jobs, Timeouts.from_settings().silence_seconds)
                 break
             _await(jobs[:1])
         for job in line.failures():

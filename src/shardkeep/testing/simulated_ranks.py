@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from shardkeep.coordination.keyvalue.heartbeat import Timing
-from shardkeep.coordination.keyvalue.keys import MemoryKeys
-from shardkeep.coordination.keyvalue.ranks import KeyRanks
+from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
+from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.errors import RankFailed
 
 __all__ = ["run"]
@@ -21,24 +21,24 @@ def run(
     size: int,
     function: Callable[..., T],
     *args: Any,
-    timing: Timing | None = None,
-    keys: MemoryKeys | None = None,
+    timeouts: Timeouts | None = None,
+    keys: MemoryKeyValueStore | None = None,
 ) -> list[T]:
     """Call `function(ranks, *args)` on `size` ranks at once; the results, in rank order.
 
-    Waits for all of them. Threads cannot be killed, so unless `timing` says otherwise there are no
-    heartbeats, and a rank that never enters a session is given up after `knobs.deadline()`.
+    Waits for all of them. Threads cannot be killed, so unless `timeouts` says otherwise there are
+    no heartbeats, and a rank that never enters a session is given up after the deadline.
 
     Raises:
         The error of the rank that failed first, with a note that names the rank. Where ranks only
         passed on what they were told (`RankFailed`), the one they were told about is meant.
     """
-    keys = keys if keys is not None else MemoryKeys()
-    timing = timing or replace(Timing.from_knobs(), heartbeat=0.0)
+    keys = keys if keys is not None else MemoryKeyValueStore()
+    timeouts = timeouts or replace(Timeouts.from_settings(), heartbeat_seconds=0.0)
     errors: list[tuple[int, BaseException]] = []
 
     def one(rank: int) -> T:
-        ranks = KeyRanks(keys, rank, range(size), timing=timing)
+        ranks = KeyValueRanks(keys, rank, range(size), timeouts=timeouts)
         try:
             return function(ranks, *args)
         except BaseException as error:

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from shardkeep.coordination.keyvalue.heartbeat import Timing
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 
 __all__ = ["Client", "client_of"]
 
@@ -25,7 +25,7 @@ make it look up a name, for 5 s where no one answers that, and all others wait."
 
 
 class Client:
-    """A client of a `torch.distributed.Store` whose calls fail in the ways of `KeyValue`.
+    """A client of a `torch.distributed.Store` whose calls fail in the ways of `KeyValueStore`.
 
     Attributes:
         store: the client itself.
@@ -84,7 +84,7 @@ def client_of(store: Any) -> Client:
 
 
 def _connect(store: Any) -> Client:
-    patience = max(_LEAST, Timing.from_knobs().patience)
+    patience = max(_LEAST, Timeouts.from_settings().silence_seconds)
     server = _server(store)
     with _giving_up(patience, getattr(server, "port", None)):
         try:

@@ -7,38 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event, Lock, Thread
 
-from shardkeep import settings
-from shardkeep.coordination.keyvalue.keys import KeyValue
+from shardkeep.coordination.keyvalue.contract import KeyValueStore
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 
-__all__ = ["Heartbeat", "Sign", "Timing"]
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """How long a session waits, in seconds.
-
-    Attributes:
-        deadline: for another rank's message.
-        heartbeat: between two signs of life; 0 sends none.
-        missed: signs of life that may be missed, one after the other.
-    """
-
-    deadline: float
-    heartbeat: float
-    missed: int
-
-    @staticmethod
-    def from_knobs() -> Timing:
-        return Timing(
-            settings.deadline_seconds(),
-            settings.heartbeat_seconds(),
-            settings.max_missed_heartbeats(),
-        )
-
-    @property
-    def patience(self) -> float:
-        """For a rank that is known to be on its way to the key-value store."""
-        return (self.heartbeat or 2.0) * self.missed
+__all__ = ["Heartbeat", "Sign"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +53,16 @@ class Heartbeat:
 
     def __init__(
         self,
-        keys: KeyValue,
+        keys: KeyValueStore,
         own: str,
         watched: str,
         failed: str,
         sign: Callable[[], Sign],
         lost: Callable[[Sign], None],
-        timing: Timing,
+        timeouts: Timeouts,
     ) -> None:
         self._keys, self._own, self._watched, self._failed = keys, own, watched, failed
-        self._sign, self._lost, self._timing = sign, lost, timing
+        self._sign, self._lost, self._timeouts = sign, lost, timeouts
         self._last = b""
         self._missed = 0
         self.failure: bytes | None = None
@@ -102,7 +74,7 @@ class Heartbeat:
     def start(self) -> None:
         """The first sign is there on return: it says that this rank has entered."""
         self.tell()
-        if self._timing.heartbeat:
+        if self._timeouts.heartbeat_seconds:
             self._thread.start()
 
     def tell(self) -> None:
@@ -114,10 +86,10 @@ class Heartbeat:
         self._stop.set()
         if self._thread.is_alive():
             # Not for ever: a call to a store whose host is frozen does not return.
-            self._thread.join(self._timing.patience)
+            self._thread.join(self._timeouts.silence_seconds)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._timing.heartbeat):
+        while not self._stop.wait(self._timeouts.heartbeat_seconds):
             try:
                 self.tell()
                 self._look()
@@ -139,4 +111,4 @@ class Heartbeat:
         sign = self._keys.get(self._watched)
         self._missed = self._missed + 1 if sign == self._last else 0
         self._last = sign
-        return self._missed >= self._timing.missed
+        return self._missed >= self._timeouts.max_missed_heartbeats

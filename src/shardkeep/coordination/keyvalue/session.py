@@ -43,12 +43,13 @@ from types import TracebackType
 from typing import NamedTuple
 
 from shardkeep.coordination.contract import Session
+from shardkeep.coordination.keyvalue.contract import KeyValueStore
 from shardkeep.coordination.keyvalue.framing import count, join, split
-from shardkeep.coordination.keyvalue.heartbeat import Heartbeat, Sign, Timing
-from shardkeep.coordination.keyvalue.keys import KeyValue
+from shardkeep.coordination.keyvalue.heartbeat import Heartbeat, Sign
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.errors import RankFailed
 
-__all__ = ["KeySession"]
+__all__ = ["KeyValueSession"]
 
 _NOWHERE = "an unknown host"
 _LATER = 0.5
@@ -69,7 +70,7 @@ class _Answered(NamedTuple):
         return self.word.decode().partition(" ")[2] or _NOWHERE
 
 
-class KeySession(Session):
+class KeyValueSession(Session):
     """One rank's end of a session.
 
     Args:
@@ -80,12 +81,12 @@ class KeySession(Session):
         scope: sets jobs or restarts apart that share a store.
         by_path: False lets ranks meet that call the path differently; then a process has one
             session for one work at a time.
-        timing: None takes it from the knobs.
+        timeouts: None takes it from the knobs.
     """
 
     def __init__(
         self,
-        keys: KeyValue,
+        keys: KeyValueStore,
         rank: int,
         members: tuple[int, ...] | range,
         work: str,
@@ -93,11 +94,11 @@ class KeySession(Session):
         *,
         scope: str = "",
         by_path: bool = True,
-        timing: Timing | None = None,
+        timeouts: Timeouts | None = None,
     ) -> None:
         self._keys, self._rank, self._members = keys, rank, members
         self._work, self._path = work, path
-        self._timing = timing or Timing.from_knobs()
+        self._timeouts = timeouts or Timeouts.from_settings()
         self._group = _group(scope, members)
         self._base = f"{self._group}/{_digest(work, *([path] if by_path else []))}"
         self._id = ""
@@ -126,7 +127,7 @@ class KeySession(Session):
     def phase(self, name: str) -> None:
         self._phase = name
         # At once, or a rank that is killed soon would be said to have been in an earlier one.
-        if self._heart is not None and self._timing.heartbeat:
+        if self._heart is not None and self._timeouts.heartbeat_seconds:
             with suppress(ConnectionError):  # the next call meets it, too
                 self._heart.tell()
 
@@ -142,7 +143,7 @@ class KeySession(Session):
                 raise heart.unreachable
             if heart.failure is not None:
                 raise self._told(heart.failure)
-            if not self._timing.heartbeat and monotonic() >= self._glance:
+            if not self._timeouts.heartbeat_seconds and monotonic() >= self._glance:
                 self._glance = monotonic() + _GLANCE
                 self._check()
 
@@ -232,8 +233,12 @@ class KeySession(Session):
     def _wait(self, key: str, rank: int) -> None:
         """Until the key is there, which `rank` should set."""
         # The coordinator gives up before those who wait for it, as it knows who is late.
-        if not self._await([key], rank, self._timing.deadline + bool(self._rank) * _LATER):
-            raise self._blame(rank, f"it did not answer within {self._timing.deadline:g} s")
+        if not self._await(
+            [key], rank, self._timeouts.deadline_seconds + bool(self._rank) * _LATER
+        ):
+            raise self._blame(
+                rank, f"it did not answer within {self._timeouts.deadline_seconds:g} s"
+            )
 
     def _await(self, keys: list[str], rank: int, timeout: float) -> str | None:
         """The first of the keys that exists, None after the timeout; raises what others posted."""
@@ -278,7 +283,7 @@ class KeySession(Session):
 
     @property
     def _silence(self) -> str:
-        return f"it stopped answering: no sign of life for {self._timing.patience:g} s"
+        return f"it stopped answering: no sign of life for {self._timeouts.silence_seconds:g} s"
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -294,7 +299,7 @@ class KeySession(Session):
 
     # --- meeting ---------------------------------------------------------------------------------
 
-    def __enter__(self) -> KeySession:
+    def __enter__(self) -> KeyValueSession:
         now = f"{self._group}/now/{self._rank}"
         try:
             with self._reporting():
@@ -314,7 +319,7 @@ class KeySession(Session):
         missed = f"{self._base}/missed/{self._rank}"
         self._keys.set(own, f"{token} {self._host}".encode())
         try:
-            found = self._keys.wait([missed, answer], self._timing.deadline + _LATER)
+            found = self._keys.wait([missed, answer], self._timeouts.deadline_seconds + _LATER)
             if found is None:
                 cause = self._absence(0)
                 raise RankFailed(self._members[0], _NOWHERE, "enter", self._path, cause)
@@ -332,7 +337,7 @@ class KeySession(Session):
     def _admit_all(self) -> None:
         self._id = f"{self._group}/{token_hex(16)}"
         self._live()
-        end = monotonic() + self._timing.deadline
+        end = monotonic() + self._timeouts.deadline_seconds
         # All are answered before any is waited for, or they would come in one after the other.
         for rank in range(1, self.size):
             word = f"{self._base}/word/{rank}"
@@ -351,7 +356,7 @@ class KeySession(Session):
         alive, word = f"{self._id}/alive/{rank}", f"{self._base}/word/{rank}"
         while True:
             answered = self._answered.get(rank)
-            until = end if answered is None else answered.at + self._timing.patience
+            until = end if answered is None else answered.at + self._timeouts.silence_seconds
             keys = [alive, word] if answered is None else [alive]
             found = self._await(keys, rank, min(_AGAIN, until - monotonic()))
             if found == alive:
@@ -375,7 +380,7 @@ class KeySession(Session):
         self._answered[rank] = _Answered(word, monotonic())
 
     def _absence(self, rank: int) -> str:
-        cause = f"it did not enter this {self._work} within {self._timing.deadline:g} s"
+        cause = f"it did not enter this {self._work} within {self._timeouts.deadline_seconds:g} s"
         other = self._peek(f"{self._group}/now/{rank}")
         return cause if other is None else f"{cause}; it waits to enter the {other.decode()}"
 
@@ -393,7 +398,7 @@ class KeySession(Session):
         alive = f"{self._id}/alive"
         own, other = f"{alive}/{self._rank}", f"{alive}/{watched}"
         failed = f"{self._id}/failed"
-        self._heart = Heartbeat(self._keys, own, other, failed, sign, lost, self._timing)
+        self._heart = Heartbeat(self._keys, own, other, failed, sign, lost, self._timeouts)
         self._heart.start()
 
     # --- parting ---------------------------------------------------------------------------------
@@ -450,7 +455,7 @@ class KeySession(Session):
         The coordinator's process may host the store: if it ended at once, the others would see a
         broken connection in place of what happened.
         """
-        end, gone = monotonic() + self._timing.patience, True
+        end, gone = monotonic() + self._timeouts.silence_seconds, True
         # Last the one that is not waited for: meanwhile it, too, may say farewell.
         for rank in sorted(self._answered, key=lambda rank: rank == self._blamed):
             left = 0.0 if rank == self._blamed else max(0.0, end - monotonic())

@@ -28,8 +28,8 @@ from weakref import finalize
 
 from shardkeep import settings
 from shardkeep.coordination.contract import Session, StopAgreement
-from shardkeep.coordination.keyvalue.heartbeat import Timing
-from shardkeep.coordination.keyvalue.keys import KeyValue
+from shardkeep.coordination.keyvalue.contract import KeyValueStore
+from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.errors import RankFailed
 
 __all__ = ["Alone", "End", "KeyValueStopAgreement"]
@@ -96,17 +96,17 @@ class End:
 
     def __init__(
         self,
-        keys: KeyValue,
+        keys: KeyValueStore,
         rank: int,
         members: tuple[int, ...] | range,
         session: Callable[[], Session],
         path: str,
         *,
-        timing: Timing | None = None,
+        timeouts: Timeouts | None = None,
     ) -> None:
         self._keys, self._rank, self._members = keys, rank, members
         self._session, self._path = session, path
-        self._timing = timing or Timing.from_knobs()
+        self._timeouts = timeouts or Timeouts.from_settings()
         self._pause = settings.stop_poll_seconds() * max(1.0, len(members) / _CROWD)
         self._base = self._round = self._before = ""
         self._thread: Thread | None = None
@@ -137,7 +137,7 @@ class End:
         if self._thread is None:
             return
         self.leave()
-        self._thread.join(self._timing.patience)
+        self._thread.join(self._timeouts.silence_seconds)
 
     def leave(self) -> None:
         self._stop.set()
@@ -158,7 +158,7 @@ class End:
             if not self._holds:
                 self._passed += 1
                 return False
-        if not self._known.wait(self._timing.patience):
+        if not self._known.wait(self._timeouts.silence_seconds):
             raise self._missing()
         if self._lost is not None:
             cause = f"the job's store is out of reach: {self._lost}"
@@ -179,7 +179,7 @@ class End:
             if self._keys.wait([self._hold(rank)], 0) is None:
                 late = rank
                 break
-        cause = f"its thread did not answer within {self._timing.patience:g} s"
+        cause = f"its thread did not answer within {self._timeouts.silence_seconds:g} s"
         return RankFailed(self._members[late], _NOWHERE, _PHASE, self._path, cause)
 
     # --- the thread ------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from time import monotonic, sleep
 from typing import Any
 
 from shardkeep.coordination.keyvalue.clients import client_of
-from shardkeep.coordination.keyvalue.keys import KeyValue
+from shardkeep.coordination.keyvalue.contract import KeyValueStore
 
-__all__ = ["StoreKeys"]
+__all__ = ["TorchKeyValueStore"]
 
 _MISSING = b"shardkeep: no such key"
 """Given in place of a value; no message begins like this."""
@@ -18,7 +18,7 @@ _CROWD = 256
 """Ranks beyond which each one looks less often, so that the store's host is not kept busy."""
 
 
-class StoreKeys(KeyValue):
+class TorchKeyValueStore(KeyValueStore):
     """An own client of a store, so that calls of others that wait do not hold up ours.
 
     Waiting is looking again and again, ever more slowly: a blocking wait would hold the client.

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from shardkeep import settings
 from shardkeep.coordination.contract import Ranks, Session
-from shardkeep.coordination.keyvalue.ranks import KeyRanks
-from shardkeep.coordination.keyvalue.torch_store import StoreKeys
+from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
+from shardkeep.coordination.keyvalue.torch_store import TorchKeyValueStore
 from shardkeep.coordination.solo import Solo
 from shardkeep.dcp.bridge.engine_choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
@@ -336,7 +336,9 @@ def _ranks(orders: _Orders) -> Ranks:
     members, store = orders.where.members, orders.where.store
     if store is None:
         return Solo()
-    return KeyRanks(StoreKeys(_store(store), len(members)), orders.rank, members, scope=orders.name)
+    return KeyValueRanks(
+        TorchKeyValueStore(_store(store), len(members)), orders.rank, members, scope=orders.name
+    )
 
 
 @lru_cache(maxsize=1)

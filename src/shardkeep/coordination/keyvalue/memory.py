@@ -1,42 +1,21 @@
-"""What a session asks of the job's key-value store, and one such store in memory."""
+"""A key-value store in the memory of one process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from threading import Event, Lock
 from time import monotonic
-from typing import Protocol
 
-__all__ = ["KeyValue", "MemoryKeys"]
+from shardkeep.coordination.keyvalue.contract import KeyValueStore
+
+__all__ = ["MemoryKeyValueStore"]
 
 
-class KeyValue(Protocol):
-    """A key-value store that all ranks share. Linearizable: what one rank set before another key,
-    every rank finds before that other key.
+class MemoryKeyValueStore(KeyValueStore):
+    """A key-value store for ranks that are threads of one process.
 
-    Used by several threads at once (sessions and their heartbeats); no call may hold up another
-    one for longer than a message takes. Raises `ConnectionError` once the store is out of reach.
+    A waiting thread is woken only for the keys that it waits for. `len()` is the number of keys.
     """
-
-    def set(self, key: str, value: bytes) -> None:
-        """Set or replace."""
-        ...
-
-    def get(self, key: str) -> bytes:
-        """The value of a key that exists, never an empty one; KeyError if it has gone."""
-        ...
-
-    def wait(self, keys: Sequence[str], timeout: float) -> str | None:
-        """The first of the keys that exists, as soon as one does; None after `timeout` seconds."""
-        ...
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """Remove keys; one that is already gone is no error."""
-        ...
-
-
-class MemoryKeys(KeyValue):
-    """For ranks that are threads of one process. A waiter is woken by its own keys only."""
 
     def __init__(self) -> None:
         self._lock = Lock()
