@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from shardkeep.coordination.keyvalue.keys import MemoryKeys
+from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
 from shardkeep.coordination.solo import Solo
 from shardkeep.errors import Conflict, RankFailed
 from shardkeep.run.agreement import SaveProposal, Severity, agree_on_save, worst_outcome
@@ -77,7 +77,7 @@ def test_of_outcomes_of_the_same_severity_that_of_the_lowest_rank_is_told():
 
 
 def test_work_continues_in_the_session_that_was_entered():
-    keys = MemoryKeys()
+    keys = MemoryKeyValueStore()
 
     def one(ranks):
         with EnteredRanks(ranks, "save", "run") as entered:

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
-from shardkeep.coordination.keyvalue.ranks import KeyRanks
+from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
 from shardkeep.coordination.solo import Solo
 from shardkeep.run import Steps
 from shardkeep.stores import LocalStore, MemoryStore
@@ -601,7 +601,7 @@ def test_all_ranks_raise_a_failure_at_the_same_save(tmp_path):
 
 
 def test_a_save_has_one_session_and_its_errors_name_the_step(tmp_path):
-    class Recorded(KeyRanks):
+    class Recorded(KeyValueRanks):
         """Ranks that note what they meet for."""
 
         def session(self, work, path):
