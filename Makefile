@@ -8,11 +8,19 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 export GLOO_SOCKET_IFNAME ?= lo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-core test-torch check compat crash drop-in bench faults fuzz clean
+# Tests run on all processors; JOBS=0 runs them one after another in one process.
+JOBS ?= auto
+PYTEST := -m pytest -q -n $(JOBS) --dist loadgroup
+RECORDS := build/tests
+
+.PHONY: help demo test test-core test-torch test-tools test-list check compat crash drop-in bench \
+	faults fuzz clean
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
-	@echo "make test                all tests, with torch and without (25 minutes)"
+	@echo "make test                the tests, without torch and with it (8 minutes on 2 processors)"
+	@echo "make test-tools          the tests of bench, crash, demo, fuzz and compat themselves"
+	@echo "make test-list           whether the last runs of both together left out a test"
 	@echo "make check               ruff, mypy, import-linter"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
 	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
@@ -50,14 +58,28 @@ $(BENCH)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m demo
 
-test: test-core test-torch
+# What passes without torch is not run again with it.
+test: test-core $(VENV)/ready
+	$(VENV)/bin/python $(PYTEST) -m "not tools" --leave-out $(RECORDS)/core --record-run $(RECORDS)/torch
 
 test-core: $(CORE)/ready
 	$(CORE)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
-	$(CORE)/bin/python -m pytest -q -m "not torch"
+	$(CORE)/bin/python $(PYTEST) -m "not torch and not tools" --record-run $(RECORDS)/core
 
 test-torch: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python $(PYTEST) -m "not tools"
+
+test-tools: $(VENV)/ready
+	$(VENV)/bin/python $(PYTEST) -m tools --record-run $(RECORDS)/tools
+
+# After test and test-tools: fails if pytest collects a test that neither of them has.
+test-list: $(VENV)/ready $(CORE)/ready
+	@mkdir -p $(RECORDS)
+	@for python in $(VENV) $(CORE); do \
+		$$python/bin/python -m pytest -q --collect-only > $(RECORDS)/collected || exit 1; \
+		PYTHONPATH=tests $(VENV)/bin/python -m support.selection $(RECORDS)/collected \
+			$(RECORDS)/core $(RECORDS)/torch $(RECORDS)/tools || exit 1; \
+	done
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

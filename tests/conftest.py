@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from shardkeep.testing import simulated_ranks
+from support import selection
 from support.gloo import Pool
+
+TOOLS = Path(__file__).parent / "tools"
 
 
 @pytest.fixture(scope="session")
@@ -45,18 +49,32 @@ def play(
     return simulate
 
 
-def pytest_configure() -> None:
-    # How long an example takes says something of what else the machine does, nothing of the code.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    selection.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The duration of an example depends on the load of the machine, not on the code.
     settings.register_profile(
         "any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile("any pace")
-    # Who runs this in the background of a shell has it ignored, and Ctrl-C is tested here.
+    # A shell ignores SIGINT in background jobs, and some tests send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    record = config.getoption("--record-run")
+    if record and not hasattr(config, "workerinput"):  # workers report to the first process
+        config.pluginmanager.register(selection.RunRecorder(Path(record)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "gloo" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gloo)
             item.add_marker(pytest.mark.torch)
+        if item.get_closest_marker("gloo"):
+            # One worker runs them all: one pool of processes, and not two jobs at a time.
+            item.add_marker(pytest.mark.xdist_group("gloo"))
+        if item.path.parent == TOOLS and not item.get_closest_marker("smoke"):
+            item.add_marker(pytest.mark.tools)
+    selection.leave_out_listed(config, items)

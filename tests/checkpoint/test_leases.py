@@ -111,11 +111,14 @@ def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
     lease.take()
     child = os.fork()
     if not child:
-        del lease
-        gc.collect()
-        Lease(store, OTHER).take()  # its own one goes
-        time.sleep(1)
-        os._exit(0)
+        try:
+            del lease
+            gc.collect()
+            Lease(store, OTHER).take()  # its own one goes
+            time.sleep(1)
+            os._exit(0)
+        finally:
+            os._exit(1)  # an error must not reach pytest, which would go on in this process
     assert os.waitpid(child, 0)[1] == 0
     # Not at once: the parent may just be renewing it, by a temporary file.
     wait_for(lambda: list(store.names()) == [lease_name(ID)])

@@ -115,6 +115,7 @@ def test_results_are_stored_and_come_back(tmp_path):
     assert stored(tmp_path) == {"save-1": result, "load-1": made("load-1")}
 
 
+@pytest.mark.smoke
 def test_page_says_what_is_reached_and_who_is_faster():
     fast = made(
         shardkeep=[1.0, 1.0, 4.0],
@@ -264,6 +265,7 @@ def test_states_know_their_elements():
             states.check(state, 0)
 
 
+@pytest.mark.smoke
 @pytest.mark.torch
 @pytest.mark.parametrize("who", ["shardkeep", "stock", "torch", "safetensors"])
 def test_contestants_load_what_they_saved(who, tmp_path):

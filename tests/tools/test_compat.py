@@ -120,6 +120,7 @@ def test_the_type_of_a_key_counts_unless_names_are_all_there_is(scripts):
     assert len(comparison.compare(expected, other, text_keys=True).differences) == 1
 
 
+@pytest.mark.smoke
 def test_this_torch_reads_what_shardkeep_writes(scripts, tmp_path, monkeypatch):
     """All states of one process; `make compat` has other releases read them, and those of more."""
     states, reading = scripts

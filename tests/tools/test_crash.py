@@ -25,6 +25,7 @@ from shardkeep.testing import simulated_ranks
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.smoke
 @pytest.mark.timeout(300)
 def test_row_02_after_a_kill_at_any_moment_the_newest_committed_step_is_whole(tmp_path):
     results = tmp_path / "results.jsonl"

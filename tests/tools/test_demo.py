@@ -76,6 +76,7 @@ def run(ranks=2, *, losses, first=1, saves=(), **more):
 HOLDINGS = Holdings({"a": np.array([0.0, np.nan]), "n": np.array(3)}, {"lr": 0.1, "b": [1, 2]})
 
 
+@pytest.mark.smoke
 def test_holdings_reads_back_what_ranks_wrote_and_refuses_two_words_about_one_name(tmp_path):
     HOLDINGS.write(tmp_path, 0)
     Holdings({"own": np.array([1], np.uint8)}, {"lr": 0.1}).write(tmp_path, 1)
@@ -87,6 +88,7 @@ def test_holdings_reads_back_what_ranks_wrote_and_refuses_two_words_about_one_na
         Holdings.read(tmp_path)
 
 
+@pytest.mark.smoke
 def test_comparison_sees_single_bits():
     same = HOLDINGS.compare({"a": np.array([0.0, np.nan]), "n": np.array(3)}, {"b": (1, 2)})
     assert (same.tensors, same.nbytes) == (["a", "n"], 24)

@@ -33,12 +33,14 @@ def test_the_corpus_is_whole(target):
         TARGETS[target](data)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", sorted(REGRESSIONS.glob("*/*")), ids=lambda file: file.name)
 def test_what_was_found_stays_fixed(case):
     with pytest.raises((FormatError, Damaged)):
         TARGETS[case.parent.name.replace("-", " ")](case.read_bytes())
 
 
+@pytest.mark.smoke
 def test_a_thousand_cases_find_nothing(tmp_path):
     command = [sys.executable, "-m", "fuzz", "--cases", "1200", "--seed", "0", "--jobs", "2"]
     path = f"{ROOT}:{ROOT / 'src'}"
