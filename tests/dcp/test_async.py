@@ -117,7 +117,8 @@ def test_what_changes_later_does_not_change_what_is_saved(tmp_path, kind, stager
     metadata = returned.result()
     loaded = blank(expected)
     dcp.load(loaded, checkpoint_id=tmp_path)
-    assert type(metadata) is dcp.Metadata
+    assert isinstance(metadata, dcp.Metadata)
+    assert metadata.__class__ is dcp.Metadata
     assert equal(dense(loaded), dense(expected))
 
 
@@ -222,7 +223,7 @@ def test_a_stager_that_needs_time_gives_two_futures(tmp_path):
     assert not response.upload_completion.done()
     gate.open()
     assert response.staging_completion.result(5) is None
-    assert type(response.upload_completion.result(10)) is dcp.Metadata
+    assert response.upload_completion.result(10).__class__ is dcp.Metadata
 
 
 def test_late_staging_that_fails_is_raised_by_both_futures(tmp_path):

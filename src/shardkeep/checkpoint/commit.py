@@ -39,7 +39,9 @@ __all__ = [
     "data_file",
     "find",
     "headers",
+    "manifest_bytes",
     "new_id",
+    "parse_manifest",
     "publish",
     "rank_of",
     "remove_replaced",
@@ -252,13 +254,7 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
         return store.read(name, offset, length)
 
     def checked(read: Callable[..., T]) -> T:
-        data = _manifest(store, trailer)
-        return read(
-            lambda offset, length: data[offset : offset + length],
-            len(data),
-            file=name,
-            save_id=trailer.save_id,
-        )
+        return _parsed(read, _manifest(store, trailer), trailer.save_id)
 
     def outline() -> Outline:
         return read_outline(read_at, trailer.manifest_length, file=name, save_id=trailer.save_id)
@@ -279,6 +275,34 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
         lambda: checked(read_files),
         trailer,
     )
+
+
+def _parsed(read: Callable[..., T], manifest: bytes, save_id: str) -> T:
+    return read(
+        lambda offset, length: manifest[offset : offset + length],
+        len(manifest),
+        file=manifest_name(save_id),
+        save_id=save_id,
+    )
+
+
+def manifest_bytes(store: Store) -> tuple[str, bytes]:
+    """Return the id of the committed save and the bytes of its manifest, verified.
+
+    Raises:
+        NotACheckpoint: no checkpoint of Shardkeep's is committed there.
+        FormatError: the commit record is broken.
+        Damaged: the manifest is missing or does not match its checksum.
+    """
+    trailer = find(store).trailer
+    if trailer is None:
+        raise NotACheckpoint(f"{store.url} holds no checkpoint with a manifest of Shardkeep's")
+    return trailer.save_id, _manifest(store, trailer)
+
+
+def parse_manifest(manifest: bytes, save_id: str) -> Index:
+    """Return the index in the bytes of a manifest, which must belong to this save."""
+    return _parsed(read_manifest, manifest, save_id)
 
 
 def _metadata(store: Store, trailer: Trailer | None) -> Index:

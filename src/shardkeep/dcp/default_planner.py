@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader
 
-from shardkeep.dcp.bridge.meta_tensors import take_memory
+from shardkeep.dcp.bridge.meta_tensors import allocate_meta_tensors
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import Mismatch
@@ -224,7 +224,7 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
         """Take the state to fill, and what the checkpoint holds."""
         if metadata is not None and self.flatten_state_dict:
             metadata = without_legacy_duplicates(metadata)
-        take_memory(state_dict)
+        allocate_meta_tensors(state_dict)
         self._keys.clear()
         self.original_state_dict = state_dict
         self.metadata = metadata

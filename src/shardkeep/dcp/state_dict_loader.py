@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.engine_choice import plain_load
 from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.bridge.full_state import read_whole
-from shardkeep.dcp.bridge.meta_tensors import take_memory
+from shardkeep.dcp.bridge.meta_tensors import allocate_meta_tensors
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.steps import load_by_steps
 from shardkeep.dcp.bridge.storage import reader_for
@@ -31,6 +32,8 @@ from shardkeep.engine import load as engine_load
 __all__ = ["load", "load_state_dict"]
 
 __getattr__ = rest_of("state_dict_loader")
+
+_PLAIN_DICTS = (dict, OrderedDict)
 
 
 @hooked
@@ -92,10 +95,8 @@ def _load_state_dict(
     with as_torch(rank):
         if plain_load(planner, storage_reader):
             _load_plainly(state_dict, storage_reader, planner, ranks)
-            for key in list(state_dict) if stateful else ():
-                # As in torch, where a mapping of the user's own may want to hear of it.
-                if not isinstance(state_dict[key], Stateful):
-                    state_dict[key] = state_dict[key]
+            if stateful and type(state_dict) not in _PLAIN_DICTS:
+                _set_again(state_dict)
             return
         state: dict[str, Any] = {}
 
@@ -117,9 +118,19 @@ def _load_state_dict(
                 state_dict[key] = loaded
 
 
+def _set_again(state_dict: dict[str, Any]) -> None:
+    """Set every entry to the value that it has, as torch does after a load.
+
+    A mapping of the user's own may have a `__setitem__` that does something with the value.
+    """
+    for key in list(state_dict):
+        if not isinstance(state_dict[key], Stateful):
+            state_dict[key] = state_dict[key]
+
+
 def _load_plainly(state: Any, reader: Any, planner: Any, ranks: Any) -> None:
     """What the options of a reader and a planner mean to the engine."""
-    take_memory(state)
+    allocate_meta_tensors(state)
     report = engine_load.load(
         state,
         store_of(reader),

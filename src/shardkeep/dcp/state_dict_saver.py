@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from typing_extensions import deprecated
 
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.reader import open as open_checkpoint
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks
 from shardkeep.dcp.bridge import process_saves
@@ -34,7 +33,7 @@ from shardkeep.dcp.bridge.async_staging import (
 )
 from shardkeep.dcp.bridge.engine_choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
-from shardkeep.dcp.bridge.metadata import metadata_of
+from shardkeep.dcp.bridge.lazy_metadata import committed_save, lazy_metadata
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.shared_memory import Blocks
 from shardkeep.dcp.bridge.steps import save_by_steps
@@ -265,7 +264,7 @@ def _save_plainly(
     except AlreadyExists as error:
         what = f"Checkpoint already exists and self.overwrite=False: {error}"
         raise CheckpointExists(what) from error
-    return metadata_of(open_checkpoint(store), writer.path)
+    return lazy_metadata(committed_save(store, writer.path))
 
 
 def _stateful_to_state_dict(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,32 +9,43 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner_helpers import _init_state_dict
 
-__all__ = ["take_memory"]
+__all__ = ["allocate_meta_tensors"]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes whose `is_meta` can be asked; some subclasses have no device, or raise."""
 
 
-def take_memory(state: Any) -> None:
-    """Replace tensors on the meta device by ones on the job's device, or the CPU; in place.
+def allocate_meta_tensors(state: Any) -> None:
+    """Replace tensors on the meta device, in place, with ones on the job's device or the CPU.
 
-    Torch's own is used for single tensors only: it makes None of values of types it does not know.
+    Torch's own function is called for single tensors only: in a whole state it replaces values of
+    types that it does not know with None.
 
     Args:
-        state: mappings and lists, nested.
+        state: nested mappings and lists.
 
     Raises:
         RuntimeError: a ShardedTensor is on the meta device.
     """
     entries = state.items() if isinstance(state, MutableMapping) else enumerate(state)
-    for key, value in list(entries):
-        if isinstance(value, torch.Tensor):
+    # A list of all pairs would have Python's garbage collector run over the whole state.
+    without_memory = []
+    for key, value in entries:
+        if type(value) in _PLAIN:
+            if value.is_meta:
+                without_memory.append(key)
+        elif isinstance(value, torch.Tensor):
             if getattr(value, "device", None) == torch.device("meta"):
-                state[key] = _with_memory(value)
+                without_memory.append(key)
         elif isinstance(value, MutableMapping | list):
-            take_memory(value)
+            allocate_meta_tensors(value)
+    for key in without_memory:
+        state[key] = _allocated(state[key])
 
 
-def _with_memory(tensor: torch.Tensor) -> torch.Tensor:
+def _allocated(tensor: torch.Tensor) -> torch.Tensor:
     if not dist.is_initialized():
         return torch.empty_like(tensor, device="cpu")
-    one = {"": tensor}
-    _init_state_dict(one)
-    return one[""]
+    state = {"": tensor}
+    _init_state_dict(state)
+    return state[""]

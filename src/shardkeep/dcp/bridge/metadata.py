@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -41,7 +41,15 @@ from shardkeep.format.dcp.metadata_write import dcp_path
 from shardkeep.format.dcp.structure import structure_of
 from shardkeep.types import DTYPES, Chunks, DType, Index, Objects
 
-__all__ = ["VERSION", "index_of", "is_whole", "metadata_of", "pickled", "says_no_more"]
+__all__ = [
+    "VERSION",
+    "index_of",
+    "is_whole",
+    "metadata_of",
+    "metadata_of_save",
+    "pickled",
+    "says_no_more",
+]
 
 VERSION = getattr(filesystem, "CURRENT_DCP_VERSION", None)
 """What metadata says of itself in the releases that ask; None in others."""
@@ -50,18 +58,25 @@ Results = Mapping[MetadataIndex, WriteResult]
 
 
 def metadata_of(source: Checkpoint | Index, checkpoint_id: Any = None) -> Metadata:
-    """What a checkpoint holds, in torch's own classes, as torch's reader would give it.
+    """Return what a checkpoint holds as torch's own classes, as torch's reader would.
 
-    Twins are left out: they are for releases up to 2.3, and torch's planners of later ones take a
-    checkpoint that has them for one of those.
+    Duplicate entries for releases up to 2.3 are left out: the planners of later releases would
+    take a checkpoint that has them for one that such a release wrote.
     """
     if isinstance(source, Index):
         return _to_torch(source)
-    metadata = _to_torch(source.index)
-    if source.found.trailer is not None:
-        metadata.storage_meta = StorageMeta(checkpoint_id, source.found.trailer.save_id)
-        if VERSION is not None:
-            metadata.version = VERSION
+    trailer = source.found.trailer
+    if trailer is None:
+        return _to_torch(source.index)
+    return metadata_of_save(source.index, checkpoint_id, trailer.save_id)
+
+
+def metadata_of_save(index: Index, checkpoint_id: Any, save_id: str) -> Metadata:
+    """Return what a save of Shardkeep's wrote as torch's own classes."""
+    metadata = _to_torch(index)
+    metadata.storage_meta = StorageMeta(checkpoint_id, save_id)
+    if VERSION is not None:
+        metadata.version = VERSION
     return metadata
 
 
@@ -163,43 +178,51 @@ class _Pickler(pickle.Pickler):
 
 
 def _to_torch(index: Index) -> Metadata:
-    """The metadata that stock torch's reader would give for this checkpoint.
+    """Return the metadata that stock torch's reader would give for this checkpoint.
 
-    What the index does not know stays at its default, as `requires_grad`.
+    What the index does not know, such as `requires_grad`, has its default.
     """
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for row, name in enumerate(index.tensors.names):
-        shape = torch.Size(index.tensors.shape[row, : index.tensors.ndim[row]].tolist())
-        dtype = getattr(torch, DTYPES[index.tensors.dtype[row]].name)
+    tensors, chunks = index.tensors, index.chunks
+    dtypes = [getattr(torch, DTYPES[number].name) for number in tensors.dtype.tolist()]
+    ranks = tensors.ndim.tolist()
+    for name, dtype, ndim, shape in zip(
+        tensors.names, dtypes, ranks, tensors.shape.tolist(), strict=True
+    ):
         properties = TensorProperties(dtype=dtype)
-        entries[name] = TensorStorageMetadata(properties, shape, [])
-    chunks = index.chunks
-    for row, tensor in enumerate(chunks.tensor.tolist()):
-        name = index.tensors.names[tensor]
-        ndim = int(index.tensors.ndim[tensor])
-        offsets = torch.Size(chunks.offsets[row, :ndim].tolist())
-        sizes = torch.Size(chunks.sizes[row, :ndim].tolist())
-        held = entries[name].chunks
-        places[MetadataIndex(name, offsets, len(held))] = _info(index, chunks, row)
-        held.append(ChunkStorageMetadata(offsets, sizes))
-    for row, name in enumerate(index.objects.names):
+        entries[name] = TensorStorageMetadata(properties, torch.Size(shape[:ndim]), [])
+    for tensor, offsets, sizes, info in zip(
+        chunks.tensor.tolist(),
+        chunks.offsets.tolist(),
+        chunks.sizes.tolist(),
+        _storage_infos(index, chunks),
+        strict=True,
+    ):
+        name, ndim = tensors.names[tensor], ranks[tensor]
+        chunk = ChunkStorageMetadata(torch.Size(offsets[:ndim]), torch.Size(sizes[:ndim]))
+        listed = entries[name].chunks
+        places[MetadataIndex(name, chunk.offsets, len(listed))] = info
+        listed.append(chunk)
+    for name, info in zip(index.objects.names, _storage_infos(index, index.objects), strict=True):
         if name in index.legacy_duplicates:
             continue
         entries[name] = BytesStorageMetadata()
-        places[MetadataIndex(name)] = _info(index, index.objects, row)
+        places[MetadataIndex(name)] = info
     paths = _planner_data(index)
     if paths is not None:
         paths = {name: path for name, path in paths.items() if name not in index.legacy_duplicates}
     return Metadata(entries, planner_data=paths, storage_data=places)
 
 
-def _info(index: Index, table: Chunks | Objects, row: int) -> _StorageInfo:
-    place = index.files[int(table.file[row])], int(table.item[row]), int(table.length[row])
-    transforms = index.transforms[int(table.transform[row])]
+def _storage_infos(index: Index, table: Chunks | Objects) -> Iterator[_StorageInfo]:
+    """Yield where each item of a table is stored. Older releases have no field for transforms."""
     kind: Any = _StorageInfo
-    info: _StorageInfo = kind(*place, list(transforms)) if transforms else kind(*place)
-    return info
+    columns = (table.file, table.item, table.length, table.transform)
+    for file, start, length, number in zip(*(c.tolist() for c in columns), strict=True):
+        transforms = index.transforms[number]
+        more = [list(transforms)] if transforms else []
+        yield kind(index.files[file], start, length, *more)
 
 
 def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]] | None:

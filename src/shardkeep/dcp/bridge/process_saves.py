@@ -32,6 +32,7 @@ from shardkeep.coordination.keyvalue.torch_store import TorchKeyValueStore
 from shardkeep.coordination.solo import Solo
 from shardkeep.dcp.bridge.engine_choice import plain_save
 from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.lazy_metadata import CommittedSave, lazy_metadata, pending_build
 from shardkeep.dcp.bridge.shared_memory import Blocks, pack, unpack
 from shardkeep.dcp.bridge.storage import writer_for
 from shardkeep.torch_state.describe import describe_state
@@ -230,7 +231,10 @@ class _Process:
             self._pipe.send(None)
         except OSError:
             raise self._death() from None
-        return self._answer()  # type: ignore[no-any-return]
+        answer = self._answer()
+        if isinstance(answer, CommittedSave):
+            return lazy_metadata(answer)
+        return answer  # type: ignore[no-any-return]
 
     def _answer(self) -> Any:
         try:
@@ -309,11 +313,13 @@ class _Server:
             for file in files:
                 os.close(file)
 
-    def save(self) -> Metadata:
+    def save(self) -> Metadata | CommittedSave:
         from shardkeep.dcp.state_dict_saver import _save_put_off
 
         prepared, self._prepared = self._prepared, None
-        return _save_put_off(*prepared)
+        saved = _save_put_off(*prepared)
+        # Not its metadata: the pickle of that would be built in full, and hardly anyone reads it.
+        return pending_build(saved) or saved
 
     def _receive(self, count: int) -> list[int]:
         files: list[int] = []
