@@ -39,7 +39,7 @@ def places(path: Path, count: int) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_row_04_a_flipped_bit_is_refused_or_changes_nothing(made, kind):
+def test_a_flipped_bit_is_refused_or_changes_nothing(made, kind):
     path, refused = made / kind, 0
     ways = {
         "load": lambda: damage.by_load(path),
@@ -78,7 +78,7 @@ TENSORS = [name for name, value in damage.state().items() if isinstance(value, t
 @pytest.mark.parametrize("kind", ["ours", "stock"])
 @pytest.mark.parametrize("name", [name for name in TENSORS if name != "conj"])
 @pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
-def test_row_04_the_tensor_and_the_place_are_named(made, kind, name, place):
+def test_damage_names_the_tensor_and_the_block(made, kind, name, place):
     path = made / kind
     file, first, nbytes = payload(path, name)
     at = int(nbytes * place)
@@ -98,7 +98,7 @@ def test_row_04_the_tensor_and_the_place_are_named(made, kind, name, place):
 
 
 @pytest.mark.parametrize("name", ["long", "odd"])
-def test_row_04_an_object_of_a_stock_checkpoint_is_named(made, name):
+def test_damage_names_an_object_of_a_stock_checkpoint(made, name):
     path = made / "stock"
     checkpoint = sk.open(path)
     item = checkpoint.sources.object(checkpoint._objects[name])
@@ -111,7 +111,7 @@ def test_row_04_an_object_of_a_stock_checkpoint_is_named(made, name):
             assert (caught.value.file, caught.value.name) == (item.file, name)
 
 
-def test_row_04_an_object_is_one_block_however_large_it_is(tmp_path):
+def test_an_object_is_one_block_whatever_its_size(tmp_path):
     sk.save({"w": torch.ones(3), "large": list(range(300_000))}, tmp_path)
     checkpoint = sk.open(tmp_path)
     item = checkpoint.sources.object(checkpoint._objects["large"])

@@ -66,7 +66,7 @@ FOREIGN = [
 ]
 
 
-def test_row_37_the_next_save_collects_what_a_dead_one_left_and_nothing_else(tmp_path):
+def test_the_next_save_removes_the_files_of_a_dead_save_and_nothing_else(tmp_path):
     store = LocalStore(tmp_path)
     others = put(store, *FOREIGN)
     put(store, *files(A), ".metadata.0123456789abcdef.tmp", f"{lease_name(A)}.{'0' * 16}.tmp")
@@ -90,7 +90,7 @@ def test_a_live_save_loses_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_row_37_of_two_saves_at_once_the_last_commit_stands(tmp_path, first, monkeypatch):
+def test_of_two_concurrent_saves_the_last_commit_remains(tmp_path, first, monkeypatch):
     """One is stopped just before its commit; the other one saves and collects meanwhile."""
     publish, waits, goes = commit.publish, threading.Event(), threading.Event()
 
@@ -126,7 +126,7 @@ def test_row_37_of_two_saves_at_once_the_last_commit_stands(tmp_path, first, mon
     assert left == {".metadata", *files(save_id, 1)}
 
 
-def test_row_37_fewer_ranks_leave_no_stale_shard(tmp_path):
+def test_saving_from_fewer_ranks_leaves_no_stale_shard(tmp_path):
     def save(job):
         sk.save({f"w{job.rank}": torch.ones(3)}, tmp_path, ranks=job, overwrite=True)
 

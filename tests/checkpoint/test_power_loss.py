@@ -128,7 +128,7 @@ FOLDERS = (FOLDER, "run", ".")
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_row_02_whatever_a_power_loss_leaves_is_the_old_or_the_new_checkpoint(tmp_path, old):
+def test_a_power_loss_leaves_the_old_or_the_new_checkpoint(tmp_path, old):
     saved = save(tmp_path, old=old)
     explored = explore(saved)
     assert not explored.wrong
@@ -157,7 +157,7 @@ def folder_syncs(saved: Saved) -> Iterator[tuple[str, set[int]]]:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_row_02_the_model_finds_any_sync_that_is_left_out(tmp_path, old):
+def test_the_model_detects_any_missing_sync(tmp_path, old):
     saved = save(tmp_path, old=old)
     left_out = dict([*file_syncs(saved), *folder_syncs(saved)])
     missed = {what for what, some in left_out.items() if not explore(saved, without=some).wrong}
@@ -167,7 +167,7 @@ def test_row_02_the_model_finds_any_sync_that_is_left_out(tmp_path, old):
     assert len(left_out) >= 7
 
 
-def test_row_02_the_model_finds_a_wrong_order(tmp_path):
+def test_the_model_detects_a_wrong_order(tmp_path):
     saved = save(tmp_path, old=True)
     operations, publishes = saved.operations, saved.publishes
     record = operations[publishes]
@@ -211,7 +211,7 @@ class Later(MemoryStore):
         return 0.0 if self._found(name) is self._old.get(name) else 3600.0
 
 
-def test_row_37_after_any_power_loss_the_next_save_leaves_its_own_files_only(tmp_path):
+def test_after_any_power_loss_the_next_save_leaves_only_its_own_files(tmp_path):
     saved = save(tmp_path, old=True)
     by_names = {frozenset(files): files for files in explore(saved).different.values()}
     assert len(by_names) >= 19
@@ -240,7 +240,7 @@ def save_to_objects(ranks: int, before: dict[str, bytes], state: dict, **more) -
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("old", [False, True])
-def test_row_02_on_an_object_store_too(old, ranks):
+def test_a_crash_on_an_object_store_leaves_the_old_or_the_new_checkpoint(old, ranks):
     before: dict[str, bytes] = {}
     if old:
         for change in save_to_objects(2, {}, OLD):
@@ -255,7 +255,7 @@ def test_row_02_on_an_object_store_too(old, ranks):
     assert count >= (len(changes) + 1 if ranks == 1 else 30)
 
 
-def test_row_02_the_model_of_objects_finds_a_wrong_order():
+def test_the_model_of_object_stores_detects_a_wrong_order():
     changes = save_to_objects(1, {}, NEW)
     for first in (".manifest-", "__0_"):
         (at,) = [n for n, one in enumerate(changes) if one.name.startswith(first)]

@@ -11,7 +11,7 @@ import shardkeep as sk
 from support import beside, jobs
 
 
-def test_row_23_collectives_of_another_thread_do_not_matter(gloo, tmp_path):
+def test_collectives_of_another_thread_do_not_disturb_a_save(gloo, tmp_path):
     saves = 60
     rounds = gloo.run(beside.training, str(tmp_path / "ckpt"), saves, limit=100)
     assert len(set(rounds)) == 1
@@ -22,7 +22,7 @@ def test_row_23_collectives_of_another_thread_do_not_matter(gloo, tmp_path):
     assert len(list((tmp_path / "ckpt").iterdir())) == 6  # four of data, manifest, .metadata
 
 
-def test_row_38_parts_of_a_job_save_at_once(gloo, tmp_path):
+def test_parts_of_a_job_save_at_the_same_time(gloo, tmp_path):
     ends = gloo.run(beside.halves, str(tmp_path), 3)
     assert ends[:2] == [["saved"] * 3] * 2
     assert ends[2] == ["saved", "told of 3", "told of 3"]
@@ -36,7 +36,7 @@ def test_row_38_parts_of_a_job_save_at_once(gloo, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["ddp", "hsdp"])
-def test_row_38_replicated_layouts_are_written_once(gloo, tmp_path, layout):
+def test_replicated_layouts_are_written_once(gloo, tmp_path, layout):
     path = str(tmp_path / "ckpt")
     saved = gloo.run(jobs.save, path, layout)
     assert all(one["leaves"] == saved[0]["leaves"] for one in saved)

@@ -72,7 +72,7 @@ def by_dcp_and_a_planner_of_the_users_own(state, path):
 @pytest.mark.parametrize(
     "save", [by_shardkeep, by_dcp, by_dcp_and_a_planner_of_the_users_own], ids=lambda f: f.__name__
 )
-def test_row_33_what_changes_after_the_return_is_not_saved(tmp_path, save):
+def test_changes_after_async_save_returns_are_not_saved(tmp_path, save):
     mine, reference = changeable(), changeable()
     (sk.save if save is by_shardkeep else dcp.save)(
         reference, **{"path" if save is by_shardkeep else "checkpoint_id": tmp_path / "reference"}
@@ -252,7 +252,7 @@ def many(way: str, saves: int, path: Path) -> dict:
 
 
 @pytest.mark.parametrize("way", ["async", "managers"])
-def test_row_13_back_to_back_saves_leak_nothing(tmp_path, way):
+def test_saves_in_quick_succession_leak_nothing(tmp_path, way):
     """100 of them; `python -m support.many async 1000 FOLDER` makes as many as one likes."""
     found = many(way, 100, tmp_path)
     assert len(set(found["threads"])) == 1

@@ -32,7 +32,7 @@ def measured(kind: str, path: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_row_15_no_more_than_the_budget(tmp_path):
+def test_memory_stays_within_the_budget(tmp_path):
     found = measured("peaks", tmp_path)
     resharded = ["reshard True", "reshard False"]
     others = ["load cast", "save light", "export", "slice"]
@@ -41,7 +41,7 @@ def test_row_15_no_more_than_the_budget(tmp_path):
         assert extra <= BUDGET * 1.05 + OVERHEAD, (what, extra / MIB, found)
 
 
-def test_row_15_nothing_stays_after_two_hundred_saves(tmp_path):
+def test_two_hundred_saves_leak_no_memory(tmp_path):
     sizes = np.array(measured("growth", tmp_path)["sizes"])
     slope = np.polyfit(np.arange(len(sizes)), sizes, 1)[0]
     assert slope < 16 * 1024, f"{slope / 1024:.0f} KiB more after each save"

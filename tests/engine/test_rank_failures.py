@@ -1,4 +1,4 @@
-"""Row 3: whatever happens to one rank, in whichever phase, all others say so within ten seconds."""
+"""A failure of one rank, in any phase, is reported by all others within ten seconds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attempt(ranks: Ranks, work: str, path: str, seed: float) -> dict:
 
 @pytest.mark.parametrize("culprit", [0, 2])
 @pytest.mark.parametrize(("work", "phase"), ALL)
-def test_row_03_an_error_is_raised_on_all_ranks(tmp_path, work, phase, culprit):
+def test_an_error_of_one_rank_is_raised_on_all_ranks(tmp_path, work, phase, culprit):
     path = str(tmp_path / "ckpt")
     simulated_ranks.run(SIZE, attempt, "save", path, 0.0)
     before, old = files(path), contents(path)
@@ -74,7 +74,7 @@ def test_row_03_an_error_is_raised_on_all_ranks(tmp_path, work, phase, culprit):
     assert work == "load" or len(files(path)) == SIZE + 2
 
 
-def test_row_03_the_original_traceback_is_shown_and_travels():
+def test_the_original_traceback_is_shown_and_survives_pickling():
     error = sk.RankFailed(3, "node7", "write", "run/a", "Traceback ...\nOSError: disk on fire\n")
     assert str(error) == "rank 3 on node7 failed in phase 'write' of run/a: OSError: disk on fire"
     again = pickle.loads(pickle.dumps(error))
@@ -84,7 +84,7 @@ def test_row_03_the_original_traceback_is_shown_and_travels():
         assert "On rank 3:\nTraceback ...\nOSError: disk on fire" in shown
 
 
-def test_row_03_a_death_is_known_within_ten_seconds_by_default(monkeypatch):
+def test_the_default_heartbeat_detects_a_dead_rank_within_ten_seconds(monkeypatch):
     for name in ("SHARDKEEP_HEARTBEAT_SECONDS", "SHARDKEEP_MAX_MISSED_HEARTBEATS"):
         monkeypatch.delenv(name, raising=False)
     timeouts = Timeouts.from_settings()
@@ -116,7 +116,7 @@ def slowly(progress):
     return told
 
 
-def test_row_03_ranks_with_much_to_write_stop_writing(tmp_path):
+def test_ranks_stop_writing_when_another_rank_has_failed(tmp_path):
     ends = simulated_ranks.run(2, writing_for_ever, str(tmp_path / "ckpt"))
     assert ends[1]["end"] == "ValueError"
     assert (ends[0]["end"], ends[0]["rank"], ends[0]["phase"]) == ("told", 1, "write")
@@ -142,7 +142,7 @@ GONE = [
 
 @pytest.mark.gloo
 @pytest.mark.timeout(170)
-def test_row_03_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
+def test_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
     """Real processes; most of the time is waiting, so several jobs are under way at once."""
 
     def one(number: int) -> list:
@@ -182,7 +182,7 @@ def on_a_disk_of_its_own(ranks: Ranks, path: str) -> dict:
     return ended(lambda: sk.save({f"w{ranks.rank}": torch.ones(3)}, store, ranks=ranks))
 
 
-def test_row_20_ranks_without_a_shared_folder_are_refused_by_name(tmp_path):
+def test_ranks_without_a_shared_folder_are_refused_by_name(tmp_path):
     ends = simulated_ranks.run(3, on_a_disk_of_its_own, str(tmp_path))
     host = socket.gethostname()
     what = (

@@ -89,7 +89,7 @@ def test_nothing_to_restore(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no data", "no manifest", "metadata", "folder"])
-def test_row_02_a_damaged_newest_step_is_passed_over_aloud(tmp_path, damage):
+def test_a_damaged_newest_step_is_skipped_with_a_warning(tmp_path, damage):
     with sk.Manager(tmp_path) as m:
         for step in (1, 2, 3):
             m.save(step, state(step))
@@ -139,7 +139,7 @@ def test_what_was_passed_over_may_be_saved_anew_and_is_not_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("looked", [True, False])
-def test_row_02_a_step_that_can_not_be_looked_at_stops_no_deletion_but_its_own(tmp_path, looked):
+def test_an_unreadable_step_prevents_only_its_own_deletion(tmp_path, looked):
     with sk.Manager(tmp_path) as m:
         for step in (1, 2, 3):
             m.save(step, state(step), metrics={"loss": step})
@@ -198,7 +198,7 @@ print(sorted(name for name in set(sys.modules) - before if name.startswith("shar
 """
 
 
-def test_row_13_the_first_save_imports_nothing_that_a_restore_has_not(tmp_path):
+def test_the_first_save_after_a_restore_imports_nothing(tmp_path):
     command = [sys.executable, "-c", FIRST_SAVE, str(tmp_path)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -227,7 +227,7 @@ def flip_last_block(folder: Path, value: float, pattern: str = "*.distcp") -> No
 
 
 @pytest.mark.parametrize("strict", [False, {"b": False, "odd": False}])
-def test_row_02_what_a_damaged_step_has_filled_is_not_mixed_into_an_older_one(tmp_path, strict):
+def test_values_of_a_damaged_step_are_not_mixed_with_an_older_step(tmp_path, strict):
     with sk.Manager(tmp_path) as m:
         m.save(1, wide(1))
         m.save(2, wide(2, "b"))
@@ -241,7 +241,7 @@ def test_row_02_what_a_damaged_step_has_filled_is_not_mixed_into_an_older_one(tm
     assert fresh["b"][0] == 0 and fresh["a"][0] == 1
 
 
-def test_row_02_an_older_step_that_fills_all_of_it_is_restored(tmp_path):
+def test_an_older_step_that_fills_everything_is_restored(tmp_path):
     with sk.Manager(tmp_path) as m:
         m.save(1, wide(1, "b"))
         m.save(2, wide(2, "b"))
@@ -253,7 +253,7 @@ def test_row_02_an_older_step_that_fills_all_of_it_is_restored(tmp_path):
     assert found["odd"] == {"kept", 1} and not found["c"].any()
 
 
-def test_row_02_names_below_an_object_of_a_damaged_step_count_too(tmp_path):
+def test_names_below_an_object_of_a_damaged_step_count_as_filled(tmp_path):
     """A checkpoint may hold as one object what a template has as a mapping."""
     import torch.distributed.checkpoint as stock
 
@@ -267,7 +267,7 @@ def test_row_02_names_below_an_object_of_a_damaged_step_count_too(tmp_path):
         sk.Manager(tmp_path).restore(template, strict=False)
 
 
-def test_row_02_a_step_that_could_not_even_be_opened_has_filled_nothing(tmp_path):
+def test_a_step_that_could_not_be_opened_has_filled_nothing(tmp_path):
     with sk.Manager(tmp_path) as m:
         m.save(1, wide(1))
         m.save(2, wide(2, "b"))
@@ -303,13 +303,13 @@ def mixing(ranks, path, strict):
         return str(error)
 
 
-def test_row_04_all_ranks_refuse_a_step_that_would_be_mixed_on_one(tmp_path):
+def test_all_ranks_refuse_a_step_that_would_be_mixed_on_one_rank(tmp_path):
     found = simulated_ranks.run(2, mixing, tmp_path, {"ema": False, "rng*": False})
     for rank, text in enumerate(found):
         assert f"'ema', 'rng.rank_{rank}_of_2', which step 2 may have filled" in text
 
 
-def test_row_22_a_value_that_a_policy_leaves_alone_is_not_of_a_damaged_step(tmp_path):
+def test_a_value_that_a_policy_leaves_alone_was_not_filled_by_a_damaged_step(tmp_path):
     def save(ranks, step):
         with sk.Manager(tmp_path, ranks=ranks) as m:
             m.save(step, {"a": torch.full((BLOCKS,), float(step)), "rng": sk.PerRank(step)})
@@ -347,7 +347,7 @@ def test_a_wrong_template_is_no_damage(tmp_path):
     assert sk.Manager(tmp_path).restore({**blank(), "more": 1}, strict=False) == 2
 
 
-def test_row_37_a_step_is_not_overwritten_unasked(tmp_path):
+def test_a_step_is_not_overwritten_without_overwrite(tmp_path):
     with sk.Manager(tmp_path) as m:
         m.save(1, state(1))
         with pytest.raises(sk.AlreadyExists, match="already holds a checkpoint"):
@@ -357,7 +357,7 @@ def test_row_37_a_step_is_not_overwritten_unasked(tmp_path):
     assert restored(tmp_path, step=1)[1]["step"] == 9
 
 
-def test_row_37_saved_again_by_fewer_ranks_no_stale_shard_stays(tmp_path):
+def test_a_step_saved_again_by_fewer_ranks_keeps_no_stale_shard(tmp_path):
     def one(ranks, value):
         with sk.Manager(tmp_path, ranks=ranks) as m:
             m.save(1, {"mine": {ranks.rank: torch.full((9,), value)}}, overwrite=True)
@@ -486,7 +486,7 @@ def test_a_failure_does_not_take_the_place_of_another(tmp_path):
         raise KeyError("training")
 
 
-def test_row_24_failures_may_be_warnings(tmp_path):
+def test_failures_of_saves_can_be_warnings(tmp_path):
     root = Full(tmp_path)
     m = sk.Manager(root, on_error="warn")
     handle = m.save(1, state(1))
@@ -534,7 +534,7 @@ class Shaky(LocalStore):
 
 
 @pytest.mark.parametrize("on_error", ["warn", 5])
-def test_row_24_a_job_with_shaky_storage_finishes_and_all_it_shows_is_whole(tmp_path, on_error):
+def test_a_job_on_unreliable_storage_finishes_and_shows_only_whole_steps(tmp_path, on_error):
     chance = random.Random(24)
     root = Shaky(tmp_path, lambda _: chance.random() < 0.2)
     with warnings.catch_warnings(record=True) as caught:
@@ -551,7 +551,7 @@ def test_row_24_a_job_with_shaky_storage_finishes_and_all_it_shows_is_whole(tmp_
     assert {path.name for path in tmp_path.iterdir()} >= {f"step_{step}" for step in m.steps()}
 
 
-def test_row_24_what_is_written_again_is_the_state_as_it_was(tmp_path):
+def test_a_retry_writes_the_state_as_it_was_at_the_call(tmp_path):
     first = threading.Event()
 
     root = Shaky(tmp_path, lambda call: call <= 2 and first.wait(60))
@@ -566,7 +566,7 @@ def test_row_24_what_is_written_again_is_the_state_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_row_24_tries_come_to_an_end(tmp_path, asynchronous):
+def test_retries_are_limited(tmp_path, asynchronous):
     root = Shaky(tmp_path, lambda call: True)
     m = sk.Manager(root, on_error=1, asynchronous=asynchronous)
     with pytest.raises(OSError, match="Input/output error"):
@@ -741,7 +741,7 @@ def two_steps() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("kind", "when"), WAYS)
-def test_row_02_no_crash_takes_the_last_whole_step(two_steps, kind, when):
+def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
     """A run of two saves with deletion; at each operation of the store in turn, it goes wrong."""
     ends = []
     for at in range(2000):
@@ -777,7 +777,7 @@ def test_row_02_no_crash_takes_the_last_whole_step(two_steps, kind, when):
 
 @pytest.mark.gloo
 @pytest.mark.parametrize(("size", "signalled"), [(2, [1]), (4, [2]), (4, [0, 1, 2, 3])])
-def test_row_43_sigterm_saves_one_step_on_all_ranks(gloo, tmp_path, size, signalled):
+def test_sigterm_saves_one_step_on_all_ranks(gloo, tmp_path, size, signalled):
     """Sent at any moment, to one rank or to all, with a collective of the job in every step."""
     rounds = 3
     found = gloo.run(managing.terminated, str(tmp_path), rounds, signalled, 1, size=size)
@@ -793,7 +793,7 @@ def test_row_43_sigterm_saves_one_step_on_all_ranks(gloo, tmp_path, size, signal
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("culprit", [0, 3])
-def test_row_04_damage_that_one_rank_sees_makes_all_fall_back(gloo, tmp_path, culprit):
+def test_damage_seen_by_one_rank_makes_all_ranks_fall_back(gloo, tmp_path, culprit):
     found = gloo.run(managing.fallback, str(tmp_path), culprit)
     for end in found:
         assert end["step"] == end["value"] == 2

@@ -82,7 +82,7 @@ def explore(operations: Sequence[Operation]) -> tuple[int, list[str]]:
     return count, wrong
 
 
-def test_row_02_whatever_a_power_loss_leaves_of_a_run_the_newest_durable_step_is_whole(tmp_path):
+def test_after_any_power_loss_the_newest_durable_step_of_a_run_is_whole(tmp_path):
     operations = run(tmp_path)
     gone = [one for one in operations if isinstance(one, Unlink) and _RECORD.fullmatch(one.path)]
     assert len(gone) == 2
@@ -91,7 +91,7 @@ def test_row_02_whatever_a_power_loss_leaves_of_a_run_the_newest_durable_step_is
     assert count >= 2000  # 2,336, says docs/reliability.md; deletion has a thread of its own
 
 
-def test_row_02_the_model_finds_steps_that_are_deleted_too_early_or_in_a_wrong_order(tmp_path):
+def test_the_model_detects_steps_deleted_too_early_or_in_a_wrong_order(tmp_path):
     operations = run(tmp_path)
     published = {step: begin for step, begin, _ in commits(operations)}
     gone = [
@@ -175,7 +175,7 @@ def explore_objects(steps: Sequence[Sequence[Change]]) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize(("ranks", "states"), [(1, 30), (3, 58)])
-def test_row_02_on_an_object_store_the_newest_committed_step_is_whole(ranks, states):
+def test_after_a_crash_on_an_object_store_the_newest_committed_step_is_whole(ranks, states):
     steps = run_on_objects(ranks)
     gone = [one.name for changes in steps for one in changes if one.data is None]
     assert [name for name in gone if name.endswith("/.metadata")] == [
@@ -187,7 +187,7 @@ def test_row_02_on_an_object_store_the_newest_committed_step_is_whole(ranks, sta
     assert count == states  # what docs/reliability.md says
 
 
-def test_row_02_the_model_of_objects_finds_a_step_that_is_deleted_too_early_or_in_a_wrong_order():
+def test_the_model_of_object_stores_detects_steps_deleted_too_early_or_in_a_wrong_order():
     steps = run_on_objects(1)
     last = steps[3]
     gone = [one for one in last if one.name.startswith("step_2/")]

@@ -16,14 +16,14 @@ from shardkeep.torch_state.shards import Shards
 from support import own
 
 
-def test_row_22_each_rank_gets_its_own_random_numbers_and_data_back(play, tmp_path):
+def test_each_rank_gets_its_own_random_state_and_data_position_back(play, tmp_path):
     ends = play(own.resume, str(tmp_path / "ckpt"))
     assert all(end["same"] for end in ends)
     assert len({str(end["drawn"]) for end in ends}) == 4
     assert all(end["unexpected"] == () for end in ends)
 
 
-def test_row_22_the_global_generators_of_a_tp_dp_job(gloo, tmp_path):
+def test_the_global_random_generators_of_a_tp_dp_job_are_restored(gloo, tmp_path):
     for end in gloo.run("support.own_gloo:tp_dp", str(tmp_path / "ckpt")):
         assert end == "bit for bit"
 
@@ -42,7 +42,7 @@ def by_four(tmp_path):
     return path
 
 
-def test_row_22_another_number_of_ranks_is_refused_by_default(by_four):
+def test_per_rank_values_on_another_number_of_ranks_are_refused_by_default(by_four):
     for text, refused, state in simulated_ranks.run(2, own.load, by_four, "error"):
         assert text == (
             f"{by_four}: 2 names do not match; nothing was read\n"
@@ -71,7 +71,9 @@ def choose(name: str, rank: int, size: int, saved: int) -> int | None:
         (4, "error", [(r, [r]) for r in range(4)], ()),
     ],
 )
-def test_row_22_a_policy_decides_on_another_number_of_ranks(by_four, size, policy, values, skipped):
+def test_a_policy_assigns_per_rank_values_on_another_number_of_ranks(
+    by_four, size, policy, values, skipped
+):
     for wanted, (mine, b, c, report) in zip(
         values, simulated_ranks.run(size, own.load, by_four, policy), strict=True
     ):
