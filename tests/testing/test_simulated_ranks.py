@@ -100,6 +100,50 @@ def test_failures_leave_nothing_behind() -> None:
     assert len(keys) == 0
 
 
+def test_a_session_that_is_concluded_is_left_without_another_exchange() -> None:
+    class Recorded(MemoryKeyValueStore):
+        """A store that notes which messages were sent."""
+
+        def set(self, key: str, value: bytes) -> None:
+            sent.append(key)
+            super().set(key, value)
+
+    def one(ranks: KeyValueRanks, concludes: bool) -> str:
+        with ranks.session("load", "run/a") as session:
+            answers = session.gather(b"%d" % session.rank)
+            answer = session.broadcast(None if answers is None else b"".join(answers))
+            if concludes:
+                session.conclude()
+        return answer.decode()
+
+    sent: list[str] = []
+    keys = Recorded()
+    for concludes, rounds in ((False, 2), (True, 1)):
+        sent.clear()
+        assert run(3, one, concludes, keys=keys) == ["012"] * 3
+        assert sum("/gather/" in key for key in sent) == rounds * 2
+        assert sum("/broadcast/" in key for key in sent) == rounds
+        assert len(keys) == 0
+
+
+def test_an_error_after_the_conclusion_is_not_told_to_others() -> None:
+    def one(ranks: KeyValueRanks) -> str:
+        try:
+            with ranks.session("load", "run/a") as session:
+                session.gather(b"")
+                session.broadcast(b"")
+                session.conclude()
+                if session.rank == 1:
+                    raise ValueError("too late")
+        except ValueError as error:
+            return str(error)
+        return "fine"
+
+    keys = MemoryKeyValueStore()
+    assert run(3, one, keys=keys) == ["fine", "too late", "fine"]
+    assert len(keys) == 0
+
+
 @settings(max_examples=30)
 @given(
     culprits=st.dictionaries(st.integers(0, 4), st.sampled_from(sessions.PHASES), min_size=1),

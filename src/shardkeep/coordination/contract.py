@@ -61,6 +61,15 @@ class Session(Protocol):
         """The coordinator's message, everywhere (None elsewhere than there)."""
         ...
 
+    def conclude(self) -> None:
+        """Say that the work has ended with a gather and a broadcast that were the last messages.
+
+        Every rank calls this right after them, and then leaves the session. Leaving costs no
+        further exchange, as all ranks are known to have come this far. An error of a rank between
+        this call and the end of the session is not raised on the others.
+        """
+        ...
+
     def __enter__(self) -> Session: ...
 
     def __exit__(

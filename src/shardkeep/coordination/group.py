@@ -106,6 +106,9 @@ class GroupSession(Session):
         self._dist.broadcast_object_list(box, src=self._members[0], group=self._group)
         return bytes(box[0])
 
+    def conclude(self) -> None:
+        self._over = True
+
     def __enter__(self) -> GroupSession:
         self._round("enter")
         return self
@@ -116,9 +119,11 @@ class GroupSession(Session):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._over:
+            return
         if error is None:
             self._round("exit")
-        elif not self._over:
+        else:
             # The others meet this in the round of their next call.
             cause = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             # Where one is gone already, so is its connection: the error stays what it was.

@@ -192,6 +192,8 @@ def load(
         restore(state, planned.template, planned.statefuls)
 
         seconds = clock.seconds()
+        slowest_rank = slowest(session, sum(seconds.values()))
+        session.conclude()
         return replace(
             planned.report,
             nbytes=stats.bytes_needed,
@@ -199,7 +201,7 @@ def load(
             unchecked=stats.unchecked,
             bytes_unchecked=stats.bytes_unchecked,
             seconds=seconds,
-            slowest=slowest(session, sum(seconds.values())),
+            slowest=slowest_rank,
         )
 
 

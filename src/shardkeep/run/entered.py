@@ -128,3 +128,6 @@ class _Continued(Session):
 
     def broadcast(self, message: bytes | None) -> bytes:
         return self._session.broadcast(message)
+
+    def conclude(self) -> None:
+        self._session.conclude()

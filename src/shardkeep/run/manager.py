@@ -221,6 +221,7 @@ class Manager:
                 self._keeper.begin(step)
                 self._flight = self._begun(step, state, numbers, overwrite, job)
                 return self._flight
+            job.entered.conclude()
         if decision.skip:
             return StepHandle(step, _done(None), skipped=True)
         self._raise_failure(decision.previous)

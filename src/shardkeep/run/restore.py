@@ -107,6 +107,7 @@ def _tried(
         severity, error = _severity_of(caught), caught
     outcome = worst_outcome(session, severity, error)
     if report is not None and outcome.severity is Severity.SUCCESS:
+        session.conclude()
         return report
     if outcome.severity is Severity.UNREADABLE and traces is not None:
         traces.add(step, store, error)

@@ -114,6 +114,7 @@ class KeyValueSession(Session):
         self._answered: dict[int, _Answered] = {}
         self._ranks_per_host: dict[str, int] | None = None
         self._absent = False
+        self._concluded = False
         self._blamed: int | None = None
 
     @property
@@ -201,6 +202,9 @@ class KeyValueSession(Session):
             self._check()
             self._send(key, message)
         return message
+
+    def conclude(self) -> None:
+        self._concluded = True
 
     def _next(self, call: str) -> str:
         if not self._id:
@@ -409,6 +413,9 @@ class KeyValueSession(Session):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._concluded:
+            self._part()
+            return
         if error is not None:
             self._fail(error)
             return
