@@ -16,6 +16,7 @@ import pytest
 from shardkeep.coordination.keyvalue import clients
 from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
 from shardkeep.coordination.keyvalue.torch_store import TorchKeyValueStore
+from support.waiting import PROMPT_SECONDS
 
 
 def test_values() -> None:
@@ -41,7 +42,7 @@ def test_wait_ends_with_its_time() -> None:
     keys, began = MemoryKeyValueStore(), time.monotonic()
     assert keys.wait(["a"], -1) is None
     assert keys.wait(["a"], 0.1) is None
-    assert 0.1 <= time.monotonic() - began < 5
+    assert 0.1 <= time.monotonic() - began < PROMPT_SECONDS
     assert not keys._waiting
 
 
@@ -116,7 +117,7 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
     hosted: tuple[subprocess.Popen[str], Any], call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To `get`, torch waits for the key, and then for the end of the waiting: twice as long."""
-    monkeypatch.setattr(clients, "_LEAST", 1.0)
+    monkeypatch.setattr(clients, "_LEAST", 3.0)
     monkeypatch.setenv("SHARDKEEP_HEARTBEAT_SECONDS", "0.2")
     process, store = hosted
     keys = TorchKeyValueStore(store, 2)
@@ -125,19 +126,20 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
     os.kill(process.pid, signal.SIGSTOP)
     os.waitpid(process.pid, os.WUNTRACED)  # all its threads
     began = time.monotonic()
-    with pytest.raises(ConnectionError, match="no answer for 1 s"):
+    with pytest.raises(ConnectionError, match="no answer for 3 s"):
         {
             "get": lambda: keys.get("a"),
             "wait": lambda: keys.wait(["b", "a"], 60),
             "delete": lambda: keys.delete(["a"]),
         }[call]()
-    assert 0.9 < time.monotonic() - began < 1.6
+    assert 2.9 < time.monotonic() - began < 5.9  # twice would be 6 s and more
 
 
 @pytest.mark.torch
 def test_a_key_that_is_missing_is_known_at_once(
-    hosted: tuple[subprocess.Popen[str], Any],
+    hosted: tuple[subprocess.Popen[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(clients, "_LEAST", 100.0)
     keys, began = TorchKeyValueStore(hosted[1], 2), time.monotonic()
     for _ in range(2):
         with pytest.raises(KeyError):
@@ -146,4 +148,4 @@ def test_a_key_that_is_missing_is_known_at_once(
     value = bytes(range(256)) * 4096
     keys.set("a", value)
     assert keys.get("a") == value
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < PROMPT_SECONDS

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support import sessions
+from support.waiting import PROMPT_SECONDS
 
 Play = Callable[..., list[Any]]
 MIB = 1 << 20
@@ -27,7 +28,7 @@ def test_fewer_ranks(play: Play, size: int) -> None:
 def test_failure_is_told_to_all_in_every_phase(play: Play, culprit: int) -> None:
     for rank, rounds in enumerate(play(sessions.failure, culprit)):
         for where, (first, later) in zip(sessions.PHASES, rounds, strict=True):
-            assert first.pop("took") < 5
+            assert first.pop("took") < PROMPT_SECONDS
             if rank == culprit:
                 assert first == {"end": "raised", "message": "boom"}
             else:
@@ -63,10 +64,9 @@ def test_rank_with_another_path_is_explained(play: Play) -> None:
 
 
 def test_rank_that_is_late_is_named(play: Play) -> None:
-    for rank, (first, last) in enumerate(play(sessions.lateness, 2, "write", 1.5, env=TINY)):
+    for first, last in play(sessions.lateness, 2, "write", 1.5, env=TINY):
         assert (first["end"], first["rank"]) == ("told", 2)
         assert "did not answer within 0.6 s" in first["cause"]
-        assert rank == 2 or first["took"] < 1.5
         assert last == "done"
 
 

@@ -14,6 +14,7 @@ from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
 from shardkeep.coordination.solo import Solo
 from shardkeep.testing import simulated_ranks
 from support import sessions
+from support.waiting import PROMPT_SECONDS
 
 Play = Callable[..., list[Any]]
 OFTEN = {"SHARDKEEP_STOP_POLL_SECONDS": "0.01"}
@@ -105,7 +106,7 @@ def watching() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name == "shardkeep-meeting"]
 
 
-def wait_for(true: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(true: Callable[[], bool], seconds: float = PROMPT_SECONDS) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

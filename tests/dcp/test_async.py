@@ -27,6 +27,7 @@ from shardkeep.dcp.state_dict_saver import AsyncCheckpointerType, AsyncSaveRespo
 from support import dcp_async
 from support.dcp_async import Gate, held
 from support.scenarios import blank, equal, values
+from support.waiting import PROMPT_SECONDS
 
 pytestmark = [pytestmark, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
@@ -315,7 +316,7 @@ def test_what_cannot_be_pickled_is_refused_by_name(tmp_path, kind):
 
 def quiet() -> tuple[list[str], int]:
     """Threads and descriptors of this process, once what ends has ended."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + PROMPT_SECONDS
     while time.monotonic() < end:
         names = [one.name for one in threading.enumerate()]
         if not any(name.startswith("shardkeep") for name in names):
@@ -377,7 +378,7 @@ def test_a_program_that_ends_loses_no_save_and_leaves_no_process(tmp_path, how):
         for name in "abc":
             assert sk.open(tmp_path / name).read("w").sum() == 20_000_000
         return
-    pid, end = int(ran.stdout), time.monotonic() + 10
+    pid, end = int(ran.stdout), time.monotonic() + PROMPT_SECONDS
     while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists()

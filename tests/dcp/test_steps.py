@@ -24,6 +24,7 @@ from support import dcp_failing
 from support.dcp_failing import Failing
 from support.gloo import Failed
 from support.scenarios import equal
+from support.waiting import PROMPT_SECONDS
 
 pytestmark = [
     pytest.mark.torch,
@@ -133,8 +134,8 @@ class Job:
                 return error
 
         begin = time.monotonic()
-        results = simulated_ranks.run(4, caught, timeouts=Timeouts(20.0, 0.0, 5))
-        assert time.monotonic() - begin < 5
+        results = simulated_ranks.run(4, caught, timeouts=Timeouts(100.0, 0.0, 5))
+        assert time.monotonic() - begin < PROMPT_SECONDS
         return results
 
     def _save(self, ranks) -> object:
@@ -384,7 +385,7 @@ def test_on_real_ranks(gloo, tmp_path, step):
     for end in ends:
         assert end["failures"] == {rank: ("OSError", f"disk {rank} is full") for rank in who}
         assert end["is_checkpoint_exception"]
-        assert end["took"] < 10
+        assert end["took"] < PROMPT_SECONDS
         assert not end["committed"]
         assert end["then"] == "loaded"
 
@@ -399,5 +400,5 @@ def test_a_killed_rank_is_named_by_the_others(gloo, tmp_path):
         assert end["is_checkpoint_exception"]
         assert end["failures"] == {2: "RankFailed"}
         assert end["phase"] == "write"
-        assert end["took"] < 15
+        assert end["took"] < PROMPT_SECONDS
     assert not (tmp_path / ".metadata").exists()

@@ -197,7 +197,7 @@ def grid(tensors, x, y, h=3, w=5):
 @pytest.mark.parametrize("tensors, x, y", [(1, 512, 512), (2000, 128, 1), (500, 16, 32)])
 def test_a_quarter_million_boxes_take_seconds_at_most(tensors, x, y):
     tensor, shape, offsets, sizes = grid(tensors, x, y)
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert coverage(tensor, shape, offsets, sizes) == ()
     keep = np.ones(len(tensor), bool)
     keep[len(tensor) // 3] = False
@@ -207,4 +207,4 @@ def test_a_quarter_million_boxes_take_seconds_at_most(tensors, x, y):
     grown[len(tensor) // 4] += [0, 1] if y > 1 else [1, 0]
     kinds = [p.kind for p in coverage(tensor, shape, offsets, grown)]
     assert kinds == ["overlap"]
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10

@@ -102,13 +102,13 @@ def chunks(n, wide, d):
 
 
 def test_thousands_of_chunks_on_both_sides():
-    begin = time.perf_counter()
+    begin = time.process_time()
     same = overlap(chunks(100_000, 4, 1), chunks(100_000, 4, 1))
     assert (same.left == np.arange(100_000)).all() and (same.right == same.left).all()
     shifted = overlap(chunks(40_000, 5, 0), chunks(50_000, 4, 0))
     assert len(shifted.left) == 80_000
     assert (shifted.sizes[:, 0].sum(), shifted.sizes[:, 1].min()) == (200_000, 200_000)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_memory_stays_bounded():

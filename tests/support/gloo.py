@@ -94,7 +94,10 @@ class Pool:
         errors: dict[int, str] = {}
         busy = {worker.pipe: rank for rank, worker in enumerate(workers)}
         workers[0].pipe.send((0, job, 0))
-        while busy and (ready := wait(list(busy), max(0.0, end - time.monotonic()))):
+        while busy and (left := end - time.monotonic()) > 0:
+            ready = wait(list(busy), min(left, 0.5))
+            if not ready and all(workers[rank].is_stopped() for rank in busy.values()):
+                break  # by SIGSTOP: they would never finish
             for pipe in ready:
                 rank = busy[pipe]
                 try:
@@ -176,6 +179,14 @@ class _Worker:
         with suppress(EOFError, OSError):
             self.ready = self.ready or (self.pipe.poll(seconds) and self.pipe.recv() == "ready")
         return self.ready and self.process.is_alive()
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process, which never finishes then."""
+        try:
+            status = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return status.rpartition(")")[2].split()[0] == "T"
 
     def stacks(self) -> str:
         """Where its threads are just now."""

@@ -45,7 +45,7 @@ def test_run(gloo: Pool, size: int) -> None:
 )
 def test_failures_come_back_and_the_pool_goes_on(gloo: Pool, how: str, text: str) -> None:
     with pytest.raises(Failed, match=text) as caught:
-        gloo.run(misbehave, how, size=2, limit=2.0)
+        gloo.run(misbehave, how, size=2, limit=5.0)
     assert list(caught.value.errors) == [1]
     assert caught.value.results == {0: 0}
     assert gloo.run(add, 1, size=2) == [30, 31]
