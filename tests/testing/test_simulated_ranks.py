@@ -443,7 +443,7 @@ def test_no_torch_is_imported() -> None:
 # --- between two calls ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("timing", [CALM, QUICK])
+@pytest.mark.parametrize("timeouts", [CALM, QUICK])
 def test_long_work_hears_of_failures_by_asking(timeouts: Timeouts) -> None:
     def scenario(ranks: Ranks) -> str:
         with ranks.session("save", "x") as session:
