@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_killed_or_frozen_rank_is_named(
     assert list(caught.value.errors) == [culprit]
     for end in caught.value.results.values():
         assert (end["end"], end["rank"], end["phase"]) == ("told", culprit, where)
-        assert end["cause"] == "it stopped answering: no sign of life for 1.2 s"
+        assert end["cause"] == "it stopped answering: no heartbeat for 1.2 s"
         assert end["took"] < PROMPT_SECONDS
 
 
@@ -77,7 +78,7 @@ def test_killed_or_frozen_store_is_explained(gloo: Pool, number: signal.Signals)
     assert list(caught.value.errors) == [0]
     for end in caught.value.results.values():
         assert (end["end"], end["rank"]) == ("told", 0)
-        assert "the job's store, which lives beside it, is out of reach" in end["cause"]
+        assert "the job's store, which runs beside rank 0, is out of reach" in end["cause"]
         assert ("no answer for 7 s" in end["cause"]) == (number == signal.SIGSTOP)
         assert end["host"] == socket.gethostname()
         assert end["took"] < PROMPT_SECONDS
@@ -161,6 +162,30 @@ def count_keys(ranks: Ranks) -> tuple[int, int]:
 
 def test_no_key_is_left_in_the_store(gloo: Pool) -> None:
     for before, after in gloo.ranks(count_keys):
+        assert before == after
+
+
+def count_keys_of_a_manager(ranks: Ranks, path: str) -> tuple[int, int]:
+    from torch import distributed as dist
+
+    from shardkeep.run.manager import Manager
+
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    before = store.num_keys()
+    dist.barrier()
+    with Manager(path, every=2) as manager:
+        for step in range(5):
+            if step == 3 and ranks.rank == 1:
+                manager.request_save()
+            if manager.should_save(step):
+                manager.save(step, {"step": step})
+    dist.barrier()
+    return before, store.num_keys()
+
+
+def test_a_closed_manager_leaves_no_key_in_the_store(gloo: Pool, tmp_path: Path) -> None:
+    for before, after in gloo.ranks(count_keys_of_a_manager, str(tmp_path)):
         assert before == after
 
 

@@ -66,35 +66,63 @@ def test_a_rank_that_does_not_answer_is_named(silent: int, monkeypatch: pytest.M
 
 
 def test_alone() -> None:
-    meeting = Solo().meeting("run")
-    assert not meeting.at(1)
-    meeting.request()
-    assert not meeting.at(1)  # That one is over.
-    assert meeting.at(2) and meeting.at(2)
-    assert not meeting.at(3)
-    meeting.request()
-    assert meeting.at(1)  # A job may go back to an earlier step.
+    agreement = Solo().stop_agreement("run")
+    assert not agreement.stops_at(1)
+    agreement.request()
+    assert not agreement.stops_at(1)  # That one is over.
+    assert agreement.stops_at(2) and agreement.stops_at(2)
+    assert not agreement.stops_at(3)
+    agreement.request()
+    assert agreement.stops_at(1)  # A job may go back to an earlier step.
 
 
-def test_the_store_holds_no_more_after_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [1, 6])
+def test_no_key_is_left_after_all_ranks_have_closed(
+    rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.005")
-    left = []
-    for rounds in (1, 6):
-        keys = MemoryKeyValueStore()
-        simulated_ranks.run(3, sessions.stops, rounds, 1, [1], False, keys=keys)
-        wait_for(lambda: not watching())
-        left.append(len(keys))
-    # What all of them left by, and the round before.
-    assert left[1] <= 2 + 1 + 3 + 1
+    keys = MemoryKeyValueStore()
+    simulated_ranks.run(3, sessions.stops, rounds, 1, [1], False, keys=keys)
+    assert list(keys.names()) == []
 
 
-def test_who_drops_a_meeting_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("leaver", [0, 2])
+def test_no_key_is_left_if_ranks_leave_at_different_times(
+    leaver: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank leaves first; another one requests a stop, which comes to nothing."""
+    monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.005")
+    keys = MemoryKeyValueStore()
+    simulated_ranks.run(3, sessions.asked_and_left, leaver, keys=keys)
+    assert list(keys.names()) == []
+
+
+def test_keys_of_many_rounds_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.005")
+
+    class Counting(MemoryKeyValueStore):
+        most = 0
+
+        def set(self, key: str, value: bytes) -> None:
+            super().set(key, value)
+            if "/stop/" in key:
+                self.most = max(self.most, sum("/stop/" in name for name in self.names()))
+
+    keys = Counting()
+    simulated_ranks.run(3, sessions.stops, 8, 1, [1], False, keys=keys)
+    # Of two rounds, a request and a target; of one, the holds. At the end, who has left.
+    assert keys.most <= 2 * 2 + 3 + 3
+
+
+def test_dropping_an_agreement_leaves_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As a `Manager` that nobody closes does: its thread would look into the store for ever."""
     monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.01")
 
     def work(ranks: Any) -> None:
-        meeting = ranks.meeting("run")
-        assert not meeting.at(1)
+        agreement = ranks.stop_agreement("run")
+        assert not agreement.stops_at(1)
         assert watching()
 
     simulated_ranks.run(2, work)
@@ -103,7 +131,7 @@ def test_who_drops_a_meeting_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watching() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name == "shardkeep-meeting"]
+    return [one for one in threading.enumerate() if one.name == "shardkeep-stop-agreement"]
 
 
 def wait_for(true: Callable[[], bool], seconds: float = PROMPT_SECONDS) -> None:

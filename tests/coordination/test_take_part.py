@@ -16,7 +16,9 @@ def test_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
     assert isinstance(detect_ranks(), Solo)
     assert isinstance(detect_ranks([0]), Ranks)
-    with pytest.raises(ValueError, match=r"ranks=\[0, 1\] are not different ranks of a job of 1"):
+    with pytest.raises(
+        ValueError, match=r"ranks=\[0, 1\] must be different ranks of this job, which has 1"
+    ):
         detect_ranks([0, 1])
 
 
@@ -68,10 +70,10 @@ def job(rank: int, size: int) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ([0, 1], r"rank 2 makes a call for ranks=\[0, 1\], but is none of them"),
-        ([2, 2], "are not different ranks"),
-        ([2, 4], "are not different ranks of a job of 4"),
-        ([-1, 2], "are not different ranks of a job of 4"),
+        ([0, 1], r"rank 2 made a call with ranks=\[0, 1\], but is not among them"),
+        ([2, 2], "must be different ranks"),
+        ([2, 4], "must be different ranks of this job, which has 4"),
+        ([-1, 2], "must be different ranks of this job, which has 4"),
     ],
 )
 def test_bad_subsets(monkeypatch: pytest.MonkeyPatch, ranks: list[int], message: str) -> None:

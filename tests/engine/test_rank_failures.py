@@ -169,7 +169,7 @@ def test_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
             assert end is not None and end["end"] == "told", (GONE[number], rank, end)
             assert (end["rank"], end["phase"], end["path"]) == (culprit, phase, str(path))
             assert end["host"] == socket.gethostname()
-            why = "did not answer within 4 s" if how == "asleep" else "no sign of life for 5 s"
+            why = "did not answer within 4 s" if how == "asleep" else "no heartbeat for 5 s"
             assert why in end["cause"]
             # That ten seconds suffice on an idle machine follows from the settings, see
             # test_the_default_heartbeat_detects_a_dead_rank_within_ten_seconds.

@@ -30,6 +30,6 @@ def test_a_killed_rank_is_named_on_all_others_within_ten_seconds(tmp_path):
     assert ends.pop(1) is None
     for end in ends:
         assert end is not None and (end["end"], end["rank"], end["phase"]) == ("told", 1, "write")
-        assert "no sign of life for 7.5 s" in end["cause"]
+        assert "no heartbeat for 7.5 s" in end["cause"]
         assert end["at"] - happened < PROMPT_SECONDS
     assert sk.open(path)["number1"].value == 1  # the old one stands

@@ -623,7 +623,7 @@ def test_a_save_has_one_session_and_its_errors_name_the_step(tmp_path):
 
     met: list[tuple[int, str]] = []
     assert simulated_ranks.run(2, one) == [str(tmp_path / "step_2"), None]
-    once = [(rank, "meeting") for rank in (0, 1)]  # of the step to stop at
+    once = [(rank, "stop agreement") for rank in (0, 1)]  # of the step to stop at
     assert sorted(met) == sorted([*once, *[(0, "save"), (1, "save")] * 2])
 
 
@@ -837,7 +837,7 @@ def test_a_handler_that_came_later_is_left_alone(tmp_path):
 
 def test_ranks_without_a_store_say_that_they_can_not_agree(tmp_path):
     class Storeless(Solo):
-        def meeting(self, path):
+        def stop_agreement(self, path):
             return None
 
     before = signal.getsignal(signal.SIGTERM)

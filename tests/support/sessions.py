@@ -170,19 +170,19 @@ def training() -> Iterator[list[int]]:
         thread.join(30)
 
 
-# --- meetings ------------------------------------------------------------------------------------
+# --- stop agreements -----------------------------------------------------------------------------
 
 
 def stops(
     ranks: Ranks, rounds: int, seed: int, asking: Sequence[int], collective: bool
 ) -> list[tuple[int, int]]:
-    """Steps at which this rank stopped and at which it had asked, over some rounds of one meeting.
+    """Return (step of the stop, step of this rank's request or -1) for each round of an agreement.
 
     Every step takes each rank a time of its own. With `collective`, no rank is done with a step
     before all have begun it; without, they drift apart. `asking` are the ranks that ask.
     """
-    meeting = ranks.meeting("run")
-    assert meeting is not None
+    agreement = ranks.stop_agreement("run")
+    assert agreement is not None
     chance, found, step = random.Random(f"{seed} {ranks.rank}"), [], 0
     for _ in range(rounds):
         asks, asked = step + chance.randrange(1, 12), -1
@@ -193,50 +193,50 @@ def stops(
                 with ranks.session("collective", f"{step}") as session:
                     session.broadcast(None if session.rank else b"")
             if step == asks and ranks.rank in asking:
-                meeting.request()
+                agreement.request()
                 asked = step
-            stop = meeting.at(step)
-            assert meeting.at(step) == stop
+            stop = agreement.stops_at(step)
+            assert agreement.stops_at(step) == stop
             if stop:
                 break
             assert step < 10_000
         found.append((step, asked))
-    meeting.close()
+    agreement.close()
     return found
 
 
 def asked_and_left(ranks: Ranks, leaver: int) -> int:
     """One rank leaves after three steps; then another asks. How many steps the others make."""
-    meeting = ranks.meeting("run")
-    assert meeting is not None
+    agreement = ranks.stop_agreement("run")
+    assert agreement is not None
     for step in range(3):
-        assert not meeting.at(step)
+        assert not agreement.stops_at(step)
     if ranks.rank == leaver:
-        meeting.close()
+        agreement.close()
         return 3
     time.sleep(0.5)
-    meeting.request()
+    agreement.request()
     for step in range(3, 60):
         time.sleep(0.01)
-        assert not meeting.at(step)
-    meeting.close()
+        assert not agreement.stops_at(step)
+    agreement.close()
     return 60
 
 
 def nobody_answers(ranks: Ranks, silent: int) -> dict[str, Any] | None:
     """The thread of one rank answers no more; what the others are told."""
-    meeting: Any = ranks.meeting("run")
+    agreement: Any = ranks.stop_agreement("run")
     if ranks.rank == silent:
-        meeting._end._watch = lambda: None
+        agreement._participant._run = lambda transport: None
     try:
-        meeting.at(0)  # Another one may have asked before this one is here.
-        meeting.request()
+        agreement.stops_at(0)  # Another one may have asked before this one is here.
+        agreement.request()
         for step in range(1, 40):
             time.sleep(0.02)
             if ranks.rank != silent:
-                meeting.at(step)
+                agreement.stops_at(step)
     except RankFailed as error:
         return {"rank": error.rank, "text": str(error)}
     finally:
-        meeting.close()
+        agreement.close()
     return None

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.coordination.contract import Ranks
-from shardkeep.coordination.keyvalue import session
+from shardkeep.coordination.keyvalue import entry
 from shardkeep.coordination.keyvalue.memory import MemoryKeyValueStore
 from shardkeep.coordination.keyvalue.ranks import KeyValueRanks
 from shardkeep.coordination.keyvalue.session import KeyValueSession
@@ -40,7 +40,7 @@ def test_64_ranks() -> None:
 
 
 def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
-    monkeypatch.setattr(session, "_AGAIN", 60.0)  # then it would look who else has come
+    monkeypatch.setattr(entry, "_RECHECK_SECONDS", 60.0)  # then it would look who else has come
 
     class Held(MemoryKeyValueStore):
         """Who has been answered does not come in before all have been answered."""
@@ -50,7 +50,7 @@ def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
             self.answered, self.all, self.late = 0, threading.Event(), False
 
         def set(self, key: str, value: bytes) -> None:
-            if "/alive/" in key and not key.endswith("/0"):
+            if "/heartbeat/" in key and not key.endswith("/0"):
                 self.late |= not self.all.wait(5)
             super().set(key, value)
             if "/answer/" in key:
@@ -64,7 +64,7 @@ def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
 
 
 def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> None:
-    monkeypatch.setattr(session, "_AGAIN", 0.05)  # who else has come is looked at soon
+    monkeypatch.setattr(entry, "_RECHECK_SECONDS", 0.05)  # who else has come is looked at soon
     looked = threading.Event()
 
     class Reordered(MemoryKeyValueStore):
@@ -76,7 +76,7 @@ def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> No
 
         def delete(self, names: Iterable[str]) -> None:
             names = set(names)
-            words = {name for name in names if name.endswith("/word/3")}
+            words = {name for name in names if name.endswith("/request/3")}
             self.going |= words
             super().delete(names - words)
 
@@ -253,24 +253,24 @@ def test_rank_without_signs_of_life_is_named(culprit: int) -> None:
             if ranks.rank == culprit and phase == "write":
                 session = next(one for one in alive if one.rank == culprit)
                 time.sleep(0.15)  # a sign that says "write" is out
-                session._heart.stop()
+                session._peers.stop_heartbeats()
                 time.sleep(1.0)
 
         return sessions.outcome(ranks, step)
 
     alive: list[KeyValueSession] = []
-    real = KeyValueSession._live
+    real = KeyValueSession._enter
 
     def note(session: KeyValueSession) -> None:
         alive.append(session)
         real(session)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KeyValueSession, "_live", note)
+        patch.setattr(KeyValueSession, "_enter", note)
         results = run(4, scenario, timeouts=QUICK)
     for rank, end in enumerate(results):
         assert (end["end"], end["rank"], end["phase"]) == ("told", culprit, "write")
-        assert end["cause"] == "it stopped answering: no sign of life for 0.2 s"
+        assert end["cause"] == "it stopped answering: no heartbeat for 0.2 s"
         assert rank == culprit or end["took"] < PROMPT_SECONDS
 
 
@@ -312,7 +312,7 @@ def test_words_of_the_dead_are_no_entrance() -> None:
     def scenario(ranks: KeyValueRanks) -> str:
         session = ranks.session("save", "run/step")
         if ranks.rank:
-            keys.set(f"{session._base}/word/{ranks.rank}", b"dead")
+            keys.set(session._transport.request_key(ranks.rank), b"dead")
             time.sleep(0.1)
             started.wait(5)
         else:
@@ -328,7 +328,7 @@ def test_rank_that_dies_while_it_enters_is_named() -> None:
     def scenario(ranks: KeyValueRanks) -> str:
         session = ranks.session("save", "x")
         if ranks.rank == 2:
-            ranks._keys.set(f"{session._base}/word/2", b"last word")
+            ranks._keys.set(session._transport.request_key(2), b"last word")
             return "died"
         try:
             with session:
@@ -337,7 +337,7 @@ def test_rank_that_dies_while_it_enters_is_named() -> None:
             return f"{error.rank} {error.phase} {error.cause}"
         return "done"
 
-    told = "2 enter it stopped answering: no sign of life for 0.2 s"
+    told = "2 enter it stopped answering: no heartbeat for 0.2 s"
     assert run(3, scenario, timeouts=QUICK) == [told, told, "died"]
 
 
@@ -366,23 +366,16 @@ def test_other_jobs_in_the_same_store_do_not_meet() -> None:
 
 
 @pytest.mark.parametrize("hosts", ["aaaa", "abcd", "abba", "aaab"])
-def test_every_rank_knows_how_many_ranks_share_its_host(
-    hosts: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No launcher says it where `srun` or `mpirun` started the job: LOCAL_WORLD_SIZE is missing."""
+def test_every_rank_knows_how_many_ranks_share_its_host(hosts: str) -> None:
+    """`srun` and `mpirun` do not set LOCAL_WORLD_SIZE."""
 
-    def scenario(ranks: Ranks) -> int:
-        with ranks.session("load", "run/step") as session:
+    def scenario(ranks: KeyValueRanks) -> int:
+        session = ranks.session("load", "run/step")
+        session._peers.host = hosts[ranks.rank]
+        with session:
             return session.ranks_on_this_host()
 
     keys = MemoryKeyValueStore()
-    names = dict(zip(range(len(hosts)), hosts, strict=True))
-    monkeypatch.setattr(
-        KeyValueSession,
-        "_host",
-        property(lambda session: names[session.rank], lambda *_: None),
-        raising=False,
-    )
     assert run(4, scenario, keys=keys, timeouts=CALM) == [hosts.count(host) for host in hosts]
     assert len(keys) == 0
 
@@ -428,7 +421,7 @@ def test_lost_store_is_explained() -> None:
 
     for cause in run(2, scenario, timeouts=CALM, keys=keys):
         assert cause == (
-            "the job's store, which lives beside it, is out of reach: connection reset by peer"
+            "the job's store, which runs beside rank 0, is out of reach: connection reset by peer"
         )
 
 
@@ -476,7 +469,8 @@ def test_a_phase_is_known_as_soon_as_it_begins() -> None:
             if session.gather(b"") is None:
                 return []
             everyone = range(ranks.size)
-            return [(session._sign_of(rank).phase, session.host(rank)) for rank in everyone]
+            phases = [session._peers.heartbeat_of(rank).phase for rank in everyone]
+            return [(phases[rank], session.host(rank)) for rank in everyone]
 
     slow = Timeouts(20, 60, 5)
     host = socket.gethostname()

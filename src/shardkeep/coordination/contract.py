@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, runtime_checkable
 
+from shardkeep.coordination.events import EventSender
+
 __all__ = ["Ranks", "Session", "StopAgreement"]
 
 
 class Session(Protocol):
-    """One save or load that all ranks take part in. Rank 0 is the coordinator.
+    """A save or load that all ranks take part in. Rank 0 is the coordinator.
 
-    Every call is made by every rank, in the same order. If any rank raises inside the session, all
-    others raise `RankFailed` from their next or current call.
+    A context manager: ranks use it inside a `with` block. Every rank makes the same calls in the
+    same order. If one rank raises an exception inside the block, all others raise `RankFailed` from
+    their current or next call.
     """
 
     @property
@@ -23,7 +26,7 @@ class Session(Protocol):
     def size(self) -> int: ...
 
     def phase(self, name: str) -> None:
-        """From now on, errors say that they happened in this phase. Waits for nobody."""
+        """Name the phase that this rank is in from now on, for errors. Waits for no other rank."""
         ...
 
     def set_path(self, path: str) -> None:
@@ -33,16 +36,17 @@ class Session(Protocol):
     def check(self) -> None:
         """Raise `RankFailed` if another rank is known to have failed.
 
-        For long work between two calls: it costs next to nothing, and waits for nobody.
+        Call it at intervals during long work between two messages. It costs next to nothing, and
+        waits for no other rank.
         """
         ...
 
     def host(self, rank: int) -> str:
-        """The name of the host that a rank of this session runs on."""
+        """Return the name of the host that a rank of this session runs on."""
         ...
 
     def ranks_on_this_host(self) -> int:
-        """The number of ranks of this session, this one included, that run on this rank's host.
+        """Return how many ranks of this session, this one included, run on this rank's host.
 
         Costs no message of its own, but waits until all ranks have entered the session. Call it
         inside the `with` block, on any rank, as often as needed.
@@ -50,23 +54,23 @@ class Session(Protocol):
         ...
 
     def gather(self, message: bytes) -> list[bytes] | None:
-        """Every rank's message, in rank order, on the coordinator; None elsewhere."""
+        """Return every rank's message, in rank order, on the coordinator; None on other ranks."""
         ...
 
     def scatter(self, messages: Sequence[bytes] | None) -> bytes:
-        """The message that the coordinator has for this rank (None elsewhere than there)."""
+        """Return the coordinator's message for this rank. Other ranks pass None."""
         ...
 
     def broadcast(self, message: bytes | None) -> bytes:
-        """The coordinator's message, everywhere (None elsewhere than there)."""
+        """Return the coordinator's message for all ranks. Other ranks pass None."""
         ...
 
     def conclude(self) -> None:
-        """Say that the work has ended with a gather and a broadcast that were the last messages.
+        """Declare that the last messages of the work were a gather and then a broadcast.
 
         Every rank calls this right after them, and then leaves the session. Leaving costs no
-        further exchange, as all ranks are known to have come this far. An error of a rank between
-        this call and the end of the session is not raised on the others.
+        further exchange, as all ranks are known to have come this far. If a rank raises an
+        exception after this call, the other ranks do not raise it.
         """
         ...
 
@@ -78,13 +82,13 @@ class Session(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Tell the others of an error; without one, leave when all ranks have come this far."""
+        """Report an exception to the other ranks; without one, leave once all ranks are here."""
         ...
 
 
 @runtime_checkable
 class Ranks(Protocol):
-    """Who takes part. `rank` counts from 0 among those who do."""
+    """The ranks that take part. `rank` counts from 0 among them."""
 
     @property
     def rank(self) -> int: ...
@@ -92,16 +96,22 @@ class Ranks(Protocol):
     @property
     def size(self) -> int: ...
 
-    def session(self, work: str, path: str) -> Session:
-        """Begin `work` ("save" or "load") on `path` with all the others.
+    def session(self, work: str, path: str, *, events: EventSender | None = None) -> Session:
+        """Return a new session of all ranks, which is entered by `with`.
 
         A rank enters its sessions of the same work and path one after another. It may enter the
         next one before the last one has ended, in another thread.
+
+        Args:
+            work: what the ranks do, such as "save" or "load".
+            path: the path that they do it to.
+            events: receives the events of the session: `WaitingForRanks`, if this rank waits for
+                others for long. None logs them.
         """
         ...
 
-    def meeting(self, path: str) -> StopAgreement | None:
-        """A meeting of all ranks, about `path`; None where they have no way to agree on a step."""
+    def stop_agreement(self, path: str) -> StopAgreement | None:
+        """Return an agreement of all ranks on a step to stop at, None if they cannot have one."""
         ...
 
 
@@ -109,13 +119,14 @@ class StopAgreement(Protocol):
     """Ranks that go from step to step agree on one at which all of them stop."""
 
     def request(self) -> None:
-        """Ask for it, on any rank. Does no more than set a flag: safe in a signal handler."""
+        """Request a stop, on any rank. Only sets a flag, so it is safe in a signal handler."""
         ...
 
-    def at(self, step: int) -> bool:
-        """Whether this is the step; every rank asks at the same steps, again and again if it likes.
+    def stops_at(self, step: int) -> bool:
+        """Return whether all ranks stop at this step.
 
-        Waits only once someone has asked, for the others' answers, not for their training.
+        Every rank calls it at the same steps; at one step, it may do so several times. It waits
+        only after a request, for answers of the other ranks' threads, not for their training.
 
         Raises:
             RankFailed: a rank does not answer.
@@ -123,5 +134,5 @@ class StopAgreement(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave: no step can be agreed on any more."""
+        """Leave: from now on, the ranks cannot agree on a step."""
         ...

@@ -1,9 +1,8 @@
-"""Through collectives on a CPU group, for jobs without a store (MPI).
+"""Coordination by collectives on a CPU group, for jobs without a key-value store (MPI).
 
-Every call begins with a round in which each rank says whether it is well, so a failure is raised by
-the others in their current or next call. What collectives cannot do: one rank that never comes
-makes the others wait as long as the group's own timeout; sessions of several threads must not
-share a group.
+Every call begins with a round in which each rank says whether it has failed, so the others raise a
+failure in their current or next call. Collectives have limits: if one rank never comes, the others
+wait until the group's own timeout, and sessions of several threads must not share a group.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardkeep.coordination.contract import Ranks, Session
+from shardkeep.coordination.events import EventSender, WaitingForRanks
+from shardkeep.coordination.waiting import report_while_blocked
 from shardkeep.errors import RankFailed
 
 __all__ = ["GroupRanks"]
@@ -26,7 +27,7 @@ class GroupRanks(Ranks):
 
     Args:
         dist: the module `torch.distributed`.
-        group: a group that moves CPU tensors; None is the default one.
+        group: a group that moves CPU tensors; None is the default group.
     """
 
     def __init__(self, dist: Any, group: Any = None) -> None:
@@ -41,21 +42,43 @@ class GroupRanks(Ranks):
     def size(self) -> int:
         return len(self._members)
 
-    def session(self, work: str, path: str) -> GroupSession:
-        return GroupSession(self._dist, self._group, self._members, work, path)
+    def session(self, work: str, path: str, *, events: EventSender | None = None) -> GroupSession:
+        return GroupSession(self._dist, self._group, self._members, work, path, events=events)
 
-    def meeting(self, path: str) -> None:
-        """Without a store, only a collective at every step could tell what one rank asks for."""
+    def stop_agreement(self, path: str) -> None:
+        """Return None: without a store, only a collective at every step could find a request."""
         return None
 
 
-class GroupSession(Session):
-    """One rank's end of a session; see the module."""
+class _RankStatus(NamedTuple):
+    """What each rank tells the others at the beginning of a call."""
 
-    def __init__(self, dist: Any, group: Any, members: Sequence[int], work: str, path: str) -> None:
+    rank: int
+    host: str
+    phase: str
+    cause: str | None
+    """The traceback of its error; None if it has not failed."""
+    call: tuple[str, str, str]
+    """The work, the path and the call, which must be the same on all ranks."""
+
+
+class GroupSession(Session):
+    """One rank's side of a session."""
+
+    def __init__(
+        self,
+        dist: Any,
+        group: Any,
+        members: Sequence[int],
+        work: str,
+        path: str,
+        *,
+        events: EventSender | None = None,
+    ) -> None:
         self._dist, self._group, self._members = dist, group, members
         self._rank = int(dist.get_rank(group))
         self._work, self._path = work, path
+        self._events = events or EventSender(None, path=path, rank=members[self._rank])
         self._phase = "enter"
         self._over = False
         self._hosts: list[str] = []
@@ -75,7 +98,7 @@ class GroupSession(Session):
         self._path = path
 
     def check(self) -> None:
-        """Nothing is known between two rounds."""
+        """Do nothing: failures of other ranks are found in the next round."""
 
     def host(self, rank: int) -> str:
         return self._hosts[rank]
@@ -84,7 +107,7 @@ class GroupSession(Session):
         return self._hosts.count(self._hosts[self._rank])
 
     def gather(self, message: bytes) -> list[bytes] | None:
-        self._round("gather")
+        self._exchange_status("gather")
         out: list[Any] | None = None if self._rank else [None] * self.size
         self._dist.gather_object(message, out, dst=self._members[0], group=self._group)
         return out
@@ -92,7 +115,7 @@ class GroupSession(Session):
     def scatter(self, messages: Sequence[bytes] | None) -> bytes:
         if not self._rank and (messages is None or len(messages) != self.size):
             raise ValueError(f"the coordinator scatters one message to each rank: {self.size}")
-        self._round("scatter")
+        self._exchange_status("scatter")
         out: list[Any] = [None]
         given = None if self._rank else list(messages or ())
         self._dist.scatter_object_list(out, given, src=self._members[0], group=self._group)
@@ -101,7 +124,7 @@ class GroupSession(Session):
     def broadcast(self, message: bytes | None) -> bytes:
         if not self._rank and message is None:
             raise ValueError("the coordinator has no message to broadcast")
-        self._round("broadcast")
+        self._exchange_status("broadcast")
         box: list[Any] = [message]
         self._dist.broadcast_object_list(box, src=self._members[0], group=self._group)
         return bytes(box[0])
@@ -110,7 +133,7 @@ class GroupSession(Session):
         self._over = True
 
     def __enter__(self) -> GroupSession:
-        self._round("enter")
+        self._exchange_status("enter")
         return self
 
     def __exit__(
@@ -122,29 +145,50 @@ class GroupSession(Session):
         if self._over:
             return
         if error is None:
-            self._round("exit")
+            self._exchange_status("exit")
         else:
-            # The others meet this in the round of their next call.
+            # The others find this in the round of their next call.
             cause = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            # Where one is gone already, so is its connection: the error stays what it was.
+            # If a rank is gone, so is the connection to it. The error to raise is the first one.
             with suppress(RankFailed, RuntimeError):
-                self._round("fail", cause)
+                self._exchange_status("fail", cause)
 
-    def _round(self, call: str, cause: str | None = None) -> None:
-        """All say what they are about to do; raises if one fails, or does something else."""
-        own = (self._rank, socket.gethostname(), self._phase, cause, self._work, self._path, call)
-        told: list[Any] = [None] * self.size
+    def _exchange_status(self, call: str, cause: str | None = None) -> None:
+        """Tell the other ranks what this one is about to do, and learn the same from them.
+
+        Raises:
+            RankFailed: a rank has failed, or is about to do something else.
+            RuntimeError: the collective failed, for example because a rank is gone.
+        """
+        wanted = (self._work, self._path, call)
+        own = _RankStatus(self._rank, socket.gethostname(), self._phase, cause, wanted)
+        statuses: list[Any] = [None] * self.size
         try:
-            self._dist.all_gather_object(told, own, group=self._group)
+            with report_while_blocked(self._report_waiting):
+                self._dist.all_gather_object(statuses, own, group=self._group)
         except RuntimeError:
             self._over = True
             raise
-        self._hosts = [said[1] for said in told]
-        failed = [said for said in told if said[3] is not None]
-        if not failed:
-            failed = [said for said in told if said[4:] != told[0][4:]]
-            cause = f"it is at {failed[0][4:]}, and rank 0 at {told[0][4:]}" if failed else None
-        if failed:
+        self._hosts = [status.host for status in statuses]
+        failed = next((status for status in statuses if status.cause is not None), None)
+        if failed is None:
+            failed = next((status for status in statuses if status.call != statuses[0].call), None)
+            if failed is not None:
+                cause = f"it is at {failed.call}, and rank 0 at {statuses[0].call}"
+        if failed is not None:
             self._over = True
-            rank, host, phase, known, *_ = failed[0]
-            raise RankFailed(self._members[rank], host, phase, self._path, known or cause or "")
+            rank, text = self._members[failed.rank], failed.cause or cause or ""
+            raise RankFailed(rank, failed.host, failed.phase, self._path, text)
+
+    def _report_waiting(self, seconds: float) -> None:
+        others = (member for rank, member in enumerate(self._members) if rank != self._rank)
+        self._events(
+            WaitingForRanks(
+                path=self._path,
+                work=self._work,
+                waiting_for=tuple(others),
+                phase=self._phase,
+                reason="a collective call does not say which of them has not come",
+                seconds=seconds,
+            )
+        )

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Sequence
 from types import TracebackType
 
-from shardkeep.coordination.contract import Ranks, Session
-from shardkeep.coordination.keyvalue.stop_agreement import Alone
+from shardkeep.coordination.contract import Ranks, Session, StopAgreement
+from shardkeep.coordination.events import EventSender
 
 __all__ = ["Solo"]
 
@@ -18,27 +18,27 @@ class Solo(Ranks):
     rank = 0
     size = 1
 
-    def session(self, work: str, path: str) -> SoloSession:
+    def session(self, work: str, path: str, *, events: EventSender | None = None) -> SoloSession:
         return SoloSession()
 
-    def meeting(self, path: str) -> Alone:
-        return Alone()
+    def stop_agreement(self, path: str) -> SoloStopAgreement:
+        return SoloStopAgreement()
 
 
 class SoloSession(Session):
-    """A session with nobody else: what is sent is what arrives."""
+    """A session of one rank: it receives what it sends."""
 
     rank = 0
     size = 1
 
     def phase(self, name: str) -> None:
-        """Errors of this rank are raised as they are: no one else needs to know the phase."""
+        """Do nothing: no other rank needs to know the phase."""
 
     def set_path(self, path: str) -> None:
-        """Errors of this rank are raised as they are, and name their own paths."""
+        """Do nothing: errors of this rank are raised as they are, and name their own paths."""
 
     def check(self) -> None:
-        """Nobody else can fail."""
+        """Do nothing: no other rank can fail."""
 
     def host(self, rank: int) -> str:
         return socket.gethostname()
@@ -60,7 +60,7 @@ class SoloSession(Session):
         return message
 
     def conclude(self) -> None:
-        """Nobody else waits for the end."""
+        """Do nothing: no other rank waits for the end."""
 
     def __enter__(self) -> SoloSession:
         return self
@@ -71,4 +71,24 @@ class SoloSession(Session):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nobody to tell."""
+        """Do nothing: no other rank needs to know of an error."""
+
+
+class SoloStopAgreement(StopAgreement):
+    """A stop agreement of one rank: it stops at the step after the request."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._step: int | None = None
+        self._stops = False
+
+    def request(self) -> None:
+        self._requested = True
+
+    def stops_at(self, step: int) -> bool:
+        if step != self._step:
+            self._step, self._stops, self._requested = step, self._requested, False
+        return self._stops
+
+    def close(self) -> None:
+        """Do nothing: no other rank needs to know."""

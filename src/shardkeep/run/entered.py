@@ -12,6 +12,7 @@ from threading import Lock
 from types import TracebackType
 
 from shardkeep.coordination.contract import Ranks, Session, StopAgreement
+from shardkeep.coordination.events import EventSender
 
 __all__ = ["EnteredRanks"]
 
@@ -26,11 +27,14 @@ class EnteredRanks(Ranks):
         ranks: the ranks that take part.
         work: the work of the session; see `Ranks.session`.
         path: the path that the ranks meet at.
+        events: receives the events of the session; None logs them.
     """
 
-    def __init__(self, ranks: Ranks, work: str, path: str) -> None:
+    def __init__(
+        self, ranks: Ranks, work: str, path: str, *, events: EventSender | None = None
+    ) -> None:
         self._ranks = ranks
-        self.entered = ranks.session(work, path)
+        self.entered = ranks.session(work, path, events=events)
         """The session itself, for messages before the work begins."""
         self._lock = Lock()
         self._handed_over = self._left = False
@@ -43,8 +47,10 @@ class EnteredRanks(Ranks):
     def size(self) -> int:
         return self._ranks.size
 
-    def session(self, work: str, path: str) -> Session:
+    def session(self, work: str, path: str, *, events: EventSender | None = None) -> Session:
         """Return the session that was entered, which names `path` in errors from now on.
+
+        Its events go on to the sender that it was entered with.
 
         Raises:
             RuntimeError: the session has been left, or is in use.
@@ -56,8 +62,8 @@ class EnteredRanks(Ranks):
         self.entered.set_path(path)
         return _Continued(self.entered)
 
-    def meeting(self, path: str) -> StopAgreement | None:
-        return self._ranks.meeting(path)
+    def stop_agreement(self, path: str) -> StopAgreement | None:
+        return self._ranks.stop_agreement(path)
 
     def __enter__(self) -> EnteredRanks:
         self.entered.__enter__()

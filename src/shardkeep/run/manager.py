@@ -124,7 +124,7 @@ class Manager:
         self._keeper = Pruner(self._steps, keep)
         self._flight: StepHandle | None = None
         self._passed_over: dict[int, str] = {}
-        self._meeting = self._job.meeting(self._url)
+        self._stop_agreement = self._job.stop_agreement(self._url)
         self._stops = False
         self._signals = Signals(self.request_save)
         self._restored: Restored | None = None
@@ -235,9 +235,9 @@ class Manager:
         Raises:
             ShardkeepError: the ranks have no way to agree, as the job has no key-value store.
         """
-        if self._meeting is None:
+        if self._stop_agreement is None:
             raise ShardkeepError("this job has no key-value store: its ranks can't agree on a step")
-        self._meeting.request()
+        self._stop_agreement.request()
 
     def save_on_signal(self, *numbers: int) -> None:
         """Ask for a save when a signal arrives, SIGTERM by default; on one rank or on all.
@@ -249,7 +249,7 @@ class Manager:
             ValueError: this is not the main thread.
             ShardkeepError: as of `request_save`.
         """
-        if self._meeting is None:
+        if self._stop_agreement is None:
             self.request_save()
         for number in numbers or (signal.SIGTERM,):
             self._signals.install(number)
@@ -277,8 +277,8 @@ class Manager:
             self.wait()
         finally:
             self._signals.restore()
-            if self._meeting is not None:
-                self._meeting.close()
+            if self._stop_agreement is not None:
+                self._stop_agreement.close()
 
     def __enter__(self) -> Manager:
         return self
@@ -294,8 +294,8 @@ class Manager:
         self.close()
 
     def _arrive(self, step: int) -> bool:
-        if self._meeting is not None:
-            self._stops = self._meeting.at(step)
+        if self._stop_agreement is not None:
+            self._stops = self._stop_agreement.stops_at(step)
         return self._stops
 
     def _begun(

@@ -62,5 +62,10 @@ class MemoryKeyValueStore(KeyValueStore):
     def __len__(self) -> int:
         return len(self._values)
 
+    def names(self) -> list[str]:
+        """Return the keys, in the order in which they were set first."""
+        with self._lock:
+            return list(self._values)
+
     def _first(self, keys: Sequence[str]) -> str | None:
         return next((key for key in keys if key in self._values), None)

@@ -1,26 +1,29 @@
-"""Ranks that talk through a key-value store, whatever kind of store it is."""
+"""Ranks that coordinate through a key-value store, whatever kind of store it is."""
 
 from __future__ import annotations
 
 from functools import partial
 
 from shardkeep.coordination.contract import Ranks
+from shardkeep.coordination.events import EventSender
 from shardkeep.coordination.keyvalue.contract import KeyValueStore
 from shardkeep.coordination.keyvalue.session import KeyValueSession
-from shardkeep.coordination.keyvalue.stop_agreement import End, KeyValueStopAgreement
+from shardkeep.coordination.keyvalue.stop_agreement import KeyValueStopAgreement
 from shardkeep.coordination.keyvalue.timeouts import Timeouts
 
 __all__ = ["KeyValueRanks"]
 
 
 class KeyValueRanks(Ranks):
-    """One rank of them, and who the others are.
+    """One rank of a group, which knows the others.
 
     Args:
-        keys: this rank's client of it.
-        rank: counted among the members.
-        members: their global ranks, the coordinator first.
-        scope, by_path, timeouts: see `KeyValueSession`.
+        keys: the store, through this rank's own client.
+        rank: this rank, counted among the members.
+        members: the global ranks of the group, the coordinator first.
+        scope: sets jobs or restarts apart that share a store.
+        by_path: False lets ranks work together that name the path differently.
+        timeouts: how long to wait; None takes it from the settings.
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class KeyValueRanks(Ranks):
     def size(self) -> int:
         return len(self._members)
 
-    def session(self, work: str, path: str) -> KeyValueSession:
+    def session(
+        self, work: str, path: str, *, events: EventSender | None = None
+    ) -> KeyValueSession:
         return KeyValueSession(
             self._keys,
             self._rank,
@@ -54,9 +59,11 @@ class KeyValueRanks(Ranks):
             scope=self._scope,
             by_path=self._by_path,
             timeouts=self._timeouts,
+            events=events,
         )
 
-    def meeting(self, path: str) -> KeyValueStopAgreement:
-        begin = partial(self.session, "meeting", path)
-        end = End(self._keys, self._rank, self._members, begin, path, timeouts=self._timeouts)
-        return KeyValueStopAgreement(end)
+    def stop_agreement(self, path: str) -> KeyValueStopAgreement:
+        session = partial(self.session, "stop agreement", path)
+        return KeyValueStopAgreement(
+            self._keys, self._rank, self._members, session, path, timeouts=self._timeouts
+        )

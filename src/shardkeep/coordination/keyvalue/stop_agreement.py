@@ -1,21 +1,21 @@
-"""A step at which all ranks stop: agreed while they train, with no rank waiting for training.
+"""A step at which all ranks stop, agreed on while they train, without waiting for training.
 
-A signal reaches ranks at different steps, or only one of them. Ranks that each stopped at their
-next step would wait for one another for ever: one at step 7, another inside step 8, in a collective
-that needs the first. So they have to agree on a step that none of them has passed yet.
+A signal reaches ranks at different steps, or only one of them. If each rank stopped at its next
+step, they would wait for one another for ever: one at step 7, another inside step 8, in a
+collective that needs the first. So they agree on a step that none of them has passed yet.
 
-Each rank has a thread that looks every now and then whether any rank has *asked*. Once one has,
+Each rank has a thread that looks at intervals whether any rank has *requested* a stop. Then
 
-1. each thread says how far its rank may have come: `hold`, the first boundary between steps that it
-   has not passed. Its training goes on up to there, and stands still if it arrives before 3.
-2. The coordinator's thread takes the greatest of them, which is the *target*, and says so.
-3. Everyone goes on to the target. No rank has passed it, and no rank waits before it any more.
+1. each thread publishes the boundary between two steps at which its rank *holds*: the first one
+   that it has not passed. Training continues up to there, and waits there if it arrives before 3.
+2. The coordinator's thread publishes the greatest of them, which is the *target*.
+3. All ranks continue to the target. No rank has passed it, and no rank waits before it any more.
 
-What a rank stands still for are answers of threads, never of training. So no collective of the job
-can be what keeps an answer back, and there is no deadlock. Boundaries are counted rather than
-numbered by their steps: a job may go back to an earlier step.
+What a rank waits for are answers of threads, never of training. So no collective of the job can
+delay an answer, and there is no deadlock. Boundaries are counted, rather than identified by their
+steps, because a job may go back to an earlier step.
 
-A rank that leaves says "never" in advance: whoever asks then finds a target that nobody reaches.
+If a rank has left, the target is one that no rank reaches.
 """
 
 from __future__ import annotations
@@ -29,69 +29,29 @@ from weakref import finalize
 from shardkeep import settings
 from shardkeep.coordination.contract import Session, StopAgreement
 from shardkeep.coordination.keyvalue.contract import KeyValueStore
+from shardkeep.coordination.keyvalue.peers import UNKNOWN_HOST
+from shardkeep.coordination.keyvalue.stop_transport import NEVER, StopTransport
 from shardkeep.coordination.keyvalue.timeouts import Timeouts
 from shardkeep.errors import RankFailed
 
-__all__ = ["Alone", "End", "KeyValueStopAgreement"]
+__all__ = ["KeyValueStopAgreement"]
 
 _PHASE = "agree on a step"
-_NOWHERE = "an unknown host"
-_NEVER = 2**63 - 1
-_LOOK = 0.2
-"""Seconds after which a thread that waits looks whether its rank leaves."""
-_CROWD = 1024
-"""Ranks beyond which each one looks less often, so that the store's host is not kept busy."""
-
-
-class Alone(StopAgreement):
-    """Nobody else to ask."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._step: int | None = None
-        self._met = False
-
-    def request(self) -> None:
-        self._asked = True
-
-    def at(self, step: int) -> bool:
-        if step != self._step:
-            self._step, self._met, self._asked = step, self._asked, False
-        return self._met
-
-    def close(self) -> None:
-        """Nobody to tell."""
+_MAX_RANKS_AT_FULL_RATE = 1024
+"""With more ranks, each one looks less often, so that the store's host is not kept busy."""
 
 
 class KeyValueStopAgreement(StopAgreement):
-    """Ranks that share a key-value store; see the module.
+    """A stop agreement of ranks that share a key-value store.
 
-    Who drops it without closing it leaves, too: the thread knows the end only.
-    """
-
-    def __init__(self, end: End) -> None:
-        self._end = end
-        finalize(self, end.leave).atexit = False  # The thread ends with the program anyway.
-
-    def request(self) -> None:
-        self._end.request()
-
-    def at(self, step: int) -> bool:
-        return self._end.at(step)
-
-    def close(self) -> None:
-        self._end.close()
-
-
-class End:
-    """One rank's end of a meeting, which its thread has, too.
+    If it is dropped without being closed, the rank leaves, too: the thread has no reference to it.
 
     Args:
-        keys: this rank's client of it.
-        rank: counted among the members.
+        keys: the job's key-value store, through this rank's own client.
+        rank: this rank, counted among the members.
         members: their global ranks, for messages.
-        session: begins a session of all ranks, in which the first call of `at` agrees on a name.
-        path: what errors say that it was about.
+        session: begins a session of all ranks, in which they agree on a name for their keys.
+        path: what the agreement is about, for messages.
     """
 
     def __init__(
@@ -104,152 +64,158 @@ class End:
         *,
         timeouts: Timeouts | None = None,
     ) -> None:
-        self._keys, self._rank, self._members = keys, rank, members
-        self._session, self._path = session, path
-        self._timeouts = timeouts or Timeouts.from_settings()
-        self._pause = settings.stop_poll_seconds() * max(1.0, len(members) / _CROWD)
-        self._base = self._round = self._before = ""
-        self._thread: Thread | None = None
-        self._stop = Event()
-        self._asked = False
-        self._step: int | None = None
-        self._met = False
-        self._lock = Lock()
-        """Of the following two: a hold is said for what has been passed just then."""
-        self._passed = 0
-        self._holds = False
-        self._target = _NEVER
-        self._known, self._over = Event(), Event()
-        self._lost: Exception | None = None
+        timeouts = timeouts or Timeouts.from_settings()
+        self._participant = _Participant(keys, rank, members, session, path, timeouts)
+        # Not at exit: the thread ends with the program anyway.
+        finalize(self, self._participant.leave).atexit = False
 
     def request(self) -> None:
-        self._asked = True  # No lock, no event: a handler may have interrupted whoever has it.
+        self._participant.request()
 
-    def at(self, step: int) -> bool:
-        if self._thread is None:
-            self._begin()
-        if step != self._step:
-            self._met = self._arrive()
-            self._step = step
-        return self._met
+    def stops_at(self, step: int) -> bool:
+        return self._participant.stops_at(step)
 
     def close(self) -> None:
+        self._participant.close()
+
+
+class _Participant:
+    """One rank of a stop agreement: its training thread, and the thread that answers for it."""
+
+    def __init__(
+        self,
+        keys: KeyValueStore,
+        rank: int,
+        members: tuple[int, ...] | range,
+        session: Callable[[], Session],
+        path: str,
+        timeouts: Timeouts,
+    ) -> None:
+        self._keys, self._rank, self._members = keys, rank, members
+        self._session, self._path, self._timeouts = session, path, timeouts
+        crowding = max(1.0, len(members) / _MAX_RANKS_AT_FULL_RATE)
+        self._poll_seconds = settings.stop_poll_seconds() * crowding
+        self._transport: StopTransport | None = None
+        self._thread: Thread | None = None
+        self._leaving = Event()
+        self._requested = False
+        self._step: int | None = None
+        self._stops = False
+        self._lock = Lock()
+        """Guards the next two: a hold must be the first boundary that is not passed when it is
+        published."""
+        self._passed = 0
+        self._holding = False
+        self._round = 0
+        self._target = NEVER
+        self._target_known, self._target_reached = Event(), Event()
+        self._lost_store: Exception | None = None
+
+    # --- the training thread ---------------------------------------------------------------------
+
+    def request(self) -> None:
+        # No lock and no event: a signal handler may have interrupted the thread that has the lock.
+        self._requested = True
+
+    def stops_at(self, step: int) -> bool:
         if self._thread is None:
-            return
-        self.leave()
-        self._thread.join(self._timeouts.silence_seconds)
+            self._start()
+        if step != self._step:
+            self._stops = self._pass_boundary()
+            self._step = step
+        return self._stops
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self.leave()
+            self._thread.join(self._timeouts.silence_seconds)
 
     def leave(self) -> None:
-        self._stop.set()
-        self._over.set()
+        self._leaving.set()
+        self._target_reached.set()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         with self._session() as session:
-            name = session.broadcast(None if self._rank else token_hex(16).encode())
-        self._base = f"shardkeep/meeting/{name.decode()}"
-        self._thread = Thread(target=self._watch, name="shardkeep-meeting", daemon=True)
+            name = session.broadcast(None if self._rank else token_hex(16).encode()).decode()
+        self._transport = StopTransport(
+            self._keys, self._rank, len(self._members), name, self._leaving.is_set
+        )
+        self._thread = Thread(
+            target=self._run, args=[self._transport], name="shardkeep-stop-agreement", daemon=True
+        )
         self._thread.start()
 
-    # --- training --------------------------------------------------------------------------------
-
-    def _arrive(self) -> bool:
-        """At the next boundary: whether it is the target."""
+    def _pass_boundary(self) -> bool:
+        """Pass the next boundary; wait before it if this rank holds. Whether it is the target."""
         with self._lock:
-            if not self._holds:
+            if not self._holding:
                 self._passed += 1
                 return False
-        if not self._known.wait(self._timeouts.silence_seconds):
-            raise self._missing()
-        if self._lost is not None:
-            cause = f"the job's store is out of reach: {self._lost}"
-            raise RankFailed(self._members[0], _NOWHERE, _PHASE, self._path, cause) from self._lost
+        if not self._target_known.wait(self._timeouts.silence_seconds):
+            raise self._no_answer()
+        if self._lost_store is not None:
+            cause = f"the job's store is out of reach: {self._lost_store}"
+            raise self._failed(0, cause) from self._lost_store
         with self._lock:
             self._passed += 1
             if self._passed < self._target:
                 return False
-            self._holds, self._asked = False, False
-        self._known.clear()
-        self._over.set()
+            self._holding, self._requested = False, False
+        self._target_known.clear()
+        self._target_reached.set()
         return True
 
-    def _missing(self) -> RankFailed:
-        """Who has not answered; the coordinator, if all others have."""
-        late = 0
-        for rank in range(len(self._members)):
-            if self._keys.wait([self._hold(rank)], 0) is None:
-                late = rank
-                break
-        cause = f"its thread did not answer within {self._timeouts.silence_seconds:g} s"
-        return RankFailed(self._members[late], _NOWHERE, _PHASE, self._path, cause)
+    def _no_answer(self) -> RankFailed:
+        assert self._transport is not None
+        seconds = self._timeouts.silence_seconds
+        late = self._transport.first_without_hold(self._round)
+        return self._failed(late, f"its thread did not answer within {seconds:g} s")
 
-    # --- the thread ------------------------------------------------------------------------------
+    def _failed(self, rank: int, cause: str) -> RankFailed:
+        return RankFailed(self._members[rank], UNKNOWN_HOST, _PHASE, self._path, cause)
 
-    def _watch(self) -> None:
+    # --- the answering thread --------------------------------------------------------------------
+
+    def _run(self, transport: StopTransport) -> None:
         try:
-            for number in count():
-                self._before, self._round = self._round, f"{self._base}/{number}"
-                if not self._one_round():
-                    return
+            for self._round in count():
+                if not self._agree_once(transport, self._round):
+                    break
+            transport.leave(self._round)
         except (ConnectionError, KeyError) as error:
-            # Training is told only if it waits: a job whose store ends with it needs no agreement.
-            self._lost = error
-            self._known.set()
+            # Raised only if training waits: a job whose store ends with it needs no agreement.
+            self._lost_store = error
+            self._target_known.set()
 
-    def _one_round(self) -> bool:
-        """From one target to the next; False if this rank leaves."""
-        if not self._await_asking():
-            self._keys.set(self._hold(self._rank), b"%d" % _NEVER)
-            return self._leave()
-        with self._lock:
-            self._holds = True
-            hold = _NEVER if self._stop.is_set() else self._passed + 1
-        self._keys.set(self._hold(self._rank), b"%d" % hold)
-        target = f"{self._round}/target"
-        if not self._rank and not self._settle(target):
-            return self._leave()
-        if not self._until(target):
+    def _agree_once(self, transport: StopTransport, round_number: int) -> bool:
+        """Go through one round, up to its target; False if this rank leaves."""
+        if not self._await_request(transport, round_number):
             return False
-        self._target = int(self._keys.get(target))
-        self._known.set()
-        self._over.wait()
-        self._over.clear()
-        return True
-
-    def _await_asking(self) -> bool:
-        asked = f"{self._round}/asked"
-        while self._keys.wait([asked], 0) is None:
-            if self._stop.is_set():
-                return False
-            if self._asked:
-                self._keys.set(asked, b"1")
-            else:
-                self._stop.wait(self._pause)
-        return True
-
-    def _settle(self, target: str) -> bool:
-        """Take the greatest of what all ranks hold at; False if this one leaves before."""
-        holds = []
-        for rank in range(len(self._members)):
-            if not self._until(self._hold(rank)):
-                return False
-            holds.append(int(self._keys.get(self._hold(rank))))
-        self._keys.set(target, b"%d" % max(holds))
-        self._keys.delete(map(self._hold, range(len(self._members))))
-        if self._before:  # All have answered in this round, so they have done with that one.
-            self._keys.delete([f"{self._before}/asked", f"{self._before}/target"])
-        return True
-
-    def _leave(self) -> bool:
+        with self._lock:
+            self._holding = True
+            boundary = NEVER if self._leaving.is_set() else self._passed + 1
+        transport.hold(round_number, boundary)
         if not self._rank:
-            self._keys.set(f"{self._round}/target", b"%d" % _NEVER)
-        return False
-
-    def _until(self, key: str) -> bool:
-        """Wait for a key; False if this rank leaves before it is there."""
-        while self._keys.wait([key], _LOOK) is None:
-            if self._stop.is_set():
+            holds = transport.holds(round_number)
+            if holds is None:
                 return False
+            transport.set_target(round_number, max(holds))
+        target = transport.target(round_number)
+        if target is None:
+            return False
+        self._target = target
+        self._target_known.set()
+        self._target_reached.wait()
+        self._target_reached.clear()
         return True
 
-    def _hold(self, rank: int) -> str:
-        return f"{self._round}/hold/{rank}"
+    def _await_request(self, transport: StopTransport, round_number: int) -> bool:
+        """Wait until any rank requests a stop; False if this rank leaves before."""
+        while not self._leaving.is_set():
+            if transport.is_requested(round_number):
+                return True
+            if self._requested:
+                transport.request(round_number)
+            else:
+                self._leaving.wait(self._poll_seconds)
+        return False
