@@ -1,4 +1,4 @@
-"""Hostile values in error messages: cut short before they are made, not after."""
+"""Excerpts of hostile values for error messages, cut short before they are made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LETTERS = 200
 
 
 def shown(value: Any) -> str:
-    """A value as text of bounded length, in bounded time.
+    """Return a value as text of bounded length, in bounded time.
 
     Plain `repr` of a tuple of two of the tuple before it, sixty levels deep, never ends.
     """

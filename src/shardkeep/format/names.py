@@ -1,4 +1,4 @@
-"""Names of data files: what a checkpoint says about them is hostile until it passes here."""
+"""Names of data files. A name from a checkpoint is hostile until it passes this check."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from shardkeep.errors import FormatError
 __all__ = ["safe_file_name"]
 
 MAX_NAME = 4096
-"""Bytes of a name at most, as POSIX has it for paths."""
+"""Maximum bytes of a name, as POSIX has it for paths."""
 
 
 def safe_file_name(name: str, *, file: str | None = None) -> str:
-    """The name of a data file, relative to the checkpoint, without empty parts and ".".
+    """Return the name of a data file, relative to the checkpoint, without empty parts and ".".
 
     Args:
         name: as a checkpoint gives it.
-        file: the file that holds the name, for the error.
+        file: the file that contains the name, for the error.
 
     Raises:
         FormatError: the name leaves the checkpoint's folder (absolute, "..", a drive), means
-            different files on different systems (a backslash), or cannot name a file at all.
+            different files on different systems (a backslash), or cannot be a file's name at all.
     """
     shown = repr(name if len(name) <= 100 else name[:97] + "...")
     try:

@@ -21,9 +21,9 @@ class Paths:
 
     Attributes:
         keys: every key once; 1, True and 1.0 are different keys.
-        containers: [C - 1] row of the container around each container but the root, which is row 0;
-            and [C - 1] row in `keys`.
-        leaves: the same of each leaf, [L] and [L].
+        containers: [C - 1] row of the container around each container except the root, which is row
+            0; and [C - 1] row in `keys`.
+        leaves: the same for each leaf, [L] and [L].
         names: [L] the row of each leaf's name.
     """
 
@@ -34,16 +34,16 @@ class Paths:
 
 
 def paths_of(structure: Structure, names: Sequence[str]) -> Paths:
-    """The columns of a structure.
+    """Return the columns of a structure.
 
     Args:
-        structure: any.
-        names: those of all leaves, and maybe others.
+        structure: any structure.
+        names: the names of all leaves, and possibly others.
 
     Raises:
-        ValueError: it has no root, a path without its container, or a leaf without a name;
-            containers do not come outer before inner.
-        NotEncodable: a key cannot be carried.
+        ValueError: the structure has no root, a path without its container, or a leaf without a
+            name; or containers do not come outer before inner.
+        NotEncodable: a key cannot be encoded.
     """
     containers, leaves = list(structure.containers), list(structure.leaves.values())
     if containers[:1] != [()] or () in leaves:
@@ -78,13 +78,13 @@ def _column(rows: Sequence[int]) -> I64:
 
 
 def _parents(containers: Sequence[Path], leaves: Sequence[Path]) -> tuple[list[int], list[int]]:
-    """As of `Structure.parents`; KeyError if one is missing."""
+    """Return `Structure.parents`; raise KeyError if one is missing."""
     rows = {path: row for row, path in enumerate(containers)}
     return [rows[path[:-1]] for path in containers[1:]], [rows[path[:-1]] for path in leaves]
 
 
 def names_of(index: Index) -> tuple[str, ...]:
-    """The names whose rows `paths_of` gives for an index: of its tensors, then its objects."""
+    """Return the names whose rows `paths_of` gives for an index: its tensors, then its objects."""
     return index.tensors.names + index.objects.names
 
 
@@ -96,6 +96,6 @@ def _rows(leaves: list[str], names: Sequence[str]) -> I64:
 
 
 def _mark(key: Any) -> tuple[Any, Any]:
-    """The key, told apart from those that are equal to it for Python only."""
+    """Return the key, distinct from keys that are equal to it only for Python."""
     simple = type(key) is int or type(key) is bool or key is None
     return (type(key) if simple else dumps(encode_key(key))), key

@@ -1,8 +1,9 @@
 """Small values as typed JSON, exact in both directions.
 
-None, booleans, ints below 2**63, finite floats and strings stand for themselves, a JSON array is a
-list, and everything else is an object with one member, `{kind: content}`. Nothing of torch is
-imported: its values are known by the names of their types, and made by whom the reader chooses.
+None, booleans, ints below 2**63, finite floats and strings represent themselves, a JSON array is a
+list, and everything else is an object with one member, `{kind: content}`. This module does not
+import torch: torch's values are identified by the names of their types, and the reader chooses what
+makes them.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ __all__ = [
 ]
 
 Json = Any
-"""What `json.loads` gives: None, bool, int, float, str, list, or dict with str keys."""
+"""What `json.loads` returns: None, bool, int, float, str, list, or dict with str keys."""
 
 Maker = Callable[[Any], Any]
 
 MAX_DEPTH = 64
-"""How deep values may nest, so that neither hostile nor honest ones exhaust the stack."""
+"""Maximum nesting of values, so that neither hostile nor honest ones exhaust the stack."""
 
 LIMIT = 1 << 20
-"""A value is small up to about this many bytes. Larger ones stay in their items only."""
+"""A value is small up to about this many bytes. Larger ones are stored in their items only."""
 
 _DEVICE = re.compile(r"([a-z_][a-z0-9_]*)(?::([0-9]{1,9}))?", re.ASCII)
 _NUMPY = re.compile(
     r"\|b1|\|[iu]1|[<>]([iuf][248]|c8|c16|[mM]8(\[\d*[a-zA-Z]+\])?|U[1-9]\d*)|\|S[1-9]\d*",
     re.ASCII,
 )
-"""Dtypes of numpy whose name says everything: no objects, no fields, no padding."""
+"""Dtypes of numpy that their name fully describes: no objects, no fields, no padding."""
 _EXTENDED = {dtype.numpy: dtype.name for dtype in DTYPES if dtype.numpy.isbuiltin == 2}
 _EXTENDED_NAMED = {name: dtype for dtype, name in _EXTENDED.items()}
 _NAN = struct.pack(">d", math.nan).hex()
@@ -73,11 +74,11 @@ _BROKEN = (
     RecursionError,
     struct.error,
 )
-"""What Python and numpy raise for content that does not suit its kind."""
+"""What Python and numpy raise for content that does not fit its kind."""
 
 
 class NotEncodable(ShardkeepError):
-    """The value cannot be carried exactly, or is not small."""
+    """The value cannot be encoded exactly, or is not small."""
 
 
 def _core_device(name: str) -> Opaque:
@@ -90,24 +91,25 @@ CORE_MAKERS: Mapping[str, Maker] = {
     "torch.dtype": DType.named,
     "torch.device": _core_device,
 }
-"""What stands for the values of torch where torch is not. The arguments: a list of ints; the name
-of a dtype that `DTYPES` has; a name such as "cuda:0"."""
+"""What makes torch's values without torch, from a list of ints, the name of a dtype in `DTYPES`, or
+a name such as "cuda:0"."""
 
 
 def encode(value: Any, *, limit: int = LIMIT) -> Json:
-    """A value as typed JSON.
+    """Return a value as typed JSON.
 
-    Only exact types count: an instance of a subclass may carry more than its base shows.
+    Only exact types are accepted: an instance of a subclass may carry more than its base shows.
 
     Raises:
         NotEncodable: a part of an unknown type, a cycle or a mutable part that occurs twice (both
-            would come back as copies), nesting deeper than `MAX_DEPTH`, or more than `limit` bytes.
+            would be restored as copies), nesting deeper than `MAX_DEPTH`, or more than `limit`
+            bytes.
     """
     return _Encoder(limit).encode(value, 0)
 
 
 def decode(value: Json, make: Mapping[str, Maker] = CORE_MAKERS) -> Any:
-    """The value that `encode` was given. Raises FormatError for anything that it never gives."""
+    """Return the value that `encode` was given. Raises FormatError for anything else."""
     try:
         return _Decoder(make).decode(value, 0)
     except FormatError:
@@ -117,24 +119,24 @@ def decode(value: Json, make: Mapping[str, Maker] = CORE_MAKERS) -> Any:
 
 
 def encode_key(key: Any) -> Json:
-    """A key of a path: any hashable value that `encode` takes."""
+    """Encode a key of a path: any hashable value that `encode` accepts."""
     return key if type(key) is str and key.isascii() else encode(key)
 
 
 def decode_key(value: Json, make: Mapping[str, Maker] = CORE_MAKERS) -> Any:
-    """Inverse of `encode_key`; FormatError also for what cannot be a key."""
+    """Invert `encode_key`; raises FormatError also for a value that cannot be a key."""
     if type(value) is str or type(value) is int:
         return value
     return unique_keys([decode(value, make)])[0]
 
 
 def dumps(value: Json) -> str:
-    """The text of some JSON: the same for the same value, on every machine."""
+    """Return the text of some JSON: the same for the same value, on every machine."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def loads(text: str | bytes, *, file: str | None = None, place: str | None = None) -> Json:
-    """The JSON that a text holds. Raises FormatError, naming file and place."""
+    """Return the JSON that a text contains. Raises FormatError, naming file and place."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -142,7 +144,7 @@ def loads(text: str | bytes, *, file: str | None = None, place: str | None = Non
 
 
 def digest(value: Json) -> bytes:
-    """16 bytes that differ where values differ: how ranks compare them. Order in dicts counts."""
+    """Return 16 bytes that differ if values differ, for ranks to compare. Order in dicts counts."""
     return blake2b(dumps(value).encode(), digest_size=16).digest()
 
 
@@ -190,7 +192,7 @@ class _Encoder:
         return [[self.encode(k, depth), self.encode(v, depth)] for k, v in values.items()]
 
     def ordered(self, values: Collection[Any], depth: int) -> list[Json]:
-        """The elements of a set, in an order that does not depend on the process."""
+        """Return the elements of a set, in an order that does not depend on the process."""
         return sorted(self.many(values, depth), key=dumps)
 
     def data(self, value: bytes | bytearray, _: int) -> str:
@@ -210,7 +212,8 @@ class _Encoder:
 
     def datetime(self, value: datetime, _: int) -> list[Json]:
         zone = value.tzinfo
-        if zone is not None and (type(zone) is not timezone or len(zone.__getinitargs__()) > 1):  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        if zone is not None and (type(zone) is not timezone or len(zone.__getinitargs__()) > 1):
             raise NotEncodable(f"a time zone of type {type(zone).__name__} is not carried")
         offset = value.utcoffset()
         microseconds = None if offset is None else offset // timedelta(microseconds=1)
@@ -219,11 +222,11 @@ class _Encoder:
     def path(self, value: PurePath, depth: int) -> list[Json]:
         again = type(value)(str(value))
         if (again.parts, str(again)) != (value.parts, str(value)):
-            raise NotEncodable("a path that is another one when it is read")  # some of Windows
+            raise NotEncodable("a path that is another one when it is read")  # Some of Windows.
         return [type(value).__name__, self.encode(str(value), depth)]
 
     def _other(self, value: Any, kind: type) -> Json:
-        """Values of numpy and torch."""
+        """Encode values of numpy and torch."""
         if issubclass(kind, np.generic):
             scalar = np.asarray(value)
             content = self.array(scalar, 0)
@@ -252,7 +255,7 @@ class _Encoder:
 
 
 def _reopened(value: Opaque) -> Opaque | None:
-    """The stand-in for a device with the same name as this one, if it is one."""
+    """Return the stand-in for a device with the same name as this one, if it is one."""
     name = ":".join(map(str, value.args))
     return _core_device(name) if value.name == "torch.device" and _DEVICE.fullmatch(name) else None
 
@@ -328,10 +331,10 @@ class _Decoder:
         shape = self.exactly(shape, int, len(shape), depth)
         if dtype is None or len(shape) > MAX_DIMS or min(shape, default=0) < 0:
             raise FormatError("a value is broken: an array's dtype or shape")
-        # The bytes are there already, and numpy refuses those that do not fill the shape.
+        # The bytes are read already, and numpy refuses those that do not fill the shape.
         array = np.frombuffer(bytearray(b64decode(data, validate=True)), dtype).reshape(shape)
         if dtype.kind == "U":
-            order = "be" if name[0] == ">" else "le"  # numbers that are no characters crash later
+            order = "be" if name[0] == ">" else "le"  # Numbers that are not characters crash later.
             array.tobytes().decode(f"utf-32-{order}", "surrogatepass")
         return array
 
@@ -346,7 +349,7 @@ class _Decoder:
     def path(self, values: Json, depth: int) -> PurePath:
         name, text = values
         if name == ("PosixPath" if system == "nt" else "WindowsPath"):
-            name = f"Pure{name}"  # the other system's path cannot be made here
+            name = f"Pure{name}"  # The other system's path cannot be made here.
         return _PATHS[name](self.decode(text, depth))
 
     def size(self, values: Json, depth: int) -> Any:
@@ -389,10 +392,11 @@ _DECODERS: dict[str, Callable[[_Decoder, Json, int], Any]] = {
 
 
 def unique_keys(keys: list[Any]) -> list[Any]:
-    """The same keys, fit to stand in one dict; FormatError if they are not.
+    """Return the same keys, checked to be safe as keys of one dict; raise FormatError otherwise.
 
     Keys with one hash are compared with each other one by one. Hashes of strings are salted, but
-    those of numbers are not: thousands of equal ones are an attack that would take minutes.
+    those
+    of numbers are not: thousands of equal ones are an attack that would take minutes.
     """
     try:
         hashes = Counter(map(hash, keys))
@@ -406,7 +410,7 @@ def unique_keys(keys: list[Any]) -> list[Any]:
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any] | None:
-    """The dtype of that name; None for those that are not carried."""
+    """Return the dtype of that name; None for those that are not encoded."""
     return _EXTENDED_NAMED.get(name) or (np.dtype(name) if _NUMPY.fullmatch(name) else None)
 
 
@@ -423,7 +427,7 @@ def _from_not_finite(text: Json) -> float:
 
 
 def _is_unicode(value: str) -> bool:
-    """Whether JSON carries it: a pair of lone surrogates would come back as one character."""
+    """Return whether JSON can carry it: a pair of lone surrogates would become one character."""
     if value.isascii():
         return True
     try:

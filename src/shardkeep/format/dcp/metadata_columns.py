@@ -1,4 +1,4 @@
-"""Rows of metadata, one value after the other, as the columns of an index; checked on the way."""
+"""Rows of metadata, converted to the columns of an index and checked on the way."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Ints = tuple[int, ...]
 Placed = tuple[str, int, int, tuple[str, ...]]
 """File, offset, length and transforms of an item."""
 Row = tuple[int, Ints, Ints, Placed]
-"""A chunk: row of its tensor, offsets, sizes, place."""
+"""A chunk: row of its tensor, offsets, sizes, location."""
 
 
 _TRANSFORMS = 1000
-"""Different lists of stream transforms that one checkpoint may use."""
+"""Maximum number of different lists of stream transforms in one checkpoint."""
 
 
 class Files:
-    """The files and the transforms that an index points at, each once."""
+    """The files and the transforms that an index refers to, each once."""
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
@@ -45,7 +45,7 @@ class Files:
         return tuple(self._transforms)
 
     def number(self, path: str) -> int:
-        """Position of a file. FormatError if the path leaves the folder."""
+        """Return the position of a file. Raises FormatError if the path leaves the folder."""
         known = self._raw.get(path)
         if known is None:
             safe = safe_file_name(path)
@@ -53,7 +53,7 @@ class Files:
         return known
 
     def columns(self, places: Sequence[Placed]) -> tuple[Any, Any, Any, Any]:
-        """File, start, length and transform of items, as columns."""
+        """Return file, start, length and transform of items, as columns."""
         number, transforms = self.number, self._transforms
         kinds = [transforms.setdefault(place[3], len(transforms)) for place in places]
         if len(transforms) > _TRANSFORMS:
@@ -67,11 +67,11 @@ class Files:
 
 
 def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequence[Any]) -> Tensors:
-    """Tensors as columns.
+    """Return tensors as columns.
 
     Raises:
-        FormatError: a shape is none: not of integers, negative, too many dimensions, or so large
-            that its bytes can't be counted in 64 bits.
+        FormatError: an invalid shape: not integers, negative, too many dimensions, or so large that
+            its bytes cannot be counted in 64 bits.
     """
 
     def bad(row: int, what: str) -> FormatError:
@@ -81,7 +81,7 @@ def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequen
     shape = _table(shapes, ndim, 1, lambda row: bad(row, "a shape that is none:"))
     codes = np.array([dtype.code for dtype in dtypes], dtype=np.uint8)
     itemsize = ITEMSIZES[codes]
-    # In floats, and sizes of 0 as 1: a product of the other sizes must not overflow either.
+    # In floats, with sizes of 0 as 1: a product of the other sizes must not overflow either.
     nbytes = np.prod(np.maximum(shape, 1), axis=1, dtype=np.float64) * itemsize
     large = np.flatnonzero(nbytes > 2.0**62)
     for row in large.tolist():
@@ -93,16 +93,16 @@ def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequen
 def chunk_columns(
     rows: Sequence[Row], tensors: Tensors, files: Files, payload: Sequence[int] | None = None
 ) -> Chunks:
-    """Chunks as columns.
+    """Return chunks as columns.
 
     Args:
         rows: in the order of the tensors.
-        tensors: what they are boxes of.
-        files: takes up the files that they name.
-        payload: where each payload starts, if that is known.
+        tensors: the tensors that the chunks are boxes of.
+        files: collects the files that the rows name.
+        payload: where each payload starts, if known.
 
     Raises:
-        FormatError: a box is none, or leaves its tensor; a file name leaves the folder.
+        FormatError: a box is invalid or leaves its tensor; a file name leaves the folder.
     """
 
     def bad(row: int, what: str) -> FormatError:
@@ -141,14 +141,14 @@ def chunk_columns(
 
 
 def object_columns(objects: Mapping[str, Placed], files: Files) -> Objects:
-    """Objects as columns. FormatError if a file name leaves the folder."""
+    """Return objects as columns. Raises FormatError if a file name leaves the folder."""
     file, item, length, transform = files.columns(list(objects.values()))
     crc = np.full(len(objects), -1, dtype=np.int64)
     return Objects(tuple(objects), file, item, length, transform, crc, {})
 
 
 def _lengths(rows: Sequence[Any], bad: Any) -> I64:
-    """Length of each row, which must be a tuple."""
+    """Return the length of each row, which must be a tuple."""
     wrong = [row for row, value in enumerate(rows) if type(value) is not tuple]
     if wrong:
         raise bad(wrong[0])
@@ -159,7 +159,7 @@ def _lengths(rows: Sequence[Any], bad: Any) -> I64:
 
 
 def _table(rows: Sequence[Any], lengths: I64, fill: int, bad: Any, width: int | None = None) -> I64:
-    """Rows of integers of 0 or more, side by side and filled up."""
+    """Return rows of integers >= 0 as one padded table."""
     flat = list(chain.from_iterable(rows))
     if not set(map(type, flat)) <= {int} or (flat and not 0 <= min(flat) <= max(flat) < 1 << 62):
         raise bad(next(row for row, value in enumerate(rows) if not _sizes(value)))

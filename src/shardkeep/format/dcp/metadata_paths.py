@@ -17,7 +17,7 @@ _FLAT = Structure({}, {(): "dict"})
 
 
 def dcp_path(path: Path, containers: Mapping[Path, str]) -> tuple[int | str, ...]:
-    """A path as DCP has it: positions in lists are ints, and the keys of mappings strings."""
+    """Return a path as DCP has it: list positions are ints, keys of mappings are strings."""
     return tuple(
         key if containers.get(path[:depth]) == "list" and type(key) is int else str(key)
         for depth, key in enumerate(path)
@@ -25,15 +25,15 @@ def dcp_path(path: Path, containers: Mapping[Path, str]) -> tuple[int | str, ...
 
 
 def path_columns(pickle: Pickle, index: Index, paths: Paths | None) -> tuple[I64, I64]:
-    """The path of each name; of one that is nowhere in the structure, the name itself.
+    """Return the path of each name; for a name outside the structure, the name itself.
 
     Args:
-        pickle: takes the constants.
-        index: its names are meant, in the order of `names_of`.
-        paths: of its structure, if they are known already.
+        pickle: collects the constants.
+        index: the index of the names, in the order of `names_of`.
+        paths: the paths of its structure, if they are known already.
 
     Returns:
-        [N, D] the numbers of the constants that the path consists of, and [N] how many they are.
+        [N, D] the numbers of the constants that each path consists of, and [N] their count.
     """
     names, structure = names_of(index), index.structure or _FLAT
     paths = paths or paths_of(structure, names)
@@ -61,7 +61,7 @@ def path_columns(pickle: Pickle, index: Index, paths: Paths | None) -> tuple[I64
 
 
 def _leaves(pickle: Pickle, structure: Structure, paths: Paths) -> tuple[I64, I64]:
-    """The same of each leaf of the structure."""
+    """Return the same for each leaf of the structure."""
     parents, last = paths.containers[0], _keys(pickle, structure, paths)
     depth = [0]
     for parent in parents.tolist():
@@ -79,7 +79,7 @@ def _leaves(pickle: Pickle, structure: Structure, paths: Paths) -> tuple[I64, I6
 
 
 def _keys(pickle: Pickle, structure: Structure, paths: Paths) -> I64:
-    """The number of the last key of each container (but the root), and of each leaf."""
+    """Return the number of the last key of each container (except the root), and of each leaf."""
     both = zip(paths.containers, paths.leaves, strict=True)
     parents, keys = (np.concatenate(columns) for columns in both)
     in_list = np.array([kind == "list" for kind in structure.containers.values()])[parents]

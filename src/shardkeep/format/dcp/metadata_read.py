@@ -1,7 +1,7 @@
-"""`.metadata` of `torch.distributed.checkpoint`, as releases 1.13 to 2.15 wrote it, to an index.
+"""Reads `.metadata` of `torch.distributed.checkpoint`, as releases 1.13 to 2.15 wrote it.
 
-The classes in its pickle keep their raw states here; whatever is used of one is checked when it is
-used, and nothing else is looked at.
+The classes in its pickle keep their raw states here. Each part of a state is checked when it is
+used, and other parts are ignored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Ints = tuple[int, ...]
 
 
 class _Node:
-    """An instance of one of DCP's metadata classes: its state, raw, and equal only to itself."""
+    """An instance of one of DCP's metadata classes: its raw state; equal only to itself."""
 
     __slots__ = ("state",)
 
@@ -64,13 +64,13 @@ class _Chunk(_Node):
 
 
 class _Key(_Node):
-    """A `MetadataIndex`: its own equality leaves `index` out, so keys are compared here later."""
+    """A `MetadataIndex`. Its own equality ignores `index`, so keys are compared here later."""
 
     __slots__ = ()
 
 
 class _Place(_Node):
-    """A `_StorageInfo`: where an item is."""
+    """A `_StorageInfo`: the location of an item."""
 
     __slots__ = ()
 
@@ -113,36 +113,37 @@ _BUILDERS = Registry(
 
 
 def read_metadata(data: bytes, *, file: str = ".metadata") -> Index:
-    """What a checkpoint of DCP holds, and where.
+    """Return the index of a checkpoint of DCP.
 
-    Chunks say nothing of their payload (-1): the items' own headers do.
+    The chunks have no payload positions (-1): the items' own headers have them.
 
     Args:
-        data: the file; bytes behind the pickle are not looked at (see `extra["pickle_length"]`).
+        data: the file; bytes after the pickle are ignored (see `extra["pickle_length"]`).
         file: names it in errors.
 
     Raises:
-        FormatError: it is no such metadata, contradicts itself, or points out of the folder.
+        FormatError: the metadata is invalid, contradicts itself, or refers to a file outside the
+            folder.
     """
     return _index([_part(data, file)])
 
 
 def merge_metadata(parts: Sequence[tuple[str, bytes]]) -> Index:
-    """One index from the metadata that each rank wrote for itself (`use_collectives=False`).
+    """Return one index from the metadata that each rank wrote for itself (`use_collectives=False`).
 
     Args:
-        parts: name (`__{rank}.metadata`) and bytes of each file. Where ranks hold objects of one
-            name, or the same box of a tensor, the lowest rank's counts.
+        parts: name (`__{rank}.metadata`) and bytes of each file. Where ranks have objects of the
+            same name, or the same box of a tensor, the lowest rank's is used.
 
     Raises:
-        FormatError: as `read_metadata`; also where ranks disagree on a tensor's dtype or shape.
+        FormatError: a file is invalid, or ranks disagree on a tensor's dtype or shape.
     """
     ordered = sorted(parts, key=lambda part: _rank(part[0]))
     return _index([_part(data, file) for file, data in ordered])
 
 
 def pickle_length(data: bytes) -> int:
-    """Bytes that the pickle at the start of a `.metadata` takes, STOP included."""
+    """Return the bytes of the pickle at the start of a `.metadata`, including its STOP."""
     return loads_prefix(data, _BUILDERS)[1]
 
 
@@ -161,7 +162,7 @@ def _naming(file: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One file: what its entries are, and where their items are, by name and offsets."""
+    """One file: its entries, and the locations of their items, by name and offsets."""
 
     file: str
     entries: dict[Any, Any]
@@ -209,7 +210,7 @@ def _named(name: object) -> str:
 
 
 def _extra(state: dict[Any, Any]) -> dict[str, Any]:
-    """What else there is for people, where it is plain text."""
+    """Return what else the metadata says in plain text, for people."""
     known = {"version": state.get("version")}
     meta = state.get("storage_meta")
     if type(meta) is _StorageMeta:
@@ -239,7 +240,7 @@ def _are_offsets(value: Any) -> bool:
 
 
 def _placed(place: Any, name: str) -> Placed:
-    """Where an item is. Storage classes of other writers are taken by their attributes."""
+    """Return the location of an item; classes of other writers are read by attributes."""
     if type(place) is not _Place and type(place) is not Opaque:
         raise FormatError(f"stored at a {_kind(place)}", place=_named(name))
     state = _state(place)
@@ -257,7 +258,7 @@ def _placed(place: Any, name: str) -> Placed:
 
 
 _TRANSFORMS = 16
-"""Stream transforms of one item at most."""
+"""Maximum number of stream transforms of one item."""
 
 
 @dataclass(slots=True)
@@ -267,7 +268,7 @@ class _Tensors:
     dtypes: dict[str, DType] = field(default_factory=dict)
     shapes: dict[str, Any] = field(default_factory=dict)
     boxes: dict[str, dict[Any, tuple[Any, Placed | None]]] = field(default_factory=dict)
-    """Offsets -> sizes and item of each chunk; the item is None where no part has it so far."""
+    """Offsets -> sizes and item of each chunk; the item is None until a part has it."""
 
 
 def _index(parts: Sequence[_Part]) -> Index:
@@ -324,9 +325,9 @@ def _take_tensor(name: str, entry: _Tensor, part: _Part, tensors: _Tensors) -> N
 
 
 def _replaces(name: str, sizes: Any, place: Placed | None, known: tuple[Any, Any]) -> bool:
-    """Whether a chunk counts rather than the known one with the same offsets.
+    """Return whether a chunk is used instead of the known one with the same offsets.
 
-    Replicas repeat a box. An empty box may share its offsets with one that holds something.
+    Replicas repeat a box. An empty box may share its offsets with one that has elements.
     """
     if sizes == known[0]:
         return known[1] is None
@@ -339,7 +340,7 @@ def _replaces(name: str, sizes: Any, place: Placed | None, known: tuple[Any, Any
 
 
 def _dtype(name: str, properties: Any) -> DType:
-    """The dtype, the first of five or more properties, in a tuple or by name."""
+    """Return the dtype, the first of five or more properties, in a tuple or by name."""
     state = properties.state if type(properties) is _Properties else None
     if type(state) is tuple and len(state) >= 5:
         dtype = state[0]

@@ -1,9 +1,9 @@
-"""An index as the `.metadata` file of `torch.distributed.checkpoint`, for torch from 2.0 on.
+"""Writes an index as `.metadata` of `torch.distributed.checkpoint`, for torch from 2.0 on.
 
-What every release opens (docs/format.md): the five-field state of
-`TensorProperties`, under its old module path, which is still importable in the newest release; no
-`StorageMeta`, which 2.0 to 2.3 lack; no path objects. Attributes that newer classes have and the
-pickle lacks fall back to the defaults that their classes carry.
+It contains what every release opens (docs/format.md): the five-field state of `TensorProperties`
+under its old module path, which the newest release still imports; no `StorageMeta`, which 2.0 to
+2.3 lack; no path objects. Attributes that newer classes have and the pickle lacks fall back to the
+defaults of their classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CLASSES = {
     "MetadataIndex": _METADATA,
     "_StorageInfo": "torch.distributed.checkpoint.filesystem",
 }
-"""What is named, and the module that every release has it in."""
+"""Each class, and the module that contains it in every release."""
 
 _ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_path length".split()
 
@@ -44,14 +44,15 @@ _ATTRIBUTES = "properties size chunks offsets sizes fqn index offset relative_pa
 def metadata_bytes(
     index: Index, paths: Paths | None = None, yield_gil: YieldGil = never_yield
 ) -> bytes:
-    """The pickle, STOP byte included.
+    """Return the pickle, including its STOP byte.
 
-    Tensors come first, then objects, in the order of the index, and twins last: torch's converter
-    (`dcp_to_torch_save`) fills containers in this order, and a twin must not hide its leaves.
+    Tensors come first, then objects, in the order of the index, and legacy duplicates last: torch's
+    converter (`dcp_to_torch_save`) fills containers in this order, and a duplicate must not hide
+    its leaves.
 
     Args:
-        index: what the checkpoint holds, and where.
-        paths: those of its structure, if they are known already.
+        index: the content of the checkpoint, with locations.
+        paths: the paths of its structure, if they are known already.
         yield_gil: called between pieces of work.
     """
     out = _Writer(index)
@@ -67,12 +68,12 @@ def metadata_bytes(
             tables.append(part())
         tables.append(b"u")
     yield_gil()
-    # Long parts, which are joined only once: each copy of them takes as long as making them.
+    # Long parts are joined only once: each copy of them takes as long as making them.
     return out.pickle.finish(out.new("Metadata"), *tables, b"ub")
 
 
 class _Writer:
-    """Writes the three mappings of a `Metadata`, each as records: one a chunk, path or object."""
+    """Writes the three mappings of a `Metadata`, each as records."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
@@ -87,7 +88,7 @@ class _Writer:
         ordinary = [row for name, row in objects.items() if name not in index.legacy_duplicates]
         legacy_duplicates = [objects[name] for name in index.legacy_duplicates]
         self._objects = np.array([*ordinary, *legacy_duplicates], np.int64)
-        """Rows of the objects, the twins last."""
+        """Rows of the objects, with the legacy duplicates last."""
         self._shapes, self._offsets, self._extents = self._sizes()
         self._chunks = _stored(index, self._offsets)
 
@@ -103,16 +104,16 @@ class _Writer:
         return self._classes[name]
 
     def new(self, name: str) -> bytes:
-        """Begin an instance of a class and its attributes; "ub" ends it."""
+        """Start an instance of a class and its attributes; "ub" ends it."""
         return self.kind(name) + b")\x81}("
 
     def _sizes(self) -> tuple[I64, I64, I64]:
-        """Numbers of the `torch.Size` of each shape, and of each chunk's offsets and sizes."""
+        """Return the numbers of the `torch.Size` of shapes, and of chunks' offsets and sizes."""
         tensors, chunks = self.index.tensors, self.index.chunks
         table = np.concatenate([tensors.shape, chunks.offsets, chunks.sizes])
         chunk_ndim = tensors.ndim[chunks.tensor]
         ndim = np.concatenate([tensors.ndim, chunk_ndim, chunk_ndim])
-        if (ndim < table.shape[1]).any():  # Padding differs (1 or 0); nothing of it is written.
+        if (ndim < table.shape[1]).any():  # The padding differs (1 or 0), but it is not written.
             table[np.arange(table.shape[1]) >= ndim[:, None]] = 0
         number, first = distinct([ndim, *table.T])
         size = self.kind("Size")
@@ -125,7 +126,7 @@ class _Writer:
         return numbers[:chunks_from], numbers[chunks_from:sizes_from], numbers[sizes_from:]
 
     def _properties_by_code(self) -> I64:
-        """For each dtype code in use, a `TensorProperties`, shared by all tensors of the dtype."""
+        """Return a `TensorProperties` for each dtype code in use; tensors of one dtype share it."""
         layout = self.kind("_get_layout") + self.text("torch.strided") + b"\x85R"
         memory = self.kind("MEM_FORMAT_ENCODING") + integer(0) + b"\x85R"  # contiguous
         layout, memory = (reference(self.pickle.constant(part)) for part in (layout, memory))
@@ -137,13 +138,14 @@ class _Writer:
         return numbers
 
     def tensor_entries(self) -> bytes:
-        """Name and entry of the tensors: `state_dict_metadata`. A record for each chunk.
+        """Return name and entry of the tensors, for `state_dict_metadata`: a record for each chunk.
 
-        The record of a tensor's first chunk has its head, and that of the last one its end.
+        The record of a tensor's first chunk includes the start of the entry, that of the last its
+        end.
         """
         tensors, text = self.index.tensors, self.text
         counts = np.bincount(self.index.chunks.tensor[self._chunks], minlength=len(tensors.names))
-        slots = np.maximum(counts, 1)  # a tensor without a chunk has an entry, too
+        slots = np.maximum(counts, 1)  # A tensor without a chunk has an entry, too.
         tensor = np.repeat(np.arange(len(counts)), slots)
         first = np.append(True, tensor[1:] != tensor[:-1])[: len(tensor)]
         last = np.append(tensor[1:] != tensor[:-1], True)[: len(tensor)]
@@ -171,7 +173,7 @@ class _Writer:
         return records(len(tensor), [*parts, (b"eub", last)])
 
     def object_entries(self) -> bytes:
-        """Name and entry of the objects: `state_dict_metadata`."""
+        """Return name and entry of the objects, for `state_dict_metadata`."""
         entry = self.kind("BytesStorageMetadata") + b")\x81"
         return records(len(self._objects), [self._object_names, entry])
 
@@ -180,7 +182,7 @@ class _Writer:
         return self._names[len(self.index.tensors.names) + self._objects]
 
     def paths(self, paths: Paths | None) -> bytes:
-        """Name and path of everything: `planner_data`."""
+        """Return name and path of everything, for `planner_data`."""
         numbers, length = path_columns(self.pickle, self.index, paths)
         count = len(self.index.tensors.names)
         rows = np.concatenate([np.arange(count), count + self._objects])
@@ -191,7 +193,7 @@ class _Writer:
         return records(len(length), [self._names[rows], b"(", *keys, b"t"])
 
     def chunk_places(self) -> bytes:
-        """Key and place of the chunks: `storage_data`."""
+        """Return key and location of the chunks, for `storage_data`."""
         chunks, rows = self.index.chunks, self._chunks
         tensor = chunks.tensor[rows]
         hint = np.arange(len(rows)) - np.searchsorted(tensor, tensor)
@@ -208,7 +210,7 @@ class _Writer:
         return records(len(rows), [*key, *place])
 
     def object_places(self) -> bytes:
-        """Key and place of the objects: `storage_data`."""
+        """Return key and location of the objects, for `storage_data`."""
         objects, rows = self.index.objects, self._objects
         key: list[Part] = [
             self.new("MetadataIndex") + self.text("fqn"),
@@ -226,7 +228,7 @@ class _Writer:
         transform: NDArray[np.int16],
         rows: I64,
     ) -> list[Part]:
-        """A `_StorageInfo` for each of these rows of a table."""
+        """Return a `_StorageInfo` for each of these rows of a table."""
         text = self.text
         files = np.array([self.pickle.text(name) for name in self.index.files], np.int64)
         descriptors = [
@@ -246,10 +248,11 @@ class _Writer:
 
 
 def _stored(index: Index, offsets: I64) -> I64:
-    """The rows of the chunks that DCP can know, in their order.
+    """Return the rows of the chunks that DCP can represent, in their order.
 
-    It knows an item by name and offset alone. Of several chunks of a tensor at one offset, the
-    first that has elements is kept: an empty one there would hide the bytes of the others.
+    DCP identifies an item by name and offset alone. Of several chunks of a tensor at one offset,
+    the
+    first that has elements is kept: an empty one would hide the bytes of the others.
     """
     chunks = index.chunks
     place, first = distinct([chunks.tensor, offsets])

@@ -1,4 +1,4 @@
-"""How the names of a checkpoint nest, from the paths that `.metadata` gives them."""
+"""The nesting of a checkpoint's names, from the paths that `.metadata` gives them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from shardkeep.types import Path, Structure
 __all__ = ["structure_of"]
 
 _DEPTH = 100
-"""Keys of a path at most, as for any nesting."""
+"""Maximum number of keys of a path, as for any nesting."""
 
 
 def structure_of(
     paths: Mapping[Any, Any], tensors: Collection[str], objects: Collection[str]
 ) -> tuple[Structure, dict[str, Path]]:
-    """The structure, and the twins: objects at the place of a container whose leaves are there.
+    """Return the structure, and the legacy duplicates: objects that repeat a container of leaves.
 
-    Paths of names that are not stored are left out (up to 2.3 only the coordinator's objects
-    were); names without a path stand at the root.
+    Paths of names that are not stored are left out (up to 2.3 only the coordinator's objects were
+    stored). Names without a path are placed at the root.
 
     Args:
-        paths: `planner_data`: name -> path. Ints are places of lists; keys of mappings are text.
-        tensors, objects: names of what is stored.
+        paths: `planner_data`: name -> path. Ints are positions in lists; keys of mappings are text.
+        tensors, objects: names that are stored.
 
     Raises:
-        FormatError: a path that is none, one path for two names, or a tensor at the place of a
+        FormatError: an invalid path, one path for two names, or a tensor at the place of a
             container.
     """
     leaves: dict[str, Path] = {}
@@ -62,7 +62,7 @@ def _path(name: str, path: Any) -> Path:
 
 
 def _children(paths: Iterable[Path]) -> dict[Path, dict[Any, None]]:
-    """The keys of each container. Climbs each path only as far as nobody has been before."""
+    """Return the keys of each container. Climbs each path only as far as it is new."""
     children: dict[Path, dict[Any, None]] = {(): {}}
     for path in paths:
         here = path

@@ -1,7 +1,7 @@
-"""The trailer of `.metadata`: what ties the pickle to one save and to its manifest.
+"""The trailer of `.metadata`, which ties the pickle to one save and to its manifest.
 
 Every `pickle.load` stops at the STOP byte, so torch never sees what follows it. One small read of
-the file's end tells whether Shardkeep wrote the file, and which manifest belongs to it.
+the file's end shows whether Shardkeep wrote the file, and which manifest belongs to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["TRAILER_SIZE", "Trailer", "digest", "manifest_name", "manifest_save_
 _BEGIN = b"\xffSHARDK\x01"
 _END = b"\xffSKTRL\x01\n"
 _CUT = tuple(b"." + _BEGIN[:length] for length in range(1, len(_BEGIN)))
-"""How a file ends that was cut inside the first mark: pickles end with a dot, and nothing more."""
+"""The end of a file that was cut inside the first marker: a pickle ends with a dot."""
 _LAYOUT = struct.Struct("<8s16sQ16sQ16sI8s")
 _NAME = re.compile(r"\.manifest-([0-9a-f]{32})\.npz")
 
@@ -28,28 +28,28 @@ TRAILER_SIZE = _LAYOUT.size
 
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:
-    """BLAKE2b of some bytes, cut to 16 bytes."""
+    """Return the BLAKE2b digest of some bytes, of 16 bytes."""
     return blake2b(data, digest_size=16).digest()
 
 
 def manifest_name(save_id: str) -> str:
-    """The file that holds the manifest of that save."""
+    """Return the name of the file of that save's manifest."""
     return f".manifest-{save_id}.npz"
 
 
 def manifest_save_id(name: str) -> str | None:
-    """The save that a manifest's file name belongs to; None if it names no manifest."""
+    """Return the save that a manifest's file name belongs to; None if it is not such a name."""
     match = _NAME.fullmatch(name)
     return match[1] if match else None
 
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """What the trailer says.
+    """The content of a trailer.
 
     Attributes:
-        save_id: 32 hex digits, drawn anew for every save.
-        pickle_length, manifest_length: in bytes; the trailer follows the pickle at once.
+        save_id: 32 hexadecimal digits, random for every save.
+        pickle_length, manifest_length: in bytes; the trailer directly follows the pickle.
         pickle_digest, manifest_digest: `digest` of the whole of each.
     """
 
@@ -61,7 +61,7 @@ class Trailer:
 
     @staticmethod
     def of(save_id: str, pickle: bytes, manifest: bytes) -> Trailer:
-        """The trailer to put after that pickle."""
+        """Return the trailer to append to that pickle."""
         return Trailer(save_id, len(pickle), digest(pickle), len(manifest), digest(manifest))
 
     @property
@@ -70,7 +70,7 @@ class Trailer:
         return manifest_name(self.save_id)
 
     def to_bytes(self) -> bytes:
-        """The `TRAILER_SIZE` bytes of the trailer. Raises ValueError for another kind of id."""
+        """Return the `TRAILER_SIZE` bytes of the trailer; raise ValueError for an invalid id."""
         if not re.fullmatch("[0-9a-f]{32}", self.save_id):
             raise ValueError(f"a save id has 32 hex digits, not {self.save_id!r}")
         save_id = bytes.fromhex(self.save_id)
@@ -81,10 +81,10 @@ class Trailer:
 
     @staticmethod
     def parse(tail: bytes, file_size: int, *, file: str = ".metadata") -> Trailer | None:
-        """The trailer at the end of a file; None if there is none.
+        """Return the trailer at the end of a file; None if it has none.
 
         Args:
-            tail: the last bytes of the file, `TRAILER_SIZE` or more of them if there are as many.
+            tail: the last bytes of the file: at least `TRAILER_SIZE` of them, if it has as many.
             file_size: bytes of the file.
             file: its name, for errors.
 
@@ -97,7 +97,7 @@ class Trailer:
         begins, ends = tail.rfind(_BEGIN), tail.endswith(_END)
         if begins < 0 and not ends and not tail.endswith(_CUT):
             return None
-        # Either mark is enough: a flipped or missing byte must not make a trailer vanish.
+        # Either marker is enough: a flipped or missing byte must not make a trailer disappear.
         if not ends or begins != len(tail) - TRAILER_SIZE:
             raise FormatError("the trailer is cut or damaged", file=file)
         packed = tail[begins:]
@@ -110,11 +110,11 @@ class Trailer:
         return Trailer(save_id.hex(), length, pickle, manifest_length, manifest)
 
     def check_pickle(self, pickle: bytes, *, file: str = ".metadata") -> None:
-        """Raises Damaged if these are not the bytes of the pickle."""
+        """Raise Damaged unless these are the bytes of the pickle."""
         _check(pickle, self.pickle_length, self.pickle_digest, "the pickle", file)
 
     def check_manifest(self, manifest: bytes) -> None:
-        """Raises Damaged if these are not the bytes of the manifest."""
+        """Raise Damaged unless these are the bytes of the manifest."""
         _check(manifest, self.manifest_length, self.manifest_digest, "the manifest", self.manifest)
 
 

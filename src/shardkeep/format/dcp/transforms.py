@@ -1,4 +1,4 @@
-"""Stream transforms of items, undone: what DCP's extensions did to the bytes of an item."""
+"""Undoes stream transforms: what DCP's extensions did to the bytes of an item."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _STEP = 1 << 20
 
 
 def undo(data: bytes, transforms: tuple[str, ...], *, limit: int, file: str, place: str) -> bytes:
-    """The bytes of an item as they were before its transforms.
+    """Return the bytes of an item as they were before its transforms.
 
     Args:
-        data: what is stored.
+        data: the stored bytes.
         transforms: as the metadata names them, outermost last.
-        limit: bytes that may come out, of each transform.
+        limit: maximum bytes that each transform may produce.
         file, place: name the item in errors.
 
     Raises:
-        FormatError: an unknown transform, a broken stream, or more than `limit` bytes.
+        FormatError: an unknown transform, an invalid stream, or more than `limit` bytes.
     """
     for name in reversed(transforms):
         if (
@@ -35,7 +35,7 @@ def undo(data: bytes, transforms: tuple[str, ...], *, limit: int, file: str, pla
 
 
 def _zstd(data: bytes, limit: int, file: str, place: str) -> bytes:
-    """Decompress, in steps: a stream of 20 KB can hold a terabyte."""
+    """Decompress in steps: a stream of 20 KB can produce a terabyte."""
     pieces = []
     room = limit
     try:

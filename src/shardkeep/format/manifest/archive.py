@@ -1,7 +1,7 @@
-"""An `.npz` file: columns of integers and JSON in a zip. Written at once, read member by member.
+"""An `.npz` file: columns of integers and JSON in a zip, written at once and read by member.
 
-`numpy.load` opens it too, but believes what it says; here every size is checked before memory is
-taken for it, and nothing but plain integers comes out.
+`numpy.load` opens it too, but trusts its sizes. Here every size is checked before memory is
+allocated for it, and only plain integers are returned.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ ReadAt = Callable[[int, int], bytes]
 _DTYPES = {np.dtype(code) for code in ("u1", "<u2", "<u4", "<u8", "i1", "<i2", "<i4", "<i8")}
 _MAX_NPY_HEADER = 512
 _SMALL = 1024
-"""Bytes up to which packing a member takes more time than its bytes are worth."""
+"""Bytes up to which compressing a member takes more time than its bytes are worth."""
 _WINDOW = 1 << 20
-"""Bytes that are read at least: the members that come first in reading lie at the end."""
+"""Minimum bytes of a read: the members that are read first are at the end."""
 _FREE = 1 << 24
 _RATIO = 256
-"""All members together unpack to `_FREE` bytes, or to `_RATIO` times the file, at most."""
+"""All members together decompress to at most `_FREE` bytes, or `_RATIO` times the file."""
 
 
 class Writer:
-    """Collects members; `finish` gives the file. `yield_gil` is called after each of them."""
+    """Collects members; `finish` returns the file. `yield_gil` is called after each of them."""
 
     def __init__(self, yield_gil: YieldGil = never_yield) -> None:
         self._yield_gil = yield_gil
@@ -65,13 +65,13 @@ class Writer:
         self._yield_gil()
 
     def finish(self) -> bytes:
-        """The bytes of the file. Nothing can be added afterwards."""
+        """Return the bytes of the file. Nothing can be added afterwards."""
         self._zip.close()
         return self._file.getvalue()
 
 
 def _narrow(values: NDArray[Any]) -> NDArray[Any]:
-    """The same integers in the smallest little-endian type that holds them all."""
+    """Return the same integers in the smallest little-endian type that holds them all."""
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     signed = low < 0
     bits = max(~low if signed else 0, high).bit_length() + signed
@@ -80,7 +80,7 @@ def _narrow(values: NDArray[Any]) -> NDArray[Any]:
 
 
 class Archive:
-    """Reads members by range. All its errors name the file, and the member if there is one.
+    """Reads members by range. Its errors name the file, and the member if there is one.
 
     Args:
         read_at: reads bytes of the file.
@@ -88,7 +88,7 @@ class Archive:
         file: its name, for errors.
 
     Raises:
-        FormatError: the file is no such archive, here and from every method.
+        FormatError: the file is not such an archive, here and from every method.
         Damaged: a member does not match its checksum, from every method.
     """
 
@@ -107,13 +107,14 @@ class Archive:
     def column(
         self, name: str, *shape: int, dtype: type[np.integer[Any]] = np.int64
     ) -> NDArray[Any]:
-        """The integers of a member, which must have that shape and fit into the dtype."""
+        """Return the integers of a member, which must have that shape and fit into the dtype."""
         member, count, wanted = f"{name}.npy", prod(shape), np.dtype(dtype)
         data = self._read(member, count * 8 + _MAX_NPY_HEADER)
         try:
             begin = 10 + int.from_bytes(data[8:10], "little")
             header = _npy_header(data[:begin])
-        except Exception as error:  # numpy lets errors of Python's tokenizer pass, among others
+        # numpy does not catch errors of Python's tokenizer, among others.
+        except Exception as error:
             raise self._error(f"not a column: {error}", member) from None
         found, fortran, stored = header
         if found != shape or fortran or stored not in _DTYPES:
@@ -128,11 +129,11 @@ class Archive:
         return values.astype(wanted)
 
     def blob(self, name: str, size: int) -> bytes:
-        """A column of bytes, as bytes."""
+        """Return a column of bytes, as bytes."""
         return self.column(name, size, dtype=np.uint8).tobytes()
 
     def json(self, name: str) -> Json:
-        """The value of a JSON member."""
+        """Return the value of a JSON member."""
         member = f"{name}.json"
         return loads(self._read(member, None), file=self._name, place=member)
 
@@ -164,7 +165,7 @@ class Archive:
 
 @lru_cache(maxsize=256)
 def _npy_head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """How an `.npy` file of that array, in C order, begins."""
+    """Return the start of an `.npy` file of that array, in C order."""
     out = io.BytesIO()
     what = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(out, what)
@@ -173,9 +174,9 @@ def _npy_head(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 @lru_cache(maxsize=256)
 def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is in Fortran order, and dtype; most columns have that of another one.
+    """Return shape, whether it is in Fortran order, and dtype; cached, as most columns share them.
 
-    Raises: whatever numpy does.
+    Raises: whatever numpy raises.
     """
     source = io.BytesIO(data)
     if np.lib.format.read_magic(source) != (1, 0):
@@ -197,11 +198,11 @@ _UNREADABLE = (
     zlib.error,
     struct.error,
 )
-"""What `zipfile` raises for broken archives. OSError is not among them: that is the store's."""
+"""What `zipfile` raises for broken archives. OSError is not included: that is the store's error."""
 
 
 class _File:
-    """What `zipfile` needs of a file, over ranges. The first range is the end, then windows."""
+    """The file interface that `zipfile` needs, over ranges: first the end, then windows."""
 
     def __init__(self, read_at: ReadAt, size: int) -> None:
         self._read_at, self._size, self._position = read_at, size, 0

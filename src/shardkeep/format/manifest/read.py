@@ -1,4 +1,4 @@
-"""The bytes of a manifest as an index, by range. The layout is `manifest_layout`'s."""
+"""Reads a manifest as an index, by range. See `manifest.layout` for the layout."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ __all__ = [
 ]
 
 _MAX_BYTES = 2.0**62
-"""Bytes of a tensor at most, so that no sum of offsets and sizes overflows."""
+"""Maximum bytes of a tensor, so that no sum of offsets and sizes overflows."""
 _MAX_ROWS = 2**40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outline:
-    """What a listing needs: an `Index` without its chunks.
+    """An `Index` without its chunks, as a listing needs it.
 
     Attributes:
         counts: [N] chunks of each tensor.
-        header: what `write_manifest` was given.
+        header: the header that `write_manifest` was given.
         others: see `Index`.
     """
 
@@ -70,7 +70,7 @@ class Outline:
         return int(_bytes(self.tensors).sum(dtype=object))
 
     def index(self) -> Index:
-        """The whole index: reads the columns of the chunks. Raises as `read_manifest` does."""
+        """Return the whole index, reading the chunks' columns; raise as `read_manifest`."""
         chunks = self._reader.chunks(self)
         return Index(
             self.files,
@@ -91,16 +91,16 @@ def read_outline(
     file: str,
     save_id: str | None = None,
 ) -> Outline:
-    """The outline of a manifest, from the end of its file.
+    """Return the outline of a manifest, from the end of its file.
 
     Args:
         read_at: reads bytes of the manifest.
         size: bytes of the manifest.
         file: its name, for errors.
-        save_id: the save that it must belong to, if that is known.
+        save_id: the save that it must belong to, if known.
 
     Raises:
-        FormatError: its structure is broken or hostile, or it belongs to another save.
+        FormatError: its structure is invalid or hostile, or it belongs to another save.
         Damaged: a member does not match its checksum.
     """
     return _Reader(Archive(read_at, size, file=file), file).outline(save_id)
@@ -113,7 +113,7 @@ def read_manifest(
     file: str,
     save_id: str | None = None,
 ) -> Index:
-    """The index that `write_manifest` was given. Arguments and errors are `read_outline`'s."""
+    """Return the index of a manifest. Arguments and errors are those of `read_outline`."""
     return read_outline(read_at, size, file=file, save_id=save_id).index()
 
 
@@ -124,7 +124,7 @@ def read_header(
     file: str,
     save_id: str | None = None,
 ) -> Mapping[str, Any]:
-    """What `write_manifest` was told to say, alone. Arguments and errors are `read_outline`'s."""
+    """Return only the header of a manifest. Arguments and errors are those of `read_outline`."""
     return _Reader(Archive(read_at, size, file=file), file).header(save_id)
 
 
@@ -135,7 +135,7 @@ def read_files(
     file: str,
     save_id: str | None = None,
 ) -> tuple[str, ...]:
-    """The data files that it names, alone. Arguments and errors are `read_outline`'s."""
+    """Return the data files of a manifest. Arguments and errors are those of `read_outline`."""
     reader = _Reader(Archive(read_at, size, file=file), file)
     reader.header(save_id)
     return reader.files()
@@ -181,14 +181,14 @@ class _Reader:
         )
 
     def files(self) -> tuple[str, ...]:
-        """The data files, once the header has been read."""
+        """Return the data files, once the header has been read."""
         return tuple(safe_file_name(self._text(n), file=self._file) for n in self._list("files"))
 
     def chunks(self, outline: Outline) -> Chunks:
-        """The chunks, in full."""
+        """Return the chunks, in full."""
         count, tensors, column = self._count("chunks"), outline.tensors, self._archive.column
         dims = tensors.shape.shape[1]
-        # Before anything is made from a number of rows, those rows have been read.
+        # Before anything is allocated for a number of rows, those rows have been read.
         length, gap = column("chunks.length", count), column("chunks.gap", count)
         tensor = np.repeat(np.arange(len(tensors.names)), outline.counts)
         offsets = column("chunks.offsets", count, dims)
@@ -198,7 +198,7 @@ class _Reader:
         padding = np.arange(dims) >= tensors.ndim[tensor][:, None]
         if not inside.all() or (sizes[padding] != 1).any():
             self._refuse("chunks.sizes.npy", "holds a box outside its tensor")
-        # Sums wrap around, in writing as in reading; what is left of them is checked below.
+        # Sums wrap around, in writing as in reading; the results are checked below.
         item = np.cumsum(gap + np.concatenate([np.zeros(1, np.int64), length[:-1]])[:count])
         place = self._places("chunks", item, length, len(outline.files), len(outline.transforms))
         nbytes = sizes.prod(axis=1) * ITEMSIZES[tensors.dtype][tensor]
@@ -240,7 +240,7 @@ class _Reader:
         count = self._count("tensors") + self._count("objects")
         blob, ends = self._blob("names", count)
         places = zip([0, *ends], ends, strict=False)
-        if blob.isascii():  # as nearly always: one decoding for all
+        if blob.isascii():  # Nearly always so: one decoding for all.
             text = blob.decode("ascii")
             names = [text[start:end] for start, end in places]
         else:
@@ -256,7 +256,7 @@ class _Reader:
             self._refuse("names.npy", "is not valid UTF-8")
 
     def _blob(self, name: str, count: int) -> tuple[bytes, list[int]]:
-        """So many texts, one behind the other, and where each of them ends."""
+        """Return a member of `count` texts, one after the other, and where each of them ends."""
         size = self._count(name)
         lengths = self._archive.column(f"{name}.lengths", count)
         self._within(f"{name}.lengths", lengths, 0, size)
@@ -304,7 +304,7 @@ class _Reader:
     def _places(
         self, table: str, item: I64, length: I64, files: int, transforms: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
-        """Files and transforms of items, after checking all that says where they are."""
+        """Return files and transforms of items, after checking their locations."""
         if ((item < 0) | (length < 0) | (item > np.iinfo(np.int64).max - length)).any():
             self._refuse(f"{table}.length.npy", "holds an item outside every file")
         file = self._archive.column(f"{table}.file", len(item), dtype=np.int32)
@@ -385,7 +385,7 @@ class _Reader:
             raise error.within(file=self._file, place=member) from None
 
     def _picked(self, keys: list[Any], table: str, count: int) -> I64:
-        """[count] which of the keys is the last one of each path."""
+        """Return [count] which of the keys is the last one of each path."""
         rows = self._archive.column(f"{table}.key", count)
         self._within(f"{table}.key", rows, 0, len(keys) - 1)
         return rows
@@ -438,10 +438,10 @@ class _Reader:
 
 
 def _distinct(keys: list[Any], *tables: tuple[I64, I64]) -> bool:
-    """Whether paths, as (container, key) in each table, are beyond doubt fit to stand in a dict.
+    """Return whether paths, as (container, key) in each table, are safe as keys of a dict.
 
-    They are, where no key occurs twice in a container and all keys are different strings, whose
-    hashes are salted: nobody can make paths that have equal ones.
+    They are if no key occurs twice in a container and all keys are different strings: hashes of
+    strings are salted, so nobody can make paths with equal hashes.
     """
     if not all(type(key) is str for key in keys) or len(set(keys)) < len(keys):
         return False
@@ -450,14 +450,15 @@ def _distinct(keys: list[Any], *tables: tuple[I64, I64]) -> bool:
 
 
 def _sums_to(sums: I64, total: int) -> bool:
-    """Whether running sums of numbers from 0 to 2**62 end there, and none has wrapped around.
+    """Return whether running sums (of numbers from 0 to 2**62) end at `total`, not wrapped.
 
-    One that has was negative on its way: no step leads past all negative numbers at once. (What
-    the sums differ by does not tell: a difference wraps around just the same.)
+    A sum that has wrapped around was negative on the way: no step leads past all negative numbers
+        at
+    once. (The differences of the sums do not show it: they wrap around just the same.)
     """
     return (int(sums[-1]) if len(sums) else 0) == total and not (sums < 0).any()
 
 
 def _bytes(tensors: Tensors) -> I64:
-    """[N] bytes of each tensor."""
+    """Return [N] bytes of each tensor."""
     return np.asarray(tensors.shape.prod(axis=1) * ITEMSIZES[tensors.dtype])

@@ -1,4 +1,4 @@
-"""An index as the bytes of a manifest. The layout is `manifest_layout`'s."""
+"""Writes an index as a manifest. See `manifest.layout` for the layout."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def write_manifest(
     paths: Paths | None = None,
     yield_gil: YieldGil = never_yield,
 ) -> bytes:
-    """The manifest of an index.
+    """Return the manifest of an index.
 
     Args:
-        index: what the checkpoint holds, and where.
-        header: what else to say, above all "save_id"; anything that `values.encode` takes.
-        paths: those of its structure, if they are known already.
+        index: the content of the checkpoint, with locations.
+        header: what else to store, above all "save_id"; anything that `values.encode` accepts.
+        paths: the paths of its structure, if they are known already.
         yield_gil: called between pieces of work.
 
     Raises:
-        NotEncodable: `header`, `index.extra` or a key of a path cannot be carried.
-        ValueError: the structure does not fit together, or its paths are too long.
+        NotEncodable: `header`, `index.extra` or a key of a path cannot be encoded.
+        ValueError: the structure is inconsistent, or its paths are too long.
     """
     out = Writer(yield_gil)
     head = _write_chunks(out, index.chunks) | _write_tensors(out, index)
@@ -52,12 +52,12 @@ def write_manifest(
         "header": encode(dict(header)),
         "structure": _write_structure(out, index, paths),
     }
-    out.json("header", head)  # last, so that a reader has it with the zip's directory
+    out.json("header", head)  # Last, so that a reader gets it together with the zip's directory.
     return out.finish()
 
 
 def _write_chunks(out: Writer, chunks: Chunks) -> dict[str, Json]:
-    """Their columns; what the header says of them."""
+    """Write the columns of chunks; return their part of the header."""
     first, last = chunks.block[[0, -1]].tolist()
     out.column("chunks.digests", chunks.checksums[first:last], packed=False)
     out.column("chunks.offsets", chunks.offsets)
@@ -72,7 +72,7 @@ def _write_chunks(out: Writer, chunks: Chunks) -> dict[str, Json]:
 
 
 def _write_tensors(out: Writer, index: Index) -> dict[str, Json]:
-    """Returns as `_write_chunks`."""
+    """Write the columns of tensors; return their part of the header."""
     tensors, count = index.tensors, len(index.tensors.names)
     codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
     out.column("tensors.dtype", dtypes)
@@ -84,7 +84,7 @@ def _write_tensors(out: Writer, index: Index) -> dict[str, Json]:
 
 
 def _write_objects(out: Writer, objects: Objects) -> dict[str, Json]:
-    """Returns as `_write_chunks`."""
+    """Write the columns of objects; return their part of the header."""
     for name in ("file", "item", "length", "transform", "crc"):
         out.column(f"objects.{name}", getattr(objects, name))
     texts = _value_texts(objects)
@@ -94,12 +94,12 @@ def _write_objects(out: Writer, objects: Objects) -> dict[str, Json]:
 
 
 def _ends_before(item: I64, length: I64) -> I64:
-    """For each row the end of the item in the row before it."""
+    """Return, for each row, the end of the item in the row before it."""
     return np.concatenate([np.zeros(1, np.int64), (item + length)[:-1]])[: len(item)]
 
 
 def _write_texts(out: Writer, name: str, texts: Sequence[str]) -> int:
-    """Texts as one blob and a column of lengths; the answer is the size of the blob, in bytes."""
+    """Write texts as one blob and a column of lengths; return the size of the blob, in bytes."""
     return _write_blob(out, name, *joined(texts))
 
 
@@ -110,7 +110,7 @@ def _write_blob(out: Writer, name: str, blob: bytes, lengths: I64) -> int:
 
 
 def _value_texts(objects: Objects) -> list[bytes]:
-    """The values as the text of their JSON, b"" for those that are not known."""
+    """Return the values as the text of their JSON, b"" for those that are not known."""
     if isinstance(objects.values, LazyValues):
         return [objects.values.text(name) for name in objects.names]
     values = objects.values
@@ -118,7 +118,7 @@ def _value_texts(objects: Objects) -> list[bytes]:
 
 
 def _write_structure(out: Writer, index: Index, paths: Paths | None) -> Json:
-    """Containers and leaves, each as the row of its container and of its last key."""
+    """Write containers and leaves, each as the row of its container and of its last key."""
     if index.structure is None:
         return None
     structure = index.structure

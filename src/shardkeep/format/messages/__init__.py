@@ -1,1 +1,1 @@
-"""What ranks send to each other, as bytes: columns of numbers, and claims."""
+"""Messages of a save as bytes: claims, and columns of numbers."""

@@ -1,7 +1,7 @@
-"""Claims as bytes: what a rank has to save, as it tells the coordinator. See `types.Claim`.
+"""Claims as bytes: what a rank has to save, as it sends it to the coordinator (`types.Claim`).
 
-The outline (names, dtypes, shapes, structure, values) is mostly the same on all ranks of a job and
-then travels once; the pieces differ, and are columns.
+The outline (names, dtypes, shapes, structure, values) is usually the same on all ranks of a job
+and is then sent once. The pieces differ and are columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["outline", "pack_claim", "unpack_claim"]
 
 
 def outline(claim: Claim) -> bytes:
-    """All of a claim but its pieces; the same bytes for the same content."""
+    """Return all of a claim except its pieces; the same bytes for the same content."""
     tensors, structure = claim.tensors, claim.structure
     codes, dtypes = np.unique(tensors.dtype, return_inverse=True)
     paths = paths_of(structure, (*tensors.names, *claim.objects))
@@ -59,7 +59,7 @@ def outline(claim: Claim) -> bytes:
 
 
 def pack_claim(claim: Claim, outline: bytes | None) -> bytes:
-    """A claim; without an outline where the coordinator's own is the same."""
+    """Return a claim as bytes; without an outline if the coordinator's own is the same."""
     columns: dict[str, NDArray[Any]] = {
         "piece": claim.piece,
         "offsets": claim.offsets,
@@ -72,7 +72,7 @@ def pack_claim(claim: Claim, outline: bytes | None) -> bytes:
 
 
 def unpack_claim(block: bytes, lead: Claim) -> Claim:
-    """Inverse of `pack_claim`; `lead` is the coordinator's claim, whose outline may be the same."""
+    """Invert `pack_claim`; `lead` is the coordinator's claim, whose outline may be the same."""
     _, columns = unpack(block)
     head = _read_outline(columns["outline"].tobytes()) if "outline" in columns else lead
     return Claim(

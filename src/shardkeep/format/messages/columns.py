@@ -15,13 +15,13 @@ from shardkeep.errors import FormatError
 __all__ = ["pack", "unpack"]
 
 _COUNT = 8
-"""Bytes of the head's length; columns begin at multiples of it."""
+"""Bytes of the head's length field; columns start at multiples of it."""
 
 _DTYPES = {np.dtype(code).str for code in "bBhHiIqQ"}
 
 
 def pack(values: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> bytes:
-    """JSON values and columns of integers as one block."""
+    """Return JSON values and columns of integers as one block."""
     layout = [[name, column.dtype.str, column.shape] for name, column in columns.items()]
     head = json.dumps({"values": values, "columns": layout}).encode("utf-8", "surrogatepass")
     out = bytearray(len(head).to_bytes(_COUNT, "little")) + head
@@ -32,7 +32,7 @@ def pack(values: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> byte
 
 
 def unpack(block: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Inverse of `pack`; the columns are views of the block. FormatError for anything else."""
+    """Invert `pack`; the columns are views of the block. Raises FormatError for anything else."""
     try:
         at = _COUNT + int.from_bytes(block[:_COUNT], "little")
         head = json.loads(block[_COUNT:at].decode("utf-8", "surrogatepass"))
@@ -42,7 +42,7 @@ def unpack(block: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
                 raise ValueError(f"a column of {code!r:.20}")
             dtype, count = np.dtype(code), prod(shape)
             at += -at % _COUNT
-            # Reads nothing past the block's end: numpy refuses to.
+            # It reads nothing past the block's end: numpy refuses to.
             flat = np.frombuffer(block, dtype, count, at) if count else np.empty(0, dtype)
             columns[name] = flat.reshape(shape)
             at += flat.nbytes

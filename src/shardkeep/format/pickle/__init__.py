@@ -1,1 +1,1 @@
-"""An inert pickle reader, and a writer of pickles: nothing is imported, nothing is executed."""
+"""An inert pickle reader and a pickle writer: nothing is imported, nothing is executed."""

@@ -1,6 +1,6 @@
-"""What is built from a pickle without asking: values that hold nothing but data.
+"""Builders for values that contain only data.
 
-Whatever is not listed is stood for by an `Opaque`, `os.system` and a user's dataclass alike.
+Every other class becomes an `Opaque` stand-in, `os.system` and a user's dataclass alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _only(kind: type, value: Any) -> Any:
 
 
 def _of(kind: Callable[..., Any], *allowed: type, most: int = 1) -> Callable[..., Any]:
-    """Calls `kind` with at most `most` arguments, of exactly these types."""
+    """Return a builder that calls `kind` with at most `most` arguments of exactly these types."""
 
     def make(*args: Any) -> Any:
         if len(args) > most or not all(type(arg) in allowed for arg in args):
@@ -42,7 +42,7 @@ def _of(kind: Callable[..., Any], *allowed: type, most: int = 1) -> Callable[...
 
 
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
-    """Protocols 0 to 2 have no bytes: they come as text, each letter a byte."""
+    """Decode bytes of protocols 0 to 2, which store them as text with one letter for each byte."""
     if encoding not in ("latin1", "latin-1", "utf-8", "utf8"):
         raise FormatError("bytes as text in an encoding that no pickle uses")
     data: bytes = _only(str, text).encode(encoding)
@@ -64,7 +64,7 @@ _FACTORIES = {
 
 
 def _defaultdict(factory: Any = None, *rest: Any) -> Any:
-    """Only with a factory that makes empty values: reading a missing key calls it."""
+    """Accept only a factory that makes empty values, because reading a missing key calls it."""
     known = _FACTORIES.get(factory.name) if type(factory) is Reference else None
     if rest or (factory is not None and known is None):
         return NotImplemented
@@ -74,7 +74,8 @@ def _defaultdict(factory: Any = None, *rest: Any) -> Any:
 def _counter(counts: Any = None) -> Counter[Any]:
     made: Counter[Any] = Counter()
     if counts is not None:
-        dict.update(made, _only(dict, counts))  # its own `update` would add values of any type
+        # The class's own `update` would add values of any type.
+        dict.update(made, _only(dict, counts))
     return made
 
 
@@ -85,7 +86,7 @@ def _deque(items: Any = (), size: Any = None) -> deque[Any]:
 
 
 def _no_attributes(value: Any, state: Any) -> None:
-    """Attributes of an OrderedDict (`_metadata`, versions of modules) are not part of its value."""
+    """Ignore attributes of an OrderedDict (`_metadata` of modules): not part of its value."""
     _only(dict, state)
 
 
@@ -94,7 +95,7 @@ def _decimal(text: Any) -> Decimal:
         raise ValueError("a decimal number of more than 1000 letters")
     number = Decimal(text)
     if number.is_finite() and abs(number.adjusted()) > 10_000:
-        # As an int, or compared with one, it takes memory by the size of its exponent.
+        # Converted to or compared with an int, it takes memory by the size of its exponent.
         raise ValueError(f"a decimal number with the exponent {number.adjusted()}")
     return number
 
@@ -114,12 +115,12 @@ def _fill_uuid(value: UUID, state: Any) -> None:
 
 
 def _path(kind: type[PurePath]) -> Builder:
-    """A path that can't touch the disk; the concrete class may not exist on this system."""
+    """Return a builder of paths that cannot access the disk."""
     return Builder(_of(kind, str, most=1000), type=kind, key=True)
 
 
 def _paths() -> dict[str, Builder]:
-    """Python 3.13 names the module `pathlib._local`."""
+    """Return the builders of paths; Python 3.13 names their module `pathlib._local`."""
     kinds = {"Posix": PurePosixPath, "Windows": PureWindowsPath}
     return {
         f"{module}.{pure}{name}Path": _path(kind)
@@ -134,7 +135,7 @@ def _clock(data: bytes) -> tuple[int, int, int, int]:
     return hour, minute, second, int.from_bytes(data[3:], "big")
 
 
-# datetime's own pickle constructors copy their bytes unchecked: an hour 255 would be taken.
+# datetime's own pickle constructors copy their bytes unchecked: they would accept hour 255.
 
 
 def _date(data: Any) -> date:
@@ -166,7 +167,7 @@ def _timezone(offset: Any, name: Any = None) -> timezone:
 
 
 def _reconstructor(kind: Any, base: Any, state: Any) -> Any:
-    """Protocols 0 and 1: an instance of `kind`, begun as a value of the built-in `base`."""
+    """Build an instance of `kind` from a value of the built-in `base`, as protocols 0 and 1 do."""
     if not isinstance(kind, Opaque) or not isinstance(base, Opaque):
         return NotImplemented
     if base.name != "builtins.object":
@@ -216,4 +217,4 @@ CORE: Registry = Registry(
         **REBUILD,
     }
 )
-"""The builders of values that hold nothing but data: no torch, no classes of users."""
+"""Builders of values that contain only data: nothing of torch, no classes of users."""

@@ -1,4 +1,4 @@
-"""The state of a pickle while it runs, and everything that it may do to it, within budgets."""
+"""The state of a running pickle, and the operations that it may apply to it, within budgets."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shardkeep.types import Opaque
 __all__ = ["ROOM", "Machine", "Opcode"]
 
 Opcode = Callable[["Machine", int], int]
-"""Takes the position behind its byte; gives the next opcode's, or less than 0 to stop."""
+"""Takes the position after its byte; returns that of the next opcode, or a negative one to stop."""
 
 ROOM = 100
-"""Bytes that a container, a memo entry or an instance is counted with."""
+"""Bytes charged for a container, a memo entry or an instance."""
 
 _COST: dict[type, int] = {
     str: 4,
@@ -28,16 +28,16 @@ _COST: dict[type, int] = {
     set: 128,
     frozenset: 128,
 }
-"""Bytes that a builder is expected to make at most, for each item of an argument."""
+"""Bytes charged for what a builder may make from each item of an argument."""
 
 _NAME = 1000
-"""Letters in the name of a global: each mention of one makes its full name anew."""
+"""Maximum length of a global's name: each mention of a global builds its full name anew."""
 
 _INT64 = 1 << 63
 
 
 class Machine:
-    """The state of one run. Opcodes are functions of (machine, position): the next position."""
+    """The state of one run, which the opcodes change."""
 
     __slots__ = (
         "at",
@@ -72,16 +72,17 @@ class Machine:
         self.room = limits.memory + limits.growth * len(data)
         self.stack: list[Any] = []
         self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}  # never a list: an index may be 2**32 - 1
+        self.memo: dict[int, Any] = {}  # A dict, not a list: an index may be 2**32 - 1.
         self.buckets: dict[int, list[Any]] = {}
-        self.hashed: dict[int, Opaque] = {}  # stand-ins that are keys: they may not change
-        self.grown: dict[int, Any] = {}  # lists and dicts that stand-ins were given items in
+        self.hashed: dict[int, Opaque] = {}  # Stand-ins that are used as keys: they may not change.
+        # Lists and dicts that hold items which the pickle added to stand-ins.
+        self.grown: dict[int, Any] = {}
         self.protocol = 0
         self.at = 0
         self.end = 0
 
     def run(self, table: Sequence[Opcode]) -> Any:
-        """Run the pickle with these opcodes, up to its STOP."""
+        """Run the pickle with these opcodes up to its STOP, and return its value."""
         data, at, start = self.data, 0, 0
         try:
             while at >= 0:
@@ -93,24 +94,24 @@ class Machine:
         return self.stack.pop()
 
     def take(self, at: int, length: int) -> bytes:
-        """`length` bytes of the pickle."""
+        """Return `length` bytes of the pickle."""
         if length > self.size - at:
             raise FormatError(f"{length} bytes are announced, {self.size - at} are there")
         return self.data[at : at + length]
 
     def line(self, at: int) -> tuple[bytes, int]:
-        """The bytes up to the next line feed, and where the next line starts."""
+        """Return the bytes up to the next line feed, and where the next line starts."""
         end = self.data.index(b"\n", at)
         return self.data[at:end], end + 1
 
     def count(self, nbytes: int) -> None:
-        """Charge memory that is about to be made."""
+        """Charge memory before it is allocated."""
         self.room -= nbytes
         if self.room < 0:
             raise FormatError("it makes too much memory for its length")
 
     def items(self) -> list[Any]:
-        """Pop everything above the last mark."""
+        """Pop and return everything above the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
@@ -132,7 +133,7 @@ class Machine:
             self.stack.append(Reference(module, name, builder=builder))
 
     def call(self, function: Any, args: Any, kwargs: dict[str, Any], new: bool) -> Any:
-        """What a builder makes of the arguments, or a stand-in that keeps them."""
+        """Return what a builder makes of the arguments, or a stand-in that holds them."""
         if type(args) is not tuple:
             raise FormatError(f"arguments in a {type(args).__name__}")
         self.count(2 * ROOM + 8 * len(args))
@@ -164,7 +165,7 @@ class Machine:
                 self.count(cost * len(value))
 
     def build(self, value: Any, state: Any) -> None:
-        """Apply a state."""
+        """Apply a state to a value."""
         fill = self.registry.fills.get(type(value))
         if fill is not None:
             if type(state) is dict:
@@ -185,7 +186,7 @@ class Machine:
             raise FormatError(f"{value.name} changes after it became a key")
 
     def part_of(self, value: Opaque, kind: type) -> Any:
-        """The list or dict at the end of a stand-in's arguments that it was given items in."""
+        """Return the list or dict, last of a stand-in's arguments, of items added to it."""
         self.check_open(value)
         last = value.args[-1] if value.args else None
         if type(last) is kind and id(last) in self.grown:
@@ -205,7 +206,7 @@ class Machine:
         target.extend(items)
 
     def set_items(self, target: Any, items: list[Any]) -> None:
-        """Set items[0]: items[1], items[2]: items[3] and so on."""
+        """Set items[0] to items[1], items[2] to items[3], and so on."""
         kind = type(target)
         if kind is not dict and kind not in self.registry.dict_types:
             if not isinstance(target, Opaque):
@@ -220,14 +221,14 @@ class Machine:
         before = len(target)
         if kind is dict:
             target.update(zip(keys, items[1::2], strict=True))
-        else:  # one by one: some mappings' `update` does something else (a Counter's adds)
+        else:  # One by one: the `update` of some mappings does something else (a Counter's adds).
             for key, item in zip(keys, items[1::2], strict=True):
                 target[key] = item
         if len(target) - before != len(keys):
             raise FormatError("a mapping has one key twice")
 
     def check_key(self, key: Any) -> None:
-        """Refuse a mapping's key, or a set's item, that could crash or hang hashing."""
+        """Refuse a key of a mapping, or an item of a set, that could crash or hang hashing."""
         kind = type(key)
         if kind is str or kind is bytes or kind is float or kind is bool or key is None:
             return
@@ -250,7 +251,7 @@ class Machine:
                     self.check_key(item)
 
     def check_parts(self, key: Any, depth: int, room: int) -> int:
-        """Refuse a key with parts that are not plain; how much of `room` is left."""
+        """Refuse a key with parts that are not plain; return how much of `room` is left."""
         kind = type(key)
         room -= 1
         if room < 0:
@@ -273,6 +274,6 @@ _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None)))
 
 
 def _renamed(module: str, name: str) -> tuple[str, str]:
-    """Protocols 0 to 2 name the standard library as Python 2 did, whoever writes them."""
+    """Return a global's present name: protocols 0 to 2 use the names of Python 2."""
     renamed = NAME_MAPPING.get((module, name))
     return renamed if renamed else (IMPORT_MAPPING.get(module, module), name)

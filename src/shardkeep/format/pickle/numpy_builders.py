@@ -1,4 +1,4 @@
-"""Arrays, scalars and dtypes of numpy, from pickles: bytes with a shape, never objects."""
+"""Builders of numpy arrays, scalars and dtypes: bytes with a shape, never objects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SMALL = tuple(
 
 
 def _dtype(code: Any, align: Any = False, copy: Any = False) -> Any:
-    """A dtype of its own, never a shared one: its state is set in place."""
+    """Return a new dtype, never a shared one, because its state is set in place."""
     if type(code) is Reference and code.module.partition(".")[0] == "ml_dtypes":
         return np.dtype(_small(code.qualname)) if code.qualname in _SMALL else NotImplemented
     if type(code) is not str or not _CODE.fullmatch(code):
@@ -44,11 +44,11 @@ def _dtype(code: Any, align: Any = False, copy: Any = False) -> Any:
 
 
 def _fill_dtype(dtype: np.dtype[Any], state: Any) -> None:
-    """Byte order, fields or unit: the new dtype is made from checked parts, and its state taken."""
+    """Set byte order, fields or unit: make a dtype of checked parts, and copy its state."""
     if type(state) is not tuple or not 8 <= len(state) <= 9 or dtype.kind == "O":
         raise FormatError("a numpy dtype with an unknown state")
     if dtype.type.__name__ in _SMALL:
-        return  # shared, and without variants
+        return  # Shared, and without variants.
     _, order, base, names, fields, itemsize, *_ = state
     if type(order) is not str or order not in ("<", ">", "=", "|") or base is not None:
         raise FormatError("a numpy dtype with an unknown state")
@@ -91,7 +91,7 @@ def _unit(state: Any) -> str:
 
 
 def _checked(shape: Any, dtype: Any, data: Any) -> NDArray[Any]:
-    """The array, after proof that the bytes are all there; in memory of its own."""
+    """Return the array, in its own memory, after checking that all of its bytes are there."""
     if not isinstance(dtype, np.dtype) or dtype.hasobject or dtype.itemsize == 0:
         raise FormatError("a numpy array of objects, or of nothing")
     if type(shape) is not tuple or len(shape) > _MAX_DIMS:
@@ -108,7 +108,7 @@ def _checked(shape: Any, dtype: Any, data: Any) -> NDArray[Any]:
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> Any:
     if type(kind) is not Reference or kind.name != "numpy.ndarray":
-        return NotImplemented  # a subclass: matrix, recarray, masked array
+        return NotImplemented  # A subclass: matrix, recarray, masked array.
     return np.ndarray((0,), "b")
 
 
@@ -117,14 +117,15 @@ def _fill_array(array: NDArray[Any], state: Any) -> None:
     checked = _checked(shape, dtype, data)
     if type(fortran) is not bool:
         raise FormatError("a numpy array in an unknown order")
-    # Its own way of taking a state, now that every part of that is known.
+    # Every part of the state is known by now, so the class may apply it itself.
     known: Any = (1, shape, checked.dtype, fortran, bytes(data))
     array.__setstate__(known)
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Any:
     flat = _checked(shape, dtype, data)
-    if axes is not None:  # numpy 2.4: in the order of memory, and how that is permuted
+    # numpy 2.4 stores the elements in the order of memory, and the permutation of the axes.
+    if axes is not None:
         if type(axes) is not tuple or not all(type(axis) is int for axis in axes):
             raise FormatError("a numpy array with unknown axes")
         return flat.reshape(shape).transpose(axes).copy("K")
@@ -148,4 +149,4 @@ ARRAYS: dict[str, Builder] = {
     **{f"{module}.numeric._frombuffer": Builder(_frombuffer) for module in _MODULES},
     **{f"numpy.dtypes.{kind.__name__}": Builder(type=kind, fill=_fill_dtype) for kind in _KINDS},
 }
-"""What a pickle may name of numpy."""
+"""The names of numpy that a pickle may use."""

@@ -1,6 +1,6 @@
-"""The opcodes of pickle protocols 0 to 5, as functions of (machine, position): the next position.
+"""The opcodes of pickle protocols 0 to 5, as functions of (machine, position).
 
-Their meanings are those that Python's `pickletools` documents.
+Each returns the next position. Python's `pickletools` documents their meanings.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ _text_op(b"C", "<B", bytes)
 _text_op(b"B", "<I", bytes)
 _text_op(b"\x8e", "<Q", bytes)
 _text_op(b"\x96", "<Q", bytearray)
-_text_op(b"U", "<B", _utf8)  # of Python 2
+_text_op(b"U", "<B", _utf8)  # Of Python 2.
 _text_op(b"T", "<i", _utf8)
 
 
@@ -399,7 +399,7 @@ def _get(m: Machine, at: int) -> int:
     return end
 
 
-# Globals and what is made of them
+# Globals and what is built from them
 
 
 @_op(b"c")
@@ -465,7 +465,7 @@ def _build(m: Machine, at: int) -> int:
     return at
 
 
-# What a checkpoint has no use for
+# Opcodes that no checkpoint needs
 
 
 @_op(b"P")

@@ -1,9 +1,9 @@
-"""An inert reader of pickles, protocols 0 to 5: own opcodes, no imports, no calls but to builders.
+"""An inert reader of pickles, protocols 0 to 5: no imports, no calls except to builders.
 
-Not built on `pickle.Unpickler`: its C code crashes the interpreter on a deeply nested tuple as a
-key, hangs on shared nested ones, takes 935 MB for a 9-byte pickle with a large memo index, and
-sets any attribute, `__class__` included, from a state. Here every opcode makes a bounded amount of
-memory and takes a bounded time, and what comes out has bounded depth.
+It is not based on `pickle.Unpickler`, whose C code crashes the interpreter on a deeply nested tuple
+as a key, hangs on shared nested ones, takes 935 MB for a 9-byte pickle with a large memo index, and
+sets any attribute, including `__class__`, from a state. Here every opcode uses a bounded amount of
+memory and time, and the result has a bounded depth.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ def loads(
     persistent: Callable[[Any], Any] | None = None,
     limits: Limits = _LIMITS,
 ) -> Any:
-    """The value of the pickle that `data` begins with; bytes behind its STOP are not looked at.
+    """Return the value of the pickle at the start of `data`; bytes after its STOP are ignored.
 
     Args:
         data: the pickle.
-        builders: what may be built, by full name; anything else becomes an `Opaque`.
-        file: names it in errors.
-        persistent: what a persistent id stands for; without it, they are refused.
-        limits: what it may take.
+        builders: what may be built, by full name; any other global becomes an `Opaque`.
+        file: names the file in errors.
+        persistent: resolves a persistent id; without it, persistent ids are refused.
+        limits: the budgets of the run.
 
     Raises:
-        FormatError: it is broken, takes more than `limits`, or does what no checkpoint needs.
+        FormatError: the pickle is invalid, exceeds `limits`, or does what no checkpoint needs.
     """
     return loads_prefix(data, builders, file=file, persistent=persistent, limits=limits)[0]
 
@@ -83,7 +83,7 @@ def loads_prefix(
     persistent: Callable[[Any], Any] | None = None,
     limits: Limits = _LIMITS,
 ) -> tuple[Any, int]:
-    """As `loads`; the value, and how many bytes the pickle takes, its STOP included."""
+    """Return the value of a pickle, and how many bytes the pickle takes, including its STOP."""
     registry = builders if isinstance(builders, Registry) else Registry(builders)
     machine = Machine(bytes(data), registry, persistent, limits)
     try:
@@ -95,7 +95,8 @@ def loads_prefix(
         what = _EARLY if isinstance(error, (IndexError, struct.error)) else f"{error}"[:200]
         place = f"offset {machine.at}"
         raise FormatError(f"broken pickle: {what}", file=file, place=place) from error
-    finally:  # an error's traceback keeps the machine: it should not keep a bomb as well
+    # An error's traceback keeps the machine alive; it should not keep a pickle bomb alive as well.
+    finally:
         machine.stack.clear()
         machine.memo.clear()
     return value, machine.end

@@ -1,4 +1,4 @@
-"""The bytes of many records of one layout, put together as columns: a byte template, filled in."""
+"""Many records of one layout, assembled as columns: a byte template, filled in."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Bytes = NDArray[np.uint8]
 """[N, k]: k bytes of each of N records."""
 
 Part = bytes | Bytes | tuple[bytes | Bytes, NDArray[np.bool_]]
-"""What records consist of: the same bytes in all, or some of each; and which of them have it."""
+"""A part of a record: bytes that all records share, or a column; and which records have it."""
 
 _Masked = tuple[bytes | Bytes, NDArray[np.bool_] | None]
 
 _STEP = 1 << 16
-"""Records that are put together at a time, so that they stay in the cache, and memory small."""
+"""Records that are assembled at a time, so that they fit in the cache and need little memory."""
 
 
 def records(count: int, parts: Sequence[Part]) -> bytes:
-    """`count` records one after the other, each of these parts in this order."""
+    """Return `count` records one after the other, each of these parts in this order."""
     pairs = [_masked(part) for part in parts]
     return b"".join(
         _records(slice(start, min(start + _STEP, count)), pairs) for start in range(0, count, _STEP)
@@ -54,7 +54,7 @@ def _records(rows: slice, parts: Sequence[_Masked]) -> bytes:
 
 
 def integers(values: I64) -> Bytes:
-    """What pushes each int of a column, none negative: as wide as the largest needs."""
+    """Return the opcodes that push each int (>= 0) of a column, as wide as the largest needs."""
     largest = int(values.max(initial=0))
     if largest < 1 << 8:
         return _coded(b"K", values, "u1")
@@ -64,7 +64,7 @@ def integers(values: I64) -> Bytes:
 
 
 def references(numbers: I64) -> Bytes:
-    """What pushes the constant of each of these numbers."""
+    """Return the opcodes that push the constants with these numbers."""
     return _coded(b"j", numbers, "<u4")
 
 

@@ -1,7 +1,7 @@
-"""What the inert pickle reader is told, and what it hands out: builders, stand-ins, budgets.
+"""Inputs and outputs of the inert pickle reader: builders, stand-ins, budgets.
 
-A pickle is a program. Here it runs without the power to do anything: a class that it names is
-looked up in a short list of builders and nowhere else, and what is not there becomes a stand-in.
+A pickle is a program. Here it cannot do anything: a class that it names is looked up in a short
+list of builders and nowhere else. A class that is not in the list becomes a stand-in.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one pickle may take.
+    """The budgets of one pickle.
 
     Attributes:
-        depth: containers inside each other; what comes out can be walked by recursion.
-        parts: of what comes out, with shared ones counted as often as they appear: what is small
-            in memory may take forever to print or compare. Each byte of the pickle adds 16.
-        memory: bytes that any pickle may make.
-        growth: bytes that it may make beyond that, for each byte of itself. Real metadata takes
-            about 15; a list of empty dicts 80, an endless row of empty sets 300.
-        int_bytes: of one integer. Python refuses to print more than 4,300 digits.
-        key_depth, key_items: of a tuple that is a mapping's key: hashing it visits every item of
-            every level each time, shared or not.
-        key_clashes: different keys with one hash. Tuples and integers with equal hashes are easy
-            to make, and n of them in one mapping take n * n comparisons.
+        depth: nesting of containers; the result can be walked by recursion.
+        parts: parts of the result, with shared ones counted as often as they appear: a value that
+            is small in memory may take forever to print or compare. Each byte of the pickle adds
+            16.
+        memory: bytes that any pickle may allocate.
+        growth: bytes that it may allocate beyond that, for each byte of its own. Real metadata
+            takes about 15; a list of empty dicts 80, an endless row of empty sets 300.
+        int_bytes: bytes of one integer. Python refuses to print more than 4,300 digits.
+        key_depth, key_items: limits of a tuple that is a mapping's key: hashing it visits every
+            item of every level each time, shared or not.
+        key_clashes: different keys with one hash. Tuples and integers with equal hashes are easy to
+            make, and n of them in one mapping take n * n comparisons.
     """
 
     depth: int = 100
@@ -54,26 +55,26 @@ class Limits:
 
 
 CALLED: Any = object()
-"""The `value` of a builder whose global is there to be called."""
+"""The `value` of a builder whose global is called."""
 
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """How one global comes to life. None of its functions may trust what it is given.
+    """How to build the values of one global. Its functions must not trust their arguments.
 
-    They may raise TypeError, ValueError, ArithmeticError or LookupError for arguments that make no
-    sense: that becomes a `FormatError`. `make` and `new` may return NotImplemented: an `Opaque`.
+    They may raise TypeError, ValueError, ArithmeticError or LookupError for invalid arguments,
+    which becomes a `FormatError`. `make` and `new` may return NotImplemented for an `Opaque`.
 
     Attributes:
         make: called with the pickle's arguments (REDUCE).
-        new: the same for an instance without `__init__` (NEWOBJ); None: as `make`.
-        type: exact type of what is made; needed for everything below. One type has one behaviour,
+        new: the same for an instance without `__init__` (NEWOBJ); None uses `make`.
+        type: the exact type of the result; needed for everything below. One type has one behaviour,
             whichever builder it came from.
-        fill: applies a state in place (BUILD), in place of `__setstate__` and attributes.
+        fill: applies a state in place (BUILD), instead of `__setstate__` and attributes.
         takes: "list" if it is extended item by item, "dict" if it takes items by key.
-        key: whether what is made may be a mapping's key: hashable for good, at little cost.
+        key: whether the result may be a mapping's key: permanently hashable, at little cost.
         hashes: whether `make` hashes the items of its arguments: they are checked as keys first.
-        value: what the global itself is, where it is not there to be called.
+        value: the value of the global itself, if it is not called.
     """
 
     make: Callable[..., Any] | None = None
@@ -87,9 +88,9 @@ class Builder:
 
 
 class Registry(Mapping[str, Builder]):
-    """Builders by full name (`module.qualname`), with the tables that the reader works from.
+    """Builders by full name (`module.qualname`), with tables that the reader works from.
 
-    Any mapping will do for `unpickle.loads`; this one is prepared once for many pickles.
+    `reader.loads` accepts any mapping; a registry is prepared once for many pickles.
     """
 
     def __init__(self, builders: Mapping[str, Builder]) -> None:
@@ -99,7 +100,7 @@ class Registry(Mapping[str, Builder]):
         self.list_types = frozenset(b.type for b in known if b.takes == "list")
         self.dict_types = frozenset(b.type for b in known if b.takes == "dict")
         self.key_types = frozenset(b.type for b in known if b.key)
-        self.identity_types = frozenset(  # hashed by identity: nothing can clash
+        self.identity_types = frozenset(  # Hashed by identity, so their hashes cannot clash.
             kind for kind in self.key_types if getattr(kind, "__hash__", None) is object.__hash__
         )
 
@@ -124,22 +125,22 @@ _PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     **dict.fromkeys((list, tuple, set, frozenset, deque), iter),
     **dict.fromkeys((dict, OrderedDict, defaultdict, Counter), dict.values),
 }
-"""How to walk a container. Whatever is not here is a leaf: its builder answers for its inside."""
+"""How to walk a container. Any other type is a leaf that its builder has checked."""
 
 
 def check_nesting(value: Any, depth: int, parts: int) -> None:
-    """Refuse what contains itself, nests too deeply or shares too much: walking it would hang.
+    """Refuse a value that contains itself, nests too deeply or shares too much.
 
-    An `Opaque` ends the nesting and starts a new one: stand-ins of ordinary object graphs, where a
-    child knows its parent, may be read, as long as no list or dict contains itself.
+    An `Opaque` ends the nesting and starts a new one. Stand-ins for ordinary object graphs, where a
+    child refers to its parent, can be read as long as no list or dict contains itself.
 
     Args:
-        value: what was read.
-        depth: containers inside each other at most.
-        parts: at most, with shared ones counted as often as they appear.
+        value: the value that was read.
+        depth: maximum nesting of containers.
+        parts: maximum number of parts, with shared ones counted as often as they appear.
 
     Raises:
-        FormatError: there is more.
+        FormatError: the value exceeds a limit.
     """
     measured: dict[int, tuple[int, int]] = {}
     roots: list[Any] = [value]
@@ -166,13 +167,13 @@ def _measure(
     """Walk one nesting depth first, without recursion.
 
     Args:
-        root: where to begin.
-        depth, parts: as above.
-        measured: levels and parts of each container, by id; grows.
-        found: takes up the stand-ins that are met.
+        root: where to start.
+        depth, parts: the limits.
+        measured: levels and parts of each container, by id; extended here.
+        found: collects the stand-ins on the way.
     """
-    # A level is [id, what is left of its parts, levels and parts of it so far]. The first one
-    # stands outside, so that the root is looked at as any other part.
+    # A level is [id, its remaining parts, levels and parts of it so far]. The first level is
+    # the root, so that the root is treated like any other part.
     path: list[list[Any]] = [[0, iter((root,)), 0, 0]]
     while True:
         level = path[-1]
@@ -210,9 +211,9 @@ def _measure(
 
 
 def opaque_classes(value: Any) -> tuple[str, ...]:
-    """Full names of all classes that are only stood for in a value, in the order they are met.
+    """Return the full names of the classes that stand-ins in a value represent, in order.
 
-    Safe for any value that the reader gives, deep or cyclic.
+    Safe for any value that the reader returns, deep or cyclic.
     """
     names: dict[str, None] = {}
     seen: set[int] = set()

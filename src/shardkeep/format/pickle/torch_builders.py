@@ -1,6 +1,6 @@
-"""Tensors as `torch.save` describes them: a storage, and how the tensor lies in it.
+"""Tensors as `torch.save` describes them: a storage, and the tensor's layout in it.
 
-The functions of `torch._utils` that a container's pickle names are re-enacted here on values.
+The functions of `torch._utils` that a container's pickle names are reproduced here on plain values.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Record:
     """A file inside a zip.
 
     Attributes:
-        name: inside the zip, with its folder.
-        offset: of its first byte, relative to the item.
-        nbytes: stored bytes; records of torch are never compressed.
-        crc32: of its bytes.
+        name: its name in the zip, with its folder.
+        offset: position of its first byte, relative to the item.
+        nbytes: stored bytes; torch never compresses records.
+        crc32: CRC-32 of its bytes.
     """
 
     name: str
@@ -39,18 +39,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a container: where its elements lie.
+    """A tensor in a container, with the location of its elements.
 
     Attributes:
         dtype: element type.
         shape: sizes, in elements.
-        strides: steps, in elements; any that are not negative, 0 for what is repeated.
-        start: of element (0, 0, ...), in bytes, relative to the item.
-        record: the storage that holds it, and maybe more than it.
+        strides: steps, in elements; not negative, 0 for repeated elements.
+        start: position of element (0, 0, ...), in bytes, relative to the item.
+        record: the storage that contains it, and possibly more than it.
         requires_grad: as it was saved.
-        conj, neg: the elements are stored conjugated, or negated.
+        conj, neg: whether the elements are stored conjugated, or negated.
         quantizer: scheme, scale(s), zero point(s) and axis of a quantized tensor.
-        note: what the stored form knows beyond that, in words.
+        note: anything else about the stored form, for people.
     """
 
     dtype: DType
@@ -72,7 +72,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StorageKind:
-    """A storage class of torch; `dtype` is None where it only counts bytes."""
+    """A storage class of torch; `dtype` is None if it only counts bytes."""
 
     dtype: DType | None
 
@@ -83,9 +83,9 @@ class Storage:
 
     Attributes:
         kind: its class.
-        count: its length, in elements of its dtype (bytes without one).
-        record: where its bytes are.
-        finish: what a tensor in it becomes.
+        count: its length, in elements of its dtype (in bytes without one).
+        record: the record of its bytes.
+        finish: converts a tensor in it to the final value.
     """
 
     kind: StorageKind
@@ -101,12 +101,12 @@ class Storage:
 def persistent_storage(
     key: Any, record: Callable[[str], Record], finish: Callable[[StoredTensor], Any]
 ) -> Storage:
-    """What a persistent id of `torch.save` stands for.
+    """Resolve a persistent id of `torch.save` to a storage.
 
     Args:
         key: ("storage", class, name of the record, device, number of elements).
-        record: finds a record by that name.
-        finish: what tensors in it become.
+        record: finds a record by name.
+        finish: converts tensors in it to the final values.
     """
     if type(key) is not tuple or len(key) != 5 or key[0] != "storage":
         raise FormatError("a persistent id that is not a storage")
@@ -215,7 +215,8 @@ def _qtensor(
     if type(quantizer) is not tuple or not quantizer:
         raise FormatError("a quantized tensor without its scale")
     if type(storage) is Storage and storage.kind.dtype in _PACKED:
-        # Several elements a byte: no numpy array has its shape, so its bytes stand for it.
+        # Several elements share a byte: no numpy array has its shape, so an array of its bytes is
+        # used.
         plain = _rebuild(storage, 0, (storage.count,), (1,), None)
         return Opaque("torch._utils", "_rebuild_qtensor", (plain, offset, size, stride, quantizer))
     scheme, *numbers = quantizer
@@ -232,7 +233,7 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> 
 
 
 def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor of another class, or with attributes: the tensor, if its class adds nothing."""
+    """Build a tensor of another class or with attributes, if the class adds nothing."""
     builder = function.builder if type(function) is Reference else None
     make = builder.make if builder else None
     if make not in _TENSORS or type(args) is not tuple or not isinstance(kind, Opaque):
@@ -292,4 +293,4 @@ REBUILD: dict[str, Builder] = {
     "torch.storage.UntypedStorage": Builder(value=StorageKind(None)),
     **{f"torch.{dtype.name}": Builder(value=dtype, type=DType, key=True) for dtype in DTYPES},
 }
-"""What a container's pickle names of torch's tensors."""
+"""The names of torch's tensors that a container's pickle may use."""

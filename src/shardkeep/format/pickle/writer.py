@@ -1,7 +1,7 @@
-"""An emitter of pickles, opcode by opcode: no object is pickled, so nothing needs to be imported.
+"""A writer of pickles, opcode by opcode: it pickles no object, so it needs to import nothing.
 
-A pickle here is a table of constants, each memoised and popped off the stack, and then a body that
-only refers to them. References can be used in any order, and equal values are written once.
+A pickle here is a table of constants, each memoised and popped from the stack, followed by a body
+that only refers to them. References can be used in any order, and equal values are written once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = [
 NONE = b"N"
 FALSE = b"\x89"
 _KEPT = b"\x940"
-"""Behind what pushes a constant: memoised, and off the stack again."""
+"""Follows the opcodes that push a constant: memoise it and pop it from the stack."""
 _PROTOCOL = b"\x80\x04"
 _TUPLES = (b")", b"\x85", b"\x86", b"\x87")
 
 
 def integer(value: int) -> bytes:
-    """Push an int of any size."""
+    """Return the opcode that pushes an int of any size."""
     if 0 <= value < 256:
         return b"K%c" % value
     if 0 <= value < 65536:
@@ -46,30 +46,30 @@ def integer(value: int) -> bytes:
 
 
 def sequence(parts: Sequence[bytes]) -> bytes:
-    """Push a tuple of what the parts push."""
+    """Return the opcodes that push a tuple of these parts."""
     if len(parts) < len(_TUPLES):
         return b"".join(parts) + _TUPLES[len(parts)]
     return b"(%bt" % b"".join(parts)
 
 
 def new(kind: bytes, state: bytes) -> bytes:
-    """Push an instance of a class, made without arguments and filled with `state`."""
+    """Return the opcodes that push an instance of a class filled with `state`."""
     return b"%b)\x81%bb" % (kind, state)
 
 
 def strings(value: str) -> bytes:
-    """Push a str. Lone surrogates pass, as in Python's own pickles."""
+    """Return the opcode that pushes a str. Lone surrogates are kept, as in Python's own pickles."""
     data = value.encode("utf-8", "surrogatepass")
     return b"X%b%b" % (len(data).to_bytes(4, "little"), data)
 
 
 def reference(number: int) -> bytes:
-    """Push the constant of that number from the table."""
+    """Return the opcode that pushes the constant with this number."""
     return b"h%c" % number if number < 256 else b"j" + number.to_bytes(4, "little")
 
 
 class Pickle:
-    """One pickle in the making (protocol 4, in one frame). Constants are numbered from 0 on."""
+    """One pickle under construction (protocol 4, in one frame). Constants are numbered from 0."""
 
     def __init__(self) -> None:
         self._constants: list[bytes] = []
@@ -77,20 +77,20 @@ class Pickle:
         self._texts: dict[str, int] = {}
 
     def constant(self, pushes: bytes) -> int:
-        """Put what `pushes` pushes into the table; its number."""
+        """Add what `pushes` pushes to the table, and return its number."""
         self._constants.append(pushes + _KEPT)
         self._count += 1
         return self._count - 1
 
     def text(self, value: str) -> int:
-        """The number of a str."""
+        """Return the number of a str."""
         known = self._texts.get(value)
         if known is None:
             known = self._texts[value] = self.constant(strings(value))
         return known
 
     def texts(self, values: Sequence[str]) -> I64:
-        """The numbers of many new texts: quicker than one by one, as none is looked up."""
+        """Return the numbers of many new strings, without looking each one up."""
         if not values:
             return np.empty(0, np.int64)
         data, lengths = joined(values, gap=len(_KEPT) + 5)
@@ -106,11 +106,11 @@ class Pickle:
         return np.arange(self._count - len(values), self._count)
 
     def named(self, module: str, name: str) -> int:
-        """The number of a global."""
+        """Return the number of a global."""
         return self.constant(strings(module) + strings(name) + b"\x93")
 
     def finish(self, *body: bytes) -> bytes:
-        """The pickle of what all of `body` pushes."""
+        """Return the pickle of everything that `body` pushes."""
         content = (*self._constants, *body, b".")
         frame = struct.pack("<Q", sum(map(len, content)))
         return b"".join((_PROTOCOL, b"\x95", frame, *content))

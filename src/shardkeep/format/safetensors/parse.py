@@ -39,10 +39,10 @@ ReadAt = Callable[[int, int], bytes]
 Ints = tuple[int, ...]
 
 INDEX = "model.safetensors.index.json"
-"""What the index of a set is called."""
+"""File name of the index of a set."""
 
 SHARDING = "DCP_SHARDING_INFO"
-"""Where in `__metadata__` DCP says which part of each tensor a file holds."""
+"""Key in `__metadata__` where DCP stores which part of each tensor a file contains."""
 
 MAX_HEADER = 100_000_000
 
@@ -78,8 +78,8 @@ class Entry:
     Attributes:
         dtype: element type.
         shape: sizes, in elements of torch's dtype (two 4-bit floats make one).
-        start: of its bytes in the file. They are in C order, without gaps.
-        nbytes: their number.
+        start: position of its bytes in the file. They are in C order, without gaps.
+        nbytes: number of its bytes.
     """
 
     dtype: DType
@@ -90,7 +90,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself: its tensors by name, and its `__metadata__`."""
+    """A file's header: its tensors by name, and its `__metadata__`."""
 
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str]
@@ -98,7 +98,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A tensor, or a part of one that begins at `begin`, if the file says that it is a part."""
+    """A tensor, or a part of one that starts at `begin`, if the file says that it is a part."""
 
     file: str
     entry: Entry
@@ -106,7 +106,7 @@ class _Part:
 
 
 def read_header(read_at: ReadAt, size: int, *, file: str) -> Header:
-    """The header of a safetensors file.
+    """Return the header of a safetensors file.
 
     Args:
         read_at: reads (offset, length) of the file.
@@ -143,7 +143,7 @@ def _named(name: str) -> str:
 
 
 def _json(data: bytes, file: str) -> dict[str, Any]:
-    """A JSON object, strictly: no name twice anywhere."""
+    """Parse a JSON object strictly: no name twice anywhere."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -191,10 +191,10 @@ def _counts(value: Any) -> bool:
 
 
 def weight_map(data: bytes, *, file: str = INDEX) -> dict[str, str]:
-    """Which file holds which tensor, from the index of a set.
+    """Return which file contains which tensor, from the index of a set.
 
     Raises:
-        FormatError: it is no such index, or names a file outside the folder.
+        FormatError: it is not such an index, or names a file outside the folder.
     """
     names = _json(data, file).get("weight_map")
     if type(names) is not dict or not all(type(value) is str for value in names.values()):
@@ -207,18 +207,18 @@ def weight_map(data: bytes, *, file: str = INDEX) -> dict[str, str]:
 
 
 def index_of(headers: Mapping[str, Header], weights: Mapping[str, str] | None) -> Index:
-    """The index of a set of files.
+    """Return the index of a set of files.
 
-    A tensor may be in several files: those that DCP wrote say where in the whole tensor each part
-    begins (`DCP_SHARDING_INFO`); the whole then reaches as far as its parts do.
+    A tensor may be in several files: those that DCP wrote store where in the whole tensor each part
+    starts (`DCP_SHARDING_INFO`). The whole then extends as far as its parts do.
 
     Args:
         headers: by file name.
-        weights: which file holds which tensor, if the set has such an index: it decides.
+        weights: which file contains which tensor, if the set has such an index: it decides.
 
     Raises:
         FormatError: a tensor is missing, or in two files that do not say which part of it they
-            hold; parts differ in dtype or dimensions.
+            contain; parts differ in dtype or dimensions.
     """
     parts: dict[str, list[_Part]] = {}
     for file, header in headers.items():
@@ -252,7 +252,7 @@ def index_of(headers: Mapping[str, Header], weights: Mapping[str, str] | None) -
 
 
 def _saved_offsets(header: Header, file: str) -> dict[str, Ints]:
-    """Where in its whole tensor each part of this file begins; empty if the file does not say."""
+    """Return where in its tensor each part of this file starts; empty if it does not say."""
     text = header.metadata.get(SHARDING)
     if text is None:
         return {}
@@ -268,7 +268,7 @@ def _saved_offsets(header: Header, file: str) -> dict[str, Ints]:
 
 
 def _whole(name: str, parts: list[_Part]) -> tuple[DType, Ints]:
-    """Dtype and shape of the tensor that these are parts of."""
+    """Return dtype and shape of the tensor that these are parts of."""
     first = parts[0].entry
     shape = list(first.shape)
     for part in parts:
@@ -285,7 +285,7 @@ def _whole(name: str, parts: list[_Part]) -> tuple[DType, Ints]:
 
 
 def _unique(name: str, parts: list[_Part]) -> dict[Ints, _Part]:
-    """The parts by where they begin; replicas count once."""
+    """Return the parts by where they start; replicas count once."""
     unique: dict[Ints, _Part] = {}
     for part in parts:
         known = unique.setdefault(part.begin or (0,) * len(part.entry.shape), part)

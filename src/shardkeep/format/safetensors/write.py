@@ -1,4 +1,4 @@
-"""Safetensors files and sets of them, as they are written: headers, names, the index of a set."""
+"""Writes safetensors files and sets of them: headers, names, the index of a set."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _HEADER_ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a file begins, and what follows.
+    """The header of a file, and the order of what follows.
 
     Attributes:
         header: its first bytes.
-        names: the tensors whose bytes come after it, one after the other, in this order.
-        nbytes: their number, without the header's.
+        names: the tensors whose bytes follow, one after the other, in this order.
+        nbytes: number of bytes without the header.
     """
 
     header: bytes
@@ -40,14 +40,15 @@ class Layout:
 
 
 def layout(tensors: Mapping[str, tuple[DType, Ints]], metadata: Mapping[str, str]) -> Layout:
-    """The layout of a file with these tensors; every one starts at a multiple of its item size.
+    """Return the layout of a file with these tensors; each starts at a multiple of its item size.
 
     Args:
         tensors: name -> dtype and shape, in elements of torch's dtype.
-        metadata: what goes to `__metadata__`.
+        metadata: content of `__metadata__`.
 
     Raises:
-        Conflict: the format has no such dtype, or no such name; or more names than a header holds.
+        Conflict: the format lacks such a dtype or does not permit such a name; or there are more
+            names than a header can hold.
     """
     # Wide elements first: so all are aligned without gaps, which the format forbids.
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -85,23 +86,23 @@ def _header(fields: Mapping[str, Any]) -> bytes:
 
 
 def of_wholes() -> dict[str, str]:
-    """The `__metadata__` of a file that holds whole tensors."""
+    """Return the `__metadata__` of a file that contains whole tensors."""
     return {"format": "pt"}
 
 
 def of_parts(begins: Mapping[str, Ints]) -> dict[str, str]:
-    """The `__metadata__` of a file as DCP writes it: where in its tensor each part begins."""
+    """Return the `__metadata__` of a file as DCP writes it, with the start of each part."""
     info = {name: {"saved_offsets": list(begin)} for name, begin in begins.items()}
     return {SHARDING: json.dumps(info), "DCP_VERSION": "1.0", **of_wholes()}
 
 
 def file_name(number: int, last: int, shard: int | None = None, part: int = 1) -> str:
-    """The name of file `number` of `last`, both counted from 1.
+    """Return the name of file `number` of `last`, both counted from 1.
 
     Args:
-        number, last: as they say.
-        shard: which rank's it is, counted from 1; None where files are not sharded.
-        part: a tensor has one part in a file: its second one is in a file of its own.
+        number, last: position and number of files.
+        shard: the rank whose file it is, counted from 1; None if files are not sharded.
+        part: a tensor has one part in a file; its second part is in a file of its own.
     """
     before = "" if shard is None else f"shard-{shard:05}-"
     after = "" if part == 1 else f"-part-{part:05}"
@@ -109,11 +110,11 @@ def file_name(number: int, last: int, shard: int | None = None, part: int = 1) -
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a file is one of those, or was becoming one."""
+    """Return whether a file has such a name, or its temporary form."""
     return _FILE.fullmatch(name) is not None
 
 
 def listing(weights: Mapping[str, str], nbytes: int) -> bytes:
-    """The index of a set: which file holds which tensor, and the bytes of all of them."""
+    """Return the index of a set: which file contains which tensor, and the bytes of all of them."""
     fields = {"metadata": {"total_size": nbytes}, "weight_map": dict(weights)}
     return json.dumps(fields, indent=2).encode()

@@ -1,4 +1,4 @@
-"""Reading the zip that `torch.save` makes: an item of a checkpoint, one tensor or any object."""
+"""Readers of the zip that `torch.save` writes: an item of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardkeep.format.torch_zip.directory import ReadAt, records
 __all__ = ["Known", "ReadAt", "Record", "StoredTensor", "array", "records", "tensor", "value"]
 
 _MAX_PICKLE = 1 << 20
-"""Bytes of the pickle of one tensor at most; real ones have some hundred."""
+"""Maximum bytes of the pickle of one tensor; real ones have some hundred."""
 
 _EXPANDED = 64 << 20
 """Bytes that the tensors of one object may take beyond its own: expanded and shared ones do."""
@@ -30,7 +30,7 @@ Bytes = TypeVar("Bytes", bytes, memoryview)
 
 
 class _Archive:
-    """The records of one container, by their name without its folder."""
+    """The records of one container, by name without the folder."""
 
     def __init__(self, read_at: ReadAt, length: int, *, file: str, place: str) -> None:
         self.file, self.place = file, place
@@ -53,35 +53,35 @@ class _Archive:
         return tuple((one.name, one.offset, one.nbytes) for one in self._records.values())
 
     def record(self, name: str) -> Record:
-        """The record of that name, with its folder."""
+        """Return the record of that name, with its folder."""
         return self._records[name]
 
     def error(self, what: str) -> FormatError:
         return FormatError(what, file=self.file, place=self.place)
 
     def read(self, record: Record) -> bytes:
-        """The bytes of a record."""
+        """Return the bytes of a record."""
         data = self._read_at(record.offset, record.nbytes)
         if len(data) != record.nbytes:
             raise self.error(f"record {shown(record.name)} is cut short")
         return self.checked(record, data)
 
     def checked(self, record: Record, data: Bytes) -> Bytes:
-        """The bytes of a record, if they have its CRC-32. Raises Damaged."""
+        """Return the bytes of a record if they match its CRC-32; raise Damaged otherwise."""
         if crc32(data) != record.crc32:
             what = f"record {shown(record.name)} does not match its CRC-32"
             raise Damaged(what, file=self.file, name=self.place)
         return data
 
     def data(self, key: str) -> Record:
-        """The record of a storage."""
+        """Return the record of a storage."""
         record = self._records.get(f"{self._folder}data/{key}")
         if record is None:
             raise FormatError(f"a storage {shown(key)} without a record")
         return record
 
     def load(self, builders: Mapping[str, Builder], finish: Callable[[StoredTensor], Any]) -> Any:
-        """The value of the pickle, with tensors as `finish` makes them."""
+        """Return the value of the pickle, with tensors converted by `finish`."""
         try:
             return loads(
                 self.read(self.pickle),
@@ -94,7 +94,7 @@ class _Archive:
 
 
 Known = dict[Any, StoredTensor]
-"""What `tensor` found in items, by all that it depends on but their file and place."""
+"""Results of `tensor`, by everything that they depend on except file and place."""
 
 _MAX_KNOWN = 1024
 
@@ -102,17 +102,18 @@ _MAX_KNOWN = 1024
 def tensor(
     read_at: ReadAt, length: int, *, file: str, place: str, known: Known | None = None
 ) -> StoredTensor:
-    """Where the elements of a tensor item lie. Reads its directory and its pickle only.
+    """Return the location of a tensor item's elements, reading only its directory and its pickle.
 
     Args:
         read_at: reads (offset, length), relative to the item.
         length: bytes of the item.
         file, place: name the item in errors.
-        known: saves time for many items that are alike: a pickle that is there, byte for byte, for
-            records of the same names at the same places, is not interpreted again. Is added to.
+        known: a cache for many similar items, which is extended: a pickle with the same bytes, for
+            records with the same names at the same places, is not interpreted again.
 
     Raises:
-        FormatError: it is no such zip, holds no plain tensor, or elements beyond its record.
+        FormatError: the item is not such a zip, contains no plain tensor, or refers to elements
+            beyond its record.
         Damaged: its pickle does not match its CRC-32.
     """
     archive = _Archive(read_at, length, file=file, place=place)
@@ -143,19 +144,19 @@ def value(
     place: str,
     make_tensor: MakeTensor | None = None,
 ) -> Any:
-    """The value of an object item. Classes that are not in `builders` are `Opaque`.
+    """Return the value of an object item. Classes that are not in `builders` become `Opaque`.
 
     Args:
         data: the item.
         builders: what may be built; a `Registry` saves time for many items.
         file, place: name the item in errors.
         make_tensor: makes a tensor inside the object, from its description and the bytes of its
-            record (it starts at `stored.start - stored.record.offset` in them). Without it,
-            tensors become numpy arrays with memory of their own.
+            record (where it starts at `stored.start - stored.record.offset`). Without it, tensors
+            become numpy arrays with their own memory.
 
     Raises:
-        FormatError: it is no such zip, its pickle is broken or hostile, or its tensors take much
-            more memory than the item.
+        FormatError: the item is not such a zip, its pickle is invalid or hostile, or its tensors
+            take much more memory than the item.
         Damaged: a record that is needed does not match its CRC-32.
     """
     view = memoryview(data)
@@ -178,7 +179,7 @@ def value(
 
 
 def array(stored: StoredTensor, record: memoryview) -> NDArray[Any]:
-    """A tensor as a numpy array of its own memory, in C order.
+    """Return a tensor as a numpy array with its own memory, in C order.
 
     Args:
         stored: describes it; its strides were checked against the record.

@@ -1,7 +1,7 @@
-"""One stored tensor as the zip that `torch.save` makes, written in one pass around its payload.
+"""Writes one tensor as the zip that `torch.save` makes, in one pass around its payload.
 
-The payload comes last, so that head, payload and tail follow each other: its CRC-32 and size stand
-in a data descriptor behind it and in the central directory (docs/format.md).
+The payload comes last, so that head, payload and tail follow each other: its CRC-32 and size are
+in a data descriptor after it and in the central directory (docs/format.md).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _STORAGES = {
     "bfloat16": "BFloat16Storage",
     "complex64": "ComplexFloatStorage",
     "complex128": "ComplexDoubleStorage",
-    # The loaders of 2.4 and 2.5 know these dtypes, but refuse their names in an item. As signed
-    # integers of the same bits they load everywhere: `.metadata` says what they are.
+    # The loaders of 2.4 and 2.5 know these dtypes but refuse their names in an item. As signed
+    # integers of the same bits they load everywhere: `.metadata` has the real dtype.
     "uint16": "ShortStorage",
     "uint32": "IntStorage",
     "uint64": "LongStorage",
@@ -49,7 +49,7 @@ _QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LARGE = 0xFFFFFFFF
-"""What a 32-bit field of a zip says when its value stands in the zip64 field, so from here on."""
+"""Content of a 32-bit field of a zip whose value is in the zip64 field."""
 _DESCRIBED = 0x0808
 """Flags: CRC and sizes follow the payload, and names are UTF-8; as torch sets them."""
 _DATE = 0x21
@@ -61,8 +61,8 @@ class TensorItem:
     """Wraps the bytes of one tensor, in C order without gaps, as an item: head + payload + tail.
 
     Args:
-        dtype: element type; quantized ones are refused, as the scale would be lost.
-        shape: of the tensor in this item, so a chunk's sizes.
+        dtype: element type; quantized dtypes are refused, because the scale would be lost.
+        shape: shape of the tensor in this item, that is, the sizes of a chunk.
         alignment: the payload starts at a multiple of this many bytes of the file.
 
     Raises:
@@ -89,21 +89,21 @@ class TensorItem:
         return prod(self.shape) * self.dtype.itemsize
 
     def head(self, position: int) -> bytes:
-        """What goes before the payload, for an item that starts at `position` of its file."""
+        """Return the bytes before the payload of an item that starts at `position`."""
         return self.frame(position).head
 
     def tail(self, position: int, crc: int) -> bytes:
-        """What goes after the payload, given its CRC-32."""
+        """Return the bytes after the payload, given its CRC-32."""
         return self.frame(position).tail(crc)
 
     def length(self, position: int) -> int:
-        """Bytes of the whole item."""
+        """Return the bytes of the whole item."""
         frame = self.frame(position)
         return len(frame.head) + self.nbytes + frame.tail_length
 
     def frame(self, position: int) -> Frame:
-        """What lies around the payload of an item that starts at `position` of its file."""
-        # Everything but the padding is the same at all positions, so that few heads are ever made.
+        """Return the bytes around the payload of an item that starts at `position`."""
+        # Everything except the padding is the same at all positions, so few heads are ever made.
         return _frame(self.dtype.name, self.shape, self.alignment, position % self.alignment)
 
 
@@ -111,7 +111,7 @@ class TensorFraming:
     """The frames of all tensors of one dtype and shape (`types.Framing`).
 
     Raises:
-        ValueError: as `TensorItem`.
+        ValueError: a quantized dtype or a negative size.
     """
 
     def __init__(self, dtype: DType, shape: tuple[int, ...]) -> None:
@@ -119,7 +119,7 @@ class TensorFraming:
         self._known: list[Frame | None] = [None] * ALIGNMENT
 
     def __call__(self, position: int, paged: bool) -> Frame:
-        """The frame of an item that starts at `position` of its file."""
+        """Return the frame of an item that starts at `position` of its file."""
         if paged:
             return self._paged.frame(position)
         residue = position % ALIGNMENT
@@ -131,7 +131,7 @@ class TensorFraming:
 
 @lru_cache(maxsize=4096)
 def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> Frame:
-    """An item of that tensor, for positions that leave this residue by the alignment."""
+    """Return the frame of that tensor for positions with this remainder modulo the alignment."""
     records, entries, count = _small_records(dtype, shape)
     nbytes = prod(shape) * DType.named(dtype).itemsize
     large = nbytes >= _LARGE
@@ -139,7 +139,7 @@ def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> 
     extra = struct.pack("<2H2Q", 1, 16, 0, 0) if large else b""
     start = residue + len(records) + _LOCAL.size + len(name) + len(extra)
     padding = -start % alignment
-    while 0 < padding < 4:  # a field in the header takes 4 bytes at least
+    while 0 < padding < 4:  # A field in the header takes at least 4 bytes.
         padding += alignment
     if padding:
         extra += b"FB" + (padding - 4).to_bytes(2, "little") + bytes(padding - 4)
@@ -147,7 +147,7 @@ def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> 
     sizes = struct.pack("<2Q" if large else "<2I", nbytes, nbytes)
     entry = _central(name, nbytes, 0, len(records), _DESCRIBED)
     directory = len(head) + nbytes + 8 + len(sizes)
-    crc_at = 16  # of the entry
+    crc_at = 16  # Of the entry.
     return Frame(
         head,
         b"PK\x07\x08",
@@ -158,7 +158,7 @@ def _frame(dtype: str, shape: tuple[int, ...], alignment: int, residue: int) -> 
 
 @lru_cache(maxsize=512)
 def _small_records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes, int]:
-    """The records before the payload, their entries in the central directory, and their number."""
+    """Return the records before the payload, their directory entries, and their number."""
     content, entries = b"", b""
     records = {
         b"archive/data.pkl": _pickle(DType.named(dtype), shape),
@@ -174,7 +174,7 @@ def _small_records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes, in
 def _local(
     name: bytes, extra: bytes = b"", size: int = 0, crc: int = 0, *, large: bool = False
 ) -> bytes:
-    """A record's local header; without a size, one that leaves size and CRC to the descriptor."""
+    """Return a record's local header; without a size, the descriptor has size and CRC."""
     flags, version = (0, 20) if size else (_DESCRIBED, 45 if large else 20)
     size = _LARGE if large else size
     fixed = (b"PK\x03\x04", version, flags, 0, 0, _DATE, crc, size, size, len(name), len(extra))
@@ -182,7 +182,7 @@ def _local(
 
 
 def _central(name: bytes, size: int, crc: int, offset: int, flags: int = 0) -> bytes:
-    """A record's entry in the central directory."""
+    """Return a record's entry in the central directory."""
     version, extra = 20, b""
     if size >= _LARGE:
         version, extra, size = 45, struct.pack("<2H2Q", 1, 16, size, size), _LARGE
@@ -192,7 +192,7 @@ def _central(name: bytes, size: int, crc: int, offset: int, flags: int = 0) -> b
 
 
 def _end(count: int, offset: int, size: int) -> bytes:
-    """What follows the central directory of `count` entries and `size` bytes at `offset`."""
+    """Return what follows a central directory of `count` entries and `size` bytes."""
     large = b""
     if offset >= _LARGE:
         fixed = (b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, offset)
@@ -203,10 +203,10 @@ def _end(count: int, offset: int, size: int) -> bytes:
 
 
 def _pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
-    """How `torch.load` rebuilds the tensor, with the opcodes that its safe unpickler knows."""
+    """Return the pickle that rebuilds the tensor, for `torch.load` with its safe unpickler."""
     storage = _STORAGES.get(dtype.name)
     kind = _named("torch", storage) if storage else _named("torch.storage", "UntypedStorage")
-    size = prod(shape) * (1 if storage else dtype.itemsize)  # elements, or bytes if untyped
+    size = prod(shape) * (1 if storage else dtype.itemsize)  # Elements, or bytes if untyped.
     key = [strings("storage"), kind, strings("0"), strings("cpu"), integer(size)]
     arguments = [
         sequence(key) + b"Q",
@@ -227,6 +227,6 @@ def _named(module: str, name: str) -> bytes:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Elements between neighbours of a contiguous tensor, as torch counts them for empty ones."""
+    """Return the strides of a contiguous tensor, in elements, as torch counts them."""
     inner = accumulate((max(n, 1) for n in reversed(shape[1:])), mul, initial=1)
     return tuple(inner)[::-1] if shape else ()

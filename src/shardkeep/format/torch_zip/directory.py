@@ -1,4 +1,4 @@
-"""The directory of a zip with stored records, checked: nothing compressed, overlapping or lying."""
+"""The directory of a zip with stored records, checked for overlaps and contradictions."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
 _TAIL = 4096
-"""Bytes at the end that hold the whole directory of a tensor's item."""
+"""Bytes at the end that contain the whole directory of a tensor's item."""
 _LONG_TAIL = (1 << 16) + _END.size
-"""Bytes at the end that the end record can be in: behind it is a comment of any 16-bit length."""
+"""Bytes at the end that can contain the end record: a comment of any 16-bit length follows it."""
 _MAX_DIRECTORY = 64 << 20
 _LARGE = 0xFFFFFFFF
 _ENCRYPTED = 0x2041
@@ -33,7 +33,7 @@ _LEGACY = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02}q", b"\x80\x0
 
 
 def records(read_at: ReadAt, length: int, *, file: str, place: str) -> tuple[Record, ...]:
-    """The records of a zip, in the order of their bytes.
+    """Return the records of a zip, in the order of their bytes.
 
     Args:
         read_at: reads (offset, length), relative to the item; never asked for more than the item
@@ -92,7 +92,7 @@ class _Zip:
         return tuple(ordered)
 
     def _directory(self) -> tuple[int, int, int]:
-        """Where the directory starts, its bytes, and how many records it has."""
+        """Return where the directory starts, its bytes, and its number of records."""
         for size in (_TAIL, _LONG_TAIL):
             first = max(0, self.length - size)
             tail = self.read(first, self.length - first, "its end")
@@ -132,7 +132,7 @@ class _Zip:
         self.fail("not a zip: it has no end record")
 
     def _central(self, data: bytes, at: int) -> tuple[int, Record, int]:
-        """Where the local header is, the record (its offset still unknown), the next entry."""
+        """Return the local header's position, the record without offset, and the next entry."""
         if at + _CENTRAL.size > len(data):
             self.fail("its directory is cut short")
         fields = _CENTRAL.unpack_from(data, at)
@@ -154,7 +154,7 @@ class _Zip:
         return local, Record(name, -1, size, crc), end
 
     def _wide(self, extra: bytes, numbers: list[int], name: str) -> list[int]:
-        """Put in the 64-bit values (zip64) of those numbers whose 32-bit fields can't hold them."""
+        """Replace numbers whose 32-bit fields cannot hold them by their zip64 values."""
         if _LARGE not in numbers:
             return numbers
         at = 0
@@ -179,7 +179,7 @@ class _Zip:
         return name
 
     def _local(self, at: int, record: Record) -> Record:
-        """The record with its offset, from its local header, which must not say anything else."""
+        """Return the record with its offset, from a local header that agrees with the directory."""
         what = f"record {shown(record.name)}"
         head = self.read(at, _LOCAL.size, what)
         fields = _LOCAL.unpack(head)
@@ -192,7 +192,7 @@ class _Zip:
         if flags & _ENCRYPTED or method != 0:
             self.fail(f"{what} is compressed or encrypted, says its header")
         sizes = self._wide(rest[name_size:], [size, packed], record.name)
-        later = flags & _DESCRIBED and (*sizes, crc) == (0, 0, 0)  # behind the bytes
+        later = flags & _DESCRIBED and (*sizes, crc) == (0, 0, 0)  # After the bytes.
         if not later and (*sizes, crc) != (record.nbytes, record.nbytes, record.crc32):
             self.fail(f"{what} has other sizes or another CRC in its header")
         offset = at + _LOCAL.size + name_size + extra_size
