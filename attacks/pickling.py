@@ -24,7 +24,7 @@ def _pickles() -> Attacks:
         "pickle_truncated",
         Attack(
             in_metadata(p.metadata({"w": p.tensor()}, [])[:-20]),
-            "broken pickle|announced",
+            "invalid pickle|announced",
             "Cut off.",
         ),
     )
@@ -175,7 +175,7 @@ def _keys() -> Attacks:
             in_object(p.call("builtins", "frozenset", p.listing(nested(60)))), "key", "By a call."
         ),
     )
-    yield "key_list", Attack(in_object(b"}]Ns"), "can't be a key", "A list is a key.")
+    yield "key_list", Attack(in_object(b"}]Ns"), "cannot be used as a key", "A list is a key.")
     keys = [p.sequence(p.number(a), p.number(b)) + p.NONE for a, b in _clashing(20_000)]
     yield (
         "key_clashing_tuples",

@@ -69,7 +69,7 @@ def _places() -> Attacks:
         "item_missing",
         Attack(
             in_metadata(p.metadata({"w": p.tensor()}, [])),
-            "stored nowhere",
+            "no storage location",
             "A chunk without an item.",
         ),
     )
@@ -108,7 +108,7 @@ def _shapes() -> Attacks:
             "hole|gap|cover|not covered|missing",
             "A terabyte that one small chunk is said to cover.",
         ),
-        ("shape_negative", one(p.size(-2, 3)), "shape that is none", "A negative size."),
+        ("shape_negative", one(p.size(-2, 3)), "invalid shape", "A negative size."),
         (
             "shape_dimensions",
             one(p.size(*[1] * 100_000)),
@@ -116,11 +116,11 @@ def _shapes() -> Attacks:
             "100,000 of them.",
         ),
         ("shape_long", one(p.size(1 << 8_000_000)), "integer of", "A size of a million bytes."),
-        ("shape_text", one(p.sequence(p.text("2"), p.text("3"))), "shape that is none", "Text."),
+        ("shape_text", one(p.sequence(p.text("2"), p.text("3"))), "invalid shape", "Text."),
         (
             "shape_floats",
             one(p.sequence(b"G" + struct.pack(">d", 2.5))),
-            "shape that is none",
+            "invalid shape",
             "A size of 2.5.",
         ),
         (
@@ -172,12 +172,12 @@ def _names() -> Attacks:
             p.sequence(p.text("a"), p.text("b")),
             "place of a container",
         ),
-        ("name_empty_path", p.sequence(), p.sequence(p.text("b")), "path is none"),
+        ("name_empty_path", p.sequence(), p.sequence(p.text("b")), "invalid path"),
         (
             "name_deep_path",
             p.sequence(*[p.text("a")] * 10_000),
             p.sequence(p.text("b")),
-            "path is none",
+            "invalid path",
         ),
     ):
         paths = p.mapping(p.text("w"), first, p.text("v"), second)

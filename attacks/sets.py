@@ -37,7 +37,7 @@ def _sets() -> Attacks:
         (
             "set_header_digits",
             file(p.safetensors(b'{"a":' + b"9" * 200_000 + b"}")),
-            "broken JSON|entry that is none",
+            "broken JSON|invalid entry",
             "A number of 200,000 digits.",
         ),
         (

@@ -115,7 +115,7 @@ def decode(value: Json, make: Mapping[str, Maker] = CORE_MAKERS) -> Any:
     except FormatError:
         raise
     except _BROKEN as error:
-        raise FormatError(f"a value is broken: {error}") from None
+        raise FormatError(f"invalid value: {error}") from None
 
 
 def encode_key(key: Any) -> Json:
@@ -298,7 +298,7 @@ class _Decoder:
         if kind is not dict:
             return value
         if len(value) != 1:
-            raise FormatError("a value is broken: not one kind")
+            raise FormatError("invalid value: not one kind")
         ((tag, content),) = value.items()
         known = _DECODERS.get(tag)
         if known is None:
@@ -307,7 +307,7 @@ class _Decoder:
 
     def many(self, values: Json, depth: int) -> list[Any]:
         if type(values) is not list:
-            raise FormatError("a value is broken: not a list")
+            raise FormatError("invalid value: not a list")
         return [self.decode(value, depth) for value in values]
 
     def keys(self, values: Json, depth: int) -> list[Any]:
@@ -315,14 +315,14 @@ class _Decoder:
 
     def pairs(self, values: Json, depth: int) -> list[tuple[Any, Any]]:
         if type(values) is not list or any(type(pair) is not list for pair in values):
-            raise FormatError("a value is broken: not a list of pairs")
+            raise FormatError("invalid value: not a list of pairs")
         keys = self.keys([key for key, _ in values], depth)
         return list(zip(keys, self.many([value for _, value in values], depth), strict=True))
 
     def exactly(self, values: Json, kind: type, count: int, depth: int) -> list[Any]:
         parts = self.many(values, depth)
         if len(parts) != count or not all(isinstance(part, kind) for part in parts):
-            raise FormatError(f"a value is broken: not {count} of type {kind.__name__}")
+            raise FormatError(f"invalid value: not {count} of type {kind.__name__}")
         return parts
 
     def array(self, values: Json, depth: int) -> np.ndarray[Any, Any]:
@@ -330,7 +330,7 @@ class _Decoder:
         dtype = _numpy_dtype(name)
         shape = self.exactly(shape, int, len(shape), depth)
         if dtype is None or len(shape) > MAX_DIMS or min(shape, default=0) < 0:
-            raise FormatError("a value is broken: an array's dtype or shape")
+            raise FormatError("invalid value: an array's dtype or shape")
         # The bytes are read already, and numpy refuses those that do not fill the shape.
         array = np.frombuffer(bytearray(b64decode(data, validate=True)), dtype).reshape(shape)
         if dtype.kind == "U":
@@ -360,7 +360,7 @@ class _Decoder:
 
     def device(self, name: Json, _: int) -> Any:
         if not _DEVICE.fullmatch(name):
-            raise FormatError(f"a value is broken: device {name[:50]!r}")
+            raise FormatError(f"invalid value: device {name[:50]!r}")
         return self._make["torch.device"](name)
 
 

@@ -79,7 +79,7 @@ def test_contradicting_parts() -> None:
         index_of({"a": header(part(2, 0)), "b": header(other)}, None)
     with pytest.raises(FormatError, match="it is in a and in b, and no part of it"):
         index_of({"a": header(other), "b": header(other)}, None)
-    with pytest.raises(FormatError, match="two parts at one place"):
+    with pytest.raises(FormatError, match="two parts start at the same offsets"):
         index_of({"a": header(part(2, 0)), "b": header(part(3, 0))}, None)
 
 
@@ -96,7 +96,7 @@ def test_weight_map() -> None:
     for data, what in (
         (b'{"weight_map": {"a": "../x"}}', "leaves the checkpoint's folder"),
         (b'{"weight_map": {"a": 1}}', "no weight_map"),
-        (b'{"weight_map": {"a": "x", "a": "y"}}', "a name stands there twice"),
+        (b'{"weight_map": {"a": "x", "a": "y"}}', "a name occurs twice"),
         (b"[1]", "no object"),
     ):
         with pytest.raises(FormatError, match=f"model.safetensors.index.json.*{what}"):

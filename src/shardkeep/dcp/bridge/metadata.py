@@ -237,7 +237,7 @@ def _placed(metadata: Metadata, key: MetadataIndex) -> Placed:
     """Where an item is; storage of other classes is taken by its attributes."""
     place = metadata.storage_data.get(key)
     if place is None:
-        raise FormatError("it is stored nowhere", place=f"name {key.fqn!r}")
+        raise FormatError("it has no storage location", place=f"name {key.fqn!r}")
     try:
         path, offset, length = place.relative_path, int(place.offset), int(place.length)
     except (AttributeError, TypeError, ValueError) as error:

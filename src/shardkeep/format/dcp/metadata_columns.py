@@ -77,8 +77,8 @@ def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequen
     def bad(row: int, what: str) -> FormatError:
         return FormatError(f"{what} {shown(shapes[row])}", place=f"tensor {shown(names[row])}")
 
-    ndim = _lengths(shapes, lambda row: bad(row, "a shape of too many dimensions:"))
-    shape = _table(shapes, ndim, 1, lambda row: bad(row, "a shape that is none:"))
+    ndim = _lengths(shapes, lambda row: bad(row, "a shape has too many dimensions:"))
+    shape = _table(shapes, ndim, 1, lambda row: bad(row, "invalid shape:"))
     codes = np.array([dtype.code for dtype in dtypes], dtype=np.uint8)
     itemsize = ITEMSIZES[codes]
     # In floats, with sizes of 0 as 1: a product of the other sizes must not overflow either.
@@ -86,7 +86,7 @@ def tensor_columns(names: Sequence[str], dtypes: Sequence[DType], shapes: Sequen
     large = np.flatnonzero(nbytes > 2.0**62)
     for row in large.tolist():
         if prod(max(size, 1) for size in shapes[row]) * dtypes[row].itemsize >= 1 << 63:
-            raise bad(row, "a shape that no memory holds:")
+            raise bad(row, "a shape has too many bytes:")
     return Tensors(tuple(names), codes, ndim.astype(np.uint8), shape)
 
 
@@ -115,12 +115,12 @@ def chunk_columns(
     tables = []
     for part, fill in ((1, 0), (2, 1)):
         boxes: list[Any] = [row[part] for row in rows]
-        lengths = _lengths(boxes, lambda row: bad(row, "a box that is none"))
+        lengths = _lengths(boxes, lambda row: bad(row, "invalid box"))
         wrong = np.flatnonzero(lengths != ndim)
         if wrong.size:
             raise bad(int(wrong[0]), f"a box of other than {ndim[wrong[0]]} dimensions")
         width = tensors.shape.shape[1]
-        tables.append(_table(boxes, ndim, fill, lambda row: bad(row, "a box that is none"), width))
+        tables.append(_table(boxes, ndim, fill, lambda row: bad(row, "invalid box"), width))
     offsets, sizes = tables
     outside = np.flatnonzero((sizes > tensors.shape[tensor] - offsets).any(axis=1))
     if outside.size:

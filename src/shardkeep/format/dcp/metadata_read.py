@@ -251,9 +251,9 @@ def _placed(place: Any, name: str) -> Placed:
         raise FormatError(f"stored at {shown(start)}, {shown(length)} bytes", place=_named(name))
     transforms = state.get("transform_descriptors") or ()
     if type(transforms) not in (list, tuple) or len(transforms) > _TRANSFORMS:
-        raise FormatError("stored with transforms that are none", place=_named(name))
+        raise FormatError("its storage location has invalid transforms", place=_named(name))
     if not all(type(transform) is str for transform in transforms):
-        raise FormatError("stored with transforms that are none", place=_named(name))
+        raise FormatError("its storage location has invalid transforms", place=_named(name))
     return path, start, length, tuple(transforms)
 
 
@@ -277,7 +277,7 @@ def _index(parts: Sequence[_Part]) -> Index:
         with _naming(part.file):
             for name, entry in part.entries.items():
                 if type(name) is not str:
-                    raise FormatError("a name that is no text", place=_named(name))
+                    raise FormatError("a name is not a string", place=_named(name))
                 if type(entry) is _Tensor:
                     _take_tensor(name, entry, part, tensors)
                 elif type(entry) is _Bytes:
@@ -291,7 +291,7 @@ def _index(parts: Sequence[_Part]) -> Index:
 def _take_object(name: str, part: _Part, objects: dict[str, Placed]) -> None:
     place = part.places.get((name, None)) or part.places.get((name, ()))
     if place is None:
-        raise FormatError("an object that is stored nowhere", place=_named(name))
+        raise FormatError("the object has no storage location", place=_named(name))
     objects.setdefault(name, place)
 
 
@@ -299,7 +299,7 @@ def _take_tensor(name: str, entry: _Tensor, part: _Part, tensors: _Tensors) -> N
     state = _state(entry)
     dtype, shape = _dtype(name, state.get("properties")), state.get("size")
     if not _are_offsets(shape):
-        raise FormatError(f"a shape that is none: {shown(shape)}", place=_named(name))
+        raise FormatError(f"invalid shape: {shown(shape)}", place=_named(name))
     if tensors.dtypes.setdefault(name, dtype) != dtype:
         raise FormatError(f"ranks disagree on its dtype: {dtype}", place=_named(name))
     if tensors.shapes.setdefault(name, shape) != shape:
@@ -315,7 +315,7 @@ def _take_tensor(name: str, entry: _Tensor, part: _Part, tensors: _Tensors) -> N
         offsets: Any = box.get("offsets")
         sizes: Any = box.get("sizes")
         if not _are_offsets(offsets) or not _are_offsets(sizes):
-            raise FormatError("a chunk that is no box", place=_named(name))
+            raise FormatError("a chunk has invalid offsets or sizes", place=_named(name))
         place = part.places.get((name, offsets))
         if place is None and not any(offsets):
             place = part.places.get((name, None))
@@ -356,7 +356,9 @@ def _dtype(name: str, properties: Any) -> DType:
 def _columns(parts: Sequence[_Part], tensors: _Tensors, objects: dict[str, Placed]) -> Index:
     clash = next((name for name in objects if name in tensors.dtypes), None)
     if clash is not None:
-        raise FormatError("a tensor for one rank, an object for another", place=_named(clash))
+        raise FormatError(
+            "it is a tensor in one rank's metadata and an object in another's", place=_named(clash)
+        )
     files = Files()
     names = list(tensors.dtypes)
     table = tensor_columns(names, list(tensors.dtypes.values()), list(tensors.shapes.values()))
@@ -383,7 +385,7 @@ def _rows(tensors: _Tensors) -> Iterator[Row]:
                 yield number, offsets, sizes, place
             elif 0 not in sizes:
                 raise FormatError(
-                    f"its chunk at {shown(offsets)} is stored nowhere", place=_named(name)
+                    f"its chunk at {shown(offsets)} has no storage location", place=_named(name)
                 )
 
 

@@ -58,7 +58,7 @@ def _depth(item: tuple[Path, Any]) -> int:
 def _path(name: str, path: Any) -> Path:
     if type(path) is tuple and 0 < len(path) <= _DEPTH and set(map(type, path)) <= {str, int}:
         return path
-    raise FormatError(f"its path is none: {shown(path)}", place=f"name {shown(name)}")
+    raise FormatError(f"invalid path: {shown(path)}", place=f"name {shown(name)}")
 
 
 def _children(paths: Iterable[Path]) -> dict[Path, dict[Any, None]]:

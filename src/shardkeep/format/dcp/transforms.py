@@ -47,5 +47,5 @@ def _zstd(data: bytes, limit: int, file: str, place: str) -> bytes:
                     raise FormatError(what, file=file, place=place)
                 pieces.append(piece)
     except zstandard.ZstdError as error:
-        raise FormatError(f"a broken zstd stream: {error}", file=file, place=place) from error
+        raise FormatError(f"invalid zstd stream: {error}", file=file, place=place) from error
     return b"".join(pieces)

@@ -125,7 +125,7 @@ class Archive:
         if count and not np.can_cast(stored, wanted):
             limits = np.iinfo(dtype)
             if int(values.min()) < limits.min or int(values.max()) > limits.max:
-                raise self._error(f"holds a number that is no {wanted}", member)
+                raise self._error(f"holds a number outside the range of {wanted}", member)
         return values.astype(wanted)
 
     def blob(self, name: str, size: int) -> bytes:

@@ -394,10 +394,10 @@ class _Reader:
         legacy_duplicates, known = {}, set(names)
         for pair in self._list("twins"):
             if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], list):
-                self._refuse("header.json", "does not list twins")
+                self._refuse("header.json", "has an invalid list of legacy duplicates")
             name, path = self._text(pair[0]), tuple(self._key(k, "header.json") for k in pair[1])
             if name not in known or too_long(np.array([len(path)])):
-                self._refuse("header.json", f"has a twin {name!r:.80} that is no object of it")
+                self._refuse("header.json", f"lists a duplicate {name!r:.80}, but no such object")
             legacy_duplicates[name] = path
         return legacy_duplicates
 

@@ -48,4 +48,4 @@ def unpack(block: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             at += flat.nbytes
         return head["values"], columns
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise FormatError(f"a message of another rank is broken: {error}") from error
+        raise FormatError(f"invalid message from another rank: {error}") from error

@@ -96,7 +96,7 @@ class Machine:
     def take(self, at: int, length: int) -> bytes:
         """Return `length` bytes of the pickle."""
         if length > self.size - at:
-            raise FormatError(f"{length} bytes are announced, {self.size - at} are there")
+            raise FormatError(f"{length} bytes are announced, but only {self.size - at} follow")
         return self.data[at : at + length]
 
     def line(self, at: int) -> tuple[bytes, int]:
@@ -108,7 +108,7 @@ class Machine:
         """Charge memory before it is allocated."""
         self.room -= nbytes
         if self.room < 0:
-            raise FormatError("it makes too much memory for its length")
+            raise FormatError("it allocates too much memory for its length")
 
     def items(self) -> list[Any]:
         """Pop and return everything above the last mark."""
@@ -267,7 +267,7 @@ class Machine:
         if isinstance(key, Opaque) and key.state is None:
             self.hashed[id(key)] = key
             return self.check_parts(key.args, depth - 1, room)
-        raise FormatError(f"a {kind.__name__} can't be a key")
+        raise FormatError(f"a {kind.__name__} cannot be used as a key")
 
 
 _PLAIN = frozenset((str, bytes, int, float, bool, complex, type(None)))

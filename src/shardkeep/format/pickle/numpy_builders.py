@@ -76,7 +76,7 @@ def _structured(names: Any, fields: Any, itemsize: Any) -> np.dtype[Any]:
         formats.append(field[0])
         offsets.append(field[1])
     if not all(type(offset) is int and offset >= 0 for offset in offsets):
-        raise FormatError("a numpy dtype with fields that lie nowhere")
+        raise FormatError("a numpy dtype has fields outside its size")
     return np.dtype(
         {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": itemsize}
     )
@@ -95,9 +95,9 @@ def _checked(shape: Any, dtype: Any, data: Any) -> NDArray[Any]:
     if not isinstance(dtype, np.dtype) or dtype.hasobject or dtype.itemsize == 0:
         raise FormatError("a numpy array of objects, or of nothing")
     if type(shape) is not tuple or len(shape) > _MAX_DIMS:
-        raise FormatError("a numpy array with a shape that is none")
+        raise FormatError("a numpy array has an invalid shape")
     if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
-        raise FormatError("a numpy array with a shape that is none")
+        raise FormatError("a numpy array has an invalid shape")
     if type(data) not in (bytes, bytearray) or prod(shape) * dtype.itemsize != len(data):
         raise FormatError(f"a numpy array of shape {shown(shape)} with other than its bytes")
     if prod(max(size, 1) for size in shape) >= 1 << 62:

@@ -17,7 +17,9 @@ __all__ = ["TABLE"]
 
 
 def _unknown(m: Machine, at: int) -> NoReturn:
-    raise FormatError(f"byte {m.data[at - 1]:#04x} is no opcode")
+    raise FormatError(
+        f"byte {m.data[at - 1]:#04x} at offset {at - 1} is not an opcode; is the file damaged?"
+    )
 
 
 TABLE: list[Opcode] = [_unknown] * 256
@@ -58,7 +60,9 @@ def _proto(m: Machine, at: int) -> int:
 def _frame(m: Machine, at: int) -> int:
     (length,) = struct.unpack_from("<Q", m.data, at)
     if length > m.size - at - 8:
-        raise FormatError(f"a frame of {length} bytes is announced, {m.size - at - 8} are there")
+        raise FormatError(
+            f"a frame of {length} bytes is announced, but only {m.size - at - 8} follow"
+        )
     return at + 8
 
 

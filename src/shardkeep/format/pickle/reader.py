@@ -94,7 +94,7 @@ def loads_prefix(
     except _BROKEN as error:
         what = _EARLY if isinstance(error, (IndexError, struct.error)) else f"{error}"[:200]
         place = f"offset {machine.at}"
-        raise FormatError(f"broken pickle: {what}", file=file, place=place) from error
+        raise FormatError(f"invalid pickle: {what}", file=file, place=place) from error
     # An error's traceback keeps the machine alive; it should not keep a pickle bomb alive as well.
     finally:
         machine.stack.clear()

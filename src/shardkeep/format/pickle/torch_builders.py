@@ -114,7 +114,7 @@ def persistent_storage(
     if type(kind) is not StorageKind:
         raise FormatError(f"a storage of unknown class {shown(getattr(kind, 'name', kind))}")
     if type(name) is not str or type(device) is not str or not _counts(count):
-        raise FormatError("a storage with a name, device or length that is none")
+        raise FormatError("a storage has an invalid name, device or length")
     found = record(name)
     storage = Storage(kind, count, found, finish)
     if storage.nbytes > found.nbytes:

@@ -148,7 +148,7 @@ def _json(data: bytes, file: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            raise ValueError("a name stands there twice")
+            raise ValueError("a name occurs twice")
         return made
 
     try:
@@ -156,7 +156,7 @@ def _json(data: bytes, file: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"broken JSON: {error}"[:300], file=file) from error
     if type(value) is not dict:
-        raise FormatError("JSON that is no object", file=file)
+        raise FormatError("the header is not a JSON object", file=file)
     return value
 
 
@@ -165,16 +165,16 @@ def _entry(name: str, field: Any, base: int, file: str) -> Entry:
         return FormatError(what, file=file, place=_named(name))
 
     if type(field) is not dict:
-        raise bad("an entry that is none")
+        raise bad("invalid entry")
     kind: Any = field.get("dtype")
     shape: Any = field.get("shape")
     offsets: Any = field.get("data_offsets")
     if type(kind) is not str or kind not in KINDS:
         raise bad(f"unknown dtype {shown(kind)}")
     if not _counts(shape) or len(shape) > MAX_DIMS:
-        raise bad(f"a shape that is none: {shown(shape)}")
+        raise bad(f"invalid shape: {shown(shape)}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"offsets that are none: {shown(offsets)}")
+        raise bad(f"invalid offsets: {shown(offsets)}")
     dtype = DType.named(KINDS[kind])
     if kind == "F4":
         if not shape or shape[-1] % 2:
@@ -290,5 +290,7 @@ def _unique(name: str, parts: list[_Part]) -> dict[Ints, _Part]:
     for part in parts:
         known = unique.setdefault(part.begin or (0,) * len(part.entry.shape), part)
         if known.entry.shape != part.entry.shape:
-            raise FormatError("two parts at one place", file=part.file, place=_named(name))
+            raise FormatError(
+                "two parts start at the same offsets", file=part.file, place=_named(name)
+            )
     return unique

@@ -75,7 +75,7 @@ def _header(fields: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
-        raise Conflict(f"a tensor's name is no text: {error.object[:100]!r}") from None
+        raise Conflict(f"a tensor's name is not valid text: {error.object[:100]!r}") from None
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     if len(text) > MAX_HEADER:
         raise Conflict(

@@ -59,7 +59,7 @@ class _Zip:
 
     def read(self, offset: int, length: int, what: str) -> bytes:
         if offset < 0 or length < 0 or offset + length > self.length:
-            self.fail(f"{what} lies beyond the item's {self.length} bytes")
+            self.fail(f"{what} is located beyond the item's {self.length} bytes")
         data = self._read_at(offset, length)
         if len(data) != length:
             self.fail(f"{what} is cut short")
@@ -110,7 +110,7 @@ class _Zip:
         if size > _MAX_DIRECTORY:
             self.fail(f"a directory of {size} bytes")
         if start + size > end:
-            self.fail("its directory lies beyond its end record")
+            self.fail("its directory is located after its end record")
         return start, size, count
 
     def _directory64(self, end: int) -> tuple[int, int, int, int, int, int, int]:
@@ -175,7 +175,7 @@ class _Zip:
         except UnicodeDecodeError:
             self.fail(f"a record's name {shown(raw)} is not UTF-8")
         if not name or "\0" in name:
-            self.fail(f"a record's name {shown(name)} is none")
+            self.fail(f"invalid record name {shown(name)}")
         return name
 
     def _local(self, at: int, record: Record) -> Record:
@@ -197,5 +197,5 @@ class _Zip:
             self.fail(f"{what} has other sizes or another CRC in its header")
         offset = at + _LOCAL.size + name_size + extra_size
         if offset + record.nbytes > self.length:
-            self.fail(f"{what} lies beyond the item's {self.length} bytes")
+            self.fail(f"{what} is located beyond the item's {self.length} bytes")
         return Record(record.name, offset, record.nbytes, record.crc32)
