@@ -109,7 +109,7 @@ class Seat:
         """What one workload alone needs: a function of this seat (see `solo`)."""
         return work(self, *args, **kwargs)
 
-    def assign_writers(self) -> None:
+    def settle(self) -> None:
         """Nothing of what was done before is still on its way to the disk."""
         os.sync()
 

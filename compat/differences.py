@@ -25,7 +25,7 @@ BETTER: dict[str, str] = {
     "known to be safe, or trusted",
     # Storage.
     "filesystem.FileSystemWriter": "files have names that were never used before, a manifest has "
-    "digests of all bytes",
+    "checksums of all bytes",
     "filesystem.FileSystemWriter.write_data": "a thread's failure is raised; all files are synced",
     "filesystem.FileSystemWriter.finish": "commits by one replace, then removes what it replaced",
     "filesystem.FileSystemReader": "reads only the bytes that are needed, and checks them",
