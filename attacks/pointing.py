@@ -95,7 +95,7 @@ def _shapes() -> Attacks:
 
     huge = (1 << 40, 1 << 40)
     for name, build, error, what in (
-        ("shape_product", one(p.size(*huge), chunks((0, 0), huge)), "no memory holds", "2**80."),
+        ("shape_product", one(p.size(*huge), chunks((0, 0), huge)), "too many bytes", "2**80."),
         (
             "shape_large",
             one(p.size(1 << 30, 1 << 10), chunks((0, 0), (1 << 30, 1 << 10))),
@@ -126,11 +126,16 @@ def _shapes() -> Attacks:
         (
             "shape_empty_overflow",
             one(p.size(0, 1 << 61, 1 << 61), p.listing()),
-            "no memory holds",
+            "too many bytes",
             "No elements, and still too large.",
         ),
         ("chunk_outside", one(p.size(2, 3), chunks((0, 0), (2, 4))), "leaves its tensor", "Wide."),
-        ("chunk_negative", one(p.size(2, 3), chunks((0, -1), (2, 3))), "box|nowhere", "Left of 0."),
+        (
+            "chunk_negative",
+            one(p.size(2, 3), chunks((0, -1), (2, 3))),
+            "box|no storage location",
+            "Left of 0.",
+        ),
         ("chunk_dimensions", one(p.size(2, 3), chunks((0, 0), (6,))), "box", "Of 1 dimension."),
         ("chunk_other_kind", one(p.size(2, 3), p.listing(p.text("x"))), "chunk that is", "Text."),
         (

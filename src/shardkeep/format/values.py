@@ -212,8 +212,7 @@ class _Encoder:
 
     def datetime(self, value: datetime, _: int) -> list[Json]:
         zone = value.tzinfo
-        # type: ignore[attr-defined]
-        if zone is not None and (type(zone) is not timezone or len(zone.__getinitargs__()) > 1):
+        if zone is not None and (type(zone) is not timezone or _is_named(zone)):
             raise NotEncodable(f"a time zone of type {type(zone).__name__} is not carried")
         offset = value.utcoffset()
         microseconds = None if offset is None else offset // timedelta(microseconds=1)
@@ -443,3 +442,8 @@ def _surrogates(value: str) -> bytes:
 
 def _base64(data: bytes | bytearray) -> str:
     return b64encode(data).decode("ascii")
+
+
+def _is_named(zone: timezone) -> bool:
+    """Return whether a time zone has a name of its own, which its offset does not tell."""
+    return len(zone.__getinitargs__()) > 1  # type: ignore[attr-defined]

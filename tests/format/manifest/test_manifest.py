@@ -333,7 +333,11 @@ HUGE = (
         ),
         ({"objects.crc.npy": npy(column([2**32, 0]))}, {}, "objects.crc.npy: holds a number out"),
         ({"objects.item.npy": npy(column([2**63 - 1, 0]))}, {}, "an item outside every file"),
-        ({"objects.crc.npy": npy(np.array([2**63, 0], np.uint64))}, {}, "no int64"),
+        (
+            {"objects.crc.npy": npy(np.array([2**63, 0], np.uint64))},
+            {},
+            "outside the range of int64",
+        ),
         ({"objects.crc.npy": npy(np.zeros(2))}, {}, "holds float64 of shape (2,)"),
         ({"objects.crc.npy": npy(np.zeros(2, "V8"))}, {}, "of shape (2,), not integers"),
         ({"objects.crc.npy": npy(column([[0, 0]]))}, {}, "holds int64 of shape (1, 2)"),

@@ -97,7 +97,7 @@ def test_weight_map() -> None:
         (b'{"weight_map": {"a": "../x"}}', "leaves the checkpoint's folder"),
         (b'{"weight_map": {"a": 1}}', "no weight_map"),
         (b'{"weight_map": {"a": "x", "a": "y"}}', "a name occurs twice"),
-        (b"[1]", "no object"),
+        (b"[1]", "not a JSON object"),
     ):
         with pytest.raises(FormatError, match=f"model.safetensors.index.json.*{what}"):
             weight_map(data)

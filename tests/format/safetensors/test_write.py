@@ -94,7 +94,7 @@ def test_names_and_shapes_that_the_format_lacks() -> None:
     small = DType.named("int8")
     with pytest.raises(Conflict, match="can be named '__metadata__'"):
         layout({"__metadata__": (small, (1,))}, {})
-    with pytest.raises(Conflict, match="name is no text"):
+    with pytest.raises(Conflict, match="name is not valid text"):
         layout({"\ud800": (small, (1,))}, {})
     with pytest.raises(Conflict, match=r"can't hold float4_e2m1fn_x2\[\]"):
         layout({"a": (DType.named("float4_e2m1fn_x2"), ())}, {})
