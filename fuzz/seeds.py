@@ -18,6 +18,7 @@ import torch
 import shardkeep as sk
 from fuzz.mutators import pack_files
 from fuzz.worker import CORPUS
+from shardkeep.checkpoint.reader import open_reader
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 RELEASES = ("2.0.1", "2.3.1", "2.4.1", "2.15.0", "python313")
@@ -66,11 +67,15 @@ def ours() -> None:
         path = Path(folder) / "ckpt"
         sk.save(state, path)
         files = {file.name: file.read_bytes() for file in sorted(path.iterdir())}
-        opened = sk.open(path)
+        opened = open_reader(path)
         (file,) = (name for name in files if name.endswith(".distcp"))
         for name in ("model.w", "odd"):
-            row = opened.sources.item(opened._rows(name)[0]) if name in opened._tensors else None
-            where = row or opened.sources.object(opened._objects[name])
+            row = (
+                opened.locations.item(opened.chunk_rows(name)[0])
+                if name in opened.tensor_rows
+                else None
+            )
+            where = row or opened.locations.object(opened.object_rows[name])
             item = files[file][where.offset : where.offset + where.length]
             for target in ("tensor-item",) if row else ("object-item", "torch-object"):
                 keep(target, "ours", item)

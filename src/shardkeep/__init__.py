@@ -30,7 +30,7 @@ from shardkeep.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from shardkeep import dcp as dcp
-    from shardkeep.checkpoint.reader import Checkpoint, open
+    from shardkeep.checkpoint.mapping import Checkpoint, open
     from shardkeep.checkpoint.verify import VerifyReport
     from shardkeep.coordination.contract import Ranks
     from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     )
 
 _NAMES_BY_MODULE = {
-    "checkpoint.reader": ("Checkpoint", "open"),
+    "checkpoint.mapping": ("Checkpoint", "open"),
     "checkpoint.verify": ("VerifyReport",),
     "coordination.contract": ("Ranks",),
     "engine.async_save": ("SaveHandle", "async_save", "release_memory"),

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
 from shardkeep.checkpoint import commit
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.engine import save
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.testing.simulated_ranks import run
@@ -50,7 +51,8 @@ def contents(checkpoint) -> dict:
     for name in checkpoint:
         value = checkpoint.read(name)
         if checkpoint.is_tensor(name):
-            value = (*checkpoint.shape_of(name), value.shape, value.tobytes())
+            info = checkpoint.tensor(name)
+            value = (info.dtype, info.shape, value.shape, value.tobytes())
         found[name] = value
     return found
 
@@ -153,7 +155,7 @@ def test_old_files_go_only_after_the_commit(tmp_path, whole):
     store = FaultyStore(store_of(content))
     sk.save(NEW, store, overwrite=True)
     removed = {name for what, name in store.log if what == "remove"}
-    removed -= {f".lease_{sk.open(store.inner).found.trailer.save_id}.json"}
+    removed -= {f".lease_{open_reader(store.inner).found.trailer.save_id}.json"}
     assert removed == theirs
     order = [what for what, _ in store.log]
     assert order.index("publish") < order.index("remove")
@@ -360,7 +362,8 @@ def damaged(content: dict[str, bytes], original: dict, what: str, names: list[st
         try:
             value = checkpoint.read(name)
             if checkpoint.is_tensor(name):
-                value = (*checkpoint.shape_of(name), value.shape, value.tobytes())
+                info = checkpoint.tensor(name)
+                value = (info.dtype, info.shape, value.shape, value.tobytes())
         except sk.ShardkeepError:
             continue
         assert value == original[name], f"{what}: {name!r} was read wrong"
@@ -389,7 +392,7 @@ def test_every_cut_is_found(quick, kind):
     original = contents(sk.open(store_of(content)))
     (name,) = [name for name in content if name.startswith(kind)]
     data = content[name]
-    pickle = sk.open(store_of(content)).found.trailer.pickle_length
+    pickle = open_reader(store_of(content)).found.trailer.pickle_length
     lengths = set(random.Random(kind).sample(range(len(data)), 200)) | {0, 1, len(data) - 1, pickle}
     for length in sorted(lengths):
         if length >= len(data):

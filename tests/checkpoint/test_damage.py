@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
+from shardkeep.checkpoint.reader import open_reader
 from support import damage
 
 ALL = bool(os.environ.get("SHARDKEEP_EVERY_BYTE"))
@@ -66,10 +67,10 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(made, kind):
 
 def payload(path: Path, name: str) -> tuple[Path, int, int]:
     """File, first byte and length of the payload of a tensor that is one chunk."""
-    checkpoint = sk.open(path)
-    (row,) = checkpoint._rows(name)
-    first, nbytes = checkpoint.sources.locate([row])[row].payload
-    return path / checkpoint.sources.item(row).file, first, nbytes
+    checkpoint = open_reader(path)
+    (row,) = checkpoint.chunk_rows(name)
+    first, nbytes = checkpoint.locations.locate([row])[row].payload
+    return path / checkpoint.locations.item(row).file, first, nbytes
 
 
 TENSORS = [name for name, value in damage.state().items() if isinstance(value, torch.Tensor)]
@@ -100,8 +101,8 @@ def test_damage_names_the_tensor_and_the_block(made, kind, name, place):
 @pytest.mark.parametrize("name", ["long", "odd"])
 def test_damage_names_an_object_of_a_stock_checkpoint(made, name):
     path = made / "stock"
-    checkpoint = sk.open(path)
-    item = checkpoint.sources.object(checkpoint._objects[name])
+    checkpoint = open_reader(path)
+    item = checkpoint.locations.object(checkpoint.object_rows[name])
     data = (path / item.file).read_bytes()[item.offset : item.offset + item.length]
     at = item.offset + data.index(b"data.pkl") + 64
     with damage.changed(path / item.file, at, 0):
@@ -113,8 +114,8 @@ def test_damage_names_an_object_of_a_stock_checkpoint(made, name):
 
 def test_an_object_is_one_block_whatever_its_size(tmp_path):
     sk.save({"w": torch.ones(3), "large": list(range(300_000))}, tmp_path)
-    checkpoint = sk.open(tmp_path)
-    item = checkpoint.sources.object(checkpoint._objects["large"])
+    checkpoint = open_reader(tmp_path)
+    item = checkpoint.locations.object(checkpoint.object_rows["large"])
     assert item.length > 4 * 256 * 1024
     with damage.changed(tmp_path / item.file, item.offset + item.length // 2, 0):
         (found,) = sk.open(tmp_path).verify().damaged

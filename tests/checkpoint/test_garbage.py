@@ -24,6 +24,7 @@ import shardkeep as sk
 from shardkeep import cli
 from shardkeep.checkpoint import commit, garbage
 from shardkeep.checkpoint.leases import Holder, Lease, lease_name
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.format.dcp.trailer import manifest_name
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.testing import simulated_ranks
@@ -71,7 +72,7 @@ def test_the_next_save_removes_the_files_of_a_dead_save_and_nothing_else(tmp_pat
     others = put(store, *FOREIGN)
     put(store, *files(A), ".metadata.0123456789abcdef.tmp", f"{lease_name(A)}.{'0' * 16}.tmp")
     sk.save(STATE, store)
-    save_id = sk.open(store).found.trailer.save_id
+    save_id = open_reader(store).found.trailer.save_id
     assert names(store) == others | {".metadata", *files(save_id, 1)}
     assert sk.open(store).verify().ok
 
@@ -122,7 +123,7 @@ def test_of_two_concurrent_saves_the_last_commit_remains(tmp_path, first, monkey
     assert sk.open(tmp_path).verify().ok
     assert sk.open(tmp_path).read("w").tolist() == list(range(6))
     left = {one.name for one in tmp_path.iterdir()}
-    save_id = sk.open(tmp_path).found.trailer.save_id
+    save_id = open_reader(tmp_path).found.trailer.save_id
     assert left == {".metadata", *files(save_id, 1)}
 
 
@@ -132,7 +133,7 @@ def test_saving_from_fewer_ranks_leaves_no_stale_shard(tmp_path):
 
     for ranks in (4, 2):
         simulated_ranks.run(ranks, save)
-    save_id = sk.open(tmp_path).found.trailer.save_id
+    save_id = open_reader(tmp_path).found.trailer.save_id
     assert {one.name for one in tmp_path.iterdir()} == {".metadata", *files(save_id)}
 
 
@@ -174,7 +175,7 @@ def test_what_ranks_committed_each_for_itself_stays(tmp_path):
     assert {"__0.metadata"} < own
     assert not [name for name in own if name.startswith(".lease")]
     sk.save(STATE, tmp_path / "x")
-    for name in (".metadata", *files(sk.open(tmp_path / "x").found.trailer.save_id, 1)):
+    for name in (".metadata", *files(open_reader(tmp_path / "x").found.trailer.save_id, 1)):
         (tmp_path / "x" / name).rename(tmp_path / name)  # a record that hides them
     assert garbage.find_garbage(LocalStore(tmp_path), time.time) == []
 

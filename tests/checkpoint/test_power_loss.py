@@ -19,6 +19,7 @@ pytestmark = pytest.mark.torch
 import shardkeep as sk
 from shardkeep.checkpoint.commit import data_file
 from shardkeep.checkpoint.leases import Holder
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.format.dcp.trailer import manifest_name
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.testing import simulated_ranks
@@ -218,7 +219,7 @@ def test_after_any_power_loss_the_next_save_leaves_only_its_own_files(tmp_path):
     for files in by_names.values():
         store = Later(files)
         sk.save(OLD, store, overwrite=True)
-        save_id = sk.open(store).found.trailer.save_id
+        save_id = open_reader(store).found.trailer.save_id
         own = {data_file(0, 0, save_id), manifest_name(save_id), ".metadata"}
         assert set(store.names()) == own, set(files)
         assert Judge(STATES)({name: store.read(name, 0, 1 << 20) for name in own}) == "old"

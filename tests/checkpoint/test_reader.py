@@ -46,12 +46,12 @@ def test_boxes_of_what_lies_transposed(tmp_path):
 
 def test_boxes_outside_and_names_that_are_not_there(tmp_path):
     checkpoint = saved(tmp_path, {"w": torch.zeros(4, 4), "n": 3})
-    message = r"box \[0:5, 0:4\] leaves tensor 'w' of shape \[4, 4\]"
+    message = r"box \[0:5, 0:4\] reaches out of tensor 'w' of shape \[4, 4\]"
     with pytest.raises(ValueError, match=message):
         checkpoint.read("w", sk.Box((0, 0), (5, 4)))
-    with pytest.raises(ValueError, match="'n' is an object: it has no box to read"):
+    with pytest.raises(ValueError, match="'n' is an object and has no box"):
         checkpoint.read("n", sk.Box((), ()))
-    with pytest.raises(KeyError, match=r"holds no 'x'"):
+    with pytest.raises(KeyError, match=r"has no tensor or object named 'x'"):
         checkpoint.read("x")
     with pytest.raises(KeyError):
         checkpoint["x"]

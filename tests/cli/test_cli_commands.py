@@ -153,13 +153,13 @@ def test_ls_of_an_empty_state(make: Make, run: Run) -> None:
 def test_large_and_unreadable_objects_do_not_stop_a_listing(
     ckpt: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardkeep.checkpoint.reader import Checkpoint
+    from shardkeep.checkpoint.reader import CheckpointReader
     from shardkeep.errors import Damaged
 
-    def broken(self: Checkpoint, name: str, **_: Any) -> Any:
+    def broken(self: CheckpointReader, name: str, **_: Any) -> Any:
         raise Damaged("the bytes\x1b[2J are gone", file="__0_0.distcp", name=name)
 
-    monkeypatch.setattr(Checkpoint, "value", broken)
+    monkeypatch.setattr(CheckpointReader, "value", broken)
     ran = run("ls", ckpt, "epoch")
     assert ran.code == 0
     assert ran.lines[2].endswith(
@@ -214,18 +214,18 @@ def test_show_what_has_no_elements_or_no_dimensions(ckpt: Path, run: Run) -> Non
 def test_show_reads_only_what_it_shows(
     make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardkeep.checkpoint.reader import Checkpoint
+    from shardkeep.checkpoint.reader import CheckpointReader
 
     path = make({"w": np.arange(1_000_000, dtype=np.int32).reshape(1000, 10, 100)})
     asked: list[int] = []
-    read = Checkpoint.read
+    read = CheckpointReader.read
 
-    def counted(self: Checkpoint, name: str, box: Box | None = None, **rest: Any) -> Any:
+    def counted(self: CheckpointReader, name: str, box: Box | None = None, **rest: Any) -> Any:
         assert box is not None
         asked.append(box.numel)
         return read(self, name, box, **rest)
 
-    monkeypatch.setattr(Checkpoint, "read", counted)
+    monkeypatch.setattr(CheckpointReader, "read", counted)
     ran = run("show", path, "w")
     assert asked == [64]
     assert "  size    3.8 MiB (4,000,000 bytes)" in ran.lines

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
+from shardkeep.checkpoint.reader import open_reader
 from support import drop_in
 from support.scenarios import blank, equal, values
 
@@ -133,7 +134,7 @@ def test_metadata_is_what_stocks_reader_says(tmp_path, module, flatten):
     theirs = stock.FileSystemReader(tmp_path).read_metadata()
     ours = dcp.FileSystemReader(tmp_path).read_metadata()
     assert type(ours) is type(theirs)
-    legacy_duplicates = sk.open(
+    legacy_duplicates = open_reader(
         tmp_path
     ).index.legacy_duplicates  # only torch 2.3 and older look for these
     assert bool(legacy_duplicates) == (flatten and module is dcp)
@@ -157,7 +158,7 @@ class Upward(stock.DefaultLoadPlanner):
 def test_a_planner_of_torchs_does_not_take_our_checkpoints_for_old_ones(tmp_path):
     w = values("w", (3, 4), torch.float32)
     dcp.save({"w": w, "n": {"x": 1}}, checkpoint_id=tmp_path)
-    assert sk.open(tmp_path).index.legacy_duplicates  # by which torch's planner knows old ones
+    assert open_reader(tmp_path).index.legacy_duplicates  # by which torch's planner knows old ones
     planner = Upward()
     dcp.load({"w": torch.zeros(3, 4), "n": {"x": 0}}, checkpoint_id=tmp_path, planner=planner)
     assert torch.equal(planner.wide["w"], w.double())

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.checkpoint.leases import lease_save_id
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.dcp.bridge.unpickle import metadata_in
 from shardkeep.format.dcp.trailer import TRAILER_SIZE
 from shardkeep.stores import LocalStore
@@ -285,7 +286,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_committed(tmp_path):
             dcp.save(new, storage_writer=writer, planner=OwnSavePlanner())
     dcp.load(loaded, checkpoint_id=tmp_path)
     assert equal(loaded, new)
-    orphans = {file.name for file in tmp_path.iterdir()} - set(sk.open(tmp_path).index.files)
+    orphans = {file.name for file in tmp_path.iterdir()} - set(open_reader(tmp_path).index.files)
     assert len(orphans) == 2, "the metadata and the manifest: what the failed save left has gone"
 
 

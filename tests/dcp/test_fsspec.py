@@ -20,6 +20,7 @@ import torch.distributed.checkpoint.filesystem as stock_files
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.dcp.bridge.safetensors import Folder, Part, part_items
 from shardkeep.dcp.bridge.torch_filesystem import FsspecStore, StreamStore, store_of
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
@@ -169,7 +170,7 @@ def test_urls(tmp_path, where, planner, name):
         dcp.save(saved, storage_writer=writer, planner=planner and planner())
     store = store_of(writer)
     assert type(store) is FsspecStore
-    source = sk.open(store)
+    source = open_reader(store)
     assert source.kind == "shardkeep"
     assert source.verify().ok
     data = [name for name in store.names() if name.endswith(".distcp")]

@@ -38,7 +38,7 @@ def as_numpy(checkpoint) -> dict:
     for name in checkpoint:
         value = checkpoint.read(name)
         if checkpoint.is_tensor(name):
-            dtype, shape = checkpoint.shape_of(name)
+            dtype, shape = checkpoint.tensor(name).dtype, checkpoint.tensor(name).shape
             value = (f"torch.{dtype}", shape, value.tobytes())
         found[name] = value
     return found

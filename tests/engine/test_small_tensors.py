@@ -211,7 +211,7 @@ def test_one_more_small_tensor_costs_next_to_no_call():
             patch.setattr(match, "describe_tensors", lambda _, known=described: known)
 
             def load_once(store=store, flat=flat):
-                source = reader.open(store)
+                source = reader.open_reader(store)
                 own = OwnValues(source, 0, 1, str)
                 matched = match.match(flat, match.Contents(source, ()), own)
                 filling = load._plan(matched.found, source, 1, None)

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.torch
 import shardkeep as sk
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.coordination import detect_ranks
 from shardkeep.engine.options import SaveConfig
 from shardkeep.engine.save import life
@@ -67,7 +68,7 @@ def test_metrics_are_part_of_the_commit(root):
     assert dict(steps.metrics(4)) == {"loss": 0.75, "only 4": 4.0}
     assert steps.metrics(5) == {} == steps.metrics(77)
     assert [step.number for step in steps.all()] == [1, 2, 3, 4, 5]
-    assert sk.open(steps.store(4)).outline.header["metrics"] == {"loss": 0.75, "only 4": 4}
+    assert open_reader(steps.store(4)).outline.header["metrics"] == {"loss": 0.75, "only 4": 4}
     # What replaces a step has metrics of its own: nothing is remembered by the step alone.
     with_metrics(3, steps.store(3), {"loss": 2.0}, overwrite=True)
     assert steps.metrics(3) == {"loss": 2.0} and steps.best("loss") == 2

@@ -16,7 +16,7 @@ from shardkeep.cli.terminal import CommandError, Output, PipeClosed, one_line
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 
 if TYPE_CHECKING:
-    from shardkeep.checkpoint.reader import Checkpoint
+    from shardkeep.checkpoint.reader import CheckpointReader
 
 __all__ = ["app", "run"]
 
@@ -186,13 +186,13 @@ def gc(
     return gc.gc(path, Output(), delete=delete, as_json=as_json)
 
 
-def _open(path: str) -> Checkpoint:
+def _open(path: str) -> CheckpointReader:
     from shardkeep.checkpoint import reader
 
     if "://" in path:
         raise CommandError(f"{path!r} is a URL: only folders can be looked into", _NO_CHECKPOINT)
     try:
-        return reader.open(path)
+        return reader.open_reader(path)
     except NotACheckpoint as error:
         below = _checkpoints_below(path)
         if not below:

@@ -8,7 +8,7 @@ from fnmatch import translate
 from math import prod
 from typing import NamedTuple
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.types import DTYPES, DType, Path, Structure
 
 __all__ = ["Node", "Row", "matching", "rows", "tree"]
@@ -29,7 +29,7 @@ class Row(NamedTuple):
     nbytes: int = 0
 
 
-def rows(checkpoint: Checkpoint) -> list[Row]:
+def rows(checkpoint: CheckpointReader) -> list[Row]:
     """Everything in a checkpoint, in the order of its state. Reads the outline only."""
     outline = checkpoint.outline
     leaves = outline.structure.leaves if outline.structure else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.cli.entries import Node, Row, matching, rows, tree
 from shardkeep.cli.render import brief, is_json
 from shardkeep.cli.terminal import CommandError, Output, escape, one_line
@@ -35,7 +35,7 @@ _WHAT = 40
 
 
 def ls(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointReader,
     out: Output,
     *,
     pattern: str | None,
@@ -65,7 +65,7 @@ def ls(
     return 0
 
 
-def _header(checkpoint: Checkpoint, found: Sequence[Row], out: Output) -> str:
+def _header(checkpoint: CheckpointReader, found: Sequence[Row], out: Output) -> str:
     nbytes = sum(row.nbytes for row in found)
     tensors = sum(row.kind == "tensor" for row in found)
     parts = [
@@ -86,7 +86,7 @@ _KINDS = {
 }
 
 
-def _writer(checkpoint: Checkpoint) -> str:
+def _writer(checkpoint: CheckpointReader) -> str:
     """The kind, and what wrote it when, as far as it says."""
     said = _said(checkpoint)
     known = [
@@ -98,20 +98,20 @@ def _writer(checkpoint: Checkpoint) -> str:
     return f"{kind} ({escape(', '.join(known)[:200])})" if known else kind
 
 
-def _said(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _said(checkpoint: CheckpointReader) -> Mapping[str, Any]:
     """What the checkpoint says of itself."""
     outline = checkpoint.outline
     header = outline.header if isinstance(outline, Outline) else {}
     return {**outline.extra, **header}
 
 
-def _print_flat(checkpoint: Checkpoint, shown: Sequence[Row], out: Output) -> None:
+def _print_flat(checkpoint: CheckpointReader, shown: Sequence[Row], out: Output) -> None:
     """A line for each row, under its whole name."""
     _print([("", escape(row.name), row) for row in shown], checkpoint, out)
 
 
 def print_tree(
-    checkpoint: Checkpoint, shown: Sequence[Row], out: Output, *, depth: int | None = None
+    checkpoint: CheckpointReader, shown: Sequence[Row], out: Output, *, depth: int | None = None
 ) -> None:
     """The rows as a tree; containers below `depth` levels are folded into one line each."""
     _print(list(_walk(tree(shown), depth)), checkpoint, out)
@@ -121,7 +121,7 @@ _Line = tuple[str, str, "Row | Node"]
 """Guide, label, and what is there."""
 
 
-def _print(lines: Sequence[_Line], checkpoint: Checkpoint, out: Output) -> None:
+def _print(lines: Sequence[_Line], checkpoint: CheckpointReader, out: Output) -> None:
     """In columns: guide and label, what it is, its size."""
     told = _Values(checkpoint, [what for _, _, what in lines if isinstance(what, Row)])
     cells = [_cells(what, told) for _, _, what in lines]
@@ -210,7 +210,7 @@ class _Values:
     read of its file.
     """
 
-    def __init__(self, checkpoint: Checkpoint, shown: Iterable[Row]) -> None:
+    def __init__(self, checkpoint: CheckpointReader, shown: Iterable[Row]) -> None:
         self._checkpoint = checkpoint
         objects = checkpoint.outline.objects
         self._known = objects.values
@@ -245,7 +245,7 @@ class _Values:
         return entry
 
 
-def _print_json(checkpoint: Checkpoint, shown: Sequence[Row], out: Output) -> None:
+def _print_json(checkpoint: CheckpointReader, shown: Sequence[Row], out: Output) -> None:
     """One document, an entry a line, written as it is made."""
     outline = checkpoint.outline
     if isinstance(outline, Outline):

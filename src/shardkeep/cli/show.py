@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.cli.boxes import corner, parse
 from shardkeep.cli.entries import Row, rows
 from shardkeep.cli.ls import print_tree
@@ -35,7 +35,7 @@ _COMPARED = 20_000
 
 
 def show(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointReader,
     name: str,
     out: Output,
     *,
@@ -61,7 +61,7 @@ def show(
     return 0
 
 
-def _resolve(checkpoint: Checkpoint, name: str) -> str:
+def _resolve(checkpoint: CheckpointReader, name: str) -> str:
     """The name itself, or the one that is printed like it: escaped names can be copied."""
     if name in checkpoint:
         return name
@@ -76,7 +76,7 @@ def _resolve(checkpoint: Checkpoint, name: str) -> str:
     raise CommandError(f"{checkpoint.url} holds no {name!r}{hint}", 1)
 
 
-def _container(checkpoint: Checkpoint, name: str, out: Output) -> None:
+def _container(checkpoint: CheckpointReader, name: str, out: Output) -> None:
     found = rows(checkpoint)
     inside = [row for row in found if row.name.startswith(f"{name}.")]
     bare = [row.kind for row in found if row.name == name]
@@ -92,7 +92,7 @@ def _close(name: str, found: Sequence[Row]) -> list[str]:
     return get_close_matches(name, candidates, n=3, cutoff=0.6) or inside[:3]
 
 
-def _object(checkpoint: Checkpoint, name: str, out: Output) -> None:
+def _object(checkpoint: CheckpointReader, name: str, out: Output) -> None:
     value = checkpoint.value(name)
     out.line(f"{out.paint('bold', escape(name))}: object, {escape(type(value).__name__)}")
     out.lines("  " + one_line(line) for line in pretty(value))
@@ -104,7 +104,7 @@ def _object(checkpoint: Checkpoint, name: str, out: Output) -> None:
 
 
 def _tensor(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointReader,
     name: str,
     out: Output,
     *,
@@ -148,7 +148,9 @@ def _table(chunks: Sequence[Chunk]) -> Iterator[str]:
         )
 
 
-def _values(checkpoint: Checkpoint, info: TensorInfo, wanted: Box, *, asked: bool) -> Iterator[str]:
+def _values(
+    checkpoint: CheckpointReader, info: TensorInfo, wanted: Box, *, asked: bool
+) -> Iterator[str]:
     """The box's values, or those of its first corner: only these are read."""
     if not wanted.numel:
         yield f"  no elements in {wanted}"

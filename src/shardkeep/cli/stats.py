@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.cli.boxes import slabs
 from shardkeep.cli.terminal import CommandError
 from shardkeep.types import Box, DType, Progress
@@ -57,13 +57,13 @@ class Stats:
         self.most = most if self.most is None else max(most, self.most)
 
 
-def statistics(checkpoint: Checkpoint, name: str, box: Box, progress: Progress) -> Stats:
+def statistics(checkpoint: CheckpointReader, name: str, box: Box, progress: Progress) -> Stats:
     """Read a box of a tensor part by part. `Damaged` where bytes do not match their digests.
 
     Raises:
         CommandError: numpy only carries the bits of this dtype.
     """
-    dtype, _ = checkpoint.shape_of(name)
+    dtype, _ = checkpoint.dtype_and_shape(name)
     if dtype.note and dtype.name != "complex32":
         raise CommandError(f"{dtype} has no statistics: what is read is {dtype.note}", 2)
     stats, done, total = Stats(), 0, box.numel * dtype.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.checkpoint.verify import VerifyReport
 from shardkeep.cli.terminal import Output, escape, one_line
 from shardkeep.coordination.progress import bar
@@ -16,7 +16,7 @@ __all__ = ["verify"]
 
 
 def verify(
-    open_: Callable[[], Checkpoint], path: str, out: Output, *, as_json: bool, quiet: bool
+    open_: Callable[[], CheckpointReader], path: str, out: Output, *, as_json: bool, quiet: bool
 ) -> int:
     """Check a checkpoint and print what was found; the exit code: 0 whole, 1 damaged.
 

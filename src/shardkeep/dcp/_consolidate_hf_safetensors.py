@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from shardkeep import settings
-from shardkeep.checkpoint.reader import Checkpoint, Request
+from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.safetensors import Folder, open_folder
@@ -100,12 +100,12 @@ def consolidate(
     return list(files)
 
 
-def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[Checkpoint, _Files]:
+def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[CheckpointReader, _Files]:
     """What is there to be joined, and what goes to which file."""
     if not mapping:
         raise ValueError("fqn_to_index_mapping is empty: no tensor has a file to go to")
     source = open_folder(folder.store, listed=False)
-    source.check_cover()
+    source.check_coverage()
     left = [name for name in source if name not in mapping]
     if left:
         raise ValueError(f"fqn_to_index_mapping lacks {len(left)} tensors: {_some(left)}")
@@ -124,17 +124,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _nbytes(source: Checkpoint, names: Sequence[str]) -> int:
-    described = (source.shape_of(name) for name in names)
+def _nbytes(source: CheckpointReader, names: Sequence[str]) -> int:
+    described = (source.dtype_and_shape(name) for name in names)
     return sum(prod(shape) * dtype.itemsize for dtype, shape in described)
 
 
-def _publish(source: Checkpoint, output: Folder, files: _Files) -> None:
+def _publish(source: CheckpointReader, output: Folder, files: _Files) -> None:
     weights = {name: file for file, names in files.items() for name in names}
     output.store.publish(INDEX, listing(weights, _nbytes(source, list(weights))))
 
 
-def _write(source: Checkpoint, output: Folder, files: _Files, threads: int) -> None:
+def _write(source: CheckpointReader, output: Folder, files: _Files, threads: int) -> None:
     together = max(1, min(threads, len(files)))
     readers = max(1, settings.read_threads() // together)
     budget = settings.max_host_memory_bytes() // together
@@ -142,12 +142,14 @@ def _write(source: Checkpoint, output: Folder, files: _Files, threads: int) -> N
     output.write(content, threads)
 
 
-def _content(source: Checkpoint, names: Sequence[str], readers: int, budget: int) -> list[Item]:
+def _content(
+    source: CheckpointReader, names: Sequence[str], readers: int, budget: int
+) -> list[Item]:
     """A file as its header and slabs, which are read when their turn comes.
 
     While one is read, the one before it may still be there: each takes a quarter of the budget.
     """
-    laid_out = layout({name: source.shape_of(name) for name in names}, of_wholes())
+    laid_out = layout({name: source.dtype_and_shape(name) for name in names}, of_wholes())
     items = [Item(Bare(len(laid_out.header)), memoryview(laid_out.header))]
     for slab, nbytes in _slabs(source, laid_out.names, max(1, min(_SLAB, budget // 4))):
         read: Callable[[], memoryview] = partial(_read, source, slab, nbytes, readers, budget // 4)
@@ -159,12 +161,14 @@ _Slab = list[tuple[str, Box]]
 """Boxes of tensors: their bytes follow each other in the file."""
 
 
-def _slabs(source: Checkpoint, names: Sequence[str], most: int) -> Iterator[tuple[_Slab, int]]:
+def _slabs(
+    source: CheckpointReader, names: Sequence[str], most: int
+) -> Iterator[tuple[_Slab, int]]:
     """Small tensors together, large ones in pieces, of so many bytes at most."""
     slab: _Slab = []
     size = 0
     for name in names:
-        dtype, shape = source.shape_of(name)
+        dtype, shape = source.dtype_and_shape(name)
         for box in _pieces(shape, max(1, most // dtype.itemsize)):
             nbytes = box.numel * dtype.itemsize
             if slab and size + nbytes > most:
@@ -194,12 +198,14 @@ def _pieces(shape: tuple[int, ...], most: int) -> Iterator[Box]:
             yield Box((*outer, row, *inner), sizes)
 
 
-def _read(source: Checkpoint, slab: _Slab, nbytes: int, threads: int, budget: int) -> memoryview:
+def _read(
+    source: CheckpointReader, slab: _Slab, nbytes: int, threads: int, budget: int
+) -> memoryview:
     space = np.empty(nbytes, dtype=np.uint8)
     requests = []
     at = 0
     for name, box in slab:
-        dtype, _ = source.shape_of(name)
+        dtype, _ = source.dtype_and_shape(name)
         into = np.ndarray(box.sizes, f"V{dtype.itemsize}", space.data, at)
         requests.append(Request(name, box, into))
         at += into.nbytes

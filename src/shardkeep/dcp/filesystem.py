@@ -24,7 +24,7 @@ from torch.futures import Future
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.chunk_locations import ChunkLocations
 from shardkeep.checkpoint.leases import Lease
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.dcp.bridge.items import write_containers
 from shardkeep.dcp.bridge.metadata import VERSION, index_of, metadata_of
 from shardkeep.dcp.bridge.publishing import publish, publish_own
@@ -232,7 +232,7 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         super().__init__(*args, **kwargs)
         registry = "_extension_registry"
         self._extension_registry = kwargs.get(registry, args[1] if len(args) > 1 else None)
-        self._source: Checkpoint | None = None
+        self._source: CheckpointReader | None = None
         self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -319,12 +319,12 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         with self.fs.create_stream(path, "rb") as stream:
             return bytes(self._slice_file(stream, place).read(-1))
 
-    def _with_manifest(self, store: Store) -> Checkpoint | None:
+    def _with_manifest(self, store: Store) -> CheckpointReader | None:
         """The checkpoint, if Shardkeep wrote it."""
         if not commit.exists(store, commit.METADATA):
             return None
         found = commit.find(store)
-        return Checkpoint(store, found) if found.kind == "shardkeep" else None
+        return CheckpointReader(store, found) if found.kind == "shardkeep" else None
 
     def _stored_metadata(self, store: Store, rank: int | None) -> Any:
         """The metadata in a file of torch's, as it is; or those of all ranks, in one."""
@@ -350,7 +350,7 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
             with suppress(ShardkeepError):  # What was read as metadata may be another file.
                 self._source = self._with_manifest(store)
         if self._source is not None:
-            return self._source.sources
+            return self._source.locations
         try:
             return (
                 None if self._metadata is None else ChunkLocations(store, index_of(self._metadata))

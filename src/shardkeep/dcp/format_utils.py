@@ -73,7 +73,7 @@ def dcp_to_torch_save(
         OSError: the file can't be written.
     """
     with as_torch(0):
-        state = read_whole(reader.open(dcp_checkpoint_dir), trust=trusted())
+        state = read_whole(reader.open_reader(dcp_checkpoint_dir), trust=trusted())
     target = Path(torch_save_path)
     beside = target.with_name(f".{target.name}.{commit.new_id()}")
     try:

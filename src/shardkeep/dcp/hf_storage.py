@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from shardkeep import settings
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.dcp._consolidate_hf_safetensors import consolidate
 from shardkeep.dcp._hf_utils import SHARDED_DIR_NAME, _HFStorageInfo, _metadata_fn
 from shardkeep.dcp.bridge.metadata import metadata_of
@@ -289,7 +289,7 @@ class HuggingFaceStorageReader(FileSystemReader):
     def _go_to(self, path: _Id) -> None:
         self.fs = file_system(path)
         self.path = self.fs.init_path(path)
-        self._source: Checkpoint | None = None
+        self._source: CheckpointReader | None = None
 
     def reset(self, checkpoint_id: _Id | None = None) -> None:
         """Begin another load, from `checkpoint_id` if there is one."""
@@ -356,7 +356,7 @@ class HuggingFaceStorageReader(FileSystemReader):
         parallel(list(alone), worker, self.thread_count)
         return _done(None)
 
-    def _open(self) -> Checkpoint:
+    def _open(self) -> CheckpointReader:
         return open_folder(self._store())
 
     def _store(self) -> Store:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 from typing_extensions import deprecated
 
-from shardkeep.checkpoint.reader import open as open_checkpoint
+from shardkeep.checkpoint.reader import open_reader
 from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.engine_choice import plain_load
 from shardkeep.dcp.bridge.errors import as_torch
@@ -177,7 +177,7 @@ def _load_state_dict_from_keys(
             return state
         store = store_of(reader)
         with job.session("load", store.url) as session:
-            source = open_checkpoint(store, rank=(session.rank, session.size))
+            source = open_reader(store, rank=(session.rank, session.size))
             return dict(read_whole(source, keys=wanted, trust=trusted()))
 
 

@@ -14,7 +14,7 @@ import torch
 from shardkeep import settings
 from shardkeep.checkpoint import reader
 from shardkeep.checkpoint.read_plan import ReadPlan
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.progress import shown
@@ -238,7 +238,7 @@ def _planned(
     budget: int | None,
 ) -> _Planned:
     clock.phase("open")
-    source = reader.open(store, rank=(session.rank, session.size))
+    source = reader.open_reader(store, rank=(session.rank, session.size))
 
     clock.phase("describe")
     template, statefuls = expand(state)
@@ -259,7 +259,7 @@ def _planned(
     return _Planned(template, statefuls, marked, filling, matched.inside, matched.values, report)
 
 
-def _plan(found: Found, source: Checkpoint, ranks_here: int, budget: int | None) -> ReadPlan:
+def _plan(found: Found, source: CheckpointReader, ranks_here: int, budget: int | None) -> ReadPlan:
     """Where the pieces of these tensors go, and how to read them; their rows are in order."""
     codes = source.index.tensors.dtype[found.wanted.tensor]
     nbytes = found.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
@@ -270,9 +270,9 @@ def _plan(found: Found, source: Checkpoint, ranks_here: int, budget: int | None)
     )
 
 
-def _stored(source: Checkpoint) -> Iterator[Stored]:
+def _stored(source: CheckpointReader) -> Iterator[Stored]:
     """The leaves of a checkpoint, by their paths."""
-    kinds = source.kinds
+    kinds = source.dtypes_and_shapes
     for name, path in source.structure.leaves.items():
         if name in kinds:
             yield path, *kinds[name]

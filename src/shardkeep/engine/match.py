@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.plan.overlap import Boxes
 from shardkeep.state.flatten import Flat, Leaf
 from shardkeep.state.per_rank import OwnValues
@@ -27,13 +27,13 @@ __all__ = ["Contents", "Found", "Match", "match"]
 class Contents:
     """A checkpoint's contents as a template sees them: tensors, and values made for torch."""
 
-    def __init__(self, source: Checkpoint, trust: tuple[str, ...]) -> None:
+    def __init__(self, source: CheckpointReader, trust: tuple[str, ...]) -> None:
         self.source = source
         self._trust = trust
         self._values: dict[str, Any] = {}
 
     def is_tensor(self, name: str) -> bool:
-        return name in self.source.kinds
+        return name in self.source.dtypes_and_shapes
 
     def value(self, name: str) -> Any:
         """An object, with torch's own types."""
@@ -44,8 +44,8 @@ class Contents:
 
     def whole(self, name: str) -> Any:
         """A tensor that is one chunk, as its item describes it."""
-        item = self.source.item(name)
-        with self.source.naming(name):
+        item = self.source.item_bytes(name)
+        with self.source.name_errors(name):
             return from_bytes(item, name=name, trust=self._trust)
 
     def find(self, name: str, path: Path) -> tuple[str, Any] | None:
@@ -132,7 +132,7 @@ def match(flat: Flat, contents: Contents, negotiate_writers: OwnValues) -> Match
     matched = Match(source.url, found, [], [], [], [], {}, dict(negotiate_writers.refused))
     used = {names[row] for row in there.tolist()}
     for row in there[~same].tolist():
-        shape = source.kinds[names[row]][1]
+        shape = source.dtypes_and_shapes[names[row]][1]
         matched.refused[names[row]] = (
             f"shape: {list(shape)} in the checkpoint, {list(rows.shapes[row])} in the template"
         )
@@ -164,7 +164,7 @@ def _match_quantized(matched: Match, leaf: Leaf, contents: Contents) -> None:
     """A tensor that is an object here: only its own item knows the scale of a quantized one."""
     wanted = leaf.value
     if isinstance(wanted, torch.Tensor) and wanted.is_quantized:
-        dtype, shape = contents.source.shape_of(leaf.name)
+        dtype, shape = contents.source.dtype_and_shape(leaf.name)
         if (f"torch.{dtype}", shape) == (str(wanted.dtype), tuple(wanted.shape)):
             matched.values.append((leaf, contents.whole(leaf.name)))
             return

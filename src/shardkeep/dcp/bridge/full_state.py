@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shardkeep.checkpoint.reader import Checkpoint, Request
+from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import unflatten
 from shardkeep.torch_state.memory import destination
@@ -19,7 +19,7 @@ __all__ = ["read_whole"]
 
 
 def read_whole(
-    source: Checkpoint, *, keys: Collection[str] | None = None, trust: Sequence[str] = ()
+    source: CheckpointReader, *, keys: Collection[str] | None = None, trust: Sequence[str] = ()
 ) -> Any:
     """Everything that a checkpoint holds, or part of it, with containers and keys as they were.
 
@@ -45,9 +45,11 @@ def read_whole(
         if not source.is_tensor(name):
             made[name] = source.value(name, makers=MAKERS, decode=decode)
             continue
-        dtype, shape = source.shape_of(name)
+        dtype, shape = source.dtype_and_shape(name)
         if dtype.name.startswith(("qint", "quint")):
-            made[name] = decode(source.item(name))  # Only the item knows scale and zero point.
+            made[name] = decode(
+                source.item_bytes(name)
+            )  # Only the item knows scale and zero point.
             continue
         info = source.tensor(name)
         place = (dtype, shape, info.chunks) if info.chunks else name

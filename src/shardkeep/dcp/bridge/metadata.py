@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardkeep.checkpoint.reader import Checkpoint
+from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.dcp.bridge.items import Checksummed
 from shardkeep.errors import FormatError
 from shardkeep.format.dcp.metadata_columns import (
@@ -57,7 +57,7 @@ VERSION = getattr(filesystem, "CURRENT_DCP_VERSION", None)
 Results = Mapping[MetadataIndex, WriteResult]
 
 
-def metadata_of(source: Checkpoint | Index, checkpoint_id: Any = None) -> Metadata:
+def metadata_of(source: CheckpointReader | Index, checkpoint_id: Any = None) -> Metadata:
     """Return what a checkpoint holds as torch's own classes, as torch's reader would.
 
     Duplicate entries for releases up to 2.3 are left out: the planners of later releases would

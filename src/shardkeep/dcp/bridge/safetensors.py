@@ -16,7 +16,7 @@ import torch.distributed.checkpoint.filesystem as stock_files
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.reader import Checkpoint, Request
+from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.torch_filesystem import replace, store_of
 from shardkeep.dcp.reexports import theirs
@@ -124,7 +124,7 @@ def part_items(parts: Sequence[Part]) -> list[Item]:
     ]
 
 
-def open_folder(store: Store, *, listed: bool = True) -> Checkpoint:
+def open_folder(store: Store, *, listed: bool = True) -> CheckpointReader:
     """The checkpoint that the safetensors files of a folder are, whatever else is there.
 
     Args:
@@ -155,10 +155,10 @@ def _is_tensors(name: str) -> bool:
 
 def _checkpoint(
     store: Store, headers: Mapping[str, parse.Header], weights: Mapping[str, str]
-) -> Checkpoint:
+) -> CheckpointReader:
     index = parse.index_of(headers, weights)
     first = next(iter(headers))
-    return Checkpoint(store, commit.Found.whole("safetensors", first, lambda: index))
+    return CheckpointReader(store, commit.Found.whole("safetensors", first, lambda: index))
 
 
 class SafetensorsFile:
@@ -188,9 +188,9 @@ class SafetensorsFile:
 
 
 class _Slice:
-    def __init__(self, source: Checkpoint, name: str) -> None:
+    def __init__(self, source: CheckpointReader, name: str) -> None:
         self._source, self._name = source, name
-        self._dtype, self._shape = source.shape_of(name)
+        self._dtype, self._shape = source.dtype_and_shape(name)
 
     def get_shape(self) -> list[int]:
         return list(self._shape)
@@ -224,7 +224,7 @@ def box_of(item: ReadItem) -> Box:
 
 
 def read_items(
-    source: Checkpoint, items: Sequence[ReadItem], planner: LoadPlanner, threads: int
+    source: CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner, threads: int
 ) -> None:
     """Fill what the planner gives for these items, each range of the files with few reads.
 
@@ -236,14 +236,14 @@ def read_items(
     cast: dict[str, str] = {}
 
     def nbytes(item: ReadItem) -> int:
-        return prod(item.lengths) * source.shape_of(item.storage_index.fqn)[0].itemsize
+        return prod(item.lengths) * source.dtype_and_shape(item.storage_index.fqn)[0].itemsize
 
     for batch in batches(items, nbytes, planner):
         requests, landed = [], []
         for item in batch:
             name = item.storage_index.fqn
             target = target_of(item, planner)
-            dtype, _ = source.shape_of(name)
+            dtype, _ = source.dtype_and_shape(name)
             if target.dtype != torch_dtype(dtype):
                 wanted = str(target.dtype).removeprefix("torch.")
                 cast[name] = f"{name}: stored as {dtype}, cast to {wanted}"
