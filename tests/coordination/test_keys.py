@@ -117,7 +117,7 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
     hosted: tuple[subprocess.Popen[str], Any], call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To `get`, torch waits for the key, and then for the end of the waiting: twice as long."""
-    monkeypatch.setattr(clients, "_LEAST", 3.0)
+    monkeypatch.setattr(clients, "_MIN_ANSWER_SECONDS", 3.0)
     monkeypatch.setenv("SHARDKEEP_HEARTBEAT_SECONDS", "0.2")
     process, store = hosted
     keys = TorchKeyValueStore(store, 2)
@@ -139,7 +139,7 @@ def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
 def test_a_key_that_is_missing_is_known_at_once(
     hosted: tuple[subprocess.Popen[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(clients, "_LEAST", 100.0)
+    monkeypatch.setattr(clients, "_MIN_ANSWER_SECONDS", 100.0)
     keys, began = TorchKeyValueStore(hosted[1], 2), time.monotonic()
     for _ in range(2):
         with pytest.raises(KeyError):

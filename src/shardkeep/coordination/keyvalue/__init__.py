@@ -1,1 +1,1 @@
-"""Ranks that coordinate through the job's key-value store."""
+"""Coordination of ranks through the job's key-value store."""

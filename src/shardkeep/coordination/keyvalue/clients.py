@@ -1,4 +1,4 @@
-"""Own clients of the job's store, which give up on a host that does not answer any more."""
+"""Clients of the job's store that belong to Shardkeep alone, and give up on a frozen host."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ __all__ = ["Client", "client_of"]
 
 T = TypeVar("T")
 
-_LEAST = 7.0
-"""Seconds that the host of the store may take for an answer in any case: a client that connects can
-make it look up a name, for 5 s where no one answers that, and all others wait."""
+_MIN_ANSWER_SECONDS = 7.0
+"""How long the store's host may always take for an answer. A client that connects may make it look
+up a host name, which takes 5 s if the name server does not answer, and all others wait."""
 
 
 class Client:
-    """A client of a `torch.distributed.Store` whose calls fail in the ways of `KeyValueStore`.
+    """A client of a `torch.distributed.Store`, whose calls fail as `KeyValueStore` says.
 
     Attributes:
-        store: the client itself.
-        remote: whether another process answers: it is a TCPStore's.
+        store: torch's client.
+        is_remote: whether another process answers, as with TCPStore.
         lost: why the store is out of reach for good; None if it is not.
     """
 
-    def __init__(self, store: Any, patience: float) -> None:
-        self.store, self._patience = store, patience
-        self.remote = _is_remote(_server(store))
+    def __init__(self, store: Any, answer_seconds: float) -> None:
+        self.store, self._answer_seconds = store, answer_seconds
+        self.is_remote = _is_remote(_unwrapped(store))
         self.lost: str | None = None
         self._lock = Lock()
 
     def call(self, key: str, act: Callable[[Any], T]) -> T:
-        """What `act` gives for the store.
+        """Return what `act` returns for the store.
 
         Raises:
-            KeyError: `key` is missing by now.
+            KeyError: `key` does not exist (any more).
             ConnectionError: the store is out of reach.
         """
-        # One at a time, as in the store itself: or each thread would wait as long, in turn.
+        # One call at a time, as in torch's client. Otherwise, if the host is frozen, each of the
+        # waiting threads would wait for a timeout of its own, one after the other.
         with self._lock:
             return self._call(key, act)
 
@@ -55,11 +56,11 @@ class Client:
             raise ConnectionError(self.lost)
         try:
             return act(self.store)
-        except RuntimeError as error:  # what torch raises for everything
+        except RuntimeError as error:  # torch raises it for everything.
             text = str(error).strip()
             if "Socket Timeout" in text:
-                # An answer that comes after all would be taken for that to the next question.
-                self.lost = f"no answer for {self._patience:g} s"
+                # A late answer would be taken for the answer to the next question.
+                self.lost = f"no answer for {self._answer_seconds:g} s"
                 raise ConnectionError(self.lost) from error
             if "timeout" in text.lower():
                 raise KeyError(key) from error
@@ -67,13 +68,13 @@ class Client:
 
 
 _clients: WeakKeyDictionary[Any, Client] = WeakKeyDictionary()
-"""Store -> our client of it, for as long as the job keeps the store. With a new one for each save,
-torch would look up the name of the address each time: 5 s where no one answers that."""
+"""Store -> our client of it, for as long as the job keeps the store. If each save made a new one,
+torch would look up the host name each time, which takes 5 s if the name server does not answer."""
 _connecting = Lock()
 
 
 def client_of(store: Any) -> Client:
-    """Our client, so that calls of others that wait do not hold up ours."""
+    """Return our own client of a store: a waiting call of the job's client would delay our calls."""
     with _connecting:
         client = _clients.get(store)
         if client is None or client.lost is not None:
@@ -84,20 +85,20 @@ def client_of(store: Any) -> Client:
 
 
 def _connect(store: Any) -> Client:
-    patience = max(_LEAST, Timeouts.from_settings().silence_seconds)
-    server = _server(store)
-    with _giving_up(patience, getattr(server, "port", None)):
+    seconds = max(_MIN_ANSWER_SECONDS, Timeouts.from_settings().silence_seconds)
+    server = _unwrapped(store)
+    with _answer_timeout(seconds, getattr(server, "port", None)):
         try:
             own = store.clone()
-        except (AttributeError, RuntimeError):  # torch up to 2.7, or a kind that cannot
-            own = _second_client(server, timedelta(seconds=patience)) or store
+        except (AttributeError, RuntimeError):  # torch before 2.8, or a kind that has no clone
+            own = _second_client(server, timedelta(seconds=seconds)) or store
     if own is not store:
-        own.set_timeout(timedelta(seconds=patience))
-    return Client(own, patience)
+        own.set_timeout(timedelta(seconds=seconds))
+    return Client(own, seconds)
 
 
-def _server(store: Any) -> Any:
-    """The store itself, without the prefixes that it is wrapped in."""
+def _unwrapped(store: Any) -> Any:
+    """Return the store without the prefixes that it is wrapped in."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     return store
@@ -109,18 +110,18 @@ def _is_remote(server: Any) -> bool:
 
 def _second_client(server: Any, timeout: timedelta) -> Any:
     if not _is_remote(server):
-        return None  # a store in files or in memory has no client that others could hold
+        return None  # A store in files or in memory has no connection that a call could occupy.
     return type(server)(
         server.host, server.port, is_master=False, timeout=timeout, wait_for_workers=False
     )
 
 
 @contextmanager
-def _giving_up(seconds: float, port: int | None) -> Iterator[None]:
-    """A client that is made in the block waits so long for each answer, and not for ever.
+def _answer_timeout(seconds: float, port: int | None) -> Iterator[None]:
+    """Limit how long a client that is made in the block waits for each answer.
 
-    The process that hosts the store may be frozen: its connections live on. torch has no timeout
-    for a single answer (seen in 2.13), but its sockets obey that of the system.
+    If the process that hosts the store is frozen, its connections stay open. torch has no timeout
+    for a single answer (seen in 2.13), but its sockets obey that of the operating system.
     """
     before = _connections(port)
     yield
@@ -131,17 +132,18 @@ def _giving_up(seconds: float, port: int | None) -> Iterator[None]:
 
 
 def _connections(port: int | None) -> set[int]:
-    """Descriptors of this process's connections to a port, where the system lists them."""
+    """Return the descriptors of this process's connections to a port, if the system lists them."""
     found = set()
     with suppress(OSError):
-        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names are wanted
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - only the names are needed
             with suppress(OSError):
-                if stat.S_ISSOCK(os.fstat(int(name)).st_mode) and _peer(int(name)) == port:
+                is_socket = stat.S_ISSOCK(os.fstat(int(name)).st_mode)
+                if is_socket and _remote_port(int(name)) == port:
                     found.add(int(name))
     return found
 
 
-def _peer(descriptor: int) -> int | None:
+def _remote_port(descriptor: int) -> int | None:
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         if connection.family not in (socket.AF_INET, socket.AF_INET6):
             return -1
