@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import shardkeep as sk
-from shardkeep.torch_state.placements import Placement, parts
+from shardkeep.torch_state.placements import Placement, placed_boxes
 from shardkeep.types import Box
 
 Layout = tuple[tuple[int, ...], tuple[Placement, ...]]
@@ -55,7 +55,7 @@ def shard(whole: torch.Tensor, rank: int, layout: Layout, *, empty: bool = False
     """What a rank holds of a tensor in a layout: its true values, or zeros to be filled."""
     mesh, placements = layout
     here = coordinate(rank, mesh)
-    held = () if here is None else parts(tuple(whole.shape), mesh, here, placements)
+    held = () if here is None else placed_boxes(tuple(whole.shape), mesh, here, placements)
     boxes = [part.box for part in held]
     pieces = [(box, whole[box.slices].clone()) for box in boxes]
     if empty:

@@ -59,7 +59,7 @@ def test_all_of_a_copy_from_a_device_goes_by_a_side_stream_and_is_there_on_retur
         def resolve_neg(self):
             return self
 
-    monkeypatch.setattr(devices, "words", lambda tensor: tensor)
+    monkeypatch.setattr(devices, "integer_view", lambda tensor: tensor)
     for name in ("a", "b"):
         devices.copy_out(Into(), Tensor(name=name))
     steps = (

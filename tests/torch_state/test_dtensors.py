@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from shardkeep.errors import Conflict
-from shardkeep.torch_state.pieces import Described, describe
+from shardkeep.torch_state.pieces import TensorDescription, describe_tensor
 
 try:
     from torch.distributed.tensor import (
@@ -38,7 +38,7 @@ NO_ROWS = 0 if NEWER else 1  # older ones can't distribute an empty tensor
 Shipped = tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], Any]]]
 
 
-def ship(described: tuple[Described, ...]) -> list[Shipped]:
+def ship(described: tuple[TensorDescription, ...]) -> list[Shipped]:
     """What goes back to the parent: dtype, shape, and each piece's offsets and values."""
     return [
         (one.dtype.name, one.shape, [(p.box.offsets, p.local.numpy().copy()) for p in one.pieces])
@@ -86,7 +86,7 @@ def distributed(rank: int, size: int, seed: int) -> list[tuple[Any, int, list[Sh
             copies = 1
             for side, dim in zip(sides, dims, strict=True):
                 copies *= side if dim < 0 else 1
-            found.append((whole.numpy(), copies, ship(describe("x", made))))
+            found.append((whole.numpy(), copies, ship(describe_tensor("x", made))))
     return found
 
 
@@ -126,7 +126,7 @@ def fsdp_and_tp(rank: int, size: int, rows: int) -> dict[str, Any]:
     held = {}
     for name, value in model.state_dict().items():
         assert isinstance(value, DTensor)
-        held[name] = (expected[name], str(value.placements), ship(describe(name, value))[0])
+        held[name] = (expected[name], str(value.placements), ship(describe_tensor(name, value))[0])
     return held
 
 
@@ -150,7 +150,7 @@ def doubly_cut(rank: int, size: int) -> str:
     mesh = init_device_mesh("cpu", (2, 2))
     made = distribute_tensor(torch.arange(8.0), mesh, [Shard(0), Shard(0)])
     try:
-        return str(describe("x", made)[0].pieces[0].box)
+        return str(describe_tensor("x", made)[0].pieces[0].box)
     except Conflict as error:
         return str(error)
 
@@ -171,7 +171,7 @@ def part_of_the_ranks(rank: int, size: int) -> Any:
     mesh = DeviceMesh("cpu", [0, 1])
     made = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
     assert isinstance(made, DTensor)
-    return ship(describe("x", made))[0]
+    return ship(describe_tensor("x", made))[0]
 
 
 def test_ranks_outside_the_mesh_know_the_tensor(gloo: Any) -> None:
@@ -195,7 +195,7 @@ def refused(rank: int, size: int) -> list[str]:
     messages = []
     for value in cases:
         try:
-            describe("layer.w", value)
+            describe_tensor("layer.w", value)
         except Conflict as error:
             messages.append(str(error))
     return messages
@@ -233,7 +233,7 @@ def sharded(rank: int, size: int) -> list[Shipped]:
     ]
     meta = ShardedTensorMetadata(places, torch.Size([5, 4]), TensorProperties(torch.float32))
     made = ShardedTensor._init_from_local_shards_and_global_metadata(mine, meta)
-    return ship(describe("x", made))
+    return ship(describe_tensor("x", made))
 
 
 def test_sharded_tensors(gloo: Any) -> None:
@@ -257,7 +257,7 @@ def ordered(rank: int, size: int) -> Any:
     )
     local = redistribute_local_tensor(made.to_local(), made._spec, spec)
     placed = DTensor(local, spec, requires_grad=False)
-    return mesh.get_coordinate(), ship(describe("x", placed))[0]
+    return mesh.get_coordinate(), ship(describe_tensor("x", placed))[0]
 
 
 def test_a_shard_order_is_followed(gloo: Any) -> None:
@@ -297,7 +297,7 @@ def test_uneven_fsdp2_over_tensor_parallelism() -> None:
                 layer.weight.copy_(expected)
             parallelize_module(layer, mesh[names[1]], ColwiseParallel(), src_data_rank=None)
             fully_shard(layer, mesh=mesh[names[0]])
-            ranks += ship(describe("weight", layer.weight))
+            ranks += ship(describe_tensor("weight", layer.weight))
         finally:
             dist.destroy_process_group()
     assert torch.equal(assemble(ranks, 1), expected)
@@ -321,7 +321,7 @@ def test_tensors_that_lie_nearly_alike_are_not_taken_for_each_other() -> None:
                 torch.zeros(2), mesh, (first, shard), run_check=False, shape=(8,), stride=(1,)
             )
             assert value.placements == (first, shard)
-            ((_, _, ((offsets, _),)),) = ship(describe("w", value))
+            ((_, _, ((offsets, _),)),) = ship(describe_tensor("w", value))
             found.append(offsets)
     finally:
         dist.destroy_process_group()
@@ -340,9 +340,9 @@ def test_a_partial_tensor_is_refused_on_ranks_that_have_none_of_it_too() -> None
         for placement, what in ((Partial(), "not summed up"), (Replicate(), None)):
             value = DTensor.from_local(torch.zeros(2), mesh, [placement], run_check=False)
             if what is None:
-                assert describe("w", value)[0].pieces == ()
+                assert describe_tensor("w", value)[0].pieces == ()
                 continue
             with pytest.raises(Conflict, match=what):
-                describe("w", value)
+                describe_tensor("w", value)
     finally:
         dist.destroy_process_group()

@@ -15,7 +15,13 @@ torch = pytest.importorskip("torch")
 from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import flatten
 from shardkeep.torch_state.describe import describe_tensors
-from shardkeep.torch_state.memory import Destinations, destination, in_order, payload, raw
+from shardkeep.torch_state.memory import (
+    Destinations,
+    destination,
+    is_contiguous_on_cpu,
+    memory_array,
+    payload_bytes,
+)
 from shardkeep.torch_state.pieces import is_any_tensor
 from shardkeep.types import DTYPES, DType
 
@@ -52,24 +58,24 @@ def test_words_are_the_bytes_in_memory_for_any_dtype_and_strides(dtype: DType, v
     word = np.dtype("c16") if size == 16 else np.dtype(f"u{size}")
     expected = noise(120 * size).view(word).reshape(4, 6, 5)
     tensor = empty(dtype, 4, 6, 5)
-    raw(tensor)[...] = expected
-    words = raw(view(tensor))
+    memory_array(tensor)[...] = expected
+    words = memory_array(view(tensor))
     assert words.dtype == word
     assert words.tobytes() == view(expected).tobytes()
-    assert bytes(payload(view(tensor))) == view(expected).tobytes()
+    assert bytes(payload_bytes(view(tensor))) == view(expected).tobytes()
     target = empty(dtype, 4, 6, 5)
-    raw(target)[...] = 0
+    memory_array(target)[...] = 0
     array, finish = destination(view(target), dtype)
     array[...] = view(expected)
     finish()
     untouched = np.zeros_like(expected)
     view(untouched)[...] = view(expected)
-    assert raw(target).tobytes() == untouched.tobytes()
+    assert memory_array(target).tobytes() == untouched.tobytes()
 
 
 def test_a_view_is_no_copy_and_outlives_the_tensor() -> None:
     tensor = torch.arange(6.0)
-    words, data = raw(tensor), payload(tensor)
+    words, data = memory_array(tensor), payload_bytes(tensor)
     words[0] = 0x40E00000
     assert tensor[0] == 7
     assert data[:4] == bytes.fromhex("0000e040")
@@ -85,8 +91,8 @@ def test_a_view_is_no_copy_and_outlives_the_tensor() -> None:
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,)])
 def test_scalars_and_empties(dtype: DType, shape: tuple[int, ...]) -> None:
     tensor = empty(dtype, *shape)
-    assert raw(tensor).shape == shape
-    assert len(payload(tensor)) == tensor.numel() * dtype.itemsize
+    assert memory_array(tensor).shape == shape
+    assert len(payload_bytes(tensor)) == tensor.numel() * dtype.itemsize
     array, finish = destination(tensor, dtype)
     assert array.shape == shape
     finish()
@@ -97,18 +103,18 @@ def test_lazily_conjugated_and_negated_tensors() -> None:
     for lazy in (value.conj(), torch._neg_view(value), value.conj().imag):
         assert lazy.is_conj() or lazy.is_neg()
         with pytest.raises(ValueError, match="conj or neg bit"):
-            raw(lazy)
+            memory_array(lazy)
         expected = lazy.resolve_conj().resolve_neg()
-        assert bytes(payload(lazy)) == expected.contiguous().numpy().tobytes()
+        assert bytes(payload_bytes(lazy)) == expected.contiguous().numpy().tobytes()
         array, finish = destination(lazy, DType.named(str(lazy.dtype)))
-        array[...] = raw(expected * 3)
+        array[...] = memory_array(expected * 3)
         finish()
         assert torch.equal(lazy.resolve_conj().resolve_neg(), expected * 3)
 
 
 def test_quantized_tensors_have_no_plain_memory() -> None:
     with pytest.raises(ValueError, match="quantized"):
-        raw(torch.quantize_per_tensor(torch.ones(3), 0.5, 1, torch.quint8))
+        memory_array(torch.quantize_per_tensor(torch.ones(3), 0.5, 1, torch.quint8))
 
 
 def test_a_load_reaches_parameters_and_inference_tensors() -> None:
@@ -119,7 +125,7 @@ def test_a_load_reaches_parameters_and_inference_tensors() -> None:
         for stored in (torch.float32, torch.bfloat16, torch.float64, torch.int32):
             source = torch.tensor([1, 2, 3], dtype=stored)
             array, finish = destination(tensor, DType.named(str(stored)))
-            array[...] = raw(source)
+            array[...] = memory_array(source)
             finish()
             assert tensor.tolist() == [1, 2, 3]
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
@@ -153,7 +159,7 @@ def addresses(*tensors: torch.Tensor) -> list[int]:
 def test_an_address_is_that_of_plain_memory_only(dtype: DType, view: Any) -> None:
     tensor = view(empty(dtype, 4, 6, 5))
     wanted = tensor.data_ptr() if tensor.is_contiguous() and tensor.numel() else 0
-    assert in_order(tensor) == tensor.is_contiguous()
+    assert is_contiguous_on_cpu(tensor) == tensor.is_contiguous()
     assert addresses(tensor, torch.nn.Parameter(tensor, requires_grad=False)) == [wanted] * 2
 
 
@@ -170,4 +176,4 @@ def test_no_address_where_memory_is_not_what_it_shows() -> None:
     assert addresses(given_back) == [given_back.data_ptr()]
     last.untyped_storage().resize_(23)
     assert addresses(last) == [0]
-    assert not in_order(torch.zeros(4, device="meta"))
+    assert not is_contiguous_on_cpu(torch.zeros(4, device="meta"))

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 
 from shardkeep.errors import Conflict, FormatError, Mismatch, Untrusted
 from shardkeep.format import values
-from shardkeep.torch_state.objects import MAKERS, from_bytes, to_bytes
+from shardkeep.torch_state.objects import TORCH_MAKERS, from_bytes, to_bytes
 from shardkeep.torch_state.shards import Shards
 from shardkeep.types import DTYPES
 
@@ -371,10 +371,10 @@ def test_a_broken_container_names_the_object() -> None:
 
 def test_makers_of_typed_values() -> None:
     for value in (torch.Size([2, 3]), torch.bfloat16, torch.device("cuda:1"), torch.device("cpu")):
-        made = values.decode(values.encode(value), {**values.CORE_MAKERS, **MAKERS})
+        made = values.decode(values.encode(value), {**values.CORE_MAKERS, **TORCH_MAKERS})
         assert made == value
         assert type(made) is type(value)
     with pytest.raises(FormatError):
-        values.decode({"torch.dtype": "float33"}, {**values.CORE_MAKERS, **MAKERS})
+        values.decode({"torch.dtype": "float33"}, {**values.CORE_MAKERS, **TORCH_MAKERS})
     with pytest.raises(FormatError):
-        values.decode({"torch.dtype": "Tensor"}, {**values.CORE_MAKERS, **MAKERS})
+        values.decode({"torch.dtype": "Tensor"}, {**values.CORE_MAKERS, **TORCH_MAKERS})

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep.torch_state.payloads as module
-from shardkeep.torch_state.memory import in_order
+from shardkeep.torch_state.memory import is_contiguous_on_cpu
 from shardkeep.torch_state.payloads import StatePayloads, slabs
 
 DTYPES = (
@@ -23,7 +23,7 @@ DTYPES = (
 
 
 def payloads_of(tensor: torch.Tensor, objects=()) -> StatePayloads:
-    address = tensor.data_ptr() if in_order(tensor) else 0
+    address = tensor.data_ptr() if is_contiguous_on_cpu(tensor) else 0
     return StatePayloads([tensor], np.array([address]), objects)
 
 

@@ -11,13 +11,13 @@ torch = pytest.importorskip("torch")
 from shardkeep.errors import Conflict
 from shardkeep.state.flatten import flatten
 from shardkeep.torch_state.describe import describe_tensors
-from shardkeep.torch_state.pieces import describe, is_any_tensor, is_sharded, is_tensor
+from shardkeep.torch_state.pieces import describe_tensor, is_any_tensor, is_sharded, is_tensor
 from shardkeep.torch_state.shards import Shards
 from shardkeep.types import DTYPES, Box, DType
 
 
 def one(value: Any) -> Any:
-    (described,) = describe("x", value)
+    (described,) = describe_tensor("x", value)
     return described
 
 
@@ -85,7 +85,7 @@ def test_a_flattening_subclass_is_described_by_its_inner_tensors() -> None:
     a, b, c = torch.rand(2), torch.rand(2), torch.rand(2)
     nested = two_tensor(two_tensor(a, b), c)
     assert is_tensor(nested)
-    found = describe("w", nested)
+    found = describe_tensor("w", nested)
     assert [d.name for d in found] == ["w.a.a", "w.a.b", "w.b"]
     assert [d.pieces[0].local.data_ptr() for d in found] == [t.data_ptr() for t in (a, b, c)]
     with pytest.raises(Conflict, match=r"'w\.b'.*rename the other"):
@@ -102,7 +102,7 @@ def test_objects_are_not_tensors() -> None:
         assert is_any_tensor(value)
         assert not is_tensor(value)
         with pytest.raises(Conflict, match=r"'x' is .* an object, not a tensor"):
-            describe("x", value)
+            describe_tensor("x", value)
     for other in ((torch.ones(1),), [torch.ones(1)], 1.0, None, torch.Size([1]), torch.float32):
         assert not is_any_tensor(other)
         assert not is_tensor(other)
@@ -159,7 +159,7 @@ def test_tensors_without_plain_memory_are_refused_by_name(make: Any, message: st
     assert is_any_tensor(value)
     assert is_tensor(value)
     with pytest.raises(Conflict, match=message):
-        describe("layer.w", value)
+        describe_tensor("layer.w", value)
 
 
 def test_shards_by_hand() -> None:

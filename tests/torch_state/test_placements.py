@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")  # the package's own imports need it; the functions do not
 
 from shardkeep.torch_state.placements import (
-    Part,
+    PlacedBox,
     Placement,
     Replicate,
     Shard,
     StridedShard,
-    order,
-    parts,
+    cut_order,
+    placed_boxes,
 )
 from shardkeep.types import Box
 
@@ -75,19 +75,19 @@ def held(
 
 
 def test_a_strided_shard_is_several_boxes() -> None:
-    found = parts((8, 3), (2, 2), (0, 0), (Shard(1), StridedShard(0, 2)))
+    found = placed_boxes((8, 3), (2, 2), (0, 0), (Shard(1), StridedShard(0, 2)))
     assert found == (
-        Part(Box((0, 0), (2, 2)), (slice(0, 2), slice(0, 2))),
-        Part(Box((4, 0), (2, 2)), (slice(2, 4), slice(0, 2))),
+        PlacedBox(Box((0, 0), (2, 2)), (slice(0, 2), slice(0, 2))),
+        PlacedBox(Box((4, 0), (2, 2)), (slice(2, 4), slice(0, 2))),
     )
 
 
 def test_scalars_and_empties() -> None:
-    assert parts((), (2,), (1,), (Replicate(),)) == (Part(Box((), ()), ()),)
-    assert parts((0, 3), (2,), (0,), (Replicate(),)) == ()
-    assert parts((2, 3), (4,), (2,), (Shard(0),)) == ()
+    assert placed_boxes((), (2,), (1,), (Replicate(),)) == (PlacedBox(Box((), ()), ()),)
+    assert placed_boxes((0, 3), (2,), (0,), (Replicate(),)) == ()
+    assert placed_boxes((2, 3), (4,), (2,), (Shard(0),)) == ()
     with pytest.raises(ValueError, match=r"Shard\(dim=0\) of a tensor that has 0 dimensions"):
-        parts((), (2,), (1,), (Shard(0),))
+        placed_boxes((), (2,), (1,), (Shard(0),))
 
 
 @given(layouts(), st.randoms())
@@ -99,7 +99,7 @@ def test_boxes_hold_the_indices_that_cutting_one_by_one_leaves(layout: Layout, r
     for coordinate in coordinates(mesh):
         expected = whole[np.ix_(*held(shape, mesh, coordinate, placements, sequence))]
         local = np.full(expected.shape, -1)
-        found = parts(shape, mesh, coordinate, placements, sequence)
+        found = placed_boxes(shape, mesh, coordinate, placements, sequence)
         for part in found:
             assert part.box.within(shape)
             assert part.box.numel
@@ -114,7 +114,7 @@ def test_all_ranks_tile_the_tensor_as_often_as_it_is_replicated(layout: Layout) 
     shape, mesh, placements = layout
     count = np.zeros(shape, dtype=int)
     for coordinate in coordinates(mesh):
-        for part in parts(shape, mesh, coordinate, placements):
+        for part in placed_boxes(shape, mesh, coordinate, placements):
             count[part.box.slices] += 1
     pairs = zip(mesh, placements, strict=True)
     assert (count == prod(size for size, one in pairs if isinstance(one, Replicate))).all()
@@ -134,10 +134,10 @@ def test_a_sequence_of_cuts_reads_the_same_as_strided_shards(layout: Layout, ran
         before = [a for a in sequence[: sequence.index(axis)] if a > axis]
         factor = prod(mesh[a] for a in before if placements[a] == placement)
         strided.append(placement if factor == 1 else StridedShard(placement.dim, factor))
-    assert order(mesh, strided) is not None
+    assert cut_order(mesh, strided) is not None
     for coordinate in coordinates(mesh):
-        expected = parts(shape, mesh, coordinate, placements, sequence)
-        assert parts(shape, mesh, coordinate, strided) == expected
+        expected = placed_boxes(shape, mesh, coordinate, placements, sequence)
+        assert placed_boxes(shape, mesh, coordinate, strided) == expected
 
 
 def test_the_two_readings_differ_only_for_uneven_cuts() -> None:
@@ -146,7 +146,7 @@ def test_the_two_readings_differ_only_for_uneven_cuts() -> None:
         placements = (StridedShard(0, mesh[1]), Shard(0))
         for size in range(40):
             readings = [
-                [parts((size,), mesh, at, placements, sequence) for at in coordinates(mesh)]
+                [placed_boxes((size,), mesh, at, placements, sequence) for at in coordinates(mesh)]
                 for sequence in (None, (0, 1))
             ]
             if readings[0] != readings[1]:
@@ -157,8 +157,8 @@ def test_the_two_readings_differ_only_for_uneven_cuts() -> None:
 
 def test_a_factor_that_no_sequence_explains_is_read_from_left_to_right() -> None:
     placements = (StridedShard(0, 3), Shard(0))
-    assert order((2, 2), placements) is None
-    assert parts((12,), (2, 2), (1, 0), placements) == parts(
+    assert cut_order((2, 2), placements) is None
+    assert placed_boxes((12,), (2, 2), (1, 0), placements) == placed_boxes(
         (12,), (2, 2), (1, 0), placements, (0, 1)
     )
 
@@ -216,7 +216,7 @@ def test_local_tensors_are_those_of_dtensor(mesh: tuple[int, ...]) -> None:
                 whole = torch.arange(prod(shape)).reshape(shape)
                 made = distribute_tensor(whole, device_mesh, theirs(placements), src_data_rank=None)
                 local = made.to_local()
-                found = parts(shape, mesh, coordinate, placements)
+                found = placed_boxes(shape, mesh, coordinate, placements)
                 assert sum(part.box.numel for part in found) == local.numel()
                 for part in found:
                     assert torch.equal(local[part.local], whole[part.box.slices])
@@ -236,7 +236,7 @@ def test_first_offsets_and_sizes_are_those_of_torch_for_strided_shards(mesh: Any
         placements = [StridedShard(dim, factor), *[Shard(dim)] * (len(mesh) - 1)]
         for coordinate in coordinates(mesh):
             sizes, offsets = compute(shape, mesh, list(coordinate), theirs(placements))
-            found = parts(shape, mesh, coordinate, placements, range(len(mesh)))
+            found = placed_boxes(shape, mesh, coordinate, placements, range(len(mesh)))
             assert prod(sizes) == sum(part.box.numel for part in found)
             if found:
                 assert offsets == found[0].box.offsets

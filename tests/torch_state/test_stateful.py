@@ -9,7 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from shardkeep.torch_state.stateful import expand, materialize_optimizer_state, restore
+from shardkeep.torch_state.stateful import (
+    call_state_dicts,
+    load_state_dicts,
+    materialize_optimizer_state,
+)
 from shardkeep.types import DType
 
 
@@ -34,7 +38,7 @@ class Reader:
 def test_objects_with_a_state_are_replaced_and_get_it_back() -> None:
     counter, reader = Counter(3), Reader()
     state = OrderedDict([("a", 1), ("c", counter), ("nested", {"c": counter}), ("r", reader)])
-    plain, statefuls = expand(state)
+    plain, statefuls = call_state_dicts(state)
     assert type(plain) is OrderedDict
     assert list(plain.items()) == [
         ("a", 1), ("c", {"count": 3}), ("nested", {"c": counter}), ("r", reader)
@@ -42,15 +46,15 @@ def test_objects_with_a_state_are_replaced_and_get_it_back() -> None:
     assert statefuls == {"c": counter}
     assert state["c"] is counter
     plain["a"], plain["c"]["count"] = 2, 7
-    restore(state, plain, statefuls)
+    load_state_dicts(state, plain, statefuls)
     assert (state["a"], state["c"], counter.count) == (2, counter, 7)
 
 
 def test_a_plain_state_is_not_copied() -> None:
     state = {"a": torch.ones(1), "b": {"c": 1}}
-    plain, statefuls = expand(state)
+    plain, statefuls = call_state_dicts(state)
     assert plain is state
-    restore(state, plain, statefuls)
+    load_state_dicts(state, plain, statefuls)
     assert list(state) == ["a", "b"]
 
 
@@ -58,12 +62,12 @@ def test_modules_and_optimizers() -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state = {"model": model, "optimizer": optimizer}
-    plain, statefuls = expand(state)
+    plain, statefuls = call_state_dicts(state)
     assert set(plain["model"]) == {"weight", "bias"}
     plain["optimizer"]["param_groups"][0]["lr"] = 0.5
     with torch.no_grad():
         plain["model"]["weight"].fill_(4)
-    restore(state, plain, statefuls)
+    load_state_dicts(state, plain, statefuls)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert (model.weight == 4).all()
     assert state == {"model": model, "optimizer": optimizer}
@@ -88,7 +92,7 @@ def test_optimizers_without_a_state_get_room_for_the_stored_one() -> None:
         (("used", "state", 0, "other"), kind, (2, 3)),
         (("step",), None, ()),
     ]
-    plain, found = expand({"fresh": fresh, "used": used, "step": 1})
+    plain, found = call_state_dicts({"fresh": fresh, "used": used, "step": 1})
     before = used.state_dict()["state"]
     materialize_optimizer_state(plain, found, stored)
     assert not fresh.state
@@ -115,7 +119,7 @@ def test_the_checkpoint_is_not_walked_without_need() -> None:
         raise AssertionError
         yield
 
-    plain, found = expand({"model": torch.nn.Linear(1, 1), "step": 1})
+    plain, found = call_state_dicts({"model": torch.nn.Linear(1, 1), "step": 1})
     materialize_optimizer_state(plain, found, never())
     assert set(plain) == {"model", "step"}
     assert set(found) == {"model"}

@@ -27,13 +27,13 @@ from shardkeep.state.per_rank import Chooser, OwnValues
 from shardkeep.stores import store_at
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.memory import Destinations
-from shardkeep.torch_state.pieces import Described, is_any_tensor
+from shardkeep.torch_state.pieces import TensorDescription, is_any_tensor
 from shardkeep.torch_state.stateful import (
-    Statefuls,
-    Stored,
-    expand,
+    StatefulObjects,
+    StoredLeaf,
+    call_state_dicts,
+    load_state_dicts,
     materialize_optimizer_state,
-    restore,
 )
 from shardkeep.types import ITEMSIZES, Progress
 from shardkeep.util import gc_pause
@@ -189,7 +189,7 @@ def load(
         for leaf, value in planned.values:
             put(planned.marked.state, leaf.path, value)
         planned.marked.put_back()
-        restore(state, planned.template, planned.statefuls)
+        load_state_dicts(state, planned.template, planned.statefuls)
 
         seconds = clock.seconds()
         slowest_rank = slowest(session, sum(seconds.values()))
@@ -210,7 +210,7 @@ class _Planned:
     """What there is to do: nothing can be refused any more.
 
     Attributes:
-        template, statefuls: as from `expand`; `marked`: the template without its marks.
+        template, statefuls: as from `call_state_dicts`; `marked`: the template without its marks.
         filling: the tensors that are read, and how.
         inside: tensors that the checkpoint has inside an object, and their values.
         values: the other leaves, and their values.
@@ -218,10 +218,10 @@ class _Planned:
     """
 
     template: Mapping[Any, Any]
-    statefuls: Statefuls
+    statefuls: StatefulObjects
     marked: Unwrapped
     filling: ReadPlan
-    inside: list[tuple[Described, torch.Tensor]]
+    inside: list[tuple[TensorDescription, torch.Tensor]]
     values: list[tuple[Leaf, Any]]
     report: LoadReport
 
@@ -241,7 +241,7 @@ def _planned(
     source = reader.open_reader(store, rank=(session.rank, session.size))
 
     clock.phase("describe")
-    template, statefuls = expand(state)
+    template, statefuls = call_state_dicts(state)
     materialize_optimizer_state(template, statefuls, _stored(source))
     policy = partial(_policy, per_rank, default="error")
     negotiate_writers = OwnValues(source, session.rank, session.size, policy)
@@ -270,7 +270,7 @@ def _plan(found: Found, source: CheckpointReader, ranks_here: int, budget: int |
     )
 
 
-def _stored(source: CheckpointReader) -> Iterator[Stored]:
+def _stored(source: CheckpointReader) -> Iterator[StoredLeaf]:
     """The leaves of a checkpoint, by their paths."""
     kinds = source.dtypes_and_shapes
     for name, path in source.structure.leaves.items():
@@ -348,7 +348,7 @@ def _widens(stored: str, wanted: str) -> bool:
     return bool(torch.promote_types(getattr(torch, stored), target) == target)
 
 
-def _copy(tensor: Described, value: torch.Tensor) -> None:
+def _copy(tensor: TensorDescription, value: torch.Tensor) -> None:
     with torch.no_grad():
         for piece in tensor.pieces:
             piece.local.copy_(value[piece.box.slices])

@@ -15,10 +15,10 @@ from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.plan.overlap import Boxes
 from shardkeep.state.flatten import Flat, Leaf
 from shardkeep.state.per_rank import OwnValues
+from shardkeep.torch_state.columns import PieceColumns
 from shardkeep.torch_state.describe import describe_tensors
-from shardkeep.torch_state.objects import MAKERS, from_bytes
-from shardkeep.torch_state.pieces import Described
-from shardkeep.torch_state.rows import Pieces
+from shardkeep.torch_state.objects import TORCH_MAKERS, from_bytes
+from shardkeep.torch_state.pieces import TensorDescription
 from shardkeep.types import DTYPES, I64, Path, Tensors
 
 __all__ = ["Contents", "Found", "Match", "match"]
@@ -39,7 +39,7 @@ class Contents:
         """An object, with torch's own types."""
         if name not in self._values:
             decode = partial(from_bytes, name=name, trust=self._trust)
-            self._values[name] = self.source.value(name, makers=MAKERS, decode=decode)
+            self._values[name] = self.source.value(name, makers=TORCH_MAKERS, decode=decode)
         return self._values[name]
 
     def whole(self, name: str) -> Any:
@@ -110,7 +110,7 @@ class Match:
 
     path: str
     found: Found
-    inside: list[tuple[Described, torch.Tensor]]
+    inside: list[tuple[TensorDescription, torch.Tensor]]
     values: list[tuple[Leaf, Any]]
     missing: list[str]
     unexpected: list[str]
@@ -141,7 +141,7 @@ def match(flat: Flat, contents: Contents, negotiate_writers: OwnValues) -> Match
         matched.dtypes[names[row]] = (DTYPES[dtypes[0]].name, DTYPES[dtypes[1]].name)
     for row in np.flatnonzero(place < 0).tolist():
         dtype, shape = DTYPES[tensors.dtype[row]], tuple(rows.shapes[row])
-        tensor = Described(names[row], dtype, shape, pieces.of(row, len(shape)))
+        tensor = TensorDescription(names[row], dtype, shape, pieces.of(row, len(shape)))
         path = flat.structure.leaves.get(tensor.name, ())
         used |= _match_inside(matched, tensor, path, contents)
     for leaf in (leaf for leaf in flat.leaves if leaf.name in objects) if objects else ():
@@ -184,7 +184,7 @@ def _same_shape(ours: Tensors, mine: I64, theirs: Tensors, place: I64) -> NDArra
 
 def _found_pieces(
     names: Sequence[str],
-    pieces: Pieces,
+    pieces: PieceColumns,
     tensors: I64,
     place: I64,
     cast: NDArray[np.bool_],
@@ -212,7 +212,9 @@ def _widened(table: I64, dims: int, fill: int) -> I64:
     return np.pad(table, ((0, 0), (0, more)), constant_values=fill) if more > 0 else table[:, :dims]
 
 
-def _match_inside(matched: Match, tensor: Described, path: Path, contents: Contents) -> set[str]:
+def _match_inside(
+    matched: Match, tensor: TensorDescription, path: Path, contents: Contents
+) -> set[str]:
     """A tensor that the checkpoint has inside an object; the object's name."""
     found = contents.find(tensor.name, path)
     if found is None:

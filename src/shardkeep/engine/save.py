@@ -45,7 +45,7 @@ from shardkeep.plan.distinct import distinct
 from shardkeep.plan.file_layout import MIN_WINDOW_BYTES
 from shardkeep.stores import LocalStore, store_at
 from shardkeep.stores.contract import Store
-from shardkeep.torch_state.describe import Local, describe_state
+from shardkeep.torch_state.describe import LocalState, describe_state
 from shardkeep.torch_state.devices import pinned
 from shardkeep.torch_state.objects import to_bytes
 from shardkeep.torch_state.payloads import StatePayloads
@@ -342,7 +342,7 @@ class _Payloads:
         lasting: nothing changes until all is written; else only until all has been copied.
     """
 
-    def __init__(self, local: Local, order: WriteAssignment, *, lasting: bool) -> None:
+    def __init__(self, local: LocalState, order: WriteAssignment, *, lasting: bool) -> None:
         claim, rows = local.claim, order.pieces
         objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
         of, sizes = claim.piece[rows], claim.sizes[rows]

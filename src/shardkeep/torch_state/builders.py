@@ -11,10 +11,10 @@ from shardkeep.format.pickle.registry import Builder, Reference, Registry
 from shardkeep.format.pickle.torch_builders import StoredTensor
 from shardkeep.types import DTYPES, DType, Opaque
 
-__all__ = ["TORCH", "Maker", "device", "dtype"]
+__all__ = ["TORCH_BUILDERS", "TensorBuilder", "torch_device", "torch_dtype"]
 
 
-class Maker:
+class TensorBuilder:
     """Makes the tensors of one object; those that shared a storage do so again."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Maker:
             stored: its strides were checked against the record.
             record: the bytes of its storage.
         """
-        kind = dtype(stored.dtype.name)
+        kind = torch_dtype(stored.dtype.name)
         start = (stored.start - stored.record.offset) // stored.dtype.itemsize
         try:
             made = self._made(stored, kind, self._storage(stored, record), start)
@@ -73,7 +73,7 @@ def _scales(stored: StoredTensor) -> tuple[Any, ...]:
     raise ValueError(f"a tensor quantized in an unknown way ({scheme})")
 
 
-def dtype(name: Any) -> torch.dtype:
+def torch_dtype(name: Any) -> torch.dtype:
     """The dtype of that name; ValueError if this torch has none."""
     found = getattr(torch, name, None) if type(name) is str else None
     if not isinstance(found, torch.dtype):
@@ -81,7 +81,7 @@ def dtype(name: Any) -> torch.dtype:
     return found
 
 
-def device(*name: Any) -> torch.device:
+def torch_device(*name: Any) -> torch.device:
     """A device of its name, or of its type and index; ValueError if torch knows none such."""
     if [type(part) for part in name] not in ([str], [str, int]):
         raise ValueError("a device without a name")
@@ -158,12 +158,12 @@ _DTYPES = {
     if isinstance(getattr(torch, one.name, None), torch.dtype)
 }
 
-TORCH: Registry = Registry(
+TORCH_BUILDERS: Registry = Registry(
     {
         **CORE,
         **_DTYPES,
         "torch.Size": Builder(_size, type=torch.Size, key=True),
-        "torch.device": Builder(device, type=torch.device, key=True),
+        "torch.device": Builder(torch_device, type=torch.device, key=True),
         "torch.serialization._get_layout": Builder(_layout, type=torch.layout, key=True),
         "torch._utils._rebuild_tensor_v3": Builder(_tensor_v3),
         "torch._utils._rebuild_parameter": Builder(_parameter),

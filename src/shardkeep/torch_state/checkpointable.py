@@ -9,7 +9,7 @@ import torch
 from shardkeep.errors import Conflict
 from shardkeep.types import Box
 
-__all__ = ["CheckpointableTensor", "boxes", "is_checkpointable"]
+__all__ = ["CheckpointableTensor", "is_checkpointable", "shard_boxes"]
 
 _Ints = tuple[int, ...]
 
@@ -41,7 +41,7 @@ def is_checkpointable(value: object) -> bool:
     )
 
 
-def boxes(name: str, value: Any) -> list[tuple[Box, torch.Tensor]]:
+def shard_boxes(name: str, value: Any) -> list[tuple[Box, torch.Tensor]]:
     """Each shard's box of the global tensor, and its memory, a view.
 
     Args:

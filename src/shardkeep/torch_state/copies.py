@@ -17,7 +17,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from shardkeep.torch_state.checkpointable import CheckpointableTensor, is_checkpointable
-from shardkeep.torch_state.memory import words
+from shardkeep.torch_state.memory import integer_view
 from shardkeep.torch_state.pieces import is_fake
 from shardkeep.torch_state.shards import Shards
 
@@ -124,7 +124,7 @@ class _Copier:
         return value if _has_no_data(value) else _as_its_kind_copies(value)
 
     def _plain(self, value: torch.Tensor) -> torch.Tensor:
-        source = words(value.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg())
+        source = integer_view(value.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg())
         place = (source.device, source.data_ptr(), value.dtype, source.shape, source.stride())
         tied = source.numel() and not is_checkpointable(value)
         if tied and place in self._memory:

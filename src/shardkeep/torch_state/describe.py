@@ -13,20 +13,20 @@ from shardkeep import settings
 from shardkeep.format import values
 from shardkeep.state.flatten import Flat, flatten
 from shardkeep.state.markers import Unwrapped, key_of, unmarked
-from shardkeep.torch_state.content_checksums import contents
+from shardkeep.torch_state.columns import ColumnsBuilder, aliases, cut_large
+from shardkeep.torch_state.content_digests import content_digests
 from shardkeep.torch_state.pieces import (
-    CODES,
-    describe,
+    DTYPE_CODES,
+    check_unique_names,
+    describe_tensor,
     is_any_tensor,
     is_tensor,
-    lies_plainly,
-    refuse_twice,
+    is_whole_plain_tensor,
 )
-from shardkeep.torch_state.rows import Rows, aliases, cut_large
-from shardkeep.torch_state.stateful import expand
+from shardkeep.torch_state.stateful import call_state_dicts
 from shardkeep.types import I64, Claim, Path, Structure
 
-__all__ = ["Local", "describe_state", "describe_tensors"]
+__all__ = ["LocalState", "describe_state", "describe_tensors"]
 
 _SMALL_VALUE = 16 * 1024
 """Values of up to this many characters of JSON stand in the manifest; larger ones in their item."""
@@ -36,7 +36,7 @@ _SCALARS = (bool, int, float, type(None))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Local:
+class LocalState:
     """What this rank holds of a state.
 
     Attributes:
@@ -55,7 +55,7 @@ class Local:
 
 def describe_state(
     state: Mapping[Any, Any], *, nested: bool = True, rank: tuple[int, int] = (0, 1)
-) -> Local:
+) -> LocalState:
     """Flatten and describe; no tensor data moves. What is marked `Replicated` is digested.
 
     Pieces of more than `knobs.part()` bytes are cut, so that ranks that hold the same can share
@@ -69,7 +69,7 @@ def describe_state(
     Raises:
         Conflict: two things under one name, or something that can't be saved; it names it.
     """
-    plain, _ = expand(state)
+    plain, _ = call_state_dicts(state)
     if nested:
         flat, marked = unmarked(plain, is_any_tensor, lambda _: key_of(*rank))
     else:
@@ -78,7 +78,7 @@ def describe_state(
     tensors = rows.tensors()
     pieces = cut_large(tensors, rows.pieces(tensors), settings.max_chunk_bytes())
     structure = _structure(flat.structure, rows.names) if inner else flat.structure
-    return Local(
+    return LocalState(
         claim=Claim(
             tensors=tensors,
             piece=pieces.piece,
@@ -90,7 +90,9 @@ def describe_state(
             structure=structure,
             legacy_duplicates={twin.name: twin.path for twin in flat.legacy_duplicates},
             marks=marked.marks,
-            content=contents(marked.places("Replicated"), structure, tensors, pieces, objects),
+            content=content_digests(
+                marked.places("Replicated"), structure, tensors, pieces, objects
+            ),
         ),
         memory=pieces.memory,
         addresses=pieces.addresses,
@@ -98,19 +100,19 @@ def describe_state(
     )
 
 
-def describe_tensors(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
+def describe_tensors(flat: Flat) -> tuple[ColumnsBuilder, dict[str, Any], bool]:
     """The tensors among the leaves, the objects by name, and whether some are inner tensors.
 
     Raises:
         Conflict: a tensor that can't be saved or filled, or two things under one name.
     """
-    rows, objects, inner = Rows(), dict[str, Any](), False
+    rows, objects, inner = ColumnsBuilder(), dict[str, Any](), False
     names, codes, shapes = rows.names, rows.codes, rows.shapes
     memory, pointers, apart = rows.memory, rows.pointers, rows.apart
     for name, value in flat.items():
-        if lies_plainly(value):
+        if is_whole_plain_tensor(value):
             names.append(name)
-            codes.append(CODES[value.dtype])
+            codes.append(DTYPE_CODES[value.dtype])
             shapes.append(value.shape)
             plain = value.is_contiguous() and value.is_cpu  # `in_order`, but no call of it
             if not plain or value.is_conj() or value.is_neg():
@@ -118,13 +120,13 @@ def describe_tensors(flat: Flat) -> tuple[Rows, dict[str, Any], bool]:
             memory.append(value)
             pointers.append(value.data_ptr())
         elif is_tensor(value):
-            for described in describe(name, value):
+            for described in describe_tensor(name, value):
                 rows.add(described)
                 inner = inner or described.name != name
         else:
             objects[name] = value
     if inner:
-        refuse_twice([*objects, *names])
+        check_unique_names([*objects, *names])
     return rows, objects, inner
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardkeep.settings import PAGE
-from shardkeep.torch_state.memory import words
+from shardkeep.torch_state.memory import integer_view
 
 __all__ = ["copy_out", "finish_work", "pinned"]
 
@@ -52,7 +52,7 @@ def copy_out(into: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def _shown(tensor: torch.Tensor) -> torch.Tensor:
-    return words(tensor.resolve_conj().resolve_neg())
+    return integer_view(tensor.resolve_conj().resolve_neg())
 
 
 @cache

@@ -12,13 +12,20 @@ from numpy.typing import NDArray
 from shardkeep.errors import Mismatch
 from shardkeep.types import DTYPES, I64, Box, DType
 
-__all__ = ["Destinations", "destination", "in_order", "payload", "raw", "words"]
+__all__ = [
+    "Destinations",
+    "destination",
+    "integer_view",
+    "is_contiguous_on_cpu",
+    "memory_array",
+    "payload_bytes",
+]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 _UNSIGNED: dict[int, np.dtype[Any]] = {size: np.dtype(f"u{size}") for size in (2, 4, 8)}
 
 
-def raw(tensor: torch.Tensor) -> NDArray[Any]:
+def memory_array(tensor: torch.Tensor) -> NDArray[Any]:
     """A writable view of a CPU tensor's memory; no copy.
 
     Returns:
@@ -31,12 +38,12 @@ def raw(tensor: torch.Tensor) -> NDArray[Any]:
     """
     if tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
         raise ValueError(f"no plain memory: a tensor on {tensor.device}, or with a conj or neg bit")
-    array: NDArray[Any] = words(tensor).numpy()
+    array: NDArray[Any] = integer_view(tensor).numpy()
     unsigned = _UNSIGNED.get(array.itemsize)
     return array if unsigned is None else array.view(unsigned)
 
 
-def words(tensor: torch.Tensor) -> torch.Tensor:
+def integer_view(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers, or complex128, that torch can move whatever the dtype is.
 
     Raises:
@@ -47,13 +54,13 @@ def words(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(_WORDS[tensor.element_size()])
 
 
-def payload(tensor: torch.Tensor) -> memoryview:
+def payload_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements in C order, as bytes: a view where they lie so on the CPU already."""
     plain = tensor.detach()
     if plain.device.type != "cpu":
         plain = plain.cpu()
     # As words: torch can't copy every dtype, and makes 1 of the bytes of a bool.
-    moved = words(plain.resolve_conj().resolve_neg()).contiguous()
+    moved = integer_view(plain.resolve_conj().resolve_neg()).contiguous()
     flat: NDArray[Any] = moved.numpy().reshape(-1)
     return flat.view(np.uint8).data
 
@@ -66,18 +73,18 @@ def destination(tensor: torch.Tensor, dtype: DType) -> tuple[NDArray[Any], Calla
         dtype: what the bytes are: the stored dtype.
 
     Returns:
-        An array as of `raw` with the tensor's shape, to be filled, and what to call after that. The
-        array is the tensor's own memory where that is possible; else a buffer, which the call moves
-        (and casts) into the tensor.
+        An array with the tensor's shape, as from `memory_array`, to be filled, and a function to
+        call after that. The array is the tensor's own memory where that is possible. Otherwise it
+        is a buffer, which the function moves (and casts) into the tensor.
 
     Raises:
         Mismatch: this torch does not have the dtype, or can't cast it (raised by the call).
     """
     stored = _stored(dtype)
     if _takes_bytes(tensor, stored):
-        return raw(tensor), _nothing
+        return memory_array(tensor), _nothing
     buffer = torch.empty(tuple(tensor.shape), dtype=stored)
-    return raw(buffer), lambda: _fill(tensor, buffer)
+    return memory_array(buffer), lambda: _fill(tensor, buffer)
 
 
 def _stored(dtype: DType) -> torch.dtype:
@@ -105,7 +112,7 @@ def _fill(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
             raise Mismatch(f"can't cast {dtypes}: {error}") from error
 
 
-def in_order(tensor: torch.Tensor) -> bool:
+def is_contiguous_on_cpu(tensor: torch.Tensor) -> bool:
     """Whether a plain tensor's elements lie in memory of the CPU as they are, in C order."""
     return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
 
@@ -146,13 +153,13 @@ class Destinations:
         return np.where(np.fromiter(there, np.bool_, len(rows)), self._addresses[rows], 0)
 
     def array(self, row: int) -> NDArray[Any] | None:
-        """The tensor's memory, as of `raw`; None where bytes have to be moved there, or cast.
+        """Return the memory of a tensor; None if the data has to be moved there, or cast.
 
         Raises:
             Mismatch: this torch does not have the dtype.
         """
         tensor = self._tensors[row]
-        return raw(tensor) if _takes_bytes(tensor, self._dtype(row)) else None
+        return memory_array(tensor) if _takes_bytes(tensor, self._dtype(row)) else None
 
     def put(self, row: int, part: Box, data: NDArray[np.uint8]) -> None:
         """Move and cast part of what is stored for a tensor. Mismatch if that can't be done."""

@@ -18,16 +18,16 @@ from shardkeep.errors import Conflict, FormatError, Untrusted
 from shardkeep.format.pickle.registry import Limits, Registry, check_nesting, opaque_classes
 from shardkeep.format.torch_zip import container
 from shardkeep.state.markers import PerRank, Replicated
-from shardkeep.torch_state.builders import TORCH, Maker, device, dtype
+from shardkeep.torch_state.builders import TORCH_BUILDERS, TensorBuilder, torch_device, torch_dtype
 from shardkeep.torch_state.pieces import is_sharded
-from shardkeep.torch_state.trusted import Trusted
+from shardkeep.torch_state.trusted import TrustedClasses
 
-__all__ = ["MAKERS", "from_bytes", "to_bytes"]
+__all__ = ["TORCH_MAKERS", "from_bytes", "to_bytes"]
 
-MAKERS: Mapping[str, Callable[[Any], Any]] = {
+TORCH_MAKERS: Mapping[str, Callable[[Any], Any]] = {
     "torch.Size": torch.Size,
-    "torch.dtype": dtype,
-    "torch.device": device,
+    "torch.dtype": torch_dtype,
+    "torch.device": torch_device,
 }
 """What `format.values.decode` makes of the values of torch."""
 
@@ -74,9 +74,9 @@ def from_bytes(data: bytes, *, name: str, trust: Sequence[str] = ()) -> Any:
         FormatError: it is broken or hostile.
         Mismatch: a trusted class can't be imported or does not take what is stored.
     """
-    value = _read(data, name, TORCH)
+    value = _read(data, name, TORCH_BUILDERS)
     needed = opaque_classes(value)
-    trusted = Trusted(name, trust)
+    trusted = TrustedClasses(name, trust)
     left = tuple(one for one in needed if not trusted.covers(one))
     if left:
         raise Untrusted(name, left)
@@ -84,7 +84,7 @@ def from_bytes(data: bytes, *, name: str, trust: Sequence[str] = ()) -> Any:
 
 
 def _read(data: bytes, name: str, builders: Registry) -> Any:
-    maker = Maker()
+    maker = TensorBuilder()
     return container.value(
         data, builders, file="", place=f"object {name!r}", make_tensor=maker.tensor
     )

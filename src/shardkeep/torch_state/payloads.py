@@ -13,7 +13,7 @@ import torch
 
 from shardkeep.io.contract import Payloads
 from shardkeep.torch_state.devices import copy_out, finish_work
-from shardkeep.torch_state.memory import words
+from shardkeep.torch_state.memory import integer_view
 from shardkeep.types import I64
 
 __all__ = ["StatePayloads"]
@@ -65,7 +65,7 @@ def _copy_strided(tensor: torch.Tensor, start: int, nbytes: int, address: int) -
     """Copy bytes of the tensor's elements in C order: no more of it than these is ever moved."""
     itemsize = tensor.element_size()
     memory = (ctypes.c_uint8 * nbytes).from_address(address)
-    kind = words(torch.empty(0, dtype=tensor.dtype)).dtype
+    kind = integer_view(torch.empty(0, dtype=tensor.dtype)).dtype
     into = torch.frombuffer(memory, dtype=torch.uint8)
     plain = tensor.detach()
     done = 0

@@ -13,23 +13,23 @@ from torch.nn.parameter import is_lazy
 
 from shardkeep.errors import Conflict, FormatError
 from shardkeep.torch_state import placements
-from shardkeep.torch_state.checkpointable import boxes, is_checkpointable
-from shardkeep.torch_state.placements import Part, Placement
+from shardkeep.torch_state.checkpointable import is_checkpointable, shard_boxes
+from shardkeep.torch_state.placements import PlacedBox, Placement
 from shardkeep.torch_state.shards import Shards
 from shardkeep.types import DTYPES, Box, DType
 
 __all__ = [
-    "CODES",
-    "PLAIN",
-    "Described",
-    "Piece",
-    "describe",
+    "DTYPE_CODES",
+    "PLAIN_CLASSES",
+    "TensorDescription",
+    "TensorPiece",
+    "check_unique_names",
+    "describe_tensor",
     "is_any_tensor",
     "is_fake",
     "is_sharded",
     "is_tensor",
-    "lies_plainly",
-    "refuse_twice",
+    "is_whole_plain_tensor",
 ]
 
 _DTENSOR = (
@@ -42,18 +42,18 @@ _ASYNC = (("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 _STRIDED_SHARD = (  # 2.5 and later
     ("torch.distributed.tensor.placement_types", "_StridedShard"),
 )
-CODES: dict[torch.dtype, int] = {
+DTYPE_CODES: dict[torch.dtype, int] = {
     getattr(torch, dtype.name): dtype.code
     for dtype in DTYPES
     if hasattr(torch, dtype.name) and not dtype.name.startswith("q")
 }
 """The code of each dtype that plain memory can have (so not of quantized ones)."""
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 """Classes of nearly all tensors; exactly these, as a subclass may be anything."""
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """A box of a tensor that this rank holds.
 
     Attributes:
@@ -65,7 +65,7 @@ class Piece(NamedTuple):
     local: torch.Tensor
 
 
-class Described(NamedTuple):
+class TensorDescription(NamedTuple):
     """A tensor of the state, and its pieces on this rank: none, where others have them all.
 
     Attributes:
@@ -77,17 +77,17 @@ class Described(NamedTuple):
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
 
-def lies_plainly(value: Any) -> bool:
+def is_whole_plain_tensor(value: Any) -> bool:
     """Whether a leaf is what nearly every one is: a whole tensor in memory of its own.
 
-    Without memory a tensor is empty, or can't be saved: `describe` knows.
+    Without memory a tensor is empty, or can't be saved: `describe_tensor` knows.
     """
     return (
-        type(value) in PLAIN
-        and value.dtype in CODES
+        type(value) in PLAIN_CLASSES
+        and value.dtype in DTYPE_CODES
         and value.layout is torch.strided
         and not value.is_nested
         and not hasattr(value, "global_shape")
@@ -101,12 +101,12 @@ def is_any_tensor(value: Any) -> bool:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is stored as a tensor, by `describe`.
+    """Whether a value is stored as a tensor, by `describe_tensor`.
 
     Sparse, MKL-DNN and quantized tensors are objects: their content is more than one block of
     elements. So is a tuple or any other value that has tensors inside.
     """
-    if type(value) in PLAIN:
+    if type(value) in PLAIN_CLASSES:
         return value.layout is torch.strided and not value.is_quantized
     if isinstance(value, Shards):
         return True
@@ -127,7 +127,7 @@ def is_fake(value: Any) -> bool:
     return _is(value, _FAKE)
 
 
-def describe(name: str, value: Any) -> tuple[Described, ...]:
+def describe_tensor(name: str, value: Any) -> tuple[TensorDescription, ...]:
     """What this rank holds of the tensor `value`.
 
     One result, or, for a tensor subclass that has `__tensor_flatten__`, one for each of its inner
@@ -139,13 +139,13 @@ def describe(name: str, value: Any) -> tuple[Described, ...]:
             its memory does not have the shape that its placements say.
     """
     if is_checkpointable(value):
-        parts = boxes(name, value)
+        parts = shard_boxes(name, value)
         return (_assembled(name, value.dtype, value.global_shape, parts),)
-    found = None if type(value) in PLAIN else _special(name, value)
+    found = None if type(value) in PLAIN_CLASSES else _special(name, value)
     return (_plain(name, value),) if found is None else found
 
 
-def _special(name: str, value: Any) -> tuple[Described, ...] | None:
+def _special(name: str, value: Any) -> tuple[TensorDescription, ...] | None:
     if isinstance(value, Shards):
         return (_assembled(name, value.dtype, value.shape, value.parts),)
     if _is(value, _DTENSOR):
@@ -153,15 +153,15 @@ def _special(name: str, value: Any) -> tuple[Described, ...] | None:
     if _is(value, _SHARDED):
         return (_sharded(name, value),)
     if _is(value, _ASYNC):
-        return describe(name, _waited(value))
+        return describe_tensor(name, _waited(value))
     if _flattens(value):
         attributes, _ = value.__tensor_flatten__()
         inner = [(f"{name}.{attr}", getattr(value, attr)) for attr in attributes]
-        return tuple(each for attr, one in inner for each in describe(attr, one))
+        return tuple(each for attr, one in inner for each in describe_tensor(attr, one))
     return None
 
 
-def refuse_twice(names: Sequence[str]) -> None:
+def check_unique_names(names: Sequence[str]) -> None:
     """Raise Conflict if a name is there twice: those of leaves alone never are."""
     if len(set(names)) == len(names):
         return
@@ -207,7 +207,7 @@ def _named(dtype: torch.dtype) -> DType:
 def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
     """The tensor as a plain one, detached, on its memory; Conflict if it has none."""
     kind = type(value)
-    plain = kind in PLAIN
+    plain = kind in PLAIN_CLASSES
     if not plain and is_lazy(value):
         raise Conflict(f"tensor {name!r} is not initialised yet: run the lazy module once")
     if value.is_nested:
@@ -227,21 +227,21 @@ def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.detach().as_subclass(torch.Tensor)
 
 
-def _plain(name: str, value: torch.Tensor) -> Described:
+def _plain(name: str, value: torch.Tensor) -> TensorDescription:
     local = _memory_of(name, value)
     dtype, shape = _dtype(name, local.dtype), tuple(local.shape)
-    return Described(name, dtype, shape, (Piece(Box.whole(shape), local),))
+    return TensorDescription(name, dtype, shape, (TensorPiece(Box.whole(shape), local),))
 
 
 def _assembled(
     name: str, dtype: torch.dtype, shape: Sequence[int], held: Iterable[tuple[Box, torch.Tensor]]
-) -> Described:
+) -> TensorDescription:
     kind, sizes = _dtype(name, dtype), tuple(int(size) for size in shape)
-    pieces = [Piece(box, _memory_of(name, local)) for box, local in held if box.numel]
-    return Described(name, kind, sizes, tuple(pieces))
+    pieces = [TensorPiece(box, _memory_of(name, local)) for box, local in held if box.numel]
+    return TensorDescription(name, kind, sizes, tuple(pieces))
 
 
-def _sharded(name: str, value: Any) -> Described:
+def _sharded(name: str, value: Any) -> TensorDescription:
     held = []
     for shard in value.local_shards():
         box = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
@@ -254,7 +254,7 @@ def _sharded(name: str, value: Any) -> Described:
     return _assembled(name, meta.tensor_properties.dtype, meta.size, held)
 
 
-def _dtensor(name: str, value: Any) -> Described:
+def _dtensor(name: str, value: Any) -> TensorDescription:
     shape = tuple(map(int, value.shape))
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
@@ -264,7 +264,7 @@ def _dtensor(name: str, value: Any) -> Described:
     local = value._local_tensor
     if _is(local, _ASYNC):
         local = _waited(local)
-    if type(local) not in PLAIN:
+    if type(local) not in PLAIN_CLASSES:
         raise Conflict(
             f"tensor {name!r} is a DTensor of {type(local).__module__}.{type(local).__qualname__}: "
             "only DTensors of plain tensors can be saved"
@@ -289,9 +289,9 @@ def _dtensor(name: str, value: Any) -> Described:
     held = [part for part in parts if part.box.numel]
     kind = _dtype(name, value.dtype)
     if len(held) == 1 and held[0].box.numel == local.numel():
-        return Described(name, kind, shape, (Piece(held[0].box, local),))
-    pieces = [Piece(part.box, local[part.local]) for part in held]
-    return Described(name, kind, shape, tuple(pieces))
+        return TensorDescription(name, kind, shape, (TensorPiece(held[0].box, local),))
+    pieces = [TensorPiece(part.box, local[part.local]) for part in held]
+    return TensorDescription(name, kind, shape, tuple(pieces))
 
 
 class _Lies(NamedTuple):
@@ -316,15 +316,15 @@ class _Lies(NamedTuple):
 
 
 _MANY = 4096
-_known_parts: dict[_Lies, tuple[Part, ...]] = {}
+_known_parts: dict[_Lies, tuple[PlacedBox, ...]] = {}
 """Most tensors of a state have the shape of others, and lie like them. At most `_MANY`."""
 
 
-def _parts(name: str, lies: _Lies) -> tuple[Part, ...]:
+def _parts(name: str, lies: _Lies) -> tuple[PlacedBox, ...]:
     """The parts that the local tensor consists of; its shape is held against them."""
     given = _given(name, lies.placements, len(lies.shape))
     for sequence in _sequences(name, given, lies):
-        parts = placements.parts(lies.shape, lies.mesh, lies.coordinate, given, sequence)
+        parts = placements.placed_boxes(lies.shape, lies.mesh, lies.coordinate, given, sequence)
         if _fits(parts, lies.local):
             break
     else:
@@ -363,7 +363,7 @@ def _refuse_two_cuts(name: str, given: Sequence[Placement], lies: _Lies) -> None
         )
 
 
-def _fits(parts: Sequence[Part], local: tuple[int, ...]) -> bool:
+def _fits(parts: Sequence[PlacedBox], local: tuple[int, ...]) -> bool:
     if not parts:
         return 0 in local
     return len(local) == len(parts[-1].local) and all(

@@ -13,7 +13,15 @@ from math import prod
 
 from shardkeep.types import Box
 
-__all__ = ["Part", "Placement", "Replicate", "Shard", "StridedShard", "order", "parts"]
+__all__ = [
+    "PlacedBox",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "StridedShard",
+    "cut_order",
+    "placed_boxes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +51,28 @@ Placement = Shard | StridedShard | Replicate
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PlacedBox:
     """A box of the global tensor, and the slices of the local tensor that hold it."""
 
     box: Box
     local: tuple[slice, ...]
 
 
-Runs = list[tuple[int, int]]
+IndexRuns = list[tuple[int, int]]
 """(start, length) of each stretch of global indices; no length is 0, none touches the next."""
 
 
-def parts(
+def placed_boxes(
     shape: Sequence[int],
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
     placements: Sequence[Placement],
     sequence: Sequence[int] | None = None,
-) -> tuple[Part, ...]:
+) -> tuple[PlacedBox, ...]:
     """What the rank at `coordinate` holds of a tensor of that global shape.
 
     Cuts are uneven as those of `torch.chunk`: each chunk has the size of the first one, the last
-    ones are smaller or empty. Where strided shards stand for a sequence of plain cuts (`order`),
+    ones are smaller or empty. If strided shards stand for a sequence of plain cuts (`cut_order`),
     that sequence is followed: FSDP2 lays its tensors out so. Otherwise, from left to right.
 
     Args:
@@ -81,8 +89,11 @@ def parts(
         ValueError: a placement names a dimension that the tensor does not have.
     """
     if sequence is None:
-        placements, sequence = order(mesh_shape, placements) or (placements, range(len(placements)))
-    runs: list[Runs] = [[(0, size)] if size else [] for size in shape]
+        placements, sequence = cut_order(mesh_shape, placements) or (
+            placements,
+            range(len(placements)),
+        )
+    runs: list[IndexRuns] = [[(0, size)] if size else [] for size in shape]
     for axis in sequence:
         placement, count, index = placements[axis], mesh_shape[axis], coordinate[axis]
         if isinstance(placement, Replicate):
@@ -96,7 +107,7 @@ def parts(
         runs[placement.dim] = _joined([_chunk(piece, count, index) for piece in pieces])
     sides = [list(zip(dim, _places(dim), strict=True)) for dim in runs]
     return tuple(
-        Part(
+        PlacedBox(
             Box(tuple(start for (start, _), _ in side), tuple(size for (_, size), _ in side)),
             tuple(place for _, place in side),
         )
@@ -104,7 +115,7 @@ def parts(
     )
 
 
-def order(
+def cut_order(
     mesh_shape: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[tuple[Placement, ...], tuple[int, ...]] | None:
     """Plain shards and the sequence of their cuts that strided shards stand for, if there is one.
@@ -128,12 +139,12 @@ def order(
     return plain, tuple(axis for axes in later.values() for axis in axes)
 
 
-def _chunk(runs: Runs, count: int, index: int) -> Runs:
+def _chunk(runs: IndexRuns, count: int, index: int) -> IndexRuns:
     """The chunk at `index` of `count` chunks of these indices, as torch.chunk cuts them."""
     total = sum(length for _, length in runs)
     size = -(-total // count)
     low, high = index * size, (index + 1) * size
-    found: Runs = []
+    found: IndexRuns = []
     position = 0
     for start, length in runs:
         first, last = max(low - position, 0), min(high - position, length)
@@ -143,9 +154,9 @@ def _chunk(runs: Runs, count: int, index: int) -> Runs:
     return found
 
 
-def _joined(pieces: Sequence[Runs]) -> Runs:
+def _joined(pieces: Sequence[IndexRuns]) -> IndexRuns:
     """The pieces one after another; runs that touch become one."""
-    joined: Runs = []
+    joined: IndexRuns = []
     for start, length in (run for piece in pieces for run in piece):
         if joined and sum(joined[-1]) == start:
             joined[-1] = (joined[-1][0], joined[-1][1] + length)
@@ -154,7 +165,7 @@ def _joined(pieces: Sequence[Runs]) -> Runs:
     return joined
 
 
-def _places(runs: Runs) -> list[slice]:
+def _places(runs: IndexRuns) -> list[slice]:
     """Where the runs lie in the local tensor."""
     places: list[slice] = []
     position = 0

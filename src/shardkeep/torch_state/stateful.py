@@ -11,17 +11,23 @@ import torch
 from shardkeep.state.markers import has_state
 from shardkeep.types import DType, Path
 
-__all__ = ["Statefuls", "Stored", "expand", "materialize_optimizer_state", "restore"]
+__all__ = [
+    "StatefulObjects",
+    "StoredLeaf",
+    "call_state_dicts",
+    "load_state_dicts",
+    "materialize_optimizer_state",
+]
 
-Statefuls = dict[Any, Any]
+StatefulObjects = dict[Any, Any]
 """Key in the state -> the object with `state_dict` and `load_state_dict` that is there."""
 
 
-Stored = tuple[Path, DType | None, tuple[int, ...]]
+StoredLeaf = tuple[Path, DType | None, tuple[int, ...]]
 """What a checkpoint has at a path: dtype and shape of a tensor; no dtype for an object."""
 
 
-def expand(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Statefuls]:
+def call_state_dicts(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], StatefulObjects]:
     """The state with each top-level object that has a state replaced by its `state_dict()`.
 
     An object has one if it has both `state_dict` and `load_state_dict`, as in DCP. The order of the
@@ -44,7 +50,7 @@ def expand(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], Statefuls]:
 
 
 def materialize_optimizer_state(
-    plain: Mapping[Any, Any], found: Statefuls, stored: Iterable[Stored]
+    plain: Mapping[Any, Any], found: StatefulObjects, stored: Iterable[StoredLeaf]
 ) -> None:
     """Give optimizers that never made a step a template of the state that a checkpoint has.
 
@@ -53,7 +59,7 @@ def materialize_optimizer_state(
     optimizers themselves are not touched.
 
     Args:
-        plain, found: what `expand` returned; `plain` is extended.
+        plain, found: what `call_state_dicts` returned; `plain` is extended.
         stored: all leaves of the checkpoint; read only if there is such an optimizer.
     """
     params = {
@@ -80,11 +86,13 @@ def _room(param: torch.Tensor, dtype: DType | None, shape: tuple[int, ...]) -> A
     return torch.zeros(shape, dtype=kind)
 
 
-def restore(state: MutableMapping[Any, Any], plain: Mapping[Any, Any], found: Statefuls) -> None:
+def load_state_dicts(
+    state: MutableMapping[Any, Any], plain: Mapping[Any, Any], found: StatefulObjects
+) -> None:
     """After a load: give each object its state, and put the other values back into `state`.
 
     Args:
-        state: what `expand` was called with.
+        state: what `call_state_dicts` was called with.
         plain, found: what it returned; `plain` is filled.
     """
     for key, value in plain.items():

@@ -8,12 +8,12 @@ from typing import Any
 
 from shardkeep.errors import Mismatch
 from shardkeep.format.pickle.registry import Builder, Reference, Registry
-from shardkeep.torch_state.builders import TORCH
+from shardkeep.torch_state.builders import TORCH_BUILDERS
 
-__all__ = ["Trusted"]
+__all__ = ["TrustedClasses"]
 
 
-class Trusted:
+class TrustedClasses:
     """What may be imported for one object.
 
     Args:
@@ -36,7 +36,7 @@ class Trusted:
     def builders(self, names: Iterable[str]) -> Registry:
         """Builders for these classes as well. Imports their modules; Mismatch if that fails."""
         self._real |= {name: self._imported(name) for name in names}
-        return Registry({**TORCH, **{name: self._builder(name) for name in names}})
+        return Registry({**TORCH_BUILDERS, **{name: self._builder(name) for name in names}})
 
     def resolve(self, value: Any) -> Any:
         """`value` with the real thing in place of each reference to a trusted class or function."""

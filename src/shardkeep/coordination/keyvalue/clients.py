@@ -74,7 +74,10 @@ _connecting = Lock()
 
 
 def client_of(store: Any) -> Client:
-    """Return our own client of a store: a waiting call of the job's client would delay our calls."""
+    """Return our own client of a store.
+
+    A call of the job's client that waits for a key would delay all other calls of that client.
+    """
     with _connecting:
         client = _clients.get(store)
         if client is None or client.lost is not None:

@@ -12,7 +12,7 @@ from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import unflatten
 from shardkeep.torch_state.memory import destination
-from shardkeep.torch_state.objects import MAKERS, from_bytes
+from shardkeep.torch_state.objects import TORCH_MAKERS, from_bytes
 from shardkeep.types import Box, Path, Structure
 
 __all__ = ["read_whole"]
@@ -43,7 +43,7 @@ def read_whole(
     for name in structure.leaves:
         decode = partial(from_bytes, name=name, trust=trust)
         if not source.is_tensor(name):
-            made[name] = source.value(name, makers=MAKERS, decode=decode)
+            made[name] = source.value(name, makers=TORCH_MAKERS, decode=decode)
             continue
         dtype, shape = source.dtype_and_shape(name)
         if dtype.name.startswith(("qint", "quint")):

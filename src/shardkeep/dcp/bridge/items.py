@@ -20,7 +20,7 @@ from shardkeep.io.checksums import checksum_payload, whole_crc
 from shardkeep.io.contract import Codec
 from shardkeep.io.write.items import Bare, Item, write_packed
 from shardkeep.stores.contract import Store
-from shardkeep.torch_state.memory import payload
+from shardkeep.torch_state.memory import payload_bytes
 from shardkeep.torch_state.objects import to_bytes
 from shardkeep.types import DType
 
@@ -72,7 +72,7 @@ def resolved(item: WriteItem, planner: SavePlanner) -> tuple[DType | None, Any, 
         except FormatError:
             pass  # newer than this list: torch knows how to store it
         else:
-            return dtype, tuple(plain.shape), payload(plain)
+            return dtype, tuple(plain.shape), payload_bytes(plain)
     return None, (), memoryview(to_bytes(plain, name=item.index.fqn))
 
 

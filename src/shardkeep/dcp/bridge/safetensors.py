@@ -25,7 +25,7 @@ from shardkeep.format.safetensors import parse
 from shardkeep.format.safetensors.write import is_file_name, layout, of_parts
 from shardkeep.io.write.items import Bare, Item, write_items
 from shardkeep.stores.contract import Store
-from shardkeep.torch_state.memory import destination, payload
+from shardkeep.torch_state.memory import destination, payload_bytes
 from shardkeep.types import Box, DType
 
 __all__ = [
@@ -120,7 +120,7 @@ def part_items(parts: Sequence[Part]) -> list[Item]:
     tensors = [by_name[name].tensor for name in laid_out.names]
     return [
         Item(Bare(len(laid_out.header)), memoryview(laid_out.header)),
-        *(Item(Bare(tensor.nbytes), partial(payload, tensor)) for tensor in tensors),
+        *(Item(Bare(tensor.nbytes), partial(payload_bytes, tensor)) for tensor in tensors),
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from shardkeep.errors import Conflict
 from shardkeep.torch_state.checkpointable import CheckpointableTensor, is_checkpointable
 from shardkeep.torch_state.copies import copy_state, is_plain
-from shardkeep.torch_state.pieces import describe, is_sharded
+from shardkeep.torch_state.pieces import describe_tensor, is_sharded
 from shardkeep.torch_state.shards import Shards
 
 __all__ = ["Blocks", "pack", "unpack"]
@@ -115,7 +115,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if self._as_shards and is_sharded(value) and not isinstance(value, Shards):
             try:
-                (described,) = describe("", value)
+                (described,) = describe_tensor("", value)
             except Conflict:  # It is told where the tensor's name is known.
                 return NotImplemented
             parts = [(piece.box, piece.local) for piece in described.pieces]

@@ -25,8 +25,8 @@ from shardkeep.format.pickle.registry import (
     check_nesting,
     opaque_classes,
 )
-from shardkeep.torch_state.builders import TORCH
-from shardkeep.torch_state.trusted import Trusted
+from shardkeep.torch_state.builders import TORCH_BUILDERS
+from shardkeep.torch_state.trusted import TrustedClasses
 from shardkeep.types import DType
 
 __all__ = ["metadata_in"]
@@ -66,7 +66,7 @@ def metadata_in(data: bytes, *, file: str) -> Any:
     value, found = _read(data, file, lambda state: state)
     if not found:
         return value
-    allowed = Trusted(file, trusted())
+    allowed = TrustedClasses(file, trusted())
     left = tuple(name for name in found if not allowed.covers(name))
     if left:
         raise Untrusted(file, left)
@@ -118,7 +118,7 @@ def _read(
         for name, kind in _named()
     }  # fmt: skip
     flat = _FLAT.union(builder.type for builder in kinds.values())
-    value = loads(data, Registry({**TORCH, **(more or {}), **_VALUES, **kinds}), file=file)
+    value = loads(data, Registry({**TORCH_BUILDERS, **(more or {}), **_VALUES, **kinds}), file=file)
     found.update(dict.fromkeys(opaque_classes(value)))
     return value, tuple(found)
 

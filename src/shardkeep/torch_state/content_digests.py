@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 
 from shardkeep.format import values
+from shardkeep.torch_state.columns import PieceColumns
 from shardkeep.torch_state.objects import to_bytes
 from shardkeep.torch_state.payloads import StatePayloads
-from shardkeep.torch_state.rows import Pieces
 from shardkeep.types import DTYPES, Box, Path, Structure, Tensors
 
-__all__ = ["contents"]
+__all__ = ["content_digests"]
 
 _STEP = 1 << 20
 """Bytes of a tensor that are copied and digested at a time."""
 
 
-def contents(
+def content_digests(
     places: frozenset[Path],
     structure: Structure,
     tensors: Tensors,
-    pieces: Pieces,
+    pieces: PieceColumns,
     objects: Mapping[str, Any],
 ) -> dict[str, bytes]:
     """A digest for each object and each box of a tensor that stands at or below one of the places.

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from shardkeep.plan.cutting import cut
-from shardkeep.torch_state.memory import in_order
-from shardkeep.torch_state.pieces import Described, Piece
+from shardkeep.torch_state.memory import is_contiguous_on_cpu
+from shardkeep.torch_state.pieces import TensorDescription, TensorPiece
 from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Tensors
 
-__all__ = ["Pieces", "Rows", "aliases", "cut_large"]
+__all__ = ["ColumnsBuilder", "PieceColumns", "aliases", "cut_large"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pieces:
+class PieceColumns:
     """P pieces as columns, as in `Claim` and in the order of their tensors, and their memory."""
 
     piece: I64
@@ -31,16 +31,16 @@ class Pieces:
     addresses: I64
     """[P] the same for those that lie in memory of the CPU in C order; 0 for others."""
 
-    def of(self, tensor: int, ndim: int) -> tuple[Piece, ...]:
+    def of(self, tensor: int, ndim: int) -> tuple[TensorPiece, ...]:
         """Those of one tensor of so many dimensions."""
         first, last = np.searchsorted(self.piece, [tensor, tensor + 1]).tolist()
         offsets, sizes = (t[first:last, :ndim].tolist() for t in (self.offsets, self.sizes))
         boxes = map(Box, map(tuple, offsets), map(tuple, sizes))
-        return tuple(map(Piece, boxes, self.memory[first:last]))
+        return tuple(map(TensorPiece, boxes, self.memory[first:last]))
 
 
 @dataclass(slots=True)
-class Rows:
+class ColumnsBuilder:
     """Tensors and their pieces, as they are found."""
 
     names: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Rows:
     boxes: dict[int, Box] = field(default_factory=dict)
     """Row of a piece -> its box, where that is not the whole tensor."""
 
-    def add(self, described: Described) -> None:
+    def add(self, described: TensorDescription) -> None:
         if len(described.pieces) != 1:
             self.counts[len(self.names)] = len(described.pieces)
         self.names.append(described.name)
@@ -63,7 +63,7 @@ class Rows:
         self.shapes.append(described.shape)
         for piece in described.pieces:
             self.boxes[len(self.memory)] = piece.box
-            if not in_order(piece.local):
+            if not is_contiguous_on_cpu(piece.local):
                 self.apart.append(len(self.memory))
             self.memory.append(piece.local)
             self.pointers.append(piece.local.data_ptr() if piece.local.numel() else 0)
@@ -76,7 +76,7 @@ class Rows:
         codes = np.array(self.codes, dtype=np.uint8)
         return Tensors(tuple(self.names), codes, ndim.astype(np.uint8), shape)
 
-    def pieces(self, tensors: Tensors) -> Pieces:
+    def pieces(self, tensors: Tensors) -> PieceColumns:
         counts = np.ones(len(self.names), dtype=np.int64)
         counts[list(self.counts)] = list(self.counts.values())
         piece = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -87,10 +87,10 @@ class Rows:
         pointers = np.array(self.pointers, dtype=np.uint64).view(np.int64)
         addresses = pointers.copy()
         addresses[self.apart] = 0
-        return Pieces(piece, offsets, sizes, self.memory, pointers, addresses)
+        return PieceColumns(piece, offsets, sizes, self.memory, pointers, addresses)
 
 
-def cut_large(tensors: Tensors, whole: Pieces, limit: int) -> Pieces:
+def cut_large(tensors: Tensors, whole: PieceColumns, limit: int) -> PieceColumns:
     """The same pieces; those of more than `limit` bytes as several, views of their memory."""
     nbytes = whole.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[whole.piece]]
     large = np.flatnonzero(nbytes > limit)
@@ -117,11 +117,11 @@ def cut_large(tensors: Tensors, whole: Pieces, limit: int) -> Pieces:
     for row, box in zip(changed.tolist(), boxes, strict=True):
         offsets[row, : box.ndim], sizes[row, : box.ndim] = box.offsets, box.sizes
         pointers[row] = np.uint64(views[row].data_ptr()).view(np.int64)
-        addresses[row] = pointers[row] if in_order(views[row]) else 0
-    return Pieces(np.repeat(whole.piece, counts), offsets, sizes, views, pointers, addresses)
+        addresses[row] = pointers[row] if is_contiguous_on_cpu(views[row]) else 0
+    return PieceColumns(np.repeat(whole.piece, counts), offsets, sizes, views, pointers, addresses)
 
 
-def aliases(tensors: Tensors, pieces: Pieces) -> I64:
+def aliases(tensors: Tensors, pieces: PieceColumns) -> I64:
     """For each piece the first one that is the same box of the same memory.
 
     The same storage, offset, shape, strides and dtype, and the same box of the same global shape:

@@ -1,4 +1,4 @@
-"""The tensors of a state as columns, held against what `describe` says of each of them."""
+"""The tensors of a state as columns, held against what `describe_tensor` says of each of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.state.flatten import flatten
-from shardkeep.torch_state.describe import Local, describe_state, describe_tensors
-from shardkeep.torch_state.pieces import describe, is_any_tensor, is_tensor
+from shardkeep.torch_state.describe import LocalState, describe_state, describe_tensors
+from shardkeep.torch_state.pieces import describe_tensor, is_any_tensor, is_tensor
 from shardkeep.torch_state.shards import Shards
 from shardkeep.types import DTYPES, Box
 
@@ -60,7 +60,7 @@ STATES = st.dictionaries(
 )
 
 
-def boxes(local: Local) -> list[tuple[str, str, tuple[int, ...], Box]]:
+def boxes(local: LocalState) -> list[tuple[str, str, tuple[int, ...], Box]]:
     """What each piece of a claim is: name, dtype, global shape and box."""
     claim = local.claim
     found = []
@@ -90,7 +90,10 @@ def test_a_claim_says_of_each_tensor_what_describe_says(state: dict[str, Any]) -
     local = describe_state(state)
     leaves = dict(flatten(state, is_any_tensor).items())
     tensors = [
-        one for name, leaf in leaves.items() if is_tensor(leaf) for one in describe(name, leaf)
+        one
+        for name, leaf in leaves.items()
+        if is_tensor(leaf)
+        for one in describe_tensor(name, leaf)
     ]
     assert local.claim.tensors.names == tuple(tensor.name for tensor in tensors)
     objects = tuple(name for name, leaf in leaves.items() if not is_tensor(leaf))
@@ -106,7 +109,9 @@ def test_the_pieces_of_one_tensor_are_those_that_describe_finds(state: dict[str,
     rows, _, _ = describe_tensors(flat)
     pieces = rows.pieces(rows.tensors())
     leaves = flat.items()
-    tensors = [one for name, leaf in leaves if is_tensor(leaf) for one in describe(name, leaf)]
+    tensors = [
+        one for name, leaf in leaves if is_tensor(leaf) for one in describe_tensor(name, leaf)
+    ]
     for row, tensor in enumerate(tensors):
         found = pieces.of(row, len(tensor.shape))
         assert [piece.box for piece in found] == [piece.box for piece in tensor.pieces]
