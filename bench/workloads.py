@@ -325,7 +325,8 @@ def interpreter(bench: Bench) -> Iterator[Result]:
         result.limit = "alone"
         result.notes.append(
             "Saves follow each other without a pause. The steps do not include the stalls. Times "
-            "are the 99th percentile of the steps of each round; p50 and p99 are those of all steps."
+            "are the 99th percentile of the steps of each round; p50 and p99 are those of all "
+            "steps."
         )
 
         def act(entry: Entry, trial: bool) -> list[Sample]:
