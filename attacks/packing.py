@@ -70,7 +70,12 @@ def _zips() -> Attacks:
             "zip64|missing|beyond",
             "More records than 16 bits hold.",
         ),
-        ("zip_directory_offset", _patched(good, end + 16, "<I", 1 << 31), "beyond", "Elsewhere."),
+        (
+            "zip_directory_offset",
+            _patched(good, end + 16, "<I", 1 << 31),
+            "beyond|after its end record",
+            "Elsewhere.",
+        ),
         ("zip_directory_size", _patched(good, end + 12, "<I", 1 << 31), "directory", "Large."),
         (
             "zip_overlap",
