@@ -75,7 +75,10 @@ def test_verify(stock: Path, run: Run, tmp_path: Path) -> None:
     ran = run("verify", stock)
     assert ran.code == 0
     assert ran.lines[0].startswith(f"{stock}: whole; ")
-    assert ran.lines[1:] == ["no checksum, so damage in them would not show (1):", "  .metadata"]
+    assert ran.lines[1:] == [
+        "1 name has no checksum, so damage there is not detected:",
+        "  .metadata",
+    ]
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / ".metadata").write_bytes((stock / ".metadata").read_bytes())

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkeep.cli.render import brief, is_json, opaque_names, pretty
-from shardkeep.cli.terminal import Output, escape, one_line
+from shardkeep.cli.terminal import Output
 from shardkeep.types import Opaque
+from shardkeep.util.escaping import escape, one_line
 from shardkeep.util.formatting import count, human_bytes
 
 values = st.recursive(

@@ -1,8 +1,8 @@
-"""Check every byte of a checkpoint that has a checksum, and say which ones have none."""
+"""Checks all bytes of a checkpoint that have a checksum, and lists what has none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,23 +25,33 @@ from shardkeep.io.checksums import crc32, whole_crc
 from shardkeep.io.read.copies import Payload, verify_payloads
 from shardkeep.settings import PAGE
 from shardkeep.types import DTYPES, ByteRange, Progress
+from shardkeep.util.escaping import escape, one_line
+from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["VerifyReport", "verify"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class VerifyReport:
-    """What a check of all bytes found.
+    """The result of checking all bytes of a checkpoint. Printing it lists all damage.
 
     Attributes:
-        path: the checkpoint.
-        kind: who wrote it, as `Checkpoint.kind`.
-        files: how many files its metadata names.
-        checked_bytes: bytes that were compared with a digest.
-        damaged: what is broken: file, tensor, rank and block of each. An object is one block, with
-            one checksum, so there is no block to name.
-        unchecked: tensors, objects and files that have no digest. They may be damaged or not.
-        unchecked_bytes: how many bytes those are.
+        path: the checkpoint's path or URL.
+        kind: what wrote it, as in `Checkpoint.kind`; "unknown" if its metadata are unreadable.
+        files: number of files that its metadata name.
+        checked_bytes: number of bytes that were compared with a checksum.
+        damaged: the damage: file, tensor, rank and block of each. An object is one block with one
+            checksum, so no block is named.
+        unchecked: names of tensors, objects and files that have no checksum. They may be damaged.
+        unchecked_bytes: number of bytes of those.
+
+    Example:
+        >>> import shardkeep as sk
+        >>> report = sk.open("run/step_100").verify()  # doctest: +SKIP
+        >>> print(report)  # doctest: +SKIP
+        run/step_100: whole; 430.2 KiB of 1 file checked
+        >>> report.ok  # doctest: +SKIP
+        True
     """
 
     path: str
@@ -54,8 +64,51 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Nothing that was checked is damaged."""
+        """Whether nothing that was checked is damaged."""
         return not self.damaged
+
+    @property
+    def verdict(self) -> str:
+        """The result in a few words: "whole", "damaged in 2 places", or that it is not known."""
+        if self.damaged:
+            return f"damaged in {count(len(self.damaged), 'place')}"
+        if self.checked_bytes:
+            return "whole"
+        return "no damage found, but nothing could be checked"
+
+    @property
+    def extent(self) -> str:
+        """How much was checked, such as "430.2 KiB of 1 file checked"."""
+        return f"{human_bytes(self.checked_bytes)} of {count(self.files, 'file')} checked"
+
+    def details(self) -> Iterator[str]:
+        """Return a line for each place that is damaged and each name that was not checked.
+
+        Example:
+            >>> list(VerifyReport("run", "dcp", 1, 10, (), (".metadata",), 10).details())
+            ['1 name has no checksum, so damage there is not detected:', '  .metadata']
+        """
+        for damage in self.damaged:
+            yield f"  {_place(damage)}: {one_line(damage.what)}"
+        if self.unchecked:
+            have = "name has" if len(self.unchecked) == 1 else "names have"
+            many = f"{len(self.unchecked):,} {have} no checksum"
+            yield f"{many}, so damage there is not detected:"
+            yield from (f"  {escape(name)}" for name in self.unchecked)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{one_line(self.path)}: {self.verdict}; {self.extent}", *self.details()])
+
+    def __repr__(self) -> str:
+        return f"<VerifyReport {one_line(self.path)}: {self.verdict}; {self.extent}>"
+
+
+def _place(damage: Damaged) -> str:
+    """Return where damage is: file, tensor, block, and the rank that wrote it."""
+    name = f", {escape(damage.name)}" if damage.name is not None else ""
+    block = f", block {damage.block}" if damage.block is not None else ""
+    writer = f" (written by rank {damage.rank})" if damage.rank is not None else ""
+    return escape(damage.file) + name + block + writer
 
 
 def verify(
@@ -65,33 +118,40 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check all payloads, objects, headers and metadata, in parallel, in bounded memory.
+    """Return a report on all payloads, objects, headers and metadata.
 
-    Damage is collected, not raised. What Shardkeep wrote is checked to the last byte, what stock
-    torch wrote by the CRC-32 of its zip records; safetensors have no digests.
+    Damage is collected, not raised. Files are read in parallel and in bounded memory. What
+    Shardkeep wrote is checked to the last byte, what stock torch wrote by the CRC-32 of its zip
+    records. Safetensors files have no checksums.
+
+    Args:
+        found: the committed checkpoint.
+        sources: locations of its chunks.
+        threads: number of threads that read; by default the setting for reads.
+        progress: called with the number of bytes checked and to check.
     """
     workers = threads or settings.read_threads()
-    work = _Work(found, sources, workers)
+    checks = _Checks(found, sources, workers)
     if found.kind == "shardkeep":
-        work.shardkeep()
+        checks.shardkeep()
     elif found.kind == "safetensors":
-        work.safetensors()
+        checks.safetensors()
     else:
-        work.stock()
-    damaged = verify_payloads(sources.store, work.payloads, threads=workers, progress=progress)
+        checks.stock()
+    damaged = verify_payloads(sources.store, checks.payloads, threads=workers, progress=progress)
     return VerifyReport(
         path=sources.store.url,
         kind=found.kind,
         files=len(sources.index.files),
-        checked_bytes=work.checked + sum(payload.nbytes for payload in work.payloads),
-        damaged=(*work.damaged, *damaged),
-        unchecked=tuple(work.unchecked),
-        unchecked_bytes=sum(work.unchecked.values()),
+        checked_bytes=checks.checked + sum(payload.nbytes for payload in checks.payloads),
+        damaged=(*checks.damaged, *damaged),
+        unchecked=tuple(checks.unchecked),
+        unchecked_bytes=sum(checks.unchecked.values()),
     )
 
 
-class _Work:
-    """What there is to check in one checkpoint; the cheap part is checked on the way."""
+class _Checks:
+    """The checks of one checkpoint: small parts are checked at once, payloads are collected."""
 
     def __init__(self, found: Found, sources: ChunkLocations, threads: int) -> None:
         self._found = found
@@ -102,11 +162,11 @@ class _Work:
         self.payloads: list[Payload] = []
         self.damaged: list[Damaged] = []
         self.unchecked: dict[str, int] = {}
-        """What has no checksum -> its bytes."""
+        """Name of what has no checksum -> its number of bytes."""
         self.checked = 0
 
     def shardkeep(self) -> None:
-        """Block checksums of payloads, the frames around them, objects, `.metadata`'s pickle."""
+        """Check the pickle and the frames; collect payloads and objects, which have checksums."""
         self._pickle()
         chunks = self._index.chunks
         items = np.column_stack([chunks.file, chunks.item])
@@ -115,7 +175,7 @@ class _Work:
         self._each(self._checksummed_object, range(len(self._index.objects.names)))
 
     def stock(self) -> None:
-        """CRC-32 of every record of every item."""
+        """Collect every record of every item, with its CRC-32."""
         one = self._found.kind == "dcp"
         self.unchecked[METADATA if one else "__*.metadata"] = sum(
             self._store.size(name)
@@ -138,7 +198,7 @@ class _Work:
         self._each(self._records, items.items())
 
     def safetensors(self) -> None:
-        """They have no checksums; what can be checked is that every payload is there."""
+        """Check that the files are long enough for every payload: there are no checksums."""
         sizes = {name: self._store.size(name) for name in self._index.files}
         for row in range(len(self._index.chunks.tensor)):
             item = self._sources.item(row)
@@ -148,7 +208,7 @@ class _Work:
             self.unchecked[name] = self.unchecked.get(name, 0) + item.length
 
     def _each(self, check: Callable[..., list[Payload]], things: Iterable[object]) -> None:
-        """Check things in parallel, in order; what they leave to be read is collected."""
+        """Run a check for each thing, in parallel, and collect payloads and damage in order."""
 
         def guarded(thing: object) -> list[Payload] | Damaged:
             try:
@@ -178,14 +238,17 @@ class _Work:
             self.damaged.append(error)
 
     def _framed(self, row: int) -> list[Payload]:
-        """A chunk that Shardkeep wrote: its frame is known to the byte, its payload has digests."""
+        """Check the frame of a chunk that Shardkeep wrote; return its payload.
+
+        The frame is known to the byte, and the payload has block checksums.
+        """
         chunks, name = self._index.chunks, self._sources.name(row)
         item = self._sources.item(row)
         undo = self._index.transforms[int(chunks.transform[row])]
         if undo:
             return self._records((item, (name, undo, row)))
         source = self._sources.locate([row])[row]
-        if item.length == self._sources.nbytes(row):  # In a safetensors file: there is no frame.
+        if item.length == self._sources.nbytes(row):  # In a safetensors file, which has no frames.
             whole = Payload(name, item.file, *source.payload, checksums=source.checksums)
             return [whole] if item.length else []
         dtype = DTYPES[self._index.tensors.dtype[int(chunks.tensor[row])]]
@@ -212,7 +275,7 @@ class _Work:
     def _records(
         self, entry: tuple[ByteRange, tuple[str, tuple[str, ...], int | None]]
     ) -> list[Payload]:
-        """An item that stock torch wrote: a zip, perhaps inside a stream transform."""
+        """Return the records of an item that stock torch wrote: a zip, perhaps compressed."""
         item, (name, undo, row) = entry
         if not undo and row is not None and self._sources.bare(row):
             self.unchecked[name] = self.unchecked.get(name, 0) + item.length

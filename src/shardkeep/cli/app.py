@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardkeep.cli.terminal import CommandError, Output, PipeClosed, one_line
+from shardkeep.cli.terminal import CommandError, Output, PipeClosed
 from shardkeep.errors import NotACheckpoint, ShardkeepError
+from shardkeep.util.escaping import one_line
 
 if TYPE_CHECKING:
     from shardkeep.checkpoint.reader import CheckpointReader

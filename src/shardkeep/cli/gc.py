@@ -11,8 +11,9 @@ from pathlib import Path
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.garbage import OrphanedFile, collect_garbage, find_garbage
 from shardkeep.checkpoint.leases import Lease
-from shardkeep.cli.terminal import CommandError, Output, escape
+from shardkeep.cli.terminal import CommandError, Output
 from shardkeep.stores import LocalStore
+from shardkeep.util.escaping import escape
 from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["gc"]

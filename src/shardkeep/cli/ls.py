@@ -11,9 +11,10 @@ import numpy as np
 from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.cli.entries import Node, Row, matching, rows, tree
 from shardkeep.cli.render import brief, is_json
-from shardkeep.cli.terminal import CommandError, Output, escape, one_line
+from shardkeep.cli.terminal import CommandError, Output
 from shardkeep.errors import ShardkeepError
 from shardkeep.format.manifest.read import Outline
+from shardkeep.util.escaping import escape, one_line
 from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["ls", "print_tree"]

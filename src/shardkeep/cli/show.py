@@ -14,9 +14,10 @@ from shardkeep.cli.entries import Row, rows
 from shardkeep.cli.ls import print_tree
 from shardkeep.cli.render import opaque_names, pretty
 from shardkeep.cli.stats import Stats, statistics, widened
-from shardkeep.cli.terminal import CommandError, Output, escape, one_line
+from shardkeep.cli.terminal import CommandError, Output
 from shardkeep.coordination.progress import bar
 from shardkeep.types import Box, Chunk, DType, TensorInfo
+from shardkeep.util.escaping import escape, one_line
 from shardkeep.util.formatting import count, human_bytes
 
 __all__ = ["show"]

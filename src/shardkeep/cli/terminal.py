@@ -8,31 +8,12 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TextIO
 
-__all__ = ["CommandError", "Output", "PipeClosed", "escape", "one_line"]
+__all__ = ["CommandError", "Output", "PipeClosed"]
 
 _LINES = 1024
 """Lines a write: early enough for `| head`, and few enough calls for 100,000 lines."""
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-
-
-def escape(text: str) -> str:
-    """`text` with all that is not printable as `\\x1b`, `\\n`, `\\u202e`; and `\\` as `\\\\`.
-
-    Names come from checkpoints that may be hostile: raw, an escape sequence could rewrite what the
-    terminal has shown, a line break could fake a line, and a direction mark could turn text around.
-    """
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(
-        c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode("ascii")
-        for c in text
-    )
-
-
-def one_line(text: str) -> str:
-    """A message or a `repr` as one line, escaped; backslashes stay, as it has some of its own."""
-    return " ".join("\\".join(map(escape, line.split("\\"))) for line in text.splitlines())
 
 
 class CommandError(Exception):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.checkpoint.verify import VerifyReport
-from shardkeep.cli.terminal import Output, escape, one_line
+from shardkeep.cli.terminal import Output
 from shardkeep.coordination.progress import bar
 from shardkeep.errors import Damaged, FormatError
-from shardkeep.util.formatting import count, human_bytes
+from shardkeep.util.escaping import one_line
 
 __all__ = ["verify"]
 
@@ -44,27 +44,10 @@ def _unreadable(path: str, error: Damaged | FormatError) -> VerifyReport:
 
 
 def _lines(report: VerifyReport, out: Output) -> Iterator[str]:
-    path = out.paint("bold", escape(report.path))
-    checked = f"{human_bytes(report.checked_bytes)} of {count(report.files, 'file')} checked"
-    if report.damaged:
-        verdict = out.paint("red", "damaged") + f" in {count(len(report.damaged), 'place')}"
-    elif report.checked_bytes:
-        verdict = out.paint("green", "whole")
-    else:
-        verdict = out.paint("yellow", "nothing found, but nothing could be checked")
-    yield f"{path}: {verdict}; {checked}"
-    for damage in report.damaged:
-        yield f"  {escape(_place(damage))}: {one_line(damage.what)}"
-    if report.unchecked:
-        yield f"no checksum, so damage in them would not show ({len(report.unchecked):,}):"
-        yield from (f"  {escape(name)}" for name in report.unchecked)
-
-
-def _place(damage: Damaged) -> str:
-    name = f", {damage.name}" if damage.name is not None else ""
-    block = f", block {damage.block}" if damage.block is not None else ""
-    writer = f" (written by rank {damage.rank})" if damage.rank is not None else ""
-    return damage.file + name + block + writer
+    colour = "red" if report.damaged else "green" if report.checked_bytes else "yellow"
+    path = out.paint("bold", one_line(report.path))
+    yield f"{path}: {out.paint(colour, report.verdict)}; {report.extent}"
+    yield from report.details()
 
 
 def _document(report: VerifyReport) -> dict[str, object]:
