@@ -1,30 +1,25 @@
-"""Splitting the tests among runs loses none of them."""
+"""Splitting the tests among several runs loses none of them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from support import selection
-
-TESTS = Path(__file__).parents[1]
 
 CONFTEST = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from support import selection
-def pytest_addoption(parser):
-    selection.add_options(parser)
+pytest_addoption = selection.add_options
 def pytest_configure(config):
-    file = config.getoption("--record-run")
-    if file and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(selection.RunRecorder(Path(file)))
-def pytest_collection_modifyitems(config, items):
-    selection.leave_out_listed(config, items)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(selection.RunRecorder(Path("record")))
 """
 
 CASES = """
@@ -34,51 +29,57 @@ def test_passes(n):
     assert n
 def test_is_skipped():
     pytest.skip("not here")
+def test_fails():
+    assert False
 @pytest.mark.xdist_group("gloo")
 def test_in_a_group():
     pass
 """
+PASSED = ["test_in_a_group", "test_passes[a]", "test_passes[b @c]", "test_passes[d e]"]
 
 
-@pytest.fixture
-def run(tmp_path):
+def test_a_parallel_run_records_what_passed_and_what_was_skipped(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    (tmp_path / "conftest.py").write_text(CONFTEST.format(tests=str(TESTS)))
+    (tmp_path / "conftest.py").write_text(CONFTEST.format(tests=str(Path(__file__).parents[1])))
     (tmp_path / "test_cases.py").write_text(CASES)
-
-    def run(*options):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        (tmp_path / "output").write_text(done.stdout)
-        return done
-
-    return run
-
-
-@pytest.mark.parametrize("workers", [[], ["-n1", "--dist=loadgroup"]], ids=["plain", "xdist"])
-def test_only_what_passed_is_left_out_of_the_next_run(run, tmp_path, workers):
-    run(*workers, "--record-run=first")
-    lines = (tmp_path / "first").read_text().splitlines()
-    passed = [line.split("::")[1] for line in lines if line.startswith("passed ")]
-    assert passed == ["test_in_a_group", *(f"test_passes[{n}]" for n in ("a", "b @c", "d e"))]
-    assert "skipped test_cases.py::test_is_skipped" in lines
-    assert "1 skipped, 4 deselected" in run("--leave-out=first").stdout
-
-
-def test_a_test_that_no_run_has_is_named(run, tmp_path):
-    run("-k", "not test_passes", "--record-run=first")
-    run("--collect-only")
-    collected = tmp_path / "output"
-    missing = [
-        name.split("::")[1] for name in selection.never_visited(collected, [tmp_path / "first"])
+    options = ["-q", "-n1", "--dist=loadgroup", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "record").read_text().splitlines() == [
+        *(f"passed test_cases.py::{name}" for name in PASSED),
+        "skipped test_cases.py::test_is_skipped",
     ]
-    assert missing == [f"test_passes[{n}]" for n in ("a", "b @c", "d e")]
-    run("--record-run=second")
-    records = [tmp_path / "first", tmp_path / "second"]
-    assert selection.never_visited(collected, records) == []
-    assert selection.main([str(collected), *map(str, records)]) == 0
 
 
-def test_a_record_without_passed_tests_is_refused(run, tmp_path):
-    (tmp_path / "empty").write_text("skipped test_cases.py::test_passes[a]\n")
-    assert "names no test that passed" in run("--leave-out=empty").stderr
+def configured(file: Path) -> tuple[SimpleNamespace, list]:
+    """A configuration with `--leave-out`, and the list of the items that pytest deselects."""
+    left_out: list = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    return SimpleNamespace(getoption=lambda name: str(file), hook=hook), left_out
+
+
+def test_only_tests_that_passed_are_left_out(tmp_path):
+    (tmp_path / "record").write_text("passed t.py::a\nskipped t.py::b\n")
+    items = [SimpleNamespace(nodeid=f"t.py::{name}") for name in "abc"]
+    config, left_out = configured(tmp_path / "record")
+    remaining = list(items)
+    selection.leave_out_listed(config, remaining)
+    assert (left_out, remaining) == (items[:1], items[1:])
+
+
+def test_a_record_without_passed_tests_is_refused(tmp_path):
+    (tmp_path / "record").write_text("skipped t.py::b\n")
+    config, _ = configured(tmp_path / "record")
+    with pytest.raises(pytest.UsageError, match="names no test that passed"):
+        selection.leave_out_listed(config, [])
+
+
+def test_a_test_that_no_run_has_is_named(tmp_path, capsys):
+    (tmp_path / "collected").write_text("t.py::a\nt.py::b\nt.py::c[x y]\n\n3 tests collected\n")
+    (tmp_path / "first").write_text("passed t.py::a\n")
+    (tmp_path / "second").write_text("skipped t.py::b\n")
+    arguments = [str(tmp_path / name) for name in ("collected", "first", "second")]
+    assert selection.main(arguments) == 1
+    assert capsys.readouterr().out == "no run has this test: t.py::c[x y]\n"
+    (tmp_path / "second").write_text("skipped t.py::b\npassed t.py::c[x y]\n")
+    assert selection.main(arguments) == 0
