@@ -90,7 +90,7 @@ def test_the_default_heartbeat_detects_a_dead_rank_within_ten_seconds(monkeypatc
         monkeypatch.delenv(name, raising=False)
     timeouts = Timeouts.from_settings()
     # It may happen just after a look that saw a new sign.
-    assert timeouts.heartbeat * (timeouts.missed + 1) <= 9
+    assert timeouts.heartbeat_seconds * (timeouts.max_missed_heartbeats + 1) <= 9
 
 
 def writing_for_ever(ranks: Ranks, path: str) -> dict:

@@ -54,7 +54,11 @@ def test_a_parallel_run_records_what_passed_and_what_was_skipped(tmp_path):
 def configured(file: Path) -> tuple[SimpleNamespace, list]:
     """A configuration with `--leave-out`, and the list of the items that pytest deselects."""
     left_out: list = []
-    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+
+    def pytest_deselected(items: list) -> None:
+        left_out.extend(items)
+
+    hook = SimpleNamespace(pytest_deselected=pytest_deselected)
     return SimpleNamespace(getoption=lambda name: str(file), hook=hook), left_out
 
 
