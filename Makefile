@@ -91,7 +91,7 @@ compat: $(VENV)/ready
 	$(VENV)/bin/python -m compat $(or $(TORCH),--all)
 
 drop-in: $(VENV)/ready
-	$(VENV)/bin/python -m compat.names
+	$(VENV)/bin/python -m compat.names_page
 
 crash: $(VENV)/ready
 	$(VENV)/bin/python -m crash --moments $(or $(N),1000)

@@ -1,10 +1,9 @@
-"""The names that `shardkeep.dcp` gives, beside those of `torch.distributed.checkpoint`.
+"""Record the public names of the installed `torch.distributed.checkpoint`.
 
-    python -m compat.names            # writes docs/drop-in.md, or says what is not explained
-    python -m compat.names --record   # writes down what the installed release of torch offers
+    python -m compat.names          # writes compat/names/RELEASE.json
 
-Recording needs torch alone, not Shardkeep. "Same" is judged here, never written by hand: the object
-is torch's own, or the signatures are equal.
+Recording needs torch alone, not Shardkeep. `compat.names_page` compares the records with the names
+of `shardkeep.dcp`.
 """
 
 from __future__ import annotations
@@ -187,16 +186,11 @@ class _Text:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         prog="python -m compat.names", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("--record", action="store_true", help="write compat/names/RELEASE.json")
-    if parser.parse_args().record:
-        print(write(record()))
-        return 0
-    from compat import names_page
-
-    return names_page.main()
+    ).parse_args()
+    print(write(record()))
+    return 0
 
 
 if __name__ == "__main__":

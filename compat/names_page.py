@@ -1,4 +1,10 @@
-"""`docs/drop-in.md`: every public name of torch's package, and what stands at its place."""
+"""Write `docs/drop-in.md`: every public name of torch's package, and what Shardkeep has for it.
+
+    python -m compat.names_page     # writes the page, or lists what nothing explains
+
+Whether a name is "the same" is computed, never written by hand: either the object is torch's own,
+or the signatures are equal.
+"""
 
 from __future__ import annotations
 
@@ -281,3 +287,7 @@ def main() -> int:
     if not found.problems:
         PAGE.write_text(text(found), encoding="utf-8")
     return 1 if found.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -345,7 +345,7 @@ def test_two_hundred_saves_leave_nothing_behind(tmp_path):
 LEAVE = """
 import os, sys, time, torch
 import shardkeep.dcp as dcp
-from shardkeep.dcp.bridge import process_saves
+from shardkeep.dcp.operations import background_process
 from shardkeep.dcp.state_dict_saver import AsyncCheckpointerType
 
 if __name__ == "__main__":
@@ -355,7 +355,7 @@ if __name__ == "__main__":
     done = dcp.async_save(made, checkpoint_id=sys.argv[1] + "/b", async_checkpointer_type=process)
     if sys.argv[2] == "killed":
         done.result()
-        print(process_saves._alive[0]._process.pid, flush=True)
+        print(background_process._processes[0]._process.pid, flush=True)
         os.kill(os.getpid(), 9)
     dcp.async_save(made, checkpoint_id=sys.argv[1] + "/c")
     print("end", flush=True)

@@ -26,7 +26,7 @@ from shardkeep.dcp._consolidate_hf_safetensors import (
     consolidate_safetensors_files,
     consolidate_safetensors_files_on_every_rank,
 )
-from shardkeep.dcp.reexports import theirs
+from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.format.safetensors.parse import KINDS
 from shardkeep.format.safetensors.write import file_name, layout, of_parts
 from shardkeep.stores.local.store import LocalSink
@@ -84,12 +84,14 @@ def check(found: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> Non
     assert [name for name in whole if not same(found[name], whole[name])] == []
 
 
-@pytest.mark.skipif(theirs("_consolidate_hf_safetensors") is None, reason="this torch has none")
+@pytest.mark.skipif(
+    torch_module("_consolidate_hf_safetensors") is None, reason="this torch has none"
+)
 @pytest.mark.parametrize(
     "function", [consolidate_safetensors_files, consolidate_safetensors_files_on_every_rank]
 )
 def test_signatures_are_torchs(function):
-    stock = getattr(theirs("_consolidate_hf_safetensors"), function.__name__)
+    stock = getattr(torch_module("_consolidate_hf_safetensors"), function.__name__)
     assert [(p.name, p.default) for p in inspect.signature(function).parameters.values()] == [
         (p.name, p.default) for p in inspect.signature(stock).parameters.values()
     ]
@@ -232,7 +234,7 @@ def test_one_process_may_do_all_ranks_work(tmp_path):
 
 
 @pytest.mark.gloo
-@pytest.mark.skipif(theirs("hf_storage") is None, reason="this torch has none")
+@pytest.mark.skipif(torch_module("hf_storage") is None, reason="this torch has none")
 def test_what_stock_torch_wrote_on_ranks(gloo, tmp_path):
     assert gloo.run(dcp_hf.stocks_shards, str(tmp_path)) == ["fine"] * 4
     whole = dcp_hf.wholes()

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as stock
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.dcp.bridge import engine_choice, steps
+from shardkeep.dcp.operations import engine_choice, planner_protocol
 from support import dcp_custom
 from support.dcp_custom_planners import knows_only_the_old_signature
 from support.dcp_custom_storage import ExtensionRegistry, Xor
@@ -161,10 +161,12 @@ class Changed(stock.DefaultSavePlanner):
 )
 def test_every_override_is_seen_on_the_class_and_on_the_instance(tmp_path, kind, methods):
     storage = kind.__name__.startswith("File")
-    decide = engine_choice.plain_load if kind.__name__.endswith(("LoadPlanner", "Reader")) else None
-    decide = decide or engine_choice.plain_save
+    decide = (
+        engine_choice.engine_loads if kind.__name__.endswith(("LoadPlanner", "Reader")) else None
+    )
+    decide = decide or engine_choice.engine_saves
     planner, files = dcp.DefaultSavePlanner(), dcp.FileSystemWriter(tmp_path)
-    if decide is engine_choice.plain_load:
+    if decide is engine_choice.engine_loads:
         planner, files = dcp.DefaultLoadPlanner(), dcp.FileSystemReader(tmp_path)
 
     def plain(kind: type) -> tuple[object, bool]:
@@ -209,13 +211,13 @@ def test_none_of_the_methods_that_plans_go_through_is_forgotten():
 def test_a_registry_of_the_users_own_is_asked(tmp_path):
     registry = ExtensionRegistry()
     reader = stock.FileSystemReader(tmp_path, _extension_registry=registry)
-    assert engine_choice.plain_load(dcp.DefaultLoadPlanner(), reader)
+    assert engine_choice.engine_loads(dcp.DefaultLoadPlanner(), reader)
     registry.register(Xor)
-    assert not engine_choice.plain_load(dcp.DefaultLoadPlanner(), reader)
+    assert not engine_choice.engine_loads(dcp.DefaultLoadPlanner(), reader)
 
 
 def test_a_call_of_nothing_but_names_needs_no_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "_Steps", None)
+    monkeypatch.setattr(planner_protocol, "_Steps", None)
     dcp.save({"n": 1}, checkpoint_id=tmp_path)
     loaded = {"n": 0}
     dcp.load(loaded, checkpoint_id=tmp_path)

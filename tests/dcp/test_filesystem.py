@@ -26,7 +26,7 @@ import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.checkpoint.leases import lease_save_id
 from shardkeep.checkpoint.reader import open_reader
-from shardkeep.dcp.bridge.unpickle import metadata_in
+from shardkeep.dcp.bridge.metadata_file import metadata_in
 from shardkeep.format.dcp.trailer import TRAILER_SIZE
 from shardkeep.stores import LocalStore
 from support import dcp_files

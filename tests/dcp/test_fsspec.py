@@ -23,15 +23,15 @@ import shardkeep.dcp as dcp
 from shardkeep.checkpoint.reader import open_reader
 from shardkeep.dcp.bridge.safetensors import Folder, Part, part_items
 from shardkeep.dcp.bridge.torch_filesystem import FsspecStore, StreamStore, store_of
+from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
-from shardkeep.dcp.reexports import theirs
 from shardkeep.stores import LocalStore
 from shardkeep.stores.contract import Store
 from stores.test_stores import StoreTests
 from support.dcp_files import OwnLoadPlanner, OwnSavePlanner, blank, writer_options
 from support.scenarios import equal, values
 
-stock = theirs("fsspec_filesystem", "_fsspec_filesystem")
+stock = torch_module("fsspec_filesystem", "_fsspec_filesystem")
 
 pytestmark = [
     pytest.mark.torch,

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::Deprecation
 
 from compat import differences, names, names_page
 
-from shardkeep.dcp.reexports import theirs
+from shardkeep.dcp.bridge.torch_modules import torch_module
 
 RECORDS = names.recorded()
 INSTALLED = ".".join(torch.__version__.split(".")[:2])
@@ -59,7 +59,7 @@ def test_private_modules_are_there_too(record):
     for name in record.private:
         assert importlib.import_module(f"shardkeep.dcp.{name}")
         if name == "_nested_dict":
-            assert sys.modules[f"shardkeep.dcp.{name}"] is theirs(name)
+            assert sys.modules[f"shardkeep.dcp.{name}"] is torch_module(name)
 
 
 def test_signatures_agree_and_nothing_is_unexplained():

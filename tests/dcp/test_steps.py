@@ -18,7 +18,7 @@ from torch.futures import Future
 import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.coordination.keyvalue.timeouts import Timeouts
-from shardkeep.dcp.bridge.steps import load_by_steps, save_by_steps
+from shardkeep.dcp.operations.planner_protocol import load_with_planner, save_with_planner
 from shardkeep.testing import simulated_ranks
 from support import dcp_failing
 from support.dcp_failing import Failing
@@ -140,12 +140,12 @@ class Job:
 
     def _save(self, ranks) -> object:
         planner, writer = self.savers[ranks.rank]
-        return save_by_steps(lambda: state(ranks.rank), writer, planner, ranks, **self.more)
+        return save_with_planner(lambda: state(ranks.rank), writer, planner, ranks, **self.more)
 
     def _load(self, ranks) -> object:
         planner, reader = self.loaders[ranks.rank]
         template = cleared(ranks.rank)
-        load_by_steps(lambda: template, reader, planner, ranks)
+        load_with_planner(lambda: template, reader, planner, ranks)
         return template
 
     def works(self) -> None:
@@ -300,7 +300,7 @@ def test_ranks_that_read_different_metadata_are_told(tmp_path):
     def one(ranks):
         planner, reader = job.loaders[ranks.rank]
         with pytest.raises(CheckpointException, match=r"ranks \[2\] found metadata of their own"):
-            load_by_steps(lambda: cleared(ranks.rank), Same(reader), planner, ranks)
+            load_with_planner(lambda: cleared(ranks.rank), Same(reader), planner, ranks)
 
     simulated_ranks.run(4, one, timeouts=Timeouts(10.0, 0.0, 5))
 
@@ -322,7 +322,7 @@ def test_storage_of_one_rank_each_needs_no_common_path_without_collectives(tmp_p
 
     def one(ranks):
         writer = stock.FileSystemWriter(tmp_path / str(ranks.rank))
-        save_by_steps(
+        save_with_planner(
             lambda: state(ranks.rank),
             writer,
             stock.DefaultSavePlanner(),

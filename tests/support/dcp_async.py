@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.dcp.bridge import process_saves
+from shardkeep.dcp.operations import background_process
 from shardkeep.dcp.state_dict_saver import AsyncCheckpointerType
 from support.layouts import Pair, _sharded_tensor
 from support.scenarios import same, values
@@ -263,13 +263,13 @@ def _writing(rank: int, options: dict[str, Any]) -> str:
     writer.fate = (2, "raise")
     options = {**options, "checkpoint_id": None, "storage_writer": writer}
     future = dcp.async_save({"t": torch.ones(size := 4) * rank, "n": size}, **options)
-    before = [one._process.pid for one in process_saves._alive]
+    before = [one._process.pid for one in background_process._processes]
     told = _tell(future)
     assert isinstance(future.exception(), FileExistsError)
     assert future.exception().filename == "a file"
     writer.fate = (-1, "")
     dcp.async_save({"n": 6}, **options).result()
-    assert [one._process.pid for one in process_saves._alive][: len(before)] == before
+    assert [one._process.pid for one in background_process._processes][: len(before)] == before
     dist.barrier()
     return told
 
@@ -279,7 +279,7 @@ def _death(rank: int, size: int, path: str) -> list[str]:
     options = {"async_checkpointer_type": TYPES["process"]}
     own = OwnPlanner((rank, size))
     dcp.async_save({"n": 1}, checkpoint_id=f"{path}/first", planner=own, **options).result()
-    before = process_saves._alive[0]._process.pid
+    before = background_process._processes[0]._process.pid
     writer = OwnWriter(f"{path}/second")
     writer.fate = (3, "die")
     began = time.monotonic()
@@ -290,7 +290,7 @@ def _death(rank: int, size: int, path: str) -> list[str]:
         put.result()
         dist.barrier()
         assert sk.open(f"{path}/{name}").read("n") == 3
-    same_process = process_saves._alive[0]._process.pid == before
+    same_process = background_process._processes[0]._process.pid == before
     return [told, f"same process: {same_process}"]
 
 

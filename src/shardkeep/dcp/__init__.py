@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
+from shardkeep.dcp.bridge.torch_modules import reexport_torch_modules
 from shardkeep.dcp.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
@@ -31,7 +32,6 @@ from shardkeep.dcp.hf_storage import HuggingFaceStorageReader, HuggingFaceStorag
 from shardkeep.dcp.optimizer import load_sharded_optimizer_state_dict
 from shardkeep.dcp.protocol import CheckpointableTensor
 from shardkeep.dcp.quantized_hf_storage import QuantizedHuggingFaceStorageReader
-from shardkeep.dcp.reexports import hand_on
 from shardkeep.dcp.state_dict_loader import load, load_state_dict
 from shardkeep.dcp.state_dict_saver import async_save, save, save_state_dict
 
@@ -67,4 +67,4 @@ __all__ = [
     "save_state_dict",
 ]
 
-hand_on()
+reexport_torch_modules()

@@ -15,7 +15,7 @@ from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.ranks import members
 from shardkeep.dcp.bridge.safetensors import Folder, open_folder
-from shardkeep.dcp.reexports import rest_of
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.format.safetensors.parse import INDEX
 from shardkeep.format.safetensors.write import file_name, layout, listing, of_wholes
 from shardkeep.io.write.items import Bare, Item
@@ -28,7 +28,7 @@ __all__ = [
     "consolidate_safetensors_files_on_every_rank",
 ]
 
-__getattr__ = rest_of("_consolidate_hf_safetensors")
+__getattr__ = forward_to_torch("_consolidate_hf_safetensors")
 
 _SLAB = 16 << 20
 """Bytes that a thread reads at a time of what it joins, at most."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
-from shardkeep.dcp.reexports import rest_of
 
 __all__ = ["FsspecReader", "FsspecWriter"]
 
-__getattr__ = rest_of("_fsspec_filesystem", "fsspec_filesystem")
+__getattr__ = forward_to_torch("_fsspec_filesystem", "fsspec_filesystem")

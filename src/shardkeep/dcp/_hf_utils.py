@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shardkeep.dcp.reexports import rest_of, theirs
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch, torch_module
 from shardkeep.format.safetensors.parse import INDEX
 from shardkeep.format.safetensors.write import file_name
 
 __all__ = ["SHARDED_DIR_NAME", "_HFStorageInfo", "_gen_file_name", "_metadata_fn"]
 
-__getattr__ = rest_of("_hf_utils")
+__getattr__ = forward_to_torch("_hf_utils")
 
 SHARDED_DIR_NAME = "sharded"
 _metadata_fn = INDEX
@@ -36,4 +36,4 @@ class _StorageInfo:
 if TYPE_CHECKING:
     _HFStorageInfo = _StorageInfo
 else:
-    _HFStorageInfo = getattr(theirs("_hf_utils"), "_HFStorageInfo", _StorageInfo)
+    _HFStorageInfo = getattr(torch_module("_hf_utils"), "_HFStorageInfo", _StorageInfo)

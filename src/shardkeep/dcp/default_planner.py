@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, W
 from torch.distributed.checkpoint.storage import StorageReader
 
 from shardkeep.dcp.bridge.meta_tensors import allocate_meta_tensors
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.bridge.trust import trusted
-from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import Mismatch
 from shardkeep.plan.ownership import lowest, owners
 from shardkeep.state import flatten
@@ -52,7 +52,7 @@ create_default_global_load_plan = stock.create_default_global_load_plan
 create_default_global_save_plan = stock.create_default_global_save_plan
 create_default_local_load_plan = stock.create_default_local_load_plan
 create_default_local_save_plan = stock.create_default_local_save_plan
-__getattr__ = rest_of("default_planner")
+__getattr__ = forward_to_torch("default_planner")
 
 _CACHES_PLANS = "enable_plan_caching" in inspect.signature(stock.DefaultSavePlanner).parameters
 

@@ -25,14 +25,14 @@ from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.chunk_locations import ChunkLocations
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.checkpoint.reader import CheckpointReader
+from shardkeep.dcp.bridge.commit import commit_one_rank, publish
 from shardkeep.dcp.bridge.items import write_containers
 from shardkeep.dcp.bridge.metadata import VERSION, index_of, metadata_of
-from shardkeep.dcp.bridge.publishing import publish, publish_own
-from shardkeep.dcp.bridge.reading import Reading
+from shardkeep.dcp.bridge.metadata_file import metadata_in
+from shardkeep.dcp.bridge.plan_reader import PlanReader
 from shardkeep.dcp.bridge.tensor_files import write_tensor_files
 from shardkeep.dcp.bridge.torch_filesystem import store_of
-from shardkeep.dcp.bridge.unpickle import metadata_in
-from shardkeep.dcp.reexports import rest_of
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.errors import AlreadyExists, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.filenames import of_ranks
 from shardkeep.format.dcp.metadata_read import merge_metadata
@@ -40,7 +40,7 @@ from shardkeep.stores.contract import Store
 
 __all__ = ["FileSystemReader", "FileSystemWriter"]
 
-__getattr__ = rest_of("filesystem")
+__getattr__ = forward_to_torch("filesystem")
 
 _SUFFIX = getattr(stock, "DEFAULT_SUFFIX", ".distcp")
 
@@ -168,7 +168,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         with lease:
             lease.confirm()
             if self._own_rank is not None:
-                publish_own(store, metadata, written, rank=self._own_rank, name=name)
+                commit_one_rank(store, metadata, written, rank=self._own_rank, name=name)
             else:
                 publish(store, metadata, written, lease, ranks=len(results), name=name)
 
@@ -288,7 +288,7 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         """
         store = store_of(self)
         cut = type(self)._slice_file is not stock.FileSystemReader._slice_file
-        reading = Reading(
+        reading = PlanReader(
             store,
             self._sources(store),
             self.storage_data,

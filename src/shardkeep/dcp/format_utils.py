@@ -27,16 +27,16 @@ from torch.futures import Future
 from shardkeep.checkpoint import commit, reader
 from shardkeep.coordination.solo import Solo
 from shardkeep.dcp.bridge.errors import as_torch
-from shardkeep.dcp.bridge.full_state import read_whole
+from shardkeep.dcp.bridge.full_state import read_full_state
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.dcp.default_planner import (
     DefaultLoadPlanner,
     _EmptyStateDictLoadPlanner,  # noqa: F401 - as in torch's module: others take it from here
 )
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter  # noqa: F401 - the same
-from shardkeep.dcp.reexports import rest_of
-from shardkeep.dcp.state_dict_loader import _load_state_dict  # noqa: F401 - the same
-from shardkeep.dcp.state_dict_saver import _save_state_dict  # noqa: F401 - the same
+from shardkeep.dcp.operations.load import load_state
+from shardkeep.dcp.operations.save import save_state
 from shardkeep.engine import save
 from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import flatten
@@ -51,7 +51,10 @@ __all__ = [
     "torch_save_to_dcp",
 ]
 
-__getattr__ = rest_of("format_utils")
+__getattr__ = forward_to_torch("format_utils")
+# Torch's module has these names, and other packages import them from it.
+_load_state_dict = load_state
+_save_state_dict = save_state
 
 
 def dcp_to_torch_save(
@@ -73,7 +76,7 @@ def dcp_to_torch_save(
         OSError: the file can't be written.
     """
     with as_torch(0):
-        state = read_whole(reader.open_reader(dcp_checkpoint_dir), trust=trusted())
+        state = read_full_state(reader.open_reader(dcp_checkpoint_dir), trust=trusted())
     target = Path(torch_save_path)
     beside = target.with_name(f".{target.name}.{commit.new_id()}")
     try:

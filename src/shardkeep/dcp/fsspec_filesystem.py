@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch, torch_module
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
-from shardkeep.dcp.reexports import rest_of, theirs
 
 __all__ = ["FsspecReader", "FsspecWriter"]
 
-__getattr__ = rest_of("fsspec_filesystem", "_fsspec_filesystem")
-_stock: Any = theirs("fsspec_filesystem", "_fsspec_filesystem")
+__getattr__ = forward_to_torch("fsspec_filesystem", "_fsspec_filesystem")
+_stock: Any = torch_module("fsspec_filesystem", "_fsspec_filesystem")
 
 
 class _Absent:

@@ -39,8 +39,8 @@ from shardkeep.dcp.bridge.safetensors import (
     read_items,
     target_of,
 )
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
-from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import Conflict
 from shardkeep.format.safetensors.write import file_name, listing
 from shardkeep.io.pool import parallel
@@ -48,7 +48,7 @@ from shardkeep.stores.contract import Store
 
 __all__ = ["HuggingFaceStorageReader", "HuggingFaceStorageWriter"]
 
-__getattr__ = rest_of("hf_storage")
+__getattr__ = forward_to_torch("hf_storage")
 
 _Id = str | os.PathLike[str]
 

@@ -20,15 +20,15 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
 from shardkeep.dcp.bridge.errors import as_torch
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.default_planner import without_legacy_duplicates
-from shardkeep.dcp.reexports import rest_of
-from shardkeep.dcp.state_dict_loader import _load_state_dict
+from shardkeep.dcp.operations.load import load_state
 from shardkeep.errors import Mismatch
 from shardkeep.types import Path
 
 __all__ = ["load_sharded_optimizer_state_dict"]
 
-__getattr__ = rest_of("optimizer")
+__getattr__ = forward_to_torch("optimizer")
 
 
 def load_sharded_optimizer_state_dict(
@@ -71,7 +71,7 @@ def load_sharded_optimizer_state_dict(
                 moved[name] = offset
     if group is not None:
         planner = stock._ReaderWithOffset(moved)
-    _load_state_dict(state, storage_reader, planner=planner)
+    load_state(state, storage_reader, planner=planner)
     return unflatten_state_dict(state, dict(paths))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardkeep.dcp.reexports import rest_of, theirs
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch, torch_module
 from shardkeep.torch_state import checkpointable
 
 __all__ = ["CheckpointableTensor"]
 
 CheckpointableTensor: Any = getattr(
-    theirs("protocol"), "CheckpointableTensor", checkpointable.CheckpointableTensor
+    torch_module("protocol"), "CheckpointableTensor", checkpointable.CheckpointableTensor
 )
-__getattr__ = rest_of("protocol")
+__getattr__ = forward_to_torch("protocol")

@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from shardkeep.dcp.bridge.safetensors import SafetensorsFile, target_of
+from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.hf_storage import HuggingFaceStorageReader
-from shardkeep.dcp.reexports import rest_of
 from shardkeep.errors import FormatError
 
 __all__ = ["QuantizedHuggingFaceStorageReader"]
 
-__getattr__ = rest_of("quantized_hf_storage")
+__getattr__ = forward_to_torch("quantized_hf_storage")
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the lower three bits of a 4-bit float mean; the fourth is its sign."""

@@ -15,10 +15,10 @@ from shardkeep.torch_state.memory import destination
 from shardkeep.torch_state.objects import TORCH_MAKERS, from_bytes
 from shardkeep.types import Box, Path, Structure
 
-__all__ = ["read_whole"]
+__all__ = ["read_full_state"]
 
 
-def read_whole(
+def read_full_state(
     source: CheckpointReader, *, keys: Collection[str] | None = None, trust: Sequence[str] = ()
 ) -> Any:
     """Everything that a checkpoint holds, or part of it, with containers and keys as they were.

@@ -19,7 +19,7 @@ from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.dcp.bridge.batches import batches
 from shardkeep.dcp.bridge.torch_filesystem import replace, store_of
-from shardkeep.dcp.reexports import theirs
+from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.errors import Mismatch, NotACheckpoint
 from shardkeep.format.safetensors import parse
 from shardkeep.format.safetensors.write import is_file_name, layout, of_parts
@@ -48,7 +48,7 @@ def file_system(path: Any) -> Any:
     """The file system of a path: torch's own for a local one, fsspec's for a URL."""
     if "://" not in str(path):
         return stock_files.FileSystem()
-    fsspec = theirs("fsspec_filesystem", "_fsspec_filesystem")
+    fsspec = torch_module("fsspec_filesystem", "_fsspec_filesystem")
     kind = getattr(fsspec, "_FileSystem", None) or getattr(fsspec, "FileSystem", None)
     if kind is None:
         raise ValueError(f"{path}: URLs need fsspec, which is not installed")

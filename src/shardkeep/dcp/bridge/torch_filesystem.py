@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed.checkpoint.filesystem as stock
 
-from shardkeep.dcp.reexports import theirs
+from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.stores import LocalStore
 from shardkeep.stores.contract import Buffer, Sink, Store
 from shardkeep.stores.names import checked, checked_range
@@ -34,7 +34,7 @@ def store_of(storage: Any) -> Store:
     if type(fs) is stock.FileSystem and not vars(fs):
         return LocalStore(path)
     sync = getattr(storage, "sync_files", True)
-    fsspec = theirs("fsspec_filesystem", "_fsspec_filesystem")
+    fsspec = torch_module("fsspec_filesystem", "_fsspec_filesystem")
     kind = getattr(fsspec, "_FileSystem", None) or getattr(fsspec, "FileSystem", None)
     if kind is not None and isinstance(fs, kind) and _reads_as(fs, kind):
         return FsspecStore(fs, path, sync=sync)

@@ -27,12 +27,12 @@ from shardkeep.torch_state.memory import destination
 from shardkeep.torch_state.objects import from_bytes
 from shardkeep.types import DTYPES, Box, ByteRange, DType
 
-__all__ = ["Reading"]
+__all__ = ["PlanReader"]
 
 Unpack = Callable[[ReadItem, Sequence[str], Any], Any]
 
 
-class Reading:
+class PlanReader:
     """One plan being read.
 
     Args:

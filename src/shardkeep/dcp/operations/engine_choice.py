@@ -1,4 +1,4 @@
-"""Whether a planner, reader or writer changes anything: if not, the engine works alone."""
+"""Whether a planner, a reader or a writer customises anything; if not, the engine works alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch.distributed.checkpoint.filesystem as stock_files
 
 from shardkeep.dcp import default_planner, filesystem
 
-__all__ = ["plain_load", "plain_save"]
+__all__ = ["engine_loads", "engine_saves"]
+
+# Methods that a subclass may override, and so change what is saved or loaded.
 
 _SAVE_PLANNER = """
     set_up_planner create_local_plan create_global_plan finish_plan resolve_data lookup_object
@@ -30,13 +32,13 @@ _READER = """
 """.split()
 
 
-def plain_save(planner: Any, writer: Any) -> bool:
-    """Whether a save with these is one that the engine does alone, with the same outcome."""
+def engine_saves(planner: Any, writer: Any) -> bool:
+    """Return whether the engine alone saves the same as this planner and this writer would."""
     return (
-        _same(writer, (filesystem.FileSystemWriter, stock_files.FileSystemWriter), _WRITER)
-        and _plain_bytes(writer)
+        _is_unchanged(writer, (filesystem.FileSystemWriter, stock_files.FileSystemWriter), _WRITER)
+        and _writes_plain_items(writer)
         and writer.single_file_per_rank
-        and _same(
+        and _is_unchanged(
             planner,
             (default_planner.DefaultSavePlanner, stock_planner.DefaultSavePlanner),
             _SAVE_PLANNER,
@@ -44,12 +46,12 @@ def plain_save(planner: Any, writer: Any) -> bool:
     )
 
 
-def plain_load(planner: Any, reader: Any) -> bool:
-    """Whether a load with these is one that the engine does alone, with the same outcome."""
+def engine_loads(planner: Any, reader: Any) -> bool:
+    """Return whether the engine alone loads the same as this planner and this reader would."""
     return (
-        _same(reader, (filesystem.FileSystemReader, stock_files.FileSystemReader), _READER)
-        and _plain_streams(reader)
-        and _same(
+        _is_unchanged(reader, (filesystem.FileSystemReader, stock_files.FileSystemReader), _READER)
+        and _reads_known_streams(reader)
+        and _is_unchanged(
             planner,
             (default_planner.DefaultLoadPlanner, stock_planner.DefaultLoadPlanner),
             _LOAD_PLANNER,
@@ -57,8 +59,11 @@ def plain_load(planner: Any, reader: Any) -> bool:
     )
 
 
-def _plain_bytes(writer: Any) -> bool:
-    """Whether items are written as they are. Older releases have no other way."""
+def _writes_plain_items(writer: Any) -> bool:
+    """Return whether items are written without transforms, in torch's own format.
+
+    Writers of older releases have no attributes that say otherwise.
+    """
     transforms = getattr(writer, "transforms", None)
     form = getattr(writer, "serialization_format", None)
     return (
@@ -67,8 +72,8 @@ def _plain_bytes(writer: Any) -> bool:
     ) and (form is None or form is stock_files.SerializationFormat.TORCH_SAVE)
 
 
-def _plain_streams(reader: Any) -> bool:
-    """Whether items are read with torch's own extensions only, which the engine reads as well."""
+def _reads_known_streams(reader: Any) -> bool:
+    """Return whether items are read with no extensions but torch's own, which the engine knows."""
     transforms = getattr(reader, "transforms", None)
     if transforms is None:
         return True
@@ -78,8 +83,14 @@ def _plain_streams(reader: Any) -> bool:
     return type(registry) is own and registry.extensions == own().extensions
 
 
-def _same(given: Any, kinds: tuple[type[Any], ...], methods: list[str]) -> bool:
-    """Whether `given` behaves like one of these: an instance, with none of its methods replaced."""
+def _is_unchanged(given: Any, kinds: tuple[type[Any], ...], methods: list[str]) -> bool:
+    """Return whether `given` is an instance of one of these classes with its own methods.
+
+    Args:
+        given: a planner, reader or writer; None stands for the default one.
+        kinds: Shardkeep's class and torch's.
+        methods: names of the methods that have to be those of one of the classes.
+    """
     if given is None:
         return True
     if not isinstance(given, kinds):

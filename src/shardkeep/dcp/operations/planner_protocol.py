@@ -25,13 +25,13 @@ from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.dcp.bridge.errors import portable, together, wrapped
 from shardkeep.errors import NotACheckpoint, RankFailed
 
-__all__ = ["load_by_steps", "save_by_steps"]
+__all__ = ["load_with_planner", "save_with_planner"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
-def save_by_steps(
+def save_with_planner(
     state: Callable[[], Any],
     writer: StorageWriter,
     planner: SavePlanner,
@@ -106,7 +106,7 @@ def _letting_go(writer: Any) -> Iterator[None]:
         getattr(writer, "let_go", lambda: None)()
 
 
-def load_by_steps(
+def load_with_planner(
     state: Callable[[], Any],
     reader: StorageReader,
     planner: LoadPlanner,
@@ -122,7 +122,7 @@ def load_by_steps(
     `reader.prepare_global_plan`; `planner.finish_plan`, `reader.read_data`. Where ranks have saved
     without collectives, each does the coordinator's part for itself.
 
-    Args and raises: as `save_by_steps`.
+    Args and raises: as `save_with_planner`.
     """
     log = _logger(reader)
 

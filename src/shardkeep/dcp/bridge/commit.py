@@ -18,7 +18,7 @@ from shardkeep.format.dcp.metadata_write import metadata_bytes
 from shardkeep.stores.contract import Store
 from shardkeep.types import Index
 
-__all__ = ["publish", "publish_own"]
+__all__ = ["commit_one_rank", "publish"]
 
 Results = Mapping[MetadataIndex, WriteResult]
 
@@ -50,7 +50,7 @@ def publish(
         save.remove_replaced(store, old - {name}, lease)
 
 
-def publish_own(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:
+def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:
     """Commit what one rank wrote for itself (`use_collectives=False`); see `publish`.
 
     There is no moment at which all ranks' files are there: they are as many commits. A `.metadata`
