@@ -139,7 +139,9 @@ def test_a_cast_that_torch_can_not_do_is_a_mismatch(monkeypatch):
         return real(self, other, *more)
 
     monkeypatch.setattr(torch.Tensor, "copy_", refuse)
-    with pytest.raises(Mismatch, match=r"can't cast float32 to torch\.float64: no such cast"):
+    with pytest.raises(
+        Mismatch, match=r"torch cannot cast float32 to torch\.float64: no such cast"
+    ):
         sk.load({"t": torch.zeros(3, dtype=torch.float64)}, store, dtype="cast")
 
 

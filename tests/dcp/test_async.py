@@ -307,7 +307,7 @@ def test_what_cannot_be_pickled_is_refused_by_name(tmp_path, kind):
         async_checkpointer_type=kind,
     )
     with pytest.raises(
-        sk.Conflict, match=r"object 'group\.bad' can't be pickled: .*lambda"
+        sk.Conflict, match=r"object 'group\.bad' cannot be pickled: .*lambda"
     ) as caught:
         done.result(20)
     assert isinstance(caught.value, CheckpointException)

@@ -292,7 +292,7 @@ def test_objects_of_classes_that_are_not_trusted_are_refused(tmp_path, flatten):
 
 
 def test_a_value_that_can_not_be_saved_is_named(tmp_path):
-    with pytest.raises(sk.Conflict, match=r"object 'a.f' can't be pickled"):
+    with pytest.raises(sk.Conflict, match=r"object 'a.f' cannot be pickled"):
         dcp.save({"a": {"f": lambda: 0}}, checkpoint_id=tmp_path, planner=SavePlanner())
     assert not (tmp_path / ".metadata").exists()
 

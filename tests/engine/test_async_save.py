@@ -121,7 +121,7 @@ def test_errors_before_the_copy_are_raised_at_once_and_later_ones_by_the_result(
     sk.save({"a": 1}, tmp_path / "taken")
     with pytest.raises(sk.AlreadyExists, match="already holds a checkpoint"):
         sk.async_save(state(), tmp_path / "taken")
-    with pytest.raises(sk.Conflict, match="object 'f' can't be pickled"):
+    with pytest.raises(sk.Conflict, match="object 'f' cannot be pickled"):
         sk.async_save({"f": lambda: 0}, tmp_path / "x")
 
     class Full(LocalStore):

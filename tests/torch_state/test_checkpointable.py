@@ -67,9 +67,9 @@ def test_a_tensor_without_all_four_attributes_is_a_plain_one(tmp_path):
     ("offsets", "places", "sizes", "why"),
     [
         (((0,), (2,)), ((0,),), ((2,),), "lists 2 global offsets, 1 local offsets and 1 local"),
-        (((3,),), ((0,),), ((2,),), r"shard \[3:5\] leaves the global shape \[4\]"),
-        (((0,),), ((1,),), ((2,),), r"shard \[1:3\] leaves the local \[2\]"),
-        (((0, 0),), ((0,),), ((2,),), r"a shard at \(0, 0\) has other dimensions"),
+        (((3,),), ((0,),), ((2,),), r"the shard \[3:5\] is not inside the global shape \[4\]"),
+        (((0,),), ((1,),), ((2,),), r"the shard \[1:3\] is not inside the local shape \[2\]"),
+        (((0, 0),), ((0,),), ((2,),), r"the shard at \(0, 0\) has another number of dimensions"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, offsets, places, sizes, why):

@@ -140,7 +140,7 @@ def test_a_dtype_that_this_torch_lacks_or_can_not_cast_is_refused() -> None:
     if hasattr(torch, "bits8"):
         array, finish = destination(torch.zeros(1), DType.named("bits8"))
         array[...] = 1
-        with pytest.raises(Mismatch, match=r"can't cast bits8 to torch\.float32"):
+        with pytest.raises(Mismatch, match=r"torch cannot cast bits8 to torch\.float32"):
             finish()
 
 

@@ -101,7 +101,7 @@ def test_objects_are_not_tensors() -> None:
     for value in (sparse, sparse.to_sparse_csr(), quantized()):
         assert is_any_tensor(value)
         assert not is_tensor(value)
-        with pytest.raises(Conflict, match=r"'x' is .* an object, not a tensor"):
+        with pytest.raises(Conflict, match=r"'x' is .*: it is saved as an object"):
             describe_tensor("x", value)
     for other in ((torch.ones(1),), [torch.ones(1)], 1.0, None, torch.Size([1]), torch.float32):
         assert not is_any_tensor(other)
@@ -145,12 +145,12 @@ def wrapper() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (meta, "'layer.w' is on the meta device, or fake"),
-        (fake, "'layer.w' is on the meta device, or fake"),
+        (meta, "'layer.w' is on the meta device or fake"),
+        (fake, "'layer.w' is on the meta device or fake"),
         (jagged, "'layer.w' is nested"),
         (strided_nested, "'layer.w' is nested"),
-        (lazy, "'layer.w' is not initialised yet"),
-        (wrapper, "'layer.w' is a .*Wrapper, whose memory can't be seen"),
+        (lazy, "'layer.w' is not initialized yet"),
+        (wrapper, "'layer.w' is a .*Wrapper, whose memory cannot be accessed"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
@@ -180,12 +180,20 @@ def test_shards_by_hand() -> None:
 @pytest.mark.parametrize(
     ("parts", "dtype", "message"),
     [
-        ([], None, "must say their dtype"),
-        ([((4, 0), (2, 4))], None, r"shape \(2, 4\) does not fit at \[4:6, 0:4\] into \(5, 4\)"),
-        ([((-1, 0), (2, 4))], None, "does not fit"),
+        ([], None, "without a part need a dtype"),
+        (
+            [((4, 0), (2, 4))],
+            None,
+            r"\(2, 4\) at \[4:6, 0:4\] is not inside the global shape \(5, 4\)",
+        ),
+        ([((-1, 0), (2, 4))], None, "is not inside the global"),
         ([((0,), (2, 4))], None, "2 dimensions"),
-        ([(Box((0, 0), (2, 3)), (2, 4))], None, "does not fit"),
-        ([((0, 0), (2, 4))], "int64", r"is torch\.float32, not torch\.int64"),
+        ([(Box((0, 0), (2, 3)), (2, 4))], None, "is not inside the global"),
+        (
+            [((0, 0), (2, 4))],
+            "int64",
+            r"has the dtype torch\.float32, but the Shards have torch\.int64",
+        ),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(parts: Any, dtype: Any, message: str) -> None:

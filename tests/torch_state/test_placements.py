@@ -86,7 +86,9 @@ def test_scalars_and_empties() -> None:
     assert placed_boxes((), (2,), (1,), (Replicate(),)) == (PlacedBox(Box((), ()), ()),)
     assert placed_boxes((0, 3), (2,), (0,), (Replicate(),)) == ()
     assert placed_boxes((2, 3), (4,), (2,), (Shard(0),)) == ()
-    with pytest.raises(ValueError, match=r"Shard\(dim=0\) of a tensor that has 0 dimensions"):
+    with pytest.raises(
+        ValueError, match=r"Shard\(dim=0\) is not possible for a tensor of 0 dimensions"
+    ):
         placed_boxes((), (2,), (1,), (Shard(0),))
 
 

@@ -1,1 +1,1 @@
-"""Torch-facing: what a rank holds of a state, as pieces of memory and as objects."""
+"""What a rank holds of a state: pieces of tensors in memory, and objects. Imports torch."""

@@ -1,4 +1,4 @@
-"""What the inert reader builds where torch is at hand: real tensors, sizes, dtypes, devices."""
+"""Builders for the inert pickle reader that return values of torch: tensors, sizes, dtypes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ __all__ = ["TORCH_BUILDERS", "TensorBuilder", "torch_device", "torch_dtype"]
 
 
 class TensorBuilder:
-    """Makes the tensors of one object; those that shared a storage do so again."""
+    """Builds the tensors of one object. Tensors that shared a storage share one again."""
 
     def __init__(self) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
-    def tensor(self, stored: StoredTensor, record: memoryview) -> torch.Tensor:
-        """A tensor on memory of its own; ValueError if torch can't make it.
+    def build(self, stored: StoredTensor, record: memoryview) -> torch.Tensor:
+        """Return a tensor in new memory.
 
         Args:
-            stored: its strides were checked against the record.
+            stored: the tensor's description, whose strides were checked against the record.
             record: the bytes of its storage.
+
+        Raises:
+            ValueError: torch cannot build the tensor.
         """
         kind = torch_dtype(stored.dtype.name)
         start = (stored.start - stored.record.offset) // stored.dtype.itemsize
         try:
-            made = self._made(stored, kind, self._storage(stored, record), start)
+            made = self._tensor(stored, kind, self._storage(stored, record), start)
             if stored.requires_grad and (kind.is_floating_point or kind.is_complex):
                 made.requires_grad_()
         except (RuntimeError, NotImplementedError) as error:
-            raise ValueError(f"a tensor that can't be built: {error}") from error
+            raise ValueError(f"a tensor that torch cannot build: {error}") from error
         return made
 
     def _storage(self, stored: StoredTensor, record: memoryview) -> torch.UntypedStorage:
@@ -45,23 +48,23 @@ class TensorBuilder:
             self._storages[stored.record.offset] = known
         return known
 
-    def _made(
+    def _tensor(
         self, stored: StoredTensor, kind: torch.dtype, storage: torch.UntypedStorage, start: int
     ) -> torch.Tensor:
         if stored.quantizer is not None:
             untyped: Any = torch.storage.TypedStorage
             rebuild: Any = torch._utils._rebuild_qtensor
             typed = untyped(wrap_storage=storage, dtype=kind, _internal=True)
-            place = (start, stored.shape, stored.strides)
-            quantized: torch.Tensor = rebuild(typed, *place, _scales(stored), False, {})
+            layout = (start, stored.shape, stored.strides)
+            quantized: torch.Tensor = rebuild(typed, *layout, _quantizer(stored), False, {})
             return quantized
         made = torch.empty(0, dtype=kind).set_(storage, start, stored.shape, stored.strides)
         made = made.conj() if stored.conj else made
         return torch._neg_view(made) if stored.neg else made
 
 
-def _scales(stored: StoredTensor) -> tuple[Any, ...]:
-    """The quantizer as torch takes it, its parts checked."""
+def _quantizer(stored: StoredTensor) -> tuple[Any, ...]:
+    """Return the quantizer's parameters as torch takes them, after checking them."""
     scheme, *rest = stored.quantizer or ("",)
     kinds = [type(one) for one in rest]
     if scheme == "torch.per_tensor_affine" and kinds == [float, int]:
@@ -70,11 +73,15 @@ def _scales(stored: StoredTensor) -> tuple[Any, ...]:
         scales, zeros, axis = rest
         if 0 <= axis < len(stored.shape) and scales.shape == zeros.shape == (stored.shape[axis],):
             return (torch.per_channel_affine, *rest)
-    raise ValueError(f"a tensor quantized in an unknown way ({scheme})")
+    raise ValueError(f"a tensor with an unknown or invalid quantization scheme ({scheme})")
 
 
 def torch_dtype(name: Any) -> torch.dtype:
-    """The dtype of that name; ValueError if this torch has none."""
+    """Return the dtype with this name.
+
+    Raises:
+        ValueError: this release of torch has no such dtype.
+    """
     found = getattr(torch, name, None) if type(name) is str else None
     if not isinstance(found, torch.dtype):
         raise ValueError(f"torch {torch.__version__} has no dtype {name!r:.40}")
@@ -82,13 +89,17 @@ def torch_dtype(name: Any) -> torch.dtype:
 
 
 def torch_device(*name: Any) -> torch.device:
-    """A device of its name, or of its type and index; ValueError if torch knows none such."""
+    """Return the device with this name, or with this type and index.
+
+    Raises:
+        ValueError: torch has no such device.
+    """
     if [type(part) for part in name] not in ([str], [str, int]):
-        raise ValueError("a device without a name")
+        raise ValueError(f"a device named by {name!r:.60}, not by a text and a number")
     try:
         return torch.device(*name)
     except RuntimeError as error:
-        raise ValueError(f"no device of torch: {name!r:.60}") from error
+        raise ValueError(f"a device that torch does not have: {name!r:.60}") from error
 
 
 def _size(sizes: Any = ()) -> torch.Size:
@@ -107,22 +118,22 @@ def _layout(name: Any) -> torch.layout:
 
 
 def _tensor_v3(*args: Any) -> Any:
-    """The common code knows dtypes by its own type."""
+    """Call the common builder, which takes dtypes of its own type."""
     known = [DType.named(str(arg)) if isinstance(arg, torch.dtype) else arg for arg in args]
     return CORE["torch._utils._rebuild_tensor_v3"].make(*known)  # type: ignore[misc]
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> Any:
     if not isinstance(data, torch.Tensor):
-        raise TypeError("a parameter without a tensor")
+        raise TypeError(f"a parameter made of a {type(data).__name__}, not of a tensor")
     differs = requires_grad is True and (data.is_floating_point() or data.is_complex())
     return torch.nn.Parameter(data.detach(), requires_grad=differs)
 
 
 def _sparse(layout: Any, data: Any) -> Any:
-    """Indices are checked: one that is out of range would reach other memory."""
+    """Return a sparse tensor. An index out of range would reach other memory, so torch checks."""
     if not isinstance(layout, torch.layout) or type(data) is not tuple:
-        raise TypeError("a sparse tensor without a layout")
+        raise TypeError("a sparse tensor without a layout and a tuple of its parts")
     try:
         if layout is torch.sparse_coo:
             indices, values, size, *coalesced = data
@@ -132,20 +143,20 @@ def _sparse(layout: Any, data: Any) -> Any:
             )
         return torch.sparse_compressed_tensor(*data, layout=layout, check_invariants=True)
     except RuntimeError as error:
-        raise ValueError(f"a sparse tensor that can't be built: {error}") from error
+        raise ValueError(f"a sparse tensor that torch cannot build: {error}") from error
 
 
 def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor with attributes: without them. One of another class is not built."""
+    """Return a tensor without its extra attributes; do not build one of another class."""
     builder = function.builder if type(function) is Reference else None
-    known = isinstance(kind, Opaque) and kind.name in _SAME and type(args) is tuple
+    known = isinstance(kind, Opaque) and kind.name in _PLAIN_CLASSES and type(args) is tuple
     if not known or builder is None or builder.make is None:
         return NotImplemented
     made = builder.make(*args)
     return made if isinstance(made, torch.Tensor) else NotImplemented
 
 
-_SAME = (
+_PLAIN_CLASSES = (
     "torch.Tensor",
     "torch._tensor.Tensor",
     "torch.nn.parameter.Parameter",
@@ -172,4 +183,4 @@ TORCH_BUILDERS: Registry = Registry(
         "torch._tensor._rebuild_from_type_v2": Builder(_from_type),
     }
 )
-"""The builders of values that hold nothing but data, those of torch included."""
+"""Builders of values that hold only data, including those of torch."""

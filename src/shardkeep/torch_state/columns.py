@@ -1,4 +1,4 @@
-"""The tensors of a state and their pieces on this rank, as columns."""
+"""The tensors of a state and their pieces on this rank, as columns of arrays."""
 
 from __future__ import annotations
 
@@ -20,19 +20,26 @@ __all__ = ["ColumnsBuilder", "PieceColumns", "aliases", "cut_large"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PieceColumns:
-    """P pieces as columns, as in `Claim` and in the order of their tensors, and their memory."""
+    """P pieces as columns, in the order of their tensors.
+
+    Attributes:
+        piece: [P] the row of the tensor that each piece belongs to.
+        offsets: [P, D] the offsets of each piece in its global tensor.
+        sizes: [P, D] the sizes of each piece.
+        memory: the P pieces in memory.
+        pointers: [P] the address of each piece's first element, on any device.
+        addresses: [P] the address of each piece that is in CPU memory in C order; 0 for the others.
+    """
 
     piece: I64
     offsets: I64
     sizes: I64
     memory: Sequence[torch.Tensor]
     pointers: I64
-    """[P] where the first element lies."""
     addresses: I64
-    """[P] the same for those that lie in memory of the CPU in C order; 0 for others."""
 
     def of(self, tensor: int, ndim: int) -> tuple[TensorPiece, ...]:
-        """Those of one tensor of so many dimensions."""
+        """Return the pieces of one tensor, which has `ndim` dimensions."""
         first, last = np.searchsorted(self.piece, [tensor, tensor + 1]).tolist()
         offsets, sizes = (t[first:last, :ndim].tolist() for t in (self.offsets, self.sizes))
         boxes = map(Box, map(tuple, offsets), map(tuple, sizes))
@@ -41,19 +48,25 @@ class PieceColumns:
 
 @dataclass(slots=True)
 class ColumnsBuilder:
-    """Tensors and their pieces, as they are found."""
+    """Collects tensors and their pieces, and makes columns of them.
+
+    Attributes:
+        names, codes, shapes: name, dtype code and global shape of each tensor.
+        counts: row of a tensor -> its number of pieces, if it is not one.
+        memory: the pieces.
+        pointers: the address of the first element of each piece.
+        apart: rows of the pieces that are not in CPU memory in C order.
+        boxes: row of a piece -> its box, if it is not the whole tensor.
+    """
 
     names: list[str] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     shapes: list[Sequence[int]] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
-    """Row of a tensor -> how many pieces it has, where that is not one."""
     memory: list[torch.Tensor] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
     apart: list[int] = field(default_factory=list)
-    """Rows of pieces that don't lie in memory of the CPU in C order."""
     boxes: dict[int, Box] = field(default_factory=dict)
-    """Row of a piece -> its box, where that is not the whole tensor."""
 
     def add(self, described: TensorDescription) -> None:
         if len(described.pieces) != 1:
@@ -91,7 +104,7 @@ class ColumnsBuilder:
 
 
 def cut_large(tensors: Tensors, whole: PieceColumns, limit: int) -> PieceColumns:
-    """The same pieces; those of more than `limit` bytes as several, views of their memory."""
+    """Return the pieces with those of more than `limit` bytes cut into views of their memory."""
     nbytes = whole.sizes.prod(axis=1) * ITEMSIZES[tensors.dtype[whole.piece]]
     large = np.flatnonzero(nbytes > limit)
     if not len(large):
@@ -122,13 +135,13 @@ def cut_large(tensors: Tensors, whole: PieceColumns, limit: int) -> PieceColumns
 
 
 def aliases(tensors: Tensors, pieces: PieceColumns) -> I64:
-    """For each piece the first one that is the same box of the same memory.
+    """Return for each piece the row of the first piece that is the same: tied weights.
 
-    The same storage, offset, shape, strides and dtype, and the same box of the same global shape:
-    tied weights. Itself, if there is none. Empty pieces have no memory to share.
+    The same means the same storage, offset, shape, strides and dtype, and the same box of the same
+    global shape. Without another one, it is the piece's own row. Empty pieces share no memory.
     """
     alias = np.arange(len(pieces.piece), dtype=np.int64)
-    # Only pieces that begin where another one does can be one: nearly none.
+    # Only pieces that begin at the same address can be the same. There are few of them.
     order = np.argsort(pieces.pointers, kind="stable")
     again = np.diff(pieces.pointers[order]) == 0
     shared = np.zeros(len(alias), dtype=np.bool_)
@@ -138,13 +151,13 @@ def aliases(tensors: Tensors, pieces: PieceColumns) -> I64:
         tensor = int(pieces.piece[row])
         boxes = (*pieces.offsets[row].tolist(), *pieces.sizes[row].tolist())
         kind = (int(tensors.dtype[tensor]), int(tensors.ndim[tensor]))
-        what = (kind, tuple(tensors.shape[tensor].tolist()), boxes)
-        alias[row] = first.setdefault((_place(pieces.memory[row]), what), row)
+        identity = (kind, tuple(tensors.shape[tensor].tolist()), boxes)
+        alias[row] = first.setdefault((_memory_identity(pieces.memory[row]), identity), row)
     return alias
 
 
-def _place(memory: torch.Tensor) -> Any:
-    """What is the same for tensors of one shape with the same elements in the same memory."""
+def _memory_identity(memory: torch.Tensor) -> Any:
+    """Return a key that tensors of one shape share if they have the same elements in memory."""
     steps = tuple(
         0 if size == 1 else step for size, step in zip(memory.shape, memory.stride(), strict=True)
     )

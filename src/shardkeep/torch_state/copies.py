@@ -1,7 +1,7 @@
-"""A copy of a state on the CPU, which no later change of the state reaches: staging.
+"""Staging: copies of a state on the CPU, which later changes of the state do not affect.
 
-Torch's own stagers leave things out (tensors of no dimension in a DTensor, what a tensor says of
-its place in a global one) or refuse them (subclasses); and they differ between releases.
+Torch's own stagers drop some values (tensors without dimensions in a DTensor, the attributes of a
+`CheckpointableTensor`), refuse others (subclasses), and differ between releases.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from shardkeep.torch_state.shards import Shards
 __all__ = ["Allocate", "copy_state", "is_plain"]
 
 Allocate = Callable[[int], torch.Tensor]
-"""Gives memory: so many bytes, as a tensor of uint8 on the CPU, aligned for every dtype."""
+"""Returns memory of a number of bytes: a uint8 tensor on the CPU, aligned for every dtype."""
 
-_ATOMS = frozenset(
+_IMMUTABLE_TYPES = frozenset(
     [type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size]
 )
-_NO_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
-_PLACE = tuple(CheckpointableTensor.__annotations__)
+_OUT_OF_MEMORY_ERRORS = (MemoryError, torch.cuda.OutOfMemoryError)
+_CHECKPOINTABLE_ATTRIBUTES = tuple(CheckpointableTensor.__annotations__)
 
 
 def copy_state(state: Any, *, allocate: Allocate | None = None, keep_tensors: bool = False) -> Any:
-    """Copy containers, objects and tensors. What is one in the state is one in the copy.
+    """Return a copy of a state: its containers, objects and tensors.
 
-    Tensors become plain ones on the CPU, with the strides that they had if these are dense.
-    DTensors, ShardedTensors, `Shards` and subclasses that have `__tensor_flatten__` stay what they
-    are, around copies. Objects are copied as pickling does it, with the tensors in them; one that
-    can't be copied stays as it is, as what saves it knows better what to do with it. So do tensors
-    without data, and of kinds that have no copies.
+    A value that is in the state several times is copied once. Tensors become plain ones on the CPU,
+    with their strides if these are dense. DTensors, ShardedTensors, `Shards` and subclasses with
+    `__tensor_flatten__` keep their class, around copies. Objects are copied as by pickling, with
+    the tensors in them. An object that cannot be copied stays as it is, so that saving it raises
+    the error. So do tensors without data, and tensors of classes that have no copies.
 
     Args:
-        allocate: gives the memory for plain tensors; by default their own.
-        keep_tensors: the copy holds the very tensors of the state (but none that is conjugated or
-            negated lazily); all else is copied.
+        state: what to copy.
+        allocate: returns the memory for a plain tensor; by default, each has its own.
+        keep_tensors: whether the copy holds the state's own tensors, except for those that are
+            conjugated or negated lazily. Everything else is copied.
 
     Raises:
-        MemoryError, RuntimeError: there is no memory for the copies, or a device failed.
+        MemoryError: there is no memory for the copies.
+        RuntimeError: a device failed, or has no memory.
     """
     with torch.no_grad():
         return _Copier(allocate or _own_memory, keep_tensors)(state)
@@ -59,7 +61,10 @@ def _own_memory(nbytes: int) -> torch.Tensor:
 
 
 class _Copier:
-    """One copy of one state. Everything that was copied stays alive, or ids would come again."""
+    """One copy of one state.
+
+    Everything that was copied stays alive, because the id of a dead object is used again.
+    """
 
     def __init__(self, allocate: Allocate, keep_tensors: bool) -> None:
         self._allocate, self._keep_tensors = allocate, keep_tensors
@@ -67,7 +72,7 @@ class _Copier:
         self._memory: dict[Any, tuple[Any, torch.Tensor]] = {}
 
     def __call__(self, value: Any) -> Any:
-        if type(value) in _ATOMS:
+        if type(value) in _IMMUTABLE_TYPES:
             return value
         if (known := self._done.get(id(value))) is None:
             known = self._done[id(value)] = (value, self._copy(value))
@@ -77,7 +82,7 @@ class _Copier:
         kind = type(value)
         if kind in (dict, OrderedDict):
             made: dict[Any, Any] = kind()
-            self._done[id(value)] = (value, made)  # before what is inside: it may hold itself
+            self._done[id(value)] = (value, made)  # Before its content, as it may contain itself.
             made.update((key, self(inner)) for key, inner in value.items())
             return made
         if kind is list:
@@ -88,7 +93,7 @@ class _Copier:
         if kind is tuple:
             return tuple(map(self, value))
         if isinstance(value, torch.Tensor):
-            return _kept(value) if self._keep_tensors else self._tensor(value)
+            return _resolved(value) if self._keep_tensors else self._tensor(value)
         if kind is Shards:
             parts = [(box, self(tensor)) for box, tensor in value.parts]
             return Shards(value.shape, parts, value.dtype)
@@ -101,7 +106,7 @@ class _Copier:
             _Pickler(stream, tensors).dump(value)
         except Exception as error:
             return _deep_copy(value, error)
-        copies = [self(tensor) for tensor in tensors]  # What fails here is no reason to share them.
+        copies = [self(tensor) for tensor in tensors]  # Not in a try: an error here is raised.
         stream.seek(0)
         try:
             return _Unpickler(stream, copies).load()
@@ -111,7 +116,7 @@ class _Copier:
     def _tensor(self, value: Any) -> Any:
         if is_plain(value):
             return self._plain(value)
-        if hasattr(value, "trigger_wait"):  # what a collective gives, maybe not yet
+        if hasattr(value, "trigger_wait"):  # The result of a collective that may still run.
             return self(value.trigger_wait())
         if hasattr(value, "local_shards"):
             on_cpu = value.cpu()
@@ -125,10 +130,10 @@ class _Copier:
 
     def _plain(self, value: torch.Tensor) -> torch.Tensor:
         source = integer_view(value.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg())
-        place = (source.device, source.data_ptr(), value.dtype, source.shape, source.stride())
+        memory_key = (source.device, source.data_ptr(), value.dtype, source.shape, source.stride())
         tied = source.numel() and not is_checkpointable(value)
-        if tied and place in self._memory:
-            return self._memory[place][1]
+        if tied and memory_key in self._memory:
+            return self._memory[memory_key][1]
         nbytes = source.numel() * source.element_size()
         strides = torch.empty_like(source, device="meta").stride()
         memory = self._allocate(nbytes).view(source.dtype)
@@ -136,21 +141,21 @@ class _Copier:
         target.copy_(source)
         made = target.view(value.dtype)
         if tied:
-            self._memory[place] = (source, made)
+            self._memory[memory_key] = (source, made)
         elif is_checkpointable(value):
-            vars(made).update({name: getattr(value, name) for name in _PLACE})
+            vars(made).update({name: getattr(value, name) for name in _CHECKPOINTABLE_ATTRIBUTES})
         return made
 
 
-def _kept(value: torch.Tensor) -> torch.Tensor:
-    """Without what is still to be done to its memory: torch's stagers copy the memory alone."""
+def _resolved(value: torch.Tensor) -> torch.Tensor:
+    """Return the tensor without lazy conjugation or negation, which torch's stagers would lose."""
     return value.resolve_conj().resolve_neg() if is_plain(value) else value
 
 
 def _as_its_kind_copies(value: torch.Tensor) -> torch.Tensor:
-    try:  # Sparse, quantized, nested ones.
+    try:  # Sparse, quantized and nested tensors.
         return value.detach().to("cpu", copy=True)
-    except (NotImplementedError, TypeError):  # Of a kind that has no copies: not saved, either.
+    except (NotImplementedError, TypeError):  # A class that has no copies cannot be saved, either.
         return value
 
 
@@ -159,7 +164,7 @@ def _has_no_data(value: torch.Tensor) -> bool:
 
 
 def is_plain(value: torch.Tensor) -> bool:
-    """Whether its memory is one block of elements, which the tensor itself has."""
+    """Return whether a tensor has memory of its own, which is one block of its elements."""
     kind = type(value)
     if kind not in (torch.Tensor, torch.nn.Parameter) and (
         is_lazy(value) or kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
@@ -191,18 +196,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _deep_copy(value: Any, pickling: Exception) -> Any:
-    """By its own means, as pickling has failed; the value itself if it has none."""
-    if _no_memory(pickling):
+    """Return a deep copy, after pickling has failed; the value itself if that fails, too."""
+    if _is_out_of_memory(pickling):
         raise pickling
     try:
         return copy.deepcopy(value)
     except Exception as error:
-        if _no_memory(error):
+        if _is_out_of_memory(error):
             raise
         return value
 
 
-def _no_memory(error: Exception) -> bool:
-    """Whether a copy failed for want of memory: the value itself would be saved as it is later."""
-    # Of its CPU allocator torch raises a mere RuntimeError.
-    return isinstance(error, _NO_MEMORY) or "allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether a copy failed for lack of memory.
+
+    Then the value itself must not be used in place of the copy: it may change before it is saved.
+    """
+    # For its CPU allocator, torch raises a plain RuntimeError.
+    return isinstance(error, _OUT_OF_MEMORY_ERRORS) or "allocate memory" in str(error)

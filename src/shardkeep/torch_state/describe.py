@@ -1,4 +1,4 @@
-"""A state as one rank sees it: its pieces in memory, its objects, and the claim that names them."""
+"""Description of a state on one rank: its pieces in memory, its objects, and its claim."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from shardkeep.types import I64, Claim, Path, Structure
 
 __all__ = ["LocalState", "describe_state", "describe_tensors"]
 
-_SMALL_VALUE = 16 * 1024
-"""Values of up to this many characters of JSON stand in the manifest; larger ones in their item."""
+_MAX_MANIFEST_VALUE_CHARS = 16 * 1024
+"""Maximum JSON length of a value that the manifest repeats. Longer ones are in the data only."""
 
 _SCALARS = (bool, int, float, type(None))
-"""JSON that is never large."""
+"""Types whose JSON is never long."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,11 +40,11 @@ class LocalState:
     """What this rank holds of a state.
 
     Attributes:
-        claim: names and boxes, for the other ranks.
-        memory: of each piece, row by row as in the claim; any strides and device, some of them not
-            detached. The shape is that of the piece's box.
-        addresses: of each piece, where it lies in memory of the CPU in C order; 0 if it does not.
-        objects: name -> value of objects and twins.
+        claim: names, pieces and values, for the other ranks.
+        memory: the tensor of each piece, in the order of the claim. Its shape is that of the
+            piece's box; strides and device are any. It may be attached to a graph.
+        addresses: the address of each piece that is in CPU memory in C order; 0 for the others.
+        objects: name -> value of objects and their legacy duplicates.
     """
 
     claim: Claim
@@ -56,18 +56,18 @@ class LocalState:
 def describe_state(
     state: Mapping[Any, Any], *, nested: bool = True, rank: tuple[int, int] = (0, 1)
 ) -> LocalState:
-    """Flatten and describe; no tensor data moves. What is marked `Replicated` is digested.
+    """Return a description of a state. No tensor data moves.
 
-    Pieces of more than `knobs.part()` bytes are cut, so that ranks that hold the same can share
-    them out.
+    Values that are marked `Replicated` are hashed. Pieces larger than the maximum chunk size are
+    cut, so that ranks that hold the same piece can each write a part of it.
 
     Args:
-        state: what `save` is given.
+        state: the state that is saved.
         nested: False takes each top-level value as one leaf.
-        rank: which one this is, of so many.
+        rank: this rank, and the number of ranks.
 
     Raises:
-        Conflict: two things under one name, or something that can't be saved; it names it.
+        Conflict: two values would have the same name, or a value cannot be saved.
     """
     plain, _ = call_state_dicts(state)
     if nested:
@@ -101,10 +101,12 @@ def describe_state(
 
 
 def describe_tensors(flat: Flat) -> tuple[ColumnsBuilder, dict[str, Any], bool]:
-    """The tensors among the leaves, the objects by name, and whether some are inner tensors.
+    """Return the tensors among the leaves, and the objects by name.
+
+    The third value says whether some of the tensors are inner tensors of a subclass.
 
     Raises:
-        Conflict: a tensor that can't be saved or filled, or two things under one name.
+        Conflict: a tensor cannot be saved or loaded, or two values would have the same name.
     """
     rows, objects, inner = ColumnsBuilder(), dict[str, Any](), False
     names, codes, shapes = rows.names, rows.codes, rows.shapes
@@ -114,7 +116,9 @@ def describe_tensors(flat: Flat) -> tuple[ColumnsBuilder, dict[str, Any], bool]:
             names.append(name)
             codes.append(DTYPE_CODES[value.dtype])
             shapes.append(value.shape)
-            plain = value.is_contiguous() and value.is_cpu  # `in_order`, but no call of it
+            plain = (
+                value.is_contiguous() and value.is_cpu
+            )  # As `is_contiguous_on_cpu`, inlined for speed.
             if not plain or value.is_conj() or value.is_neg():
                 apart.append(len(memory))
             memory.append(value)
@@ -131,22 +135,22 @@ def describe_tensors(flat: Flat) -> tuple[ColumnsBuilder, dict[str, Any], bool]:
 
 
 def _top_level(state: Mapping[Any, Any]) -> Flat:
-    """Each value as it is; names and their collisions are those of any state with these keys."""
+    """Return each top-level value as a leaf, named (and checked) as `flatten` does."""
     shallow = flatten(dict.fromkeys(state, 0), is_any_tensor)
     leaves = shallow.structure.leaves
     return Flat([state[path[0]] for path in leaves.values()], shallow.structure, ())
 
 
 def _structure(structure: Structure, tensors: Iterable[str]) -> Structure:
-    """The state's structure, with the inner tensors of a subclass below where it stands."""
+    """Return a structure with inner tensors of a subclass below the path of their tensor."""
     leaves = structure.leaves
     below: dict[str, list[str]] = {}
     for name in tensors:
         if name not in leaves:
-            below.setdefault(_owner(name, leaves), []).append(name)
+            below.setdefault(_owning_leaf(name, leaves), []).append(name)
     paths: dict[str, Path] = {}
     containers = dict(structure.containers)
-    before = [0]  # how many leaves there are now before each of the old ones
+    before = [0]  # For each old leaf, the number of new leaves before it.
     for name, path in leaves.items():
         for inner in below.get(name, [name]):
             rest = tuple(inner[len(name) + 1 :].split(".")) if inner != name else ()
@@ -157,8 +161,8 @@ def _structure(structure: Structure, tensors: Iterable[str]) -> Structure:
     return Structure(paths, containers, empties)
 
 
-def _owner(inner: str, leaves: Mapping[str, Path]) -> str:
-    """The leaf that an inner tensor belongs to."""
+def _owning_leaf(inner: str, leaves: Mapping[str, Path]) -> str:
+    """Return the name of the leaf that an inner tensor belongs to."""
     name = inner
     while name not in leaves:
         name = name.rpartition(".")[0]
@@ -172,6 +176,6 @@ def _small_values(objects: Mapping[str, Any]) -> dict[str, Any]:
             encoded = values.encode(value)
         except values.NotEncodable:
             continue
-        if isinstance(encoded, _SCALARS) or len(json.dumps(encoded)) <= _SMALL_VALUE:
+        if isinstance(encoded, _SCALARS) or len(json.dumps(encoded)) <= _MAX_MANIFEST_VALUE_CHARS:
             small[name] = encoded
     return small

@@ -1,4 +1,4 @@
-"""Copies from accelerators. On CUDA through pinned memory and side streams (not run so far)."""
+"""Copies from accelerators. On CUDA through pinned memory and side streams (not tested so far)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["copy_out", "finish_work", "pinned"]
 
 
 def finish_work(devices: Iterable[torch.device]) -> None:
-    """Wait for what the calling thread has given these devices to do on its current streams.
+    """Wait for the work that the calling thread has queued on its current streams.
 
-    The threads that copy have streams of their own, and would not wait for it.
+    The threads that copy have streams of their own, which would not wait for it.
     """
     for device in devices:
         if device.type in ("cpu", "meta"):
@@ -33,25 +33,24 @@ def finish_work(devices: Iterable[torch.device]) -> None:
 
 
 def copy_out(into: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Copy the elements of a tensor of any device, as words, into memory of the CPU.
+    """Copy the elements of a tensor on any device to CPU memory, and wait until they are there.
 
-    They are there on return. On CUDA all of it goes by a side stream: what others are given to do
-    meanwhile does not delay it.
+    On CUDA, the copy uses a side stream, so that work on other streams does not delay it.
 
     Args:
-        into: words (`tensors.memory.words`) of the tensor's shape.
-        tensor: may be conjugated or negated lazily: what it shows is copied.
+        into: a CPU tensor with the tensor's shape and the dtype of its `integer_view`.
+        tensor: the tensor. It may be conjugated or negated lazily: its visible values are copied.
     """
     if tensor.device.type != "cuda":
-        into.copy_(_shown(tensor))
+        into.copy_(_visible_values(tensor))
         return
     stream = _side_stream(tensor.device)
     with torch.cuda.stream(stream):
-        into.copy_(_shown(tensor), non_blocking=True)
+        into.copy_(_visible_values(tensor), non_blocking=True)
     stream.synchronize()
 
 
-def _shown(tensor: torch.Tensor) -> torch.Tensor:
+def _visible_values(tensor: torch.Tensor) -> torch.Tensor:
     return integer_view(tensor.resolve_conj().resolve_neg())
 
 
@@ -62,19 +61,19 @@ def _side_stream(device: torch.device) -> Any:
 
 
 def pinned(nbytes: int) -> NDArray[np.uint8]:
-    """New memory at a page, locked in its place, so that CUDA copies into it at full speed.
+    """Return new page-aligned memory that is pinned, so that CUDA copies into it at full speed.
 
-    Where the system locks no more of it, it is ordinary memory, with a warning: slower is better
-    than no save.
+    If the system cannot pin it, the memory is ordinary, and a warning says so: a slow save is
+    better than none.
 
     Raises:
-        RuntimeError: there is not even that.
+        RuntimeError: there is no memory at all.
     """
-    room = nbytes + PAGE
+    allocated = nbytes + PAGE
     try:
-        whole = torch.empty(room, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:  # what torch raises for everything
-        whole = torch.empty(room, dtype=torch.uint8)
+        whole = torch.empty(allocated, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:  # torch raises it for everything.
+        whole = torch.empty(allocated, dtype=torch.uint8)
         why = (str(error).strip() or repr(error)).splitlines()[0]
         warnings.warn(
             f"{nbytes} bytes to stage a save in could not be pinned, so copies from CUDA devices "

@@ -1,7 +1,7 @@
-"""Objects of a state, as bytes and back, with torch's own types inside.
+"""Conversion of the objects of a state to bytes and back, with torch's own types inside.
 
-They are written as `torch.save` writes them, so that every release can read them. They are read
-by the inert reader: what it does not know stays unbuilt until its class is trusted by name.
+They are written as `torch.save` writes them, so that every release of torch can read them. They are
+read by the inert pickle reader, which builds an unknown class only if the caller trusts its name.
 """
 
 from __future__ import annotations
@@ -29,40 +29,45 @@ TORCH_MAKERS: Mapping[str, Callable[[Any], Any]] = {
     "torch.dtype": torch_dtype,
     "torch.device": torch_device,
 }
-"""What `format.values.decode` makes of the values of torch."""
+"""Builders of torch's values, for `format.values.decode`."""
 
 
 def to_bytes(value: Any, *, name: str) -> bytes:
-    """The `torch.save` container of an object. Tensors inside it are stored as on the CPU.
+    """Return the `torch.save` container of an object. Tensors inside it are stored as on the CPU.
+
+    Args:
+        value: the object.
+        name: its name, for errors.
 
     Raises:
-        Conflict: it can't be pickled, nests too deeply, or holds a tensor that is spread over
-            ranks; it names the object.
+        Conflict: the object cannot be pickled, nests too deeply, or contains a sharded tensor.
     """
     out = io.BytesIO()
     try:
         check_nesting(value, Limits().depth, sys.maxsize)
-        torch.save(value, out, pickle_module=_Pickling)
-    except _Spread as error:
+        torch.save(value, out, pickle_module=_PickleModule)
+    except _ShardedInside as error:
         raise Conflict(
-            f"object {name!r} holds a {error}, which each rank has only a part of; tensors are "
-            "found in dicts and lists: use a list in place of a tuple, set or class"
+            f"object {name!r} holds a {error}, of which each rank has only a part. Such tensors "
+            "can be saved only in dicts and lists: use a list in place of a tuple, set or class"
         ) from None
-    except _Marked as error:
+    except _MarkerInside as error:
         raise Conflict(
-            f"object {name!r} holds a {error} inside, which would be saved as it is: marks are "
-            "found in dicts and lists of a state that is flattened"
+            f"object {name!r} holds a {error} inside, which has no effect there. Markers work only "
+            "in the dicts and lists of a state: use a list in place of a tuple, set or class"
         ) from None
     except FormatError as error:
-        raise Conflict(f"object {name!r} can't be saved: {error.what}") from None
-    except Exception as error:  # anything, as classes have their own code for this
+        raise Conflict(f"object {name!r} cannot be saved: {error.what}") from None
+    except (
+        Exception
+    ) as error:  # Classes have their own code for pickling, which may raise anything.
         kind = type(error).__name__
-        raise Conflict(f"object {name!r} can't be pickled: {kind}: {error}") from error
+        raise Conflict(f"object {name!r} cannot be pickled: {kind}: {error}") from error
     return out.getvalue()
 
 
 def from_bytes(data: bytes, *, name: str, trust: Sequence[str] = ()) -> Any:
-    """The object of a container, with real tensors, sizes, dtypes and devices of torch.
+    """Return the object that a container holds, with tensors, sizes, dtypes and devices of torch.
 
     Args:
         data: the container.
@@ -70,9 +75,9 @@ def from_bytes(data: bytes, *, name: str, trust: Sequence[str] = ()) -> Any:
         trust: classes that may be imported and built, as "module.Class" or "module.*".
 
     Raises:
-        Untrusted: it needs other classes; they were neither imported nor built.
-        FormatError: it is broken or hostile.
-        Mismatch: a trusted class can't be imported or does not take what is stored.
+        Untrusted: the object needs other classes, which were neither imported nor built.
+        FormatError: the container is damaged or hostile.
+        Mismatch: a trusted class cannot be imported, or does not accept what is stored.
     """
     value = _read(data, name, TORCH_BUILDERS)
     needed = opaque_classes(value)
@@ -84,27 +89,26 @@ def from_bytes(data: bytes, *, name: str, trust: Sequence[str] = ()) -> Any:
 
 
 def _read(data: bytes, name: str, builders: Registry) -> Any:
-    maker = TensorBuilder()
     return container.value(
-        data, builders, file="", place=f"object {name!r}", make_tensor=maker.tensor
+        data, builders, file="", place=f"object {name!r}", make_tensor=TensorBuilder().build
     )
 
 
-class _Spread(Exception):
-    """A tensor inside the object belongs to several ranks."""
+class _ShardedInside(Exception):
+    """The object contains a tensor of which each rank has only a part."""
 
 
-class _Marked(Exception):
-    """What marks a value stands where nobody looks for it."""
+class _MarkerInside(Exception):
+    """The object contains a marker such as `PerRank`, where it has no effect."""
 
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """Tensors go as plain ones, on the CPU, without the rest of a larger storage."""
+        """Pickle tensors as plain ones on the CPU, without the rest of a larger storage."""
         if is_sharded(value):
-            raise _Spread(type(value).__name__)
+            raise _ShardedInside(type(value).__name__)
         if isinstance(value, PerRank | Replicated):
-            raise _Marked(type(value).__name__)
+            raise _MarkerInside(type(value).__name__)
         if type(value) is not torch.Tensor:
             return NotImplemented
         if value.is_meta:
@@ -116,7 +120,7 @@ class _Pickler(pickle.Pickler):
         return plain.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
-class _Pickling:
-    """What `torch.save` takes as a pickle module."""
+class _PickleModule:
+    """A stand-in for the pickle module, for `torch.save`."""
 
     Pickler = _Pickler

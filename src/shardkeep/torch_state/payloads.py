@@ -1,4 +1,4 @@
-"""The bytes of what a rank saves, where they lie: tensors of any strides and device, objects."""
+"""Payloads of a save: bytes of tensors with any strides and device, and of objects."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ from shardkeep.types import I64
 
 __all__ = ["StatePayloads"]
 
-_SMALL = 64 * 1024
-"""Bytes that are copied without giving up the interpreter's lock: quicker than to take it back."""
+_MAX_GIL_COPY_BYTES = 64 * 1024
+"""Copies up to this size keep the interpreter lock: taking it back would cost more."""
 
-# Called through a library, memcpy gives up the interpreter's lock; ctypes.memmove does not.
+# Called through a library, memcpy releases the interpreter lock. ctypes.memmove does not.
 _memcpy: Any = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _memcpy.restype = None
 
 
 class StatePayloads(Payloads):
-    """Payloads of tensors, in C order, and after them of objects (`io.contract.Payloads`).
+    """Payloads of tensors, in C order, followed by those of objects.
 
-    Tensors must not be freed or change as long as this is used. What accelerators are to do before
-    is waited for here, by the thread whose stream it is on: others would not see it.
+    The tensors must not change or be freed while this is used. The constructor waits for queued
+    work of accelerators. It must be called by the thread that queued it: other threads use other
+    streams.
 
     Args:
-        tensors: on any device, with any strides.
-        addresses: [N] where those lie that are in memory of the CPU in C order; 0 for others.
-        objects: the bytes of their items.
+        tensors: the tensors, on any device, with any strides.
+        addresses: [N] the addresses of tensors in CPU memory in C order; 0 for the others.
+        objects: the bytes of the objects.
+
+    Attributes:
+        addresses: the address of each payload; 0 for a tensor that torch has to copy.
+        devices: the devices of the tensors that torch has to copy.
     """
 
     def __init__(
@@ -47,39 +52,39 @@ class StatePayloads(Payloads):
         self.addresses = np.concatenate([addresses, np.array(at, dtype=np.int64)])
         self._addresses: list[int] = self.addresses.tolist()
         self.devices = {tensors[row].device for row in np.flatnonzero(addresses == 0).tolist()}
-        """Of the tensors that have to be copied by torch."""
         finish_work(self.devices)
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
-        """Copy bytes of one payload, from its byte `start` on, to an address in memory."""
+        """Copy bytes of a payload, from its byte `start` on, to an address in memory."""
         source = self._addresses[row]
         if not source:
             _copy_strided(self._tensors[row], start, nbytes, address)
-        elif nbytes <= _SMALL:
+        elif nbytes <= _MAX_GIL_COPY_BYTES:
             ctypes.memmove(address, source + start, nbytes)
         else:
             _memcpy(address, source + start, nbytes)
 
 
 def _copy_strided(tensor: torch.Tensor, start: int, nbytes: int, address: int) -> None:
-    """Copy bytes of the tensor's elements in C order: no more of it than these is ever moved."""
+    """Copy bytes of a tensor's elements in C order. Only these are moved from the device."""
     itemsize = tensor.element_size()
     memory = (ctypes.c_uint8 * nbytes).from_address(address)
     kind = integer_view(torch.empty(0, dtype=tensor.dtype)).dtype
     into = torch.frombuffer(memory, dtype=torch.uint8)
     plain = tensor.detach()
     done = 0
-    for place in slabs(tuple(tensor.shape), start // itemsize, nbytes // itemsize):
-        part = plain[place]
+    for slab in slabs(tuple(tensor.shape), start // itemsize, nbytes // itemsize):
+        part = plain[slab]
         end = done + part.numel() * itemsize
         copy_out(into[done:end].view(kind).view(part.shape), part)
         done = end
 
 
 def slabs(shape: tuple[int, ...], first: int, count: int) -> Iterator[tuple[slice, ...]]:
-    """Boxes that hold `count` elements of an array, from the `first` one on in C order, in order.
+    """Yield boxes that together contain `count` elements of an array, from the `first` one on.
 
-    At most two for each dimension and one more, as rows at either end may be cut.
+    Elements are counted in C order, and so are the boxes. As the first and the last row may be cut,
+    there are up to two boxes for each dimension, and one more.
     """
     if not count:
         return

@@ -1,4 +1,4 @@
-"""What this rank holds of each tensor: boxes of it, in its memory. No data moves."""
+"""Description of tensors: the pieces of each tensor that this rank holds. No data moves."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     for dtype in DTYPES
     if hasattr(torch, dtype.name) and not dtype.name.startswith("q")
 }
-"""The code of each dtype that plain memory can have (so not of quantized ones)."""
+"""torch dtype -> its code, for all dtypes that are not quantized."""
 
 PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
-"""Classes of nearly all tensors; exactly these, as a subclass may be anything."""
+"""The classes of nearly all tensors. Other subclasses may behave in any way."""
 
 
 class TensorPiece(NamedTuple):
-    """A box of a tensor that this rank holds.
+    """A piece of a tensor that this rank holds.
 
     Attributes:
-        box: which part of it this is; never empty, unless the whole tensor is.
-        local: its memory; the shape is `box.sizes`, strides and device are any.
+        box: the piece's box of the global tensor. It is empty only if the whole tensor is.
+        local: the piece in memory. Its shape is `box.sizes`; it may have any strides and device.
     """
 
     box: Box
@@ -66,12 +66,13 @@ class TensorPiece(NamedTuple):
 
 
 class TensorDescription(NamedTuple):
-    """A tensor of the state, and its pieces on this rank: none, where others have them all.
+    """A tensor of a state, and its pieces on this rank.
 
     Attributes:
         name: its flat name.
-        dtype: element type.
-        shape: global shape, in elements.
+        dtype: its element type.
+        shape: its global shape.
+        pieces: what this rank holds of it; empty if other ranks hold all of it.
     """
 
     name: str
@@ -81,9 +82,9 @@ class TensorDescription(NamedTuple):
 
 
 def is_whole_plain_tensor(value: Any) -> bool:
-    """Whether a leaf is what nearly every one is: a whole tensor in memory of its own.
+    """Return whether a leaf is like nearly all leaves: a whole tensor in memory of its own.
 
-    Without memory a tensor is empty, or can't be saved: `describe_tensor` knows.
+    False for a tensor without memory: it is empty or cannot be saved, see `describe_tensor`.
     """
     return (
         type(value) in PLAIN_CLASSES
@@ -96,15 +97,15 @@ def is_whole_plain_tensor(value: Any) -> bool:
 
 
 def is_any_tensor(value: Any) -> bool:
-    """Whether `tree.flatten` sees a tensor: DCP walks the lists that hold one."""
+    """Return whether a value is a tensor for `flatten`, which splits lists that hold one."""
     return isinstance(value, torch.Tensor | Shards)
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is stored as a tensor, by `describe_tensor`.
+    """Return whether a value is stored as a tensor, rather than as an object.
 
-    Sparse, MKL-DNN and quantized tensors are objects: their content is more than one block of
-    elements. So is a tuple or any other value that has tensors inside.
+    Sparse, MKL-DNN and quantized tensors are objects, because they have more than one block of
+    elements. So is a tuple or any other value that contains tensors.
     """
     if type(value) in PLAIN_CLASSES:
         return value.layout is torch.strided and not value.is_quantized
@@ -118,25 +119,25 @@ def is_tensor(value: Any) -> bool:
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether a value belongs to several ranks: no object may hold such a one inside."""
+    """Return whether several ranks hold parts of a tensor. No object may contain such a tensor."""
     return isinstance(value, Shards) or _is(value, _DTENSOR + _SHARDED) or is_checkpointable(value)
 
 
 def is_fake(value: Any) -> bool:
-    """Whether a value is one of torch's fake tensors, which have no data."""
+    """Return whether a value is one of torch's fake tensors, which have no data."""
     return _is(value, _FAKE)
 
 
 def describe_tensor(name: str, value: Any) -> tuple[TensorDescription, ...]:
-    """What this rank holds of the tensor `value`.
+    """Return what this rank holds of a tensor.
 
-    One result, or, for a tensor subclass that has `__tensor_flatten__`, one for each of its inner
-    tensors, named `{name}.{attribute}`. What else it is made of is not stored: a load takes it from
-    the template.
+    A tensor subclass with `__tensor_flatten__` gives one result for each of its inner tensors,
+    named `{name}.{attribute}`. Its other attributes are not stored: a load takes them from the
+    template. Other tensors give one result.
 
     Raises:
         Conflict: the tensor has no memory of its own (meta, fake, lazy), is nested or `Partial`, or
-            its memory does not have the shape that its placements say.
+            its local tensor does not have the shape that its placements imply.
     """
     if is_checkpointable(value):
         parts = shard_boxes(name, value)
@@ -162,29 +163,29 @@ def _special(name: str, value: Any) -> tuple[TensorDescription, ...] | None:
 
 
 def check_unique_names(names: Sequence[str]) -> None:
-    """Raise Conflict if a name is there twice: those of leaves alone never are."""
+    """Raise `Conflict` for a duplicate name. Only names of inner tensors can be duplicates."""
     if len(set(names)) == len(names):
         return
     name = next(name for name, count in Counter(names).items() if count > 1)
     raise Conflict(
-        f"two things would be saved under the name {name!r}: one of them is an inner tensor of a "
-        "tensor subclass; rename the other"
+        f"two values would be saved under the name {name!r}; one of them is an inner tensor of a "
+        "tensor subclass: rename the other"
     )
 
 
-def _is(value: Any, places: tuple[tuple[str, str], ...]) -> bool:
-    """Whether the value is of one of these classes, without importing a module for the question."""
-    return _derives(value.__class__, places)
+def _is(value: Any, classes: tuple[tuple[str, str], ...]) -> bool:
+    """Return whether a value is of one of these classes, without importing their modules."""
+    return _derives(value.__class__, classes)
 
 
 @lru_cache(maxsize=1024)
-def _derives(kind: type, places: tuple[tuple[str, str], ...]) -> bool:
-    """Cached: what a class derives from was imported before it was made."""
-    return any(issubclass(kind, base) for base in _known(places))
+def _derives(kind: type, classes: tuple[tuple[str, str], ...]) -> bool:
+    """Return whether a class derives from one of these. Cached: its bases were imported before."""
+    return any(issubclass(kind, base) for base in _imported(classes))
 
 
-def _known(places: Sequence[tuple[str, str]]) -> list[Any]:
-    found = [getattr(sys.modules.get(module), name, None) for module, name in places]
+def _imported(classes: Sequence[tuple[str, str]]) -> list[Any]:
+    found = [getattr(sys.modules.get(module), name, None) for module, name in classes]
     return [kind for kind in found if kind is not None]
 
 
@@ -205,24 +206,24 @@ def _named(dtype: torch.dtype) -> DType:
 
 
 def _memory_of(name: str, value: torch.Tensor) -> torch.Tensor:
-    """The tensor as a plain one, detached, on its memory; Conflict if it has none."""
+    """Return a plain, detached tensor on the same memory; `Conflict` if there is none."""
     kind = type(value)
     plain = kind in PLAIN_CLASSES
     if not plain and is_lazy(value):
-        raise Conflict(f"tensor {name!r} is not initialised yet: run the lazy module once")
+        raise Conflict(f"tensor {name!r} is not initialized yet: run the lazy module once")
     if value.is_nested:
         raise Conflict(f"tensor {name!r} is nested: save its values and offsets instead")
     if value.is_meta or (not plain and is_fake(value)):
-        raise Conflict(f"tensor {name!r} is on the meta device, or fake: it has no data")
+        raise Conflict(f"tensor {name!r} is on the meta device or fake, so it has no data")
     if value.layout is not torch.strided or value.is_quantized:
-        raise Conflict(f"tensor {name!r} is {value.layout} {value.dtype}: an object, not a tensor")
+        raise Conflict(f"tensor {name!r} is {value.layout} {value.dtype}: it is saved as an object")
     if plain:
         return value.detach()
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        # Wrappers have no storage, or one that is not what the tensor shows.
+        # Wrapper subclasses have no storage, or one that differs from the tensor's values.
         raise Conflict(
-            f"tensor {name!r} is a {kind.__module__}.{kind.__qualname__}, whose memory can't be "
-            "seen: it needs __tensor_flatten__"
+            f"tensor {name!r} is a {kind.__module__}.{kind.__qualname__}, whose memory cannot be "
+            "accessed: the class needs __tensor_flatten__ and __tensor_unflatten__"
         )
     return value.detach().as_subclass(torch.Tensor)
 
@@ -247,7 +248,8 @@ def _sharded(name: str, value: Any) -> TensorDescription:
         box = Box(tuple(shard.metadata.shard_offsets), tuple(shard.metadata.shard_sizes))
         if tuple(shard.tensor.shape) != box.sizes:
             raise Conflict(
-                f"tensor {name!r}: a shard of shape {tuple(shard.tensor.shape)} says it is {box}"
+                f"tensor {name!r}: a shard of shape {tuple(shard.tensor.shape)} has metadata for "
+                f"the box {box}"
             )
         held.append((box, shard.tensor))
     meta = value.metadata()
@@ -259,19 +261,19 @@ def _dtensor(name: str, value: Any) -> TensorDescription:
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        _given(name, value.placements, len(shape))
+        _converted(name, value.placements, len(shape))
         return _assembled(name, value.dtype, shape, ())
     local = value._local_tensor
     if _is(local, _ASYNC):
         local = _waited(local)
     if type(local) not in PLAIN_CLASSES:
         raise Conflict(
-            f"tensor {name!r} is a DTensor of {type(local).__module__}.{type(local).__qualname__}: "
+            f"tensor {name!r} is a DTensor of {type(local).__module__}.{type(local).__qualname__}; "
             "only DTensors of plain tensors can be saved"
         )
     if local.dtype != value.dtype:
         raise Conflict(f"tensor {name!r} is {value.dtype}, but its local tensor is {local.dtype}")
-    lies = _Lies(
+    layout = _DTensorLayout(
         shape,
         tuple(mesh.shape),
         tuple(coordinate),
@@ -280,11 +282,11 @@ def _dtensor(name: str, value: Any) -> TensorDescription:
         getattr(value._spec, "shard_order", None),
         tuple(local.shape),
     )
-    parts = _known_parts.get(lies)
+    parts = _cached_boxes.get(layout)
     if parts is None:
-        if len(_known_parts) >= _MANY:
-            _known_parts.clear()
-        parts = _known_parts[lies] = _parts(name, lies)
+        if len(_cached_boxes) >= _MAX_CACHED_LAYOUTS:
+            _cached_boxes.clear()
+        parts = _cached_boxes[layout] = _boxes_of(name, layout)
     local = _memory_of(name, local)
     held = [part for part in parts if part.box.numel]
     kind = _dtype(name, value.dtype)
@@ -294,16 +296,17 @@ def _dtensor(name: str, value: Any) -> TensorDescription:
     return TensorDescription(name, kind, shape, tuple(pieces))
 
 
-class _Lies(NamedTuple):
-    """How a DTensor lies over its mesh, and what this rank has of it.
+class _DTensorLayout(NamedTuple):
+    """How a DTensor is distributed over its mesh, from this rank's point of view.
 
     Attributes:
-        shape: of the whole tensor.
-        mesh, coordinate: the mesh's shape, and this rank's place in it.
-        placements, kinds: torch's own, one for each dimension of the mesh, and their classes: a
-            strided shard may be equal to a plain one.
+        shape: the global shape.
+        mesh: the shape of the mesh.
+        coordinate: this rank's position in the mesh.
+        placements: torch's placements, one for each dimension of the mesh.
+        kinds: the classes of the placements, as a strided shard may be equal to a plain one.
         order: torch's `shard_order`; None before 2.10.
-        local: the local tensor's shape.
+        local: the shape of the local tensor.
     """
 
     shape: tuple[int, ...]
@@ -315,51 +318,55 @@ class _Lies(NamedTuple):
     local: tuple[int, ...]
 
 
-_MANY = 4096
-_known_parts: dict[_Lies, tuple[PlacedBox, ...]] = {}
-"""Most tensors of a state have the shape of others, and lie like them. At most `_MANY`."""
+_MAX_CACHED_LAYOUTS = 4096
+_cached_boxes: dict[_DTensorLayout, tuple[PlacedBox, ...]] = {}
+"""Cached, as most tensors of a state have the same layout as others."""
 
 
-def _parts(name: str, lies: _Lies) -> tuple[PlacedBox, ...]:
-    """The parts that the local tensor consists of; its shape is held against them."""
-    given = _given(name, lies.placements, len(lies.shape))
-    for sequence in _sequences(name, given, lies):
-        parts = placements.placed_boxes(lies.shape, lies.mesh, lies.coordinate, given, sequence)
-        if _fits(parts, lies.local):
+def _boxes_of(name: str, layout: _DTensorLayout) -> tuple[PlacedBox, ...]:
+    """Return the boxes that the local tensor consists of; check its shape against them."""
+    given = _converted(name, layout.placements, len(layout.shape))
+    for sequence in _sequences(name, given, layout):
+        parts = placements.placed_boxes(
+            layout.shape, layout.mesh, layout.coordinate, given, sequence
+        )
+        if _fits(parts, layout.local):
             break
     else:
-        where = f"the rank at {list(lies.coordinate)} of a mesh of {list(lies.mesh)}"
+        where = f"the rank at {list(layout.coordinate)} of a mesh of {list(layout.mesh)}"
         raise Conflict(
-            f"tensor {name!r}: the local tensor of {where} has the shape {list(lies.local)}, which "
-            f"placements {list(lies.placements)} of a tensor of {list(lies.shape)} do not give"
+            f"tensor {name!r}: the local tensor of {where} has the shape {list(layout.local)}, but "
+            f"placements {list(layout.placements)} of a tensor of {list(layout.shape)} give another"
         )
     return parts
 
 
-def _sequences(name: str, given: Sequence[Placement], lies: _Lies) -> list[Sequence[int] | None]:
-    """In which sequences the placements may cut, the likeliest first."""
-    if not _known(_STRIDED_SHARD):
-        _refuse_two_cuts(name, given, lies)
-    if lies.order is None or any(isinstance(one, placements.StridedShard) for one in given):
+def _sequences(
+    name: str, given: Sequence[Placement], layout: _DTensorLayout
+) -> list[Sequence[int] | None]:
+    """Return the sequences in which the placements may cut, the most likely first."""
+    if not _imported(_STRIDED_SHARD):
+        _refuse_two_cuts(name, given, layout)
+    if layout.order is None or any(isinstance(one, placements.StridedShard) for one in given):
         return [None, range(len(given))]
-    cuts = tuple(axis for entry in lies.order for axis in entry.mesh_dims)
+    cuts = tuple(axis for entry in layout.order for axis in entry.mesh_dims)
     wanted = [axis for axis, one in enumerate(given) if not isinstance(one, placements.Replicate)]
     if sorted(cuts) != wanted:
-        raise Conflict(f"tensor {name!r} has a shard order that is not understood: {lies.order}")
+        raise Conflict(f"tensor {name!r} has an unknown shard order: {layout.order}")
     return [cuts]
 
 
-def _refuse_two_cuts(name: str, given: Sequence[Placement], lies: _Lies) -> None:
-    """Torch 2.4 gives tensors of FSDP2 over tensor parallelism as if the first placement cut first.
+def _refuse_two_cuts(name: str, given: Sequence[Placement], layout: _DTensorLayout) -> None:
+    """Refuse tensors of FSDP2 over tensor parallelism in torch 2.4.
 
-    In truth the last one does. Nothing tells these tensors from others: saved as they say they are,
-    their rows would be mixed up.
+    Their placements look as if the first one cut first, but the last one does. Nothing tells them
+    from other tensors. If they were saved as their placements say, rows would change places.
     """
     dims = [one.dim for one in given if isinstance(one, placements.Shard)]
     if len(dims) > len(set(dims)):
         raise Conflict(
-            f"tensor {name!r}: placements {list(lies.placements)} cut a dimension twice, and this "
-            "torch does not say which cut comes first; use torch 2.5 or later"
+            f"tensor {name!r}: placements {list(layout.placements)} cut a dimension twice, but "
+            "this release of torch does not say which cut comes first; use torch 2.5 or later"
         )
 
 
@@ -371,15 +378,15 @@ def _fits(parts: Sequence[PlacedBox], local: tuple[int, ...]) -> bool:
     )
 
 
-def _given(name: str, torchs: Sequence[Any], ndim: int) -> tuple[Placement, ...]:
-    """Torch's placements as ours, one for each dimension of the mesh; Conflict for any other."""
+def _converted(name: str, torchs: Sequence[Any], ndim: int) -> tuple[Placement, ...]:
+    """Convert torch's placements; raise `Conflict` for an unknown one."""
     return tuple(_placement(name, placement, ndim) for placement in torchs)
 
 
 def _placement(name: str, placement: Any, ndim: int) -> Placement:
     if placement.is_partial():
         raise Conflict(
-            f"tensor {name!r} is {placement!r}: its values are not summed up over ranks yet"
+            f"tensor {name!r} is {placement!r}: its values are not summed up over the ranks yet"
         )
     if placement.is_replicate():
         return placements.Replicate()
@@ -389,10 +396,10 @@ def _placement(name: str, placement: Any, ndim: int) -> Placement:
             return placements.StridedShard(dim % ndim, int(placement.split_factor))
         if type(placement).__name__ == "Shard":
             return placements.Shard(dim % ndim)
-    raise Conflict(f"tensor {name!r} is placed by {placement!r}, which is not understood")
+    raise Conflict(f"tensor {name!r} has an unknown placement: {placement!r}")
 
 
 def _waited(value: Any) -> torch.Tensor:
-    """The tensor of a collective that may still be under way."""
+    """Return the tensor of a collective, which may still be running."""
     done: torch.Tensor = value.trigger_wait()
     return done

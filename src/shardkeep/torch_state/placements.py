@@ -1,7 +1,7 @@
-"""Which boxes of a sharded tensor a rank holds, and where in its local tensor they lie.
+"""Arithmetic of placements: which boxes of a sharded tensor a rank holds, and where.
 
-Pure arithmetic on index runs. A dimension is a list of runs, the global indices that a rank holds
-of it, in the order in which they lie in its memory; each placement cuts that list.
+Each dimension is a list of index runs: the global indices that a rank holds, in the order in which
+they are in its memory. Each placement cuts such a list.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Dimension `dim` is cut into as many chunks as the mesh dimension has ranks."""
+    """Cuts dimension `dim` into as many chunks as the mesh dimension has ranks."""
 
     dim: int
 
 
 @dataclass(frozen=True, slots=True)
 class StridedShard:
-    """`dim` is cut into `split_factor` chunks, and each of these as by `Shard`.
+    """Cuts dimension `dim` into `split_factor` chunks, and then each of these as `Shard` does.
 
-    It says that another mesh dimension, further right, cuts first (FSDP2 over tensor parallelism).
+    It means that a mesh dimension further right cuts first (FSDP2 over tensor parallelism).
     """
 
     dim: int
@@ -44,7 +44,7 @@ class StridedShard:
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Every rank of the mesh dimension holds the same."""
+    """Leaves the same elements on all ranks of the mesh dimension."""
 
 
 Placement = Shard | StridedShard | Replicate
@@ -59,7 +59,7 @@ class PlacedBox:
 
 
 IndexRuns = list[tuple[int, int]]
-"""(start, length) of each stretch of global indices; no length is 0, none touches the next."""
+"""(start, length) of each range of global indices. No range is empty or touches the next one."""
 
 
 def placed_boxes(
@@ -69,18 +69,18 @@ def placed_boxes(
     placements: Sequence[Placement],
     sequence: Sequence[int] | None = None,
 ) -> tuple[PlacedBox, ...]:
-    """What the rank at `coordinate` holds of a tensor of that global shape.
+    """Return the boxes that the rank at `coordinate` holds of a tensor of that global shape.
 
-    Cuts are uneven as those of `torch.chunk`: each chunk has the size of the first one, the last
-    ones are smaller or empty. If strided shards stand for a sequence of plain cuts (`cut_order`),
-    that sequence is followed: FSDP2 lays its tensors out so. Otherwise, from left to right.
+    Cuts are as uneven as those of `torch.chunk`: each chunk has the size of the first one, but the
+    last ones are smaller or empty. If strided shards describe a sequence of plain cuts (see
+    `cut_order`), that sequence is used, as by FSDP2. Otherwise, placements cut from left to right.
 
     Args:
-        shape: global shape, in elements.
-        mesh_shape: ranks along each mesh dimension.
-        coordinate: place of the rank in the mesh.
+        shape: the global shape.
+        mesh_shape: the number of ranks along each mesh dimension.
+        coordinate: the position of the rank in the mesh.
         placements: one for each mesh dimension.
-        sequence: mesh dimensions in the order in which they cut, if it is known.
+        sequence: the mesh dimensions in the order in which they cut, if it is known.
 
     Returns:
         Boxes that do not overlap, in the order of the local tensor; none if it is empty.
@@ -99,17 +99,17 @@ def placed_boxes(
         if isinstance(placement, Replicate):
             continue
         if not 0 <= placement.dim < len(runs):
-            raise ValueError(f"{placement} of a tensor that has {len(runs)} dimensions")
+            raise ValueError(f"{placement} is not possible for a tensor of {len(runs)} dimensions")
         pieces = [runs[placement.dim]]
         if isinstance(placement, StridedShard):
             factor = placement.split_factor
             pieces = [_chunk(pieces[0], factor, i) for i in range(factor)]
         runs[placement.dim] = _joined([_chunk(piece, count, index) for piece in pieces])
-    sides = [list(zip(dim, _places(dim), strict=True)) for dim in runs]
+    sides = [list(zip(dim, _local_slices(dim), strict=True)) for dim in runs]
     return tuple(
         PlacedBox(
             Box(tuple(start for (start, _), _ in side), tuple(size for (_, size), _ in side)),
-            tuple(place for _, place in side),
+            tuple(local for _, local in side),
         )
         for side in product(*sides)
     )
@@ -118,11 +118,12 @@ def placed_boxes(
 def cut_order(
     mesh_shape: Sequence[int], placements: Sequence[Placement]
 ) -> tuple[tuple[Placement, ...], tuple[int, ...]] | None:
-    """Plain shards and the sequence of their cuts that strided shards stand for, if there is one.
+    """Return the plain shards that strided shards describe, and the sequence of their cuts.
 
-    A split factor is the product of the mesh dimensions further right that cut the same dimension
-    before it. Even cuts give the same boxes in either reading. Uneven ones do not (7 rows on a mesh
-    of 3 x 2), and both FSDP2 and torch's own redistribution (2.13) follow this sequence.
+    None if there is no such sequence. A split factor is the product of the mesh dimensions further
+    right that cut the same dimension earlier. Even cuts give the same boxes if strided shards are
+    applied from left to right. Uneven ones do not (7 rows on a mesh of 3 x 2). Then both FSDP2 and
+    torch's own redistribution (2.13) use this sequence.
     """
     later: dict[int, list[int]] = {}
     for axis in reversed(range(len(placements))):
@@ -140,7 +141,7 @@ def cut_order(
 
 
 def _chunk(runs: IndexRuns, count: int, index: int) -> IndexRuns:
-    """The chunk at `index` of `count` chunks of these indices, as torch.chunk cuts them."""
+    """Return the chunk at `index` of `count` chunks of these indices, as torch.chunk cuts them."""
     total = sum(length for _, length in runs)
     size = -(-total // count)
     low, high = index * size, (index + 1) * size
@@ -155,7 +156,7 @@ def _chunk(runs: IndexRuns, count: int, index: int) -> IndexRuns:
 
 
 def _joined(pieces: Sequence[IndexRuns]) -> IndexRuns:
-    """The pieces one after another; runs that touch become one."""
+    """Return the pieces one after another. Runs that touch become one."""
     joined: IndexRuns = []
     for start, length in (run for piece in pieces for run in piece):
         if joined and sum(joined[-1]) == start:
@@ -165,11 +166,11 @@ def _joined(pieces: Sequence[IndexRuns]) -> IndexRuns:
     return joined
 
 
-def _places(runs: IndexRuns) -> list[slice]:
-    """Where the runs lie in the local tensor."""
-    places: list[slice] = []
+def _local_slices(runs: IndexRuns) -> list[slice]:
+    """Return the slice of the local tensor for each run."""
+    slices: list[slice] = []
     position = 0
     for _, length in runs:
-        places.append(slice(position, position + length))
+        slices.append(slice(position, position + length))
         position += length
-    return places
+    return slices

@@ -1,4 +1,4 @@
-"""Sharding by hand: what this rank holds of a tensor, without DTensor."""
+"""Sharding by hand: the parts of a tensor that this rank holds, without DTensor."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ __all__ = ["Shards"]
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """Boxes of a tensor of that global shape, in this rank's memory.
+    """The parts of a global tensor that this rank holds, for tensors that are sharded by hand.
 
-    Put it into a state in place of a tensor: `Shards((8, 4), [((2, 0), rows_2_to_4)])`. Every rank
-    that knows the tensor gives the same shape; a load fills the tensors in place.
+    Put it into a state in place of a tensor. Every rank that has the tensor in its state passes the
+    same global shape. A load fills the tensors of the parts in place.
 
     Args:
-        shape: global shape, in elements.
-        parts: pairs of where a part starts (its offsets, or a `Box`) and its tensor.
-        dtype: of the tensor; may be left out where there is a part.
+        shape: the shape of the global tensor.
+        parts: pairs of the position of a part and its tensor. A position is the part's offsets in
+            the global tensor, or its `Box`. May be empty.
+        dtype: the dtype of the tensor. Needed only if there is no part.
 
     Raises:
-        Conflict: a part reaches out of the shape, or the dtype is not known or not the same.
+        Conflict: a part is not inside the shape, or the dtypes differ, or there is none.
+
+    Example:
+        >>> rows = torch.ones(2, 4)
+        >>> state = {"table": shardkeep.Shards((8, 4), [((2, 0), rows)])}  # rows 2 and 3 of 8
+        >>> shardkeep.save(state, "run/step_100")
     """
 
     shape: tuple[int, ...]
@@ -40,27 +46,33 @@ class Shards:
         parts: Sequence[tuple[Box | Sequence[int], torch.Tensor]],
         dtype: torch.dtype | None = None,
     ) -> None:
-        made = tuple((_box(place, tensor), tensor) for place, tensor in parts)
+        made = tuple((_box(position, tensor), tensor) for position, tensor in parts)
         dtype = made[0][1].dtype if dtype is None and made else dtype
         if dtype is None:
-            raise Conflict("Shards without a part must say their dtype")
+            raise Conflict("Shards without a part need a dtype: pass dtype=, the same on all ranks")
         sizes = tuple(int(size) for size in shape)
         for box, tensor in made:
             if not box.within(sizes) or tuple(tensor.shape) != box.sizes:
                 raise Conflict(
-                    f"a part of shape {tuple(tensor.shape)} does not fit at {box} into {sizes}"
+                    f"a part of shape {tuple(tensor.shape)} at {box} is not inside the global "
+                    f"shape {sizes} of the Shards"
                 )
             if tensor.dtype != dtype:
-                raise Conflict(f"a part at {box} is {tensor.dtype}, not {dtype}")
+                raise Conflict(
+                    f"the part at {box} has the dtype {tensor.dtype}, but the Shards have {dtype}"
+                )
         values: dict[str, Any] = {"shape": sizes, "parts": made, "dtype": dtype}
         for field, value in values.items():
             object.__setattr__(self, field, value)
 
 
-def _box(place: Box | Sequence[int], tensor: torch.Tensor) -> Box:
-    if isinstance(place, Box):
-        return place
-    offsets = tuple(int(offset) for offset in place)
+def _box(position: Box | Sequence[int], tensor: torch.Tensor) -> Box:
+    if isinstance(position, Box):
+        return position
+    offsets = tuple(int(offset) for offset in position)
     if len(offsets) != tensor.ndim:
-        raise Conflict(f"offsets {offsets} of a part that has {tensor.ndim} dimensions")
+        raise Conflict(
+            f"the offsets {offsets} of a part must be one number for each of its {tensor.ndim} "
+            "dimensions"
+        )
     return Box(offsets, tuple(tensor.shape))

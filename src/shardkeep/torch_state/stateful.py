@@ -1,4 +1,4 @@
-"""Modules, optimizers and the like, put into a state as they are."""
+"""Modules, optimizers and other objects with a state of their own, at the top level of a state."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ __all__ = [
 ]
 
 StatefulObjects = dict[Any, Any]
-"""Key in the state -> the object with `state_dict` and `load_state_dict` that is there."""
+"""Key in the state -> the object at that key that has `state_dict` and `load_state_dict`."""
 
 
 StoredLeaf = tuple[Path, DType | None, tuple[int, ...]]
-"""What a checkpoint has at a path: dtype and shape of a tensor; no dtype for an object."""
+"""A leaf of a checkpoint: its path, and dtype and shape of a tensor. An object has no dtype."""
 
 
 def call_state_dicts(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], StatefulObjects]:
-    """The state with each top-level object that has a state replaced by its `state_dict()`.
+    """Return the state with each top-level stateful object replaced by its `state_dict()`.
 
-    An object has one if it has both `state_dict` and `load_state_dict`, as in DCP. The order of the
-    keys stays. Without such an object, this is the state itself; else a shallow copy.
+    An object is stateful if it has both `state_dict` and `load_state_dict`, as in DCP. The keys
+    keep their order. Without such an object, the result is the state itself, otherwise a shallow
+    copy. The second result are the replaced objects.
 
     Raises:
-        TypeError: it is no mapping.
+        TypeError: the state is not a mapping.
     """
     if not callable(getattr(state, "items", None)):
         kind = type(state).__name__
@@ -52,14 +53,15 @@ def call_state_dicts(state: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], State
 def materialize_optimizer_state(
     plain: Mapping[Any, Any], found: StatefulObjects, stored: Iterable[StoredLeaf]
 ) -> None:
-    """Give optimizers that never made a step a template of the state that a checkpoint has.
+    """Add templates for the stored state of optimizers that have not made a step yet.
 
-    Their own `state_dict` has no place for it: they would go on without it, and nobody would know.
-    What has the shape of its parameter is laid out over the ranks as the parameter is. The
-    optimizers themselves are not touched.
+    The `state_dict` of such an optimizer has no entries for it. Without templates, the optimizer
+    would silently continue without its stored state. A value with the shape of its parameter is
+    sharded as the parameter is. The optimizers themselves do not change.
 
     Args:
-        plain, found: what `call_state_dicts` returned; `plain` is extended.
+        plain: the state that `call_state_dicts` returned; it is extended.
+        found: the objects that `call_state_dicts` returned.
         stored: all leaves of the checkpoint; read only if there is such an optimizer.
     """
     params = {
@@ -71,13 +73,13 @@ def materialize_optimizer_state(
         if len(path) != 4 or path[1] != "state" or str(path[0]) not in params:
             continue
         key, known = params[str(path[0])]
-        number = str(path[2])  # an int, or its digits where torch wrote the checkpoint
+        number = str(path[2])  # An int, or its digits if torch wrote the checkpoint.
         if number.isdecimal() and int(number) < len(known):
-            room = plain[key]["state"].setdefault(int(number), {})
-            room[path[3]] = _room(known[int(number)], dtype, shape)
+            entries = plain[key]["state"].setdefault(int(number), {})
+            entries[path[3]] = _template(known[int(number)], dtype, shape)
 
 
-def _room(param: torch.Tensor, dtype: DType | None, shape: tuple[int, ...]) -> Any:
+def _template(param: torch.Tensor, dtype: DType | None, shape: tuple[int, ...]) -> Any:
     if dtype is None:
         return None
     kind: torch.dtype = getattr(torch, dtype.name)
@@ -89,11 +91,12 @@ def _room(param: torch.Tensor, dtype: DType | None, shape: tuple[int, ...]) -> A
 def load_state_dicts(
     state: MutableMapping[Any, Any], plain: Mapping[Any, Any], found: StatefulObjects
 ) -> None:
-    """After a load: give each object its state, and put the other values back into `state`.
+    """Pass each object its loaded state, and put the other loaded values into `state`.
 
     Args:
-        state: what `call_state_dicts` was called with.
-        plain, found: what it returned; `plain` is filled.
+        state: the state that `call_state_dicts` was called with.
+        plain: the state that it returned, filled by a load.
+        found: the objects that it returned.
     """
     for key, value in plain.items():
         if key in found:

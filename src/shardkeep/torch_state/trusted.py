@@ -1,4 +1,4 @@
-"""Classes that the caller trusts by name: imported, and built for real."""
+"""Classes that the caller trusts by name, which are imported and built."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ __all__ = ["TrustedClasses"]
 
 
 class TrustedClasses:
-    """What may be imported for one object.
+    """The classes and functions that may be imported for one object.
 
     Args:
-        name: the object's, for errors.
-        trust: "module.Class", or "module.*" for whatever is directly in that module.
+        name: the object's name, for errors.
+        trust: names such as "module.Class", or "module.*" for everything directly in that module.
+
+    Raises:
+        TypeError: `trust` is a single string.
     """
 
     def __init__(self, name: str, trust: Sequence[str]) -> None:
         if isinstance(trust, str):
-            raise TypeError(f"trust is a list of names: [{trust!r}]")
+            raise TypeError(f"trust must be a list of names, such as [{trust!r}], not a string")
         self._name = name
         self._trust = frozenset(trust)
         self._real: dict[str, Any] = {}
 
     def covers(self, full_name: str) -> bool:
-        """Whether a class, by its full name, is trusted."""
+        """Return whether the class with this full name is trusted."""
         module, _, _ = full_name.rpartition(".")
         return full_name in self._trust or f"{module}.*" in self._trust
 
     def builders(self, names: Iterable[str]) -> Registry:
-        """Builders for these classes as well. Imports their modules; Mismatch if that fails."""
+        """Import these classes, and return builders that include them.
+
+        Raises:
+            Mismatch: a class cannot be imported.
+        """
         self._real |= {name: self._imported(name) for name in names}
         return Registry({**TORCH_BUILDERS, **{name: self._builder(name) for name in names}})
 
     def resolve(self, value: Any) -> Any:
-        """`value` with the real thing in place of each reference to a trusted class or function."""
+        """Return a value with each reference to a trusted class or function replaced by it."""
         if type(value) is Reference and value.name in self._real:
             return self._real[value.name]
         if type(value) is list:
@@ -58,7 +65,7 @@ class TrustedClasses:
             try:
                 found: Any = import_module(module)
             except ModuleNotFoundError as error:
-                # Another module that it needs is missing: that is the error to show.
+                # The module exists, but one that it imports does not: show that error.
                 if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                     raise self._failed(full_name, error) from error
                 continue
@@ -76,19 +83,19 @@ class TrustedClasses:
     def _builder(self, full_name: str) -> Builder:
         real = self._real[full_name]
         if not isinstance(real, type):
-            return Builder(make=self._calling(full_name, real))
+            return Builder(make=self._caller(full_name, real))
         return Builder(
-            make=self._calling(full_name, real),
-            new=self._calling(
+            make=self._caller(full_name, real),
+            new=self._caller(
                 full_name, lambda *args, **kwargs: real.__new__(real, *args, **kwargs)
             ),
             type=real,
-            fill=self._filling(full_name),
+            fill=self._state_setter(full_name),
             takes="list" if issubclass(real, list) else "dict" if issubclass(real, dict) else "",
             key=real.__hash__ is not None,
         )
 
-    def _calling(self, full_name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def _caller(self, full_name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
             try:
                 return real(*self.resolve(args), **self.resolve(kwargs))
@@ -97,7 +104,7 @@ class TrustedClasses:
 
         return make
 
-    def _filling(self, full_name: str) -> Callable[[Any, Any], None]:
+    def _state_setter(self, full_name: str) -> Callable[[Any, Any], None]:
         def fill(value: Any, state: Any) -> None:
             try:
                 _set_state(value, self.resolve(state))
@@ -108,7 +115,7 @@ class TrustedClasses:
 
 
 def _set_state(value: Any, state: Any) -> None:
-    """As pickle does it: `__setstate__`, or the attributes of `__dict__` and of slots."""
+    """Set an object's state as pickle does: by `__setstate__`, or in `__dict__` and slots."""
     own = getattr(value, "__setstate__", None)
     if own is not None:
         own(state)
