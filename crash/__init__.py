@@ -1,1 +1,1 @@
-"""Kills saves at random moments, and looks at what is left."""
+"""Kills saves at random moments and checks what remains."""

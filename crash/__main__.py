@@ -1,9 +1,9 @@
-"""Kill saves of four ranks at random moments; after each, the newest committed step must be whole.
+"""Kill saves of four ranks at random moments; each time, the newest committed step must be whole.
 
     python -m crash --moments 1000
 
-Results are kept in a file, so a run that was stopped goes on where it was. The exit code is 1 if
-anything was not as it should be.
+Results are kept in a file, so a run that was stopped continues where it was. The exit code is 1 if
+any check failed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(moments: int, seed: int, file: Path, *, seconds: float) -> tuple[list[Result], list[str]]:
-    """Go on until there are so many results or the time is up; all, and what stays in the end."""
+    """Continue up to `moments` results or the time limit; return all results and the leftovers."""
     from crash.notes import Notes
     from crash.state import RANKS
     from crash.trial import Result, attempt, settle, spans_of
@@ -43,7 +43,7 @@ def run(moments: int, seed: int, file: Path, *, seconds: float) -> tuple[list[Re
         while len(results) < moments and time.monotonic() - begun < seconds:
             result = attempt(draw(seed, number, root, RANKS, spans), notes)
             number += 1
-            if result is None:  # the job was over before: that was no moment
+            if result is None:  # the job ended before the kill, so this moment does not count
                 continue
             results.append(result)
             log.write(f"{result.line()}\n")
@@ -64,11 +64,18 @@ def _tell(results: Sequence[Result], moments: int) -> None:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m crash", description=__doc__.split("\n")[0])
-    parser.add_argument("--moments", type=int, default=1000, help="with those of earlier runs")
+    parser.add_argument(
+        "--moments",
+        type=int,
+        default=1000,
+        help="number of moments, with those of earlier runs (default: 1000)",
+    )
     parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after that many seconds"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "crash.jsonl")
-    parser.add_argument("--page", type=Path, help="write the figures into this page")
+    parser.add_argument("--page", type=Path, help="page to write the figures to")
     return parser.parse_args(argv)
 
 
@@ -79,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from crash import report
 
     text = report.summary(results)
-    print(text, *(f"In the end: {what}" for what in left), sep="\n")
+    print(text, *(f"After the run: {what}" for what in left), sep="\n")
     if args.page:
         report.write(args.page, text)
     return 1 if left or any(one.wrong for one in results) else 0

@@ -1,4 +1,4 @@
-"""What ranks say of themselves in memory that outlives them."""
+"""Shared memory in which ranks note their progress, and which outlives them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ __all__ = ["PHASES", "Notes", "Outcome"]
 PHASES = (
     "start between enter describe own lease stage write sync report manifest publish clean part"
 ).split()
-"""In the order of a save. "between" is from one save to the next, "part" until all have left."""
+"""The phases in the order of a save. "between" is the time between two saves; "part" lasts until
+all ranks have left the session.
+"""
 
 _FIELDS = ("phase", "ready", "begun", "done", "outcome")
 
 
 class Outcome(IntEnum):
-    """How a rank ended that was not killed."""
+    """How a rank ended."""
 
     NONE = 0
-    """It did not: it was killed, or it hangs."""
+    """It was killed, or it hangs."""
     FINISHED = 1
-    TOLD = 2
+    RANK_FAILED = 2
     """It raised `RankFailed`."""
     OTHER = 3
 
 
 class Notes:
-    """A page that forked processes share: one row for each rank, and the port of their store."""
+    """A memory page that forked processes share: a row per rank, and the port of their store."""
 
     def __init__(self, ranks: int) -> None:
         memory = mmap.mmap(-1, mmap.PAGESIZE)
@@ -51,7 +53,7 @@ class Notes:
 
     @property
     def port(self) -> int:
-        """Of the key-value store, as soon as rank 0 has told it."""
+        """The port of the key-value store, once rank 0 has set it."""
         while not self._all[0]:
             time.sleep(0.001)
         return int(self._all[0])

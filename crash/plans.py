@@ -1,4 +1,4 @@
-"""When whom to kill: drawn from a seed, so that each moment can be had again."""
+"""Plans of whom to kill when, drawn from a seed so that each moment can be repeated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ KNOBS = {
     "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "FATAL",
 }
-"""The death of a rank is noticed sooner than by default, as there are many of them: during a save
-by its signs of life, between two saves by the deadline. The report says so.
+"""Shorter timeouts than the defaults, as a run waits for the death of many ranks. During a save the
+heartbeat detects it, between two saves the deadline. The report states these values.
 """
 
 MODES = ("sync", "async", "overwrite", "manager")
@@ -30,15 +30,15 @@ class Plan:
     """One kill.
 
     Attributes:
-        seed: what all is drawn from.
-        number: of the moment, from 0.
-        mode: how is saved.
-        folder: where to; its name is the mode's.
-        whom: "one" rank or "all"; "none" to see how long all takes.
-        rank: who dies, or whose clock it is.
-        save, phase: the clock starts when that rank begins this phase of its nth save; without
-            a phase, when it begins to live.
-        delay: seconds from then on.
+        seed: the seed of all random choices.
+        number: the number of the moment, from 0.
+        mode: the way to save.
+        folder: the folder to save to, named after the mode.
+        whom: "one" rank or "all"; "none" to measure how long the phases take.
+        rank: the rank that is killed, or that triggers the kill of all.
+        save, phase: the delay starts when that rank begins this phase of its nth save; without a
+            phase, when the rank starts.
+        delay: seconds from then to the kill.
     """
 
     seed: int
@@ -55,13 +55,13 @@ class Plan:
 def draw(
     seed: int, number: int, root: Path, ranks: int, spans: Mapping[tuple[str, str], float]
 ) -> Plan:
-    """The plan of one moment.
+    """Draw the plan of one moment.
 
-    Every second moment is any instant of a life. The others are sought in one phase, as some take
-    a hundredth of the time of others.
+    Every second moment is any instant of a job. The others are drawn from one phase, as some
+    phases take a hundredth of the time of others.
 
     Args:
-        spans: seconds, by mode and phase; of a whole life by mode and "life".
+        spans: seconds by mode and phase; those of a whole job by mode and "life".
     """
     chance = random.Random(f"{seed} {number}")
     mode = MODES[number % len(MODES)]

@@ -1,4 +1,4 @@
-"""One rank of a job that does nothing but save, until it is killed."""
+"""One rank of a job that only saves, until it is killed."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ SPANS = "spans.json"
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
 KEPT = 2
-"""Steps that a manager keeps."""
+"""The number of steps that a manager keeps."""
 
 SAVES = 4
-"""In one life, unless it is killed before."""
+"""The number of saves of a job that is not killed."""
 
 
 def run(rank: int, plan: Plan, notes: Notes, first: int) -> None:
-    """Save steps `first`, `first` + 1, ...; never returns.
+    """Save steps `first`, `first` + 1, ...; never return.
 
     The process is a fork of one that has imported everything.
     """
-    if sys.platform == "linux":  # nobody is left behind if the one who counts is killed
+    if sys.platform == "linux":  # the rank ends with the process that counts the moments
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    logging.disable()  # what fails here is counted
+    logging.disable()  # failures are counted instead
     outcome = Outcome.OTHER
     try:
-        _Rank(rank, plan, notes).live(first)
+        _Rank(rank, plan, notes).run(first)
         outcome = Outcome.FINISHED
     except sk.RankFailed:
-        outcome = Outcome.TOLD
+        outcome = Outcome.RANK_FAILED
     except BaseException:
         traceback.print_exc()
     notes.put(rank, "outcome", outcome)
@@ -71,7 +71,7 @@ class _Rank:
         self.spent: dict[str, list[float]] = {}
         self.phase, self.since = "start", time.monotonic()
 
-    def live(self, first: int) -> None:
+    def run(self, first: int) -> None:
         is_host = self.rank == 0
         store = dist.TCPStore(
             "127.0.0.1",
@@ -84,7 +84,9 @@ class _Rank:
             self.notes.port = store.port
         ranks = KeyValueRanks(TorchKeyValueStore(store, RANKS), self.rank, range(RANKS))
         self.notes.put(self.rank, "ready", 1)
-        while not all(self.notes.every("ready")):  # who still connects waits for a dead host
+        while not all(
+            self.notes.every("ready")
+        ):  # a rank that still connects would wait for a dead host
             time.sleep(0.001)
         self.watch()
         if self.plan.phase is None:
@@ -99,16 +101,16 @@ class _Rank:
         self.note("between")
         finish()
         if self.plan.whom == "none" and is_host:
-            self.tell_spans()
+            self.write_spans()
 
-    def tell_spans(self) -> None:
-        """How long each phase took, and all together, of a life that was not cut short."""
+    def write_spans(self) -> None:
+        """Write how long each phase and the whole job took."""
         spans = {phase: max(some) for phase, some in self.spent.items()}
         spans["life"] = sum(map(sum, self.spent.values()))
         (self.plan.folder / SPANS).write_text(json.dumps(spans))
 
     def note(self, phase: str) -> None:
-        """Enter a phase; if it is the one to die in, death comes soon."""
+        """Note that a phase begins; if it is the one of the plan, start the clock of the kill."""
         now = time.monotonic()
         self.spent.setdefault(self.phase, []).append(now - self.since)
         self.phase, self.since = phase, now
@@ -120,16 +122,16 @@ class _Rank:
     def arm(self) -> None:
         if not self.armed:
             self.armed = True
-            threading.Thread(target=self._strike, daemon=True).start()
+            threading.Thread(target=self._kill_after_delay, daemon=True).start()
 
-    def _strike(self) -> None:
+    def _kill_after_delay(self) -> None:
         time.sleep(self.plan.delay)
         if self.plan.whom == "all":
             os.killpg(os.getpgrp(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
-        """Be told of phases. What is changed here is this process's own."""
+        """Patch the session so that it notes its phases, in this process only."""
         enter, phase, leave = (
             KeyValueSession.__enter__,
             KeyValueSession.phase,
@@ -154,7 +156,7 @@ class _Rank:
 
 
 class _Watched(LocalStore):
-    """Tells what the coordinator does to files."""
+    """A local store that notes what the coordinator does to files."""
 
     def __init__(self, path: str | Path, note: Callable[[str], None]) -> None:
         super().__init__(path)
@@ -180,7 +182,7 @@ class _Watched(LocalStore):
 Note = Callable[[str], None]
 Save = Callable[[int, dict[str, Any]], None]
 Saving = tuple[Save, Callable[[], None]]
-"""How to save, and how to end in peace."""
+"""A function that saves a step, and one that waits for the end of all saves."""
 
 
 def _sync(folder: Path, ranks: Ranks, note: Note) -> Saving:

@@ -1,4 +1,4 @@
-"""The figures, for docs/reliability.md."""
+"""Writes the figures into docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ BEGIN, END = "<!-- crash runs: begin -->", "<!-- crash runs: end -->"
 
 
 def summary(results: Sequence[Result]) -> str:
-    """All results as a few tables."""
+    """Return all results as Markdown tables."""
     return "\n".join([*_head(results), "", *_modes(results), "", *_phases(results)])
 
 
 def write(page: Path, text: str) -> None:
-    """Put the text between the markers of a page."""
+    """Replace the text between the markers of a page."""
     before, rest = page.read_text().split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
@@ -41,23 +41,21 @@ def _head(results: Sequence[Result]) -> Iterator[str]:
         f"{seeds}, {RANKS} ranks, {machine}, Python {platform.python_version()}, torch "
         f"{torch.__version__})."
     )
-    told = sorted(one.told for one in results if one.told is not None)
-    if told:
-        median = told[len(told) // 2]
+    detected = sorted(one.detected for one in results if one.detected is not None)
+    if detected:
+        median = detected[len(detected) // 2]
         yield (
-            f"Where one rank was killed, the last of the others knew after {median:.1f} s (median; "
-            f"{told[-1]:.1f} s at most)."
+            f"Where one rank was killed, all others had raised `RankFailed` after {median:.1f} s "
+            f"(median; {detected[-1]:.1f} s at most)."
         )
     yield (
-        f"There was a sign of life every {KNOBS['SHARDKEEP_HEARTBEAT_SECONDS']} s, and a "
-        f"deadline of {KNOBS['SHARDKEEP_DEADLINE_SECONDS']} s. By default these are 1.5 s and "
-        "1,800 s; it is the "
-        "deadline for which a rank is waited for that dies between two saves, as it gives no sign "
-        "of life there that could be missed."
+        f"The heartbeat was {KNOBS['SHARDKEEP_HEARTBEAT_SECONDS']} s and the deadline "
+        f"{KNOBS['SHARDKEEP_DEADLINE_SECONDS']} s. The defaults are 1.5 s and 1,800 s. The "
+        "deadline applies to a rank that dies between two saves, when it sends no heartbeat."
     )
     in_between = sum(one.newest > one.acknowledged for one in results)
     yield (
-        f"In {in_between} cases the step under way was committed, but no rank had been told yet."
+        f"In {in_between} cases the step was committed, but no rank knew yet that it was durable."
     )
     for one in wrong:
         where = f"moment {one.number} of seed {one.seed} ({one.mode}, {one.whom}, {one.fell})"

@@ -1,4 +1,4 @@
-"""What is saved: a few megabytes, to the last bit a function of the step and the rank."""
+"""The state to save: a few megabytes, each bit a function of the step and the rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _random(shape: int, *key: int) -> torch.Tensor:
 
 
 def state(step: int, rank: int) -> dict[str, Any]:
-    """What a rank holds: tensors of its own, some that all hold, values."""
+    """Return the state of a rank: tensors of its own, tensors that all ranks share, values."""
     return {
         "shared": {
             "weight": _random(_SHARED, step, RANKS),
@@ -31,7 +31,7 @@ def state(step: int, rank: int) -> dict[str, Any]:
 
 
 def template() -> dict[str, Any]:
-    """Room for what all ranks saved."""
+    """Return a template for the states of all ranks."""
     whole: dict[str, Any] = {}
     for rank in range(RANKS):
         whole |= state(0, rank)
@@ -39,7 +39,7 @@ def template() -> dict[str, Any]:
 
 
 def differences(loaded: dict[str, Any], step: int) -> list[str]:
-    """The names at which a state is not that of a step, bit for bit."""
+    """Return the names whose values differ in any bit from those of a step."""
     expected: dict[str, Any] = {}
     for rank in range(RANKS):
         expected |= state(step, rank)

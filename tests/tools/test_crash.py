@@ -1,4 +1,4 @@
-"""The crash runs, few of them, and that they can fail."""
+"""The crash runs: a short one, and that its checks can fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_newest_committed_step_is_whole_after_a_kill_at_any_moment(tmp_path):
     results = tmp_path / "results.jsonl"
     earlier = Result(2026, 0, "sync", "all", "write", 1, 1, None, [])
-    results.write_text(f"{earlier.line()}\n")  # it goes on where it was
+    results.write_text(f"{earlier.line()}\n")  # the run continues after it
     done = subprocess.run(
         [sys.executable, "-m", "crash", "--results", str(results), "--moments=9"],
         check=False,
@@ -54,7 +54,7 @@ def saved(folder: Path, of: int, **changed) -> None:
     )
 
 
-def test_a_step_that_is_not_what_was_saved_is_seen(tmp_path):
+def test_a_step_that_differs_from_what_was_saved_is_detected(tmp_path):
     plan = Plan(1, 0, "sync", tmp_path, "all", 0, 1, None, 0.0)
     assert trial._newest(plan) == (0, [])
     saved(tmp_path / "step_1", 1)
@@ -72,10 +72,10 @@ def test_a_step_that_is_not_what_was_saved_is_seen(tmp_path):
     saved(tmp_path / "step_3", 2)
     assert trial._newest(plan) == (2, ["step 2 is in step_3"])
     saved(tmp_path / "step_4", 3, step=4)
-    assert trial._newest(plan)[1][0] == "shared is not what was saved"
+    assert trial._newest(plan)[1][0] == "shared differs from what was saved"
 
 
-def test_single_bits_are_seen():
+def test_a_single_changed_bit_is_detected():
     whole: dict = {}
     for rank in range(RANKS):
         whole |= state(7, rank)
@@ -84,16 +84,16 @@ def test_single_bits_are_seen():
     assert differences(whole, 7) == ["rank_2"]
 
 
-def test_what_stays_behind_is_seen(tmp_path):
+def test_leftover_files_are_detected(tmp_path):
     plan = Plan(1, 0, "overwrite", tmp_path, "all", 0, 1, None, 0.0)
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / f"__0_0_{'a' * 32}.distcp").touch()
     assert trial._left_over(plan, 1) == []
     (tmp_path / "last" / f".lease_{'d' * 32}.json").touch()
-    assert trial._left_over(plan, 1) == ["files of 2 saves are there"]
+    assert trial._left_over(plan, 1) == ["there are files of 2 saves"]
 
 
-def test_moments_spread_over_phases_ranks_and_ways_to_save():
+def test_moments_are_spread_over_phases_ranks_and_modes():
     spans = {(mode, phase): 1.0 for mode in MODES for phase in (*PHASES[1:], "life")}
     plans = [draw(1, number, Path(), RANKS, spans) for number in range(1000)]
     assert {plan.mode for plan in plans} == set(MODES)
@@ -104,13 +104,13 @@ def test_moments_spread_over_phases_ranks_and_ways_to_save():
     assert plans != [draw(2, number, Path(), RANKS, spans) for number in range(1000)]
 
 
-def test_a_failure_is_in_the_report(tmp_path, monkeypatch):
+def test_the_report_names_failures(tmp_path, monkeypatch):
     good = Result(5, 0, "sync", "one", "write", 1, 1, 0.5, [])
     bad = Result(5, 1, "async", "all", "publish", 3, 2, None, ["step 2 is there"])
     text = report.summary([good, bad])
     assert "**2 moments, 1 failures**" in text
     assert "- moment 1 of seed 5 (async, all, publish): step 2 is there" in text
-    assert "a sign of life every 0.1 s, and a deadline of 1.5 s. By default these are" in text
+    assert "The heartbeat was 0.1 s and the deadline 1.5 s. The defaults are" in text
     defaults = {"SHARDKEEP_HEARTBEAT_SECONDS": "1.5 s", "SHARDKEEP_DEADLINE_SECONDS": "1,800 s"}
     for name in defaults:
         monkeypatch.delenv(name, raising=False)
@@ -123,10 +123,10 @@ def test_a_failure_is_in_the_report(tmp_path, monkeypatch):
     assert page.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
 
 
-def test_a_manager_that_keeps_too_much_is_seen(tmp_path):
+def test_a_manager_that_keeps_too_many_steps_is_detected(tmp_path):
     plan = Plan(1, 0, "manager", tmp_path, "all", 0, 1, None, 0.0)
     for step in (4, 5):
         (tmp_path / f"step_{step}").mkdir()
     assert trial._left_over(plan, 5) == []
     (tmp_path / "step_3").mkdir()
-    assert trial._left_over(plan, 5) == ["steps [5, 4, 3] are there, not [5, 4]"]
+    assert trial._left_over(plan, 5) == ["there are steps [5, 4, 3], not [5, 4]"]
