@@ -62,7 +62,8 @@ def flip(folder: Path) -> None:
 
 def test_a_run(tmp_path):
     with sk.Manager(tmp_path / "run", keep=sk.KeepLast(2) | sk.KeepBest("loss")) as m:
-        assert repr(m) == f"<Manager: {tmp_path / 'run'}>"
+        keep = "KeepLast(n=2) | KeepBest(metric='loss', n=1, mode='min')"
+        assert repr(m) == f"<Manager: {tmp_path / 'run'}, rank 0 of 1, keeps {keep}>"
         assert m.latest() is None and m.steps() == [] and m.best("loss") is None
         assert m.restore(blank(), default=0) == 0
         for step, loss in {10: 0.5, 20: 0.1, 30: 0.3, 40: 0.2}.items():
@@ -111,7 +112,7 @@ def test_a_damaged_newest_step_is_skipped_with_a_warning(tmp_path, damage):
         (newest / ".metadata").mkdir()
     m = sk.Manager(tmp_path)
     found = blank()
-    with pytest.warns(UserWarning, match="step 3 can't be read, so step 2 is restored: "):
+    with pytest.warns(UserWarning, match="step 3 cannot be read, so step 2 is restored: "):
         assert m.restore(found) == 2
     assert same(found, 2)
     assert m.restored.step == 2 and list(m.restored.passed_over) == [3]
@@ -125,7 +126,7 @@ def test_what_was_passed_over_may_be_saved_anew_and_is_not_deleted(tmp_path):
             m.save(step, state(step))
     flip(tmp_path / "step_3")
     m = sk.Manager(tmp_path, keep=sk.KeepLast(1))
-    with pytest.warns(UserWarning, match="step 3 can't be read"):
+    with pytest.warns(UserWarning, match="step 3 cannot be read"):
         assert m.restore(blank()) == 2
     m.save(5, state(5))
     m.wait()
@@ -247,7 +248,7 @@ def test_an_older_step_that_fills_everything_is_restored(tmp_path):
         m.save(2, wide(2, "b"))
     flip_last_block(tmp_path / "step_2", 2.0)
     found = {**wide(0, "b"), "c": torch.zeros(3)}
-    with pytest.warns(UserWarning, match="step 2 can't be read"):
+    with pytest.warns(UserWarning, match="step 2 cannot be read"):
         assert sk.Manager(tmp_path).restore(found, strict={"c": False}) == 1
     assert all((found[name] == 1).all() for name in ("a", "b"))
     assert found["odd"] == {"kept", 1} and not found["c"].any()
@@ -276,7 +277,7 @@ def test_a_step_that_could_not_be_opened_has_filled_nothing(tmp_path):
     metadata.write_bytes(metadata.read_bytes()[:-1])
     next((tmp_path / "step_2").glob(".manifest-*")).unlink()
     found = wide(0, "b")
-    with pytest.warns(UserWarning, match="can't be read, so step 1 is restored"):
+    with pytest.warns(UserWarning, match="cannot be read, so step 1 is restored"):
         assert sk.Manager(tmp_path).restore(found, strict=False) == 1
     assert found["a"][0] == 1 and found["b"][0] == 0 and found["odd"] == {"kept", 0}
 
@@ -533,18 +534,18 @@ class Shaky(LocalStore):
         return Step(self.path_of(folder))
 
 
-@pytest.mark.parametrize("on_error", ["warn", 5])
-def test_a_job_on_unreliable_storage_finishes_and_shows_only_whole_steps(tmp_path, on_error):
+@pytest.mark.parametrize("how", [{"on_error": "warn"}, {"retries": 5}])
+def test_a_job_on_unreliable_storage_finishes_and_shows_only_whole_steps(tmp_path, how):
     chance = random.Random(24)
     root = Shaky(tmp_path, lambda _: chance.random() < 0.2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with sk.Manager(root, on_error=on_error) as m:
+        with sk.Manager(root, **how) as m:
             for step in range(1, 31):
                 m.save(step, state(step))
     failed = [one for one in caught if "was not saved: OSError" in str(one.message)]
     assert len(m.steps()) == 30 - len(failed)
-    assert root.calls > 30 if on_error == 5 else 1 <= len(failed) <= 15
+    assert root.calls > 30 if how == {"retries": 5} else 1 <= len(failed) <= 15
     for step in m.steps():
         assert sk.open(m.path(step)).verify().ok and same(restored(tmp_path, step=step)[1], step)
         assert len(list((tmp_path / f"step_{step}").iterdir())) == 3  # nothing of failed tries
@@ -555,7 +556,7 @@ def test_a_retry_writes_the_state_as_it_was_at_the_call(tmp_path):
     first = threading.Event()
 
     root = Shaky(tmp_path, lambda call: call <= 2 and first.wait(60))
-    with sk.Manager(root, on_error=2) as m:
+    with sk.Manager(root, retries=2) as m:
         mine = state(1)
         handle = m.save(1, mine)
         mine["w"].fill_(7)
@@ -568,7 +569,7 @@ def test_a_retry_writes_the_state_as_it_was_at_the_call(tmp_path):
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_retries_are_limited(tmp_path, asynchronous):
     root = Shaky(tmp_path, lambda call: True)
-    m = sk.Manager(root, on_error=1, asynchronous=asynchronous)
+    m = sk.Manager(root, retries=1, asynchronous=asynchronous)
     with pytest.raises(OSError, match="Input/output error"):
         m.save(1, state(1)).result(60)
     assert root.calls == 2 and m.steps() == []
@@ -604,9 +605,9 @@ def test_a_save_has_one_session_and_its_errors_name_the_step(tmp_path):
     class Recorded(KeyValueRanks):
         """Ranks that note what they meet for."""
 
-        def session(self, work, path):
+        def session(self, work, path, **how):
             met.append((self.rank, work))
-            return super().session(work, path)
+            return super().session(work, path, **how)
 
     def one(ranks):
         ranks.__class__ = Recorded
@@ -701,11 +702,13 @@ def test_after_going_back_the_step_just_saved_stays(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"when_busy": "drop"}, "when_busy must be one of wait, skip, not 'drop'"),
-        ({"on_error": "ignore"}, "on_error must be one of raise, warn, not 'ignore'"),
-        ({"on_error": -1}, "on_error must be one of raise, warn, not -1"),
-        ({"every": 0}, "every=0 steps can't be: 1 or more"),
-        ({"name": "step"}, "must have {step} in it"),
+        ({"when_busy": "drop"}, "when_busy must be one of 'wait', 'skip', not 'drop'"),
+        ({"on_error": "ignore"}, "on_error must be one of 'raise', 'warn', not 'ignore'"),
+        ({"on_error": 3}, "on_error must be one of 'raise', 'warn', not 3"),
+        ({"retries": -1}, "retries must be at least 0, not -1"),
+        ({"files": 0}, "files must be at least 1, not 0"),
+        ({"every": 0}, "every must be at least 1, not 0"),
+        ({"name": "step"}, "name must contain {step} exactly once"),
     ],
 )
 def test_arguments_that_are_refused(tmp_path, wrong, why):
@@ -843,7 +846,9 @@ def test_ranks_without_a_store_say_that_they_can_not_agree(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with sk.Manager(tmp_path, ranks=Storeless(), every=2) as m:
         for call in (m.request_save, m.save_on_signal):
-            with pytest.raises(sk.ShardkeepError, match="this job has no key-value store"):
+            with pytest.raises(
+                sk.ShardkeepError, match="the ranks of this job cannot agree on a step to save"
+            ):
                 call()
         assert [m.should_save(step) for step in (1, 2)] == [False, True] and not m.preempted
         m.save(2, state(2))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardkeep as sk
-from shardkeep.run.policies import doomed
+from shardkeep.run.policies import steps_to_delete
 from shardkeep.types import Step
 
 METRICS = st.dictionaries(st.sampled_from(["loss", "acc"]), st.floats(-9, 9), max_size=2)
@@ -70,8 +70,8 @@ def test_either_of_several(steps, a, b, c):
 
 
 @given(STEPS, SIMPLE, st.sets(st.integers(0, 60), max_size=3))
-def test_what_is_kept_or_protected_is_not_doomed(steps, policy, protected):
-    gone = doomed(steps, policy, protected)
+def test_what_is_kept_or_protected_is_not_steps_to_delete(steps, policy, protected):
+    gone = steps_to_delete(steps, policy, protected)
     assert set(gone) == {step.number for step in steps} - set(policy.keep(steps)) - protected
     assert gone == sorted(gone)
 
@@ -79,7 +79,7 @@ def test_what_is_kept_or_protected_is_not_doomed(steps, policy, protected):
 @pytest.mark.parametrize("make", [sk.KeepLast, sk.KeepEvery, lambda n: sk.KeepBest("loss", n)])
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "3"])
 def test_numbers_that_are_refused(make, n):
-    with pytest.raises(ValueError, match=r"Keep\w+ keeps from 1 on, not"):
+    with pytest.raises(ValueError, match=r"n of Keep\w+ must be a whole number from 1 on, not"):
         make(n)
 
 

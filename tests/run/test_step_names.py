@@ -46,14 +46,14 @@ def test_zeros_in_front_are_asked_for_or_refused():
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("steps", "must have {step} in it, once"),
-        ("{step}{step}", "must have {step} in it, once"),
-        ("{run}_{step}", "must have {step} in it, once"),
-        ("{step!r}", "must have {step} in it, once"),
-        ("{step:x}", "a step can be {step} or, say, {step:08}"),
-        ("{step:+}", "a step can be {step} or, say, {step:08}"),
-        ("run/{step}", "is no name of a folder"),
-        ("../{step}", "is no name of a folder"),
+        ("steps", "name must contain {step} exactly once and no other field"),
+        ("{step}{step}", "name must contain {step} exactly once and no other field"),
+        ("{run}_{step}", "name must contain {step} exactly once and no other field"),
+        ("{step!r}", "name must contain {step} exactly once and no other field"),
+        ("{step:x}", "name must contain {step}, or {step:08} for a padded number"),
+        ("{step:+}", "name must contain {step}, or {step:08} for a padded number"),
+        ("run/{step}", "name must be the name of a single folder"),
+        ("../{step}", "name must be the name of a single folder"),
     ],
 )
 def test_templates_that_are_refused(template, why):
@@ -64,5 +64,7 @@ def test_templates_that_are_refused(template, why):
 
 @pytest.mark.parametrize("step", [-1, 10**18])
 def test_steps_that_are_refused(step):
-    with pytest.raises(ValueError, match=f"a step is a whole number from 0 on, not {step}"):
+    with pytest.raises(
+        ValueError, match=f"step must be 0 or more, with at most 18 digits, not {step}"
+    ):
         StepNames().name(step)

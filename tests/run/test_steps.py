@@ -103,7 +103,7 @@ def test_what_is_missing_of_a_step_is_told(tmp_path):
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
     assert steps.why_not_whole(1) == (
-        f"{data.name} has {len(whole) - 1} bytes, and not the {len(whole)} that belong there"
+        f"{data.name} has {len(whole) - 1} bytes, but the checkpoint needs {len(whole)} bytes of it"
     )
     data.unlink()
     assert steps.why_not_whole(1) == f"{data.name}: No such file or directory"

@@ -1,6 +1,6 @@
-"""The checkpoints of a run: saved step by step, restored from the newest whole one, kept few.
+"""The manager of a run: saves its steps, restores the newest readable one, deletes old ones.
 
-What looks at steps needs no torch; saving and restoring import it when they are called.
+Looking at a run needs no torch. Saving and restoring import it when they are called.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ import importlib
 import signal
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsFloat
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsFloat, get_args
+
+from typing_extensions import Unpack
 
 from shardkeep.checkpoint.metrics import finite
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks
-from shardkeep.engine.save_queue import Handle, simulated
+from shardkeep.coordination.events import EventSender, guarded
+from shardkeep.engine.options import AsyncSaveOptions, SaveConfig
+from shardkeep.engine.save_queue import simulated
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.run import StepNames, Steps
 from shardkeep.run.agreement import Outcome, SaveProposal, agree_on_save
@@ -26,8 +30,8 @@ from shardkeep.run.entered import EnteredRanks
 from shardkeep.run.policies import KeepPolicy, Mode
 from shardkeep.run.pruner import Pruner
 from shardkeep.run.signals import Signals
+from shardkeep.run.step_handle import StepHandle
 from shardkeep.stores.contract import Store
-from shardkeep.types import Progress
 from shardkeep.util.without_torch import needs_torch
 
 if TYPE_CHECKING:
@@ -36,57 +40,58 @@ if TYPE_CHECKING:
 
 __all__ = ["Manager", "StepHandle"]
 
-
-class StepHandle(Handle["SaveReport | None"]):
-    """A save of a manager. Its `result` is None if it was left out.
-
-    Attributes:
-        step: what is saved.
-        skipped: whether it was left out, as the save before was still under way.
-    """
-
-    def __init__(self, step: int, future: Future[SaveReport | None], skipped: bool = False) -> None:
-        super().__init__(future)
-        self.step, self.skipped = step, skipped
-        self.told = False
-        """Whether its failure, if it has one, has been raised or warned of."""
-
-    def result(self, timeout: float | None = None) -> SaveReport | None:
-        try:
-            return super().result(timeout)
-        finally:
-            self.told = self.done()
-
-    def failure(self) -> BaseException | None:
-        """Waits until it has ended; what nobody has been told of yet."""
-        error = self._future.exception()
-        return None if self.told else error
+WhenBusy = Literal["wait", "skip"]
+OnError = Literal["raise", "warn"]
 
 
 class Manager:
-    """Saves, restores and keeps the steps of a run, each in a folder of its own.
+    """Saves and restores the steps of a run, each in a folder of its own, and deletes old steps.
 
-    Every rank makes one and calls `should_save`, `save` and `restore` for the same steps in the
-    same order. What only looks (`latest`, `steps`, `best`, `metrics`, `path`) any process may call
-    alone, and so it may `prune`; also without torch.
+    Every rank creates a manager and calls `should_save`, `save` and `restore` for the same steps in
+    the same order. A single process may call `latest`, `steps`, `best`, `metrics`, `path`, `store`
+    and `prune` on its own; these need no torch.
 
     Args:
-        root: the folder of the run (made if needed), or a store.
-        keep: which steps stay, such as `KeepLast(3) | KeepEvery(10_000)`; None keeps all. The rest
-            is deleted in the background once a newer step is durable.
-        every: `should_save` is true at the multiples of this.
-        name: the folders' names, with `{step}` or, say, `{step:08}` in it.
-        asynchronous: `save` returns when the state is copied; otherwise when it is durable.
-        when_busy: what a save does while the one before is still under way: "wait" for it, or
-            "skip" this one. The ranks agree on it.
-        on_error: what a save that failed does to the next call: "raise", or "warn". A number
-            raises, too, but before that a rank writes its copy of the state so many times anew, if
-            storage fails (`OSError`); the other ranks wait for it.
-        max_host_memory, low_priority, progress: as of `async_save`.
-        ranks: global ranks that take part (default: all of the default group, or this process).
+        root: the folder of the run, which is created if needed, or a store.
+        keep: the policy that says which steps to keep, such as `KeepLast(3) | KeepEvery(10_000)`.
+            The other steps are deleted in the background once a newer step is durable. None keeps
+            all steps.
+        every: `should_save` returns True at the multiples of this number.
+        name: the names of the step folders. They contain `{step}`, or `{step:08}` to pad the number
+            with zeros.
+        asynchronous: True lets `save` return when the state is copied; False when it is durable.
+        when_busy: what `save` does while the previous save is still under way on some rank: "wait"
+            for it, or "skip" this save. All ranks do the same.
+        on_error: what the next call does after a save has failed: "raise" the error, or "warn" of
+            it and go on.
+        ranks: the global ranks that take part. The default is all ranks of the default process
+            group, or this process alone if there is none.
+        options: the options that every save uses. They are those of `async_save`:
+
+            - `flatten`: True stores nested containers leaf by leaf; False stores each top-level
+              value as one object. Default True.
+            - `files`: the number of data files that each rank writes at most.
+            - `balance_replicas`: distribute replicated tensors over the ranks that hold them.
+              Default True.
+            - `require_identical_objects`: refuse objects that differ between ranks. Default True.
+            - `max_host_memory`: bytes of host memory that a save may use.
+            - `retries`: how often a rank writes its copy of the state again if storage fails with
+              an `OSError`; the other ranks wait for it. Default 0.
+            - `low_priority`: write with the lowest scheduling priority. Default False.
+            - `progress`: a callback for progress, or True for a progress bar.
+            - `on_event`: a hook that receives the events of saves, restores and deletions.
 
     Raises:
-        ValueError: an argument is none of those above.
+        ValueError: an argument has a value that is not listed above.
+        TypeError: an argument has the wrong type, or is unknown.
+
+    Example:
+        >>> with shardkeep.Manager("run", keep=shardkeep.KeepLast(3), every=100) as run:
+        ...     first = run.restore(state, default=-1) + 1
+        ...     for step in range(first, 10_000):
+        ...         train(step)
+        ...         if run.should_save(step):
+        ...             run.save(step, state, metrics={"loss": loss})
     """
 
     def __init__(
@@ -97,88 +102,115 @@ class Manager:
         every: int | None = None,
         name: str = "step_{step}",
         asynchronous: bool = True,
-        when_busy: Literal["wait", "skip"] = "wait",
-        on_error: Literal["raise", "warn"] | int = "raise",
-        max_host_memory: int | None = None,
-        low_priority: bool = False,
-        progress: Progress | bool | None = None,
+        when_busy: WhenBusy = "wait",
+        on_error: OnError = "raise",
         ranks: Sequence[int] | Ranks | None = None,
+        **options: Unpack[AsyncSaveOptions],
     ) -> None:
-        _one_of("when_busy", when_busy, ("wait", "skip"))
-        retries = on_error if type(on_error) is int and on_error >= 0 else 0
-        if on_error != retries:
-            _one_of("on_error", on_error, ("raise", "warn"))
+        _check_choice("when_busy", when_busy, get_args(WhenBusy))
+        _check_choice("on_error", on_error, get_args(OnError))
         if every is not None and every < 1:
-            raise ValueError(f"every={every} steps can't be: 1 or more")
+            raise ValueError(f"every must be at least 1, not {every}")
+        config = SaveConfig.of("Manager", AsyncSaveOptions, options)
+        # Guarded once: an exception of the hook is logged once for all saves.
+        self._config = replace(config, on_event=guarded(config.on_event))
         self._steps = Steps(root, StepNames(name))
         self._job = detect_ranks(ranks)
-        self._every, self._asynchronous = every, asynchronous
-        self._when_busy, self._raises = when_busy, on_error != "warn"
-        self._rank = simulated(ranks)
-        self._how: dict[str, Any] = {
-            "max_host_memory": max_host_memory,
-            "low_priority": low_priority,
-            "progress": progress,
-            "retries": retries,
-        }
-        self._keeper = Pruner(self._steps, keep)
-        self._flight: StepHandle | None = None
-        self._passed_over: dict[int, str] = {}
+        self._keep, self._every, self._asynchronous = keep, every, asynchronous
+        self._when_busy, self._raises = when_busy, on_error == "raise"
+        self._queue_key = simulated(ranks)
+        self._pruner = Pruner(self._steps, keep, self._events())
+        self._last_save: StepHandle | None = None
+        self._unreadable: dict[int, str] = {}
+        """Steps that a restore could not read, and why."""
         self._stop_agreement = self._job.stop_agreement(self._url)
         self._stops = False
         self._signals = Signals(self.request_save)
         self._restored: Restored | None = None
 
-    # --- looking ---------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        every = "" if self._every is None else f", every {self._every} steps"
+        keep = "all steps" if self._keep is None else repr(self._keep)
+        rank = f"rank {self._job.rank} of {self._job.size}"
+        return f"<Manager: {self._url}, {rank}{every}, keeps {keep}>"
 
     @property
     def _url(self) -> str:
         return self._steps.root.url
 
+    def _events(self, step: int | None = None) -> EventSender:
+        """Return the sender of events of the run, or of one of its steps."""
+        return EventSender(self._config.on_event, path=self._url, rank=self._job.rank, step=step)
+
+    # --- looking ---------------------------------------------------------------------------------
+
     def steps(self) -> list[int]:
-        """The committed steps, ascending: always looked up."""
+        """Return the committed steps in ascending order. The storage is read at every call.
+
+        Example:
+            >>> run.steps()
+            [100, 200, 300]
+        """
         return self._steps.numbers()
 
     def latest(self) -> int | None:
-        """The newest committed step; None if there is none. Reading tells whether it is whole."""
+        """Return the newest committed step, or None if there is none.
+
+        Whether its data is intact is checked when it is loaded or verified.
+        """
         return self._steps.latest()
 
     def best(self, metric: str, mode: Mode = "min") -> int | None:
-        """The step with the best value of a metric, of equal ones the later; None without any.
+        """Return the step with the best value of a metric, or None if no step has the metric.
 
         Args:
-            mode: "min" if less is better, or "max".
+            metric: the name of the metric, as it was passed to `save`.
+            mode: "min" if lower values are better, "max" if higher values are. Of several steps
+                with the same value, the newest is the best.
+
+        Raises:
+            ValueError: `mode` is neither "min" nor "max".
+
+        Example:
+            >>> shardkeep.load(state, run.path(run.best("loss")))
         """
         return self._steps.best(metric, mode)
 
     def metrics(self, step: int) -> Mapping[str, float]:
-        """What was saved as the metrics of a step; empty if nothing was."""
+        """Return the metrics that were saved with a step; empty if there are none."""
         return self._steps.metrics(step)
 
     def path(self, step: int) -> str:
-        """Where a step is, or would be: for `open`, `load` and the command."""
+        """Return the path of a step, whether it exists or not: for `open`, `load` and the command.
+
+        Example:
+            >>> checkpoint = shardkeep.open(run.path(100))
+        """
         return self._steps.store(step).url
 
     def store(self, step: int) -> Store:
-        """The same as a store, which `open` and `load` take, too."""
+        """Return the folder of a step as a store, which `open` and `load` also accept."""
         return self._steps.store(step)
 
     @property
     def restored(self) -> Restored | None:
-        """What the last `restore` did."""
+        """What the last `restore` did: the step, the load report, the steps it could not read."""
         return self._restored
 
     # --- saving ----------------------------------------------------------------------------------
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._steps.root.url}>"
-
     def should_save(self, step: int) -> bool:
-        """Whether this step is to be saved: as `every` says, or as a rank has asked for it.
+        """Return whether to save this step: a multiple of `every`, or requested by a rank.
 
-        Every rank asks at each step, when it is done with it. Raises as `save`.
+        Every rank calls this once after each step.
+
+        Args:
+            step: the step that has just been trained.
+
+        Raises:
+            RankFailed: another rank requested a save, and a rank does not answer.
         """
-        return self._arrive(step) or (self._every is not None and step % self._every == 0)
+        return self._agree_to_stop(step) or (self._every is not None and step % self._every == 0)
 
     def save(
         self,
@@ -188,66 +220,158 @@ class Manager:
         *,
         overwrite: bool = False,
     ) -> StepHandle:
-        """Save a state as a step.
+        """Save a state as a step. Every rank calls this with its own state.
 
         Args:
-            step: its number, 0 or more.
-            state: as of `shardkeep.save`.
-            metrics: finite numbers by name, which become part of the commit. The coordinator's
-                are saved; one that is not finite is left out, with a warning.
-            overwrite: replace the step if it is there already. One that `restore` has found
-                unreadable is replaced in any case.
+            step: the number of the step, 0 or more.
+            state: nested mappings and lists of tensors and values. Objects with `state_dict` and
+                `load_state_dict`, such as modules and optimizers, are saved by their state.
+            metrics: numbers by name, which are committed with the step and which `best` and
+                `KeepBest` compare. Those of the coordinator (rank 0) are saved. A number that is
+                not finite is left out with a warning.
+            overwrite: replace the step if it exists. A step that `restore` found unreadable is
+                always replaced.
 
         Returns:
-            A handle, whose `result` waits until the step is durable.
+            A handle. Its `result` waits until the step is durable.
 
         Raises:
-            AlreadyExists: the step is committed, and `overwrite` is False.
-            Conflict: as of `shardkeep.save`, or ranks save different steps.
-            ShardkeepError, OSError: the save before has failed, and `result` has not told yet: then
-                this one is not begun. Or this one failed before the state was copied. Not with
-                `on_error="warn"`: then the handle's `result` raises it.
+            AlreadyExists: the step exists, and `overwrite` is False.
+            Conflict: the state contradicts itself, or the ranks save different steps.
+            ShardkeepError, OSError: the previous save failed, and `StepHandle.result` has not been
+                called for it: then this save is not begun. Or this save failed before the state was
+                copied. With `on_error="warn"`, only the handle raises the error.
+            ModuleNotFoundError: torch is not installed.
+
+        Example:
+            >>> handle = run.save(100, {"model": model, "optim": optimizer}, {"loss": 0.25})
+            >>> handle.result().nbytes
+            1473052672
         """
         needs_torch("shardkeep.Manager.save")
-        stops = self._arrive(step)
-        if self._flight is not None and (stops or self._when_busy == "wait"):
-            self._flight.failure()
-        with EnteredRanks(self._job, "save", self._url) as job:
-            job.entered.phase("agree")
-            numbers = _checked(metrics) if job.rank == 0 else {}
-            decision = agree_on_save(job.entered, self._proposal(step))
+        stops = self._agree_to_stop(step)
+        if self._last_save is not None and (stops or self._when_busy == "wait"):
+            self._last_save.unreported_error()
+        with EnteredRanks(self._job, "save", self._url, events=self._events(step)) as ranks:
+            ranks.entered.phase("agree")
+            numbers = _finite_metrics(metrics) if ranks.rank == 0 else {}
+            decision = agree_on_save(ranks.entered, self._proposal(step))
             if not decision.skip and not decision.stop:
-                self._warn_of_failure()
-                self._keeper.begin(step)
-                self._flight = self._begun(step, state, numbers, overwrite, job)
-                return self._flight
-            job.entered.conclude()
+                if self._last_save is not None:
+                    self._report_failure(self._last_save)
+                self._last_save = self._start_save(step, state, numbers, overwrite, ranks)
+                return self._last_save
+            ranks.entered.conclude()
         if decision.skip:
-            return StepHandle(step, _done(None), skipped=True)
+            return StepHandle.skipping(step)
         self._raise_failure(decision.previous)
 
-    def request_save(self) -> None:
-        """Ask for a save at the next step that all ranks can agree on: `should_save` is true there.
+    def _proposal(self, step: int) -> SaveProposal:
+        """Return what this rank knows before it saves a step."""
+        last, error = self._last_save, None
+        busy = last is not None and not last.done()
+        if last is not None and not busy:
+            error = last.unreported_error()
+        return SaveProposal(step, busy, self._raises, error)
 
-        Any rank may ask, at any time: it does no more than set a flag, so it is safe in a signal
-        handler.
+    def _start_save(
+        self,
+        step: int,
+        state: Mapping[Any, Any],
+        metrics: Mapping[str, float],
+        overwrite: bool,
+        ranks: EnteredRanks,
+    ) -> StepHandle:
+        from shardkeep.engine.async_save import begin
+
+        def ended(report: SaveReport | None) -> None:
+            self._pruner.end()
+            if report is not None:
+                self._unreadable.pop(step, None)
+                if self._job.rank == 0:
+                    self._pruner.prune_later(step, frozenset(self._unreadable))
+
+        replaces = overwrite or step in self._unreadable
+        config = replace(self._config, overwrite=replaces, metrics=metrics, step=step)
+        store, key, behind = self._steps.store(step), self._queue_key, self._asynchronous
+        self._pruner.begin(step)
+        try:
+            future = begin([state], store, ranks, config, key, ended, behind=behind)
+        except Exception as error:
+            if self._raises:
+                raise
+            ranks.fail(error)
+            handle = StepHandle.failing(step, error)
+            self._report_failure(handle)
+            return handle
+        return StepHandle(step, future)
+
+    def _report_failure(self, save: StepHandle) -> None:
+        """Raise the error of a save that has ended, or warn of it, unless the caller knows of it.
 
         Raises:
-            ShardkeepError: the ranks have no way to agree, as the job has no key-value store.
+            The error of the save, if `on_error` is "raise".
+        """
+        error = save.unreported_error()
+        if error is None:
+            return
+        save.mark_reported()
+        if self._raises:
+            raise error
+        message = f"step {save.step} was not saved: {type(error).__name__}: {error}"
+        warnings.warn(f"{self._url}: {message}", stacklevel=3)
+
+    def _raise_failure(self, previous: Outcome) -> NoReturn:
+        """Raise why the previous save failed on this rank, or else on the rank that failed first.
+
+        All ranks raise at the same call, whether or not they know of a failure of their own.
+        """
+        save = self._last_save
+        assert save is not None  # it has failed
+        error = save.unreported_error()
+        save.mark_reported()
+        raise error or previous.rank_failed("save", self.path(save.step))
+
+    # --- stopping --------------------------------------------------------------------------------
+
+    def request_save(self) -> None:
+        """Request a save at the next step that all ranks can agree on.
+
+        `should_save` then returns True at that step, on all ranks. Any rank may call this at any
+        time. It only sets a flag, so it is safe in a signal handler.
+
+        Raises:
+            ShardkeepError: the job has no key-value store through which the ranks could agree.
         """
         if self._stop_agreement is None:
-            raise ShardkeepError("this job has no key-value store: its ranks can't agree on a step")
+            raise ShardkeepError(
+                "the ranks of this job cannot agree on a step to save: its process group has no "
+                "key-value store"
+            )
         self._stop_agreement.request()
 
     def save_on_signal(self, *numbers: int) -> None:
-        """Ask for a save when a signal arrives, SIGTERM by default; on one rank or on all.
+        """Request a save when a signal arrives on any rank.
 
-        What handled it before is called, too, and handles it again after `close`. Its default
-        action, such as to end the process, is off: leave the loop when `preempted` says so.
+        The previous handler of the signal is called as well, and is put back by `close`. If the
+        signal had no handler, its default action, such as to end the process, does not happen:
+        leave the training loop when `preempted` is True.
+
+        Args:
+            numbers: the signals; SIGTERM by default.
 
         Raises:
             ValueError: this is not the main thread.
-            ShardkeepError: as of `request_save`.
+            ShardkeepError: the job has no key-value store through which the ranks could agree.
+
+        Example:
+            >>> run.save_on_signal(signal.SIGTERM, signal.SIGUSR1)
+            >>> for step in range(first, last):
+            ...     train(step)
+            ...     if run.should_save(step):
+            ...         run.save(step, state)
+            ...     if run.preempted:
+            ...         break
         """
         if self._stop_agreement is None:
             self.request_save()
@@ -256,23 +380,39 @@ class Manager:
 
     @property
     def preempted(self) -> bool:
-        """Whether the last step is the one that the ranks agreed on: save it, and stop."""
+        """Whether the ranks agreed to stop after the last step: save it, then leave the loop."""
         return self._stops
 
-    def wait(self) -> None:
-        """Wait until the last save is durable, and what it made superfluous is deleted.
+    def _agree_to_stop(self, step: int) -> bool:
+        if self._stop_agreement is not None:
+            self._stops = self._stop_agreement.stops_at(step)
+        return self._stops
 
-        Raises: why the save failed, as `save` would.
+    # --- ending ----------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Wait until the last save is durable and the steps that it made superfluous are deleted.
+
+        Raises:
+            ShardkeepError, OSError: the save failed, and the caller does not know of it yet. With
+                `on_error="warn"`, this is a warning.
         """
         try:
-            if self._flight is not None:
-                self._flight.failure()
-                self._tell_own(self._flight)
+            if self._last_save is not None:
+                self._last_save.unreported_error()
+                self._report_failure(self._last_save)
         finally:
-            self._keeper.finish()
+            self._pruner.finish()
 
     def close(self) -> None:
-        """`wait`, put signal handlers back, and leave: no step can be agreed on any more."""
+        """Wait for the last save, put signal handlers back, and leave the other ranks.
+
+        A `with` block calls this. If the block ends with an exception, a failed save is only a
+        warning.
+
+        Raises:
+            ShardkeepError, OSError: the last save failed, and the caller does not know of it yet.
+        """
         try:
             self.wait()
         finally:
@@ -290,76 +430,8 @@ class Manager:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._raises = False  # Not in place of what goes wrong already.
+            self._raises = False  # The error of a save must not hide the one of the block.
         self.close()
-
-    def _arrive(self, step: int) -> bool:
-        if self._stop_agreement is not None:
-            self._stops = self._stop_agreement.stops_at(step)
-        return self._stops
-
-    def _begun(
-        self,
-        step: int,
-        state: Mapping[Any, Any],
-        metrics: Mapping[str, float],
-        overwrite: bool,
-        job: EnteredRanks,
-    ) -> StepHandle:
-        from shardkeep.engine.async_save import begin
-        from shardkeep.engine.options import SaveConfig
-
-        def ended(report: SaveReport | None) -> None:
-            self._keeper.end()
-            if report is not None:
-                self._passed_over.pop(step, None)
-                if self._job.rank == 0:
-                    self._keeper.later(step, frozenset(self._passed_over))
-
-        replaces = overwrite or step in self._passed_over
-        options = SaveConfig(overwrite=replaces, metrics=metrics, **self._how)
-        store, behind = self._steps.store(step), self._asynchronous
-        try:
-            future = begin([state], store, job, options, self._rank, ended, behind=behind)
-        except Exception as error:
-            if self._raises:
-                raise
-            job.fail(error)
-            handle = StepHandle(step, _failed(error))
-            self._tell_own(handle)
-            return handle
-        return StepHandle(step, future)
-
-    def _proposal(self, step: int) -> SaveProposal:
-        """What this rank knows before it saves `step`."""
-        flight, error = self._flight, None
-        busy = flight is not None and not flight.done()
-        if flight is not None and not busy:
-            error = flight.failure()
-        return SaveProposal(step, busy, self._raises, error)
-
-    def _raise_failure(self, previous: Outcome) -> NoReturn:
-        """Raise why the previous save failed: on this rank, or on the one where it ended worst."""
-        flight = self._flight
-        assert flight is not None  # it failed
-        error, flight.told = flight.failure(), True
-        raise error or previous.rank_failed("save", self.path(flight.step))
-
-    def _tell_own(self, flight: StepHandle) -> None:
-        """Raise, or warn, of how a save that is over ended on this rank, unless that was done."""
-        error = flight.failure()
-        if error is None:
-            return
-        flight.told = True
-        if self._raises:
-            raise error
-        what = f"step {flight.step} was not saved: {type(error).__name__}: {error}"
-        warnings.warn(f"{self._url}: {what}", stacklevel=3)
-
-    def _warn_of_failure(self) -> None:
-        """Warn of the failure of the previous save on this rank, unless the caller knows of it."""
-        if self._flight is not None:
-            self._tell_own(self._flight)
 
     # --- restoring -------------------------------------------------------------------------------
 
@@ -369,93 +441,94 @@ class Manager:
         *,
         step: int | None = None,
         default: int | None = None,
-        **how: Any,
+        **options: Any,
     ) -> int:
-        """Fill a state from the newest step that is whole; every rank calls this.
+        """Fill a state from the newest readable step. Every rank calls this.
 
-        If a step can't be read, or does not match its checksums, the one before is tried, with a
-        warning; `restored` tells of it. What is wrong with the template is raised at once.
+        If a step cannot be read, or does not match its checksums, the one before it is tried, with
+        a warning; `restored` lists the steps that were passed over. An error in the template is
+        raised at once.
 
-        A step that turns out to be damaged may have filled a part of the state by then. The one
-        that is restored fills all of that anew. Where it does not, as names are missing that
-        `strict` lets be missing, or `per_rank` leaves values alone, it is refused: no state is of
-        two steps. After any error the state may hold parts of a step: don't go on with it.
+        A damaged step may have filled a part of the state before the damage was found. The step
+        that is restored instead must fill all of that again. If it does not, because `strict`
+        allows names to be missing or `per_rank` skips values, it is refused: no state ever mixes
+        two steps. After any error the state may hold parts of a step, so do not continue with it.
 
         Args:
-            state: the template, as of `load`.
-            step: this one and no other.
-            default: what to return if nothing is committed.
-            how: other arguments of `load`, such as `strict` and `dtype`.
+            state: the template. Tensors are filled in place, and other values are replaced.
+            step: restore this step and no other.
+            default: returned if no step is committed.
+            options: further keyword arguments of `load`, such as `strict`, `dtype` and `trust`.
 
         Returns:
-            The step.
+            The step that was restored.
 
         Raises:
-            NotACheckpoint: nothing is committed, and there is no `default`.
-            Damaged: no step is whole.
-            Mismatch: as of `load`; or the step lacks what one that failed may have filled: restore
-                it by its number, into a state that no step has been loaded into.
-            Untrusted, RankFailed: as of `load`.
+            NotACheckpoint: no step is committed, and there is no `default`.
+            Damaged: no step can be read.
+            Mismatch: the template does not match the step, or the step lacks names that an
+                unreadable step may have filled: restore it by its number, into a new state.
+            Untrusted: an object holds a class that was not trusted.
+            RankFailed: another rank failed.
+            ModuleNotFoundError: torch is not installed.
+
+        Example:
+            >>> first = run.restore({"model": model, "optim": optimizer}, default=-1) + 1
         """
         needs_torch("shardkeep.Manager.restore")
         from shardkeep.run.restore import restore
 
-        _get_ready()
-        if self._flight is not None:
-            self._flight.failure()
-        self._keeper.finish()
-        found = restore(self._steps, self._job, state, step, how)
+        _import_saving()
+        if self._last_save is not None:
+            self._last_save.unreported_error()
+        self._pruner.finish()
+        found = restore(self._steps, self._job, state, step, options, self._config.on_event)
         if found is None:
             if default is not None:
                 return default
             raise NotACheckpoint(f"{self._url}: no step is committed there")
         self._restored = found
-        self._passed_over |= found.passed_over
-        for over, text in found.passed_over.items():
-            what = f"step {over} can't be read, so step {found.step} is restored: {text}"
-            warnings.warn(f"{self._url}: {what}", stacklevel=2)
+        self._unreadable |= found.passed_over
+        for number, reason in found.passed_over.items():
+            message = f"step {number} cannot be read, so step {found.step} is restored: {reason}"
+            warnings.warn(f"{self._url}: {message}", stacklevel=2)
         return found.step
 
     def prune(self) -> tuple[int, ...]:
-        """Delete now what `keep` does not keep: never the newest step that is whole.
+        """Delete the steps that the `keep` policy does not include, and return their numbers.
 
-        `save` does this by itself. Only the coordinator deletes; the steps that it deleted, there.
-        One that can't be read stays, with a warning.
+        `save` does this in the background. The newest readable step is never deleted, and a step
+        that cannot be read stays, with a warning. Only the coordinator (rank 0) deletes steps; the
+        other ranks return an empty tuple.
 
         Raises:
-            OSError: a step could not be deleted; the others that should be are gone.
+            OSError: a step could not be deleted. All others that had to be deleted are gone.
+
+        Example:
+            >>> shardkeep.Manager("run", keep=shardkeep.KeepLast(2)).prune()
+            (100, 200)
         """
-        self._keeper.finish()
-        return self._keeper.prune(frozenset(self._passed_over)) if self._job.rank == 0 else ()
+        self._pruner.finish()
+        return self._pruner.prune(frozenset(self._unreadable)) if self._job.rank == 0 else ()
 
 
-def _get_ready() -> None:
-    """Import what a save needs, which takes a second, before the loop and not in its first save."""
-    with suppress(ImportError):  # Without torch a run can only be looked at.
+def _import_saving() -> None:
+    """Import what a save needs before the training loop, and not in the first save: it takes a
+    second.
+    """
+    with suppress(ImportError):  # Without torch, a run can only be looked at.
         importlib.import_module("shardkeep.engine.async_save")
 
 
-def _checked(metrics: Mapping[str, SupportsFloat] | None) -> Mapping[str, float]:
-    """What is saved of metrics, with a warning of what is left out."""
-    numbers, left = finite(metrics or {})
-    if left:
-        names = ", ".join(map(repr, left))
+def _finite_metrics(metrics: Mapping[str, SupportsFloat] | None) -> Mapping[str, float]:
+    """Return the metrics that are saved, and warn of those that are left out."""
+    numbers, omitted = finite(metrics or {})
+    if omitted:
+        names = ", ".join(map(repr, omitted))
         warnings.warn(f"metrics that are not finite are left out: {names}", stacklevel=3)
     return numbers
 
 
-def _done(report: SaveReport | None) -> Future[SaveReport | None]:
-    future: Future[SaveReport | None] = Future()
-    future.set_result(report)
-    return future
-
-
-def _failed(error: Exception) -> Future[SaveReport | None]:
-    future: Future[SaveReport | None] = Future()
-    future.set_exception(error)
-    return future
-
-
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")

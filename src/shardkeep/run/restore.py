@@ -1,12 +1,20 @@
-"""The life of a restore: the newest step of a run that is whole, or the one before it."""
+"""Restoring a run: from the newest step that can be read, or from the step before it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardkeep.coordination.contract import Ranks, Session
+from shardkeep.coordination.events import (
+    EventHook,
+    EventSender,
+    StepPassedOver,
+    StepRestored,
+    WorkFailed,
+)
 from shardkeep.engine.load import LoadReport, load
 from shardkeep.errors import Damaged, FormatError, Mismatch, NotACheckpoint, RankFailed
 from shardkeep.format.messages import columns
@@ -17,121 +25,171 @@ from shardkeep.run.partial_fills import PartialFills
 __all__ = ["Restored", "restore"]
 
 _UNREADABLE = (Damaged, FormatError, NotACheckpoint, OSError)
-"""What an older step may help against."""
+"""Errors for which an older step is tried."""
 
-_SHOWN = 20
-"""Names in a message at most."""
+_MAX_NAMES_SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Restored:
-    """What a restore did.
+    """What `Manager.restore` did: the value of `Manager.restored`.
 
     Attributes:
-        step: where the state is from.
-        report: what loading it did.
-        passed_over: newer steps that could not be read, and why; the newest first.
+        step: the step that the state was filled from.
+        report: the report of its load.
+        passed_over: newer steps that could not be read -> why; the newest first.
+
+    Example:
+        >>> run.restore(state)
+        200
+        >>> run.restored
+        <Restored: step 200, passed over 300>
     """
 
     step: int
     report: LoadReport
     passed_over: Mapping[int, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        skipped = ", ".join(map(str, self.passed_over))
+        return f"<Restored: step {self.step}" + (f", passed over {skipped}>" if skipped else ">")
+
 
 def restore(
     steps: Steps,
-    job: Ranks,
+    ranks: Ranks,
     state: MutableMapping[Any, Any],
     step: int | None,
-    how: Mapping[str, Any],
+    options: Mapping[str, Any],
+    hook: EventHook | None = None,
 ) -> Restored | None:
-    """Fill a state from the newest step that is whole, or from the one that is asked for.
+    """Fill a state from the newest readable step, or from one step; None if none is committed.
 
     Args:
-        steps: those of the run.
-        job: who takes part.
-        state, how: the template and other arguments, as of `load`.
-        step: this one and no other.
+        steps: the steps of the run.
+        ranks: the ranks that take part.
+        state: the template.
+        step: restore this step and no other.
+        options: keyword arguments of `load`.
+        hook: receives the events.
 
-    Returns:
-        None if nothing is committed.
-
-    Raises: as `Manager.restore`.
+    Raises: what `Manager.restore` raises.
     """
-    url = steps.root.url
-    with job.session("restore", url) as session:
-        numbers = [step] if step is not None else _newest_first(session, steps)
-        traces = PartialFills(session.rank, session.size) if step is None else None
+    url, began = steps.root.url, time.perf_counter()
+    events = EventSender(hook, path=url, rank=ranks.rank)
+    try:
+        with ranks.session("restore", url, events=events) as session:
+            attempts = _Attempts(session, steps, ranks, state, options, hook)
+            restored = attempts.only(step) if step is not None else attempts.newest_readable()
+    except Exception as error:
+        events(WorkFailed(work="restore", error=error, step=step))
+        raise
+    if restored is not None:
+        path, seconds = steps.store(restored.step).url, time.perf_counter() - began
+        passed_over = tuple(restored.passed_over)
+        events(
+            StepRestored(path=path, step=restored.step, passed_over=passed_over, seconds=seconds)
+        )
+    return restored
+
+
+class _Attempts:
+    """The attempts of one rank to restore steps, and their common session."""
+
+    def __init__(
+        self,
+        session: Session,
+        steps: Steps,
+        ranks: Ranks,
+        state: MutableMapping[Any, Any],
+        options: Mapping[str, Any],
+        hook: EventHook | None,
+    ) -> None:
+        self._session, self._steps, self._ranks = session, steps, ranks
+        self._state, self._options = state, options
+        self._hook = hook
+        self._partial_fills = PartialFills(session.rank, session.size)
+
+    def only(self, step: int) -> Restored:
+        """Restore this step and no other."""
+        error, report = self._load(step)
+        severity = Severity.SUCCESS if error is None else _severity(error)
+        outcome = worst_outcome(self._session, severity, error)
+        if report is None or outcome.severity is not Severity.SUCCESS:
+            raise error or outcome.rank_failed("load", self._steps.store(step).url)
+        self._session.conclude()
+        return Restored(step, report)
+
+    def newest_readable(self) -> Restored | None:
+        """Restore the newest step that all ranks can read; None if no step is committed."""
         passed_over: dict[int, str] = {}
-        for number in numbers:
-            found = _tried(session, steps, job, number, state, how, traces)
+        for step in self._newest_first():
+            found = self._attempt(step)
             if not isinstance(found, str):
-                return Restored(number, found, passed_over)
-            passed_over[number] = found
+                return Restored(step, found, passed_over)
+            passed_over[step] = found
         if passed_over:
-            why = "; ".join(f"step {number}: {text}" for number, text in passed_over.items())
-            raise Damaged(f"none of its steps can be read: {why}", file=url)
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in passed_over.items())
+            raise Damaged(f"none of its steps can be read: {reasons}", file=self._steps.root.url)
         return None
 
+    def _newest_first(self) -> Sequence[int]:
+        """Return the committed steps that the coordinator sees."""
+        message = None
+        if self._session.rank == 0:
+            message = columns.pack({"steps": self._steps.numbers()[::-1]}, {})
+        found, _ = columns.unpack(self._session.broadcast(message))
+        numbers: list[int] = found["steps"]
+        return numbers
 
-def _newest_first(session: Session, steps: Steps) -> Sequence[int]:
-    """The committed steps, as the coordinator sees them."""
-    word = None if session.rank else columns.pack({"steps": steps.numbers()[::-1]}, {})
-    found, _ = columns.unpack(session.broadcast(word))
-    numbers: list[int] = found["steps"]
-    return numbers
+    def _attempt(self, step: int) -> LoadReport | str:
+        """Load a step on all ranks, and return the report, or why some rank could not read it.
 
-
-def _tried(
-    session: Session,
-    steps: Steps,
-    job: Ranks,
-    step: int,
-    state: MutableMapping[Any, Any],
-    how: Mapping[str, Any],
-    traces: PartialFills | None,
-) -> LoadReport | str:
-    """Load a step; why it can't be read on some rank, unless there is no other to try.
-
-    Args:
-        traces: what the tries before may have left in the state, to which a failed one is added;
-            None if there is no other to try.
-    """
-    store = steps.store(step)
-    severity, error, report = Severity.SUCCESS, None, None
-    try:
-        report = load(state, store, ranks=job, **how)
-        if traces is not None:
-            _refuse_mixed(store.url, report, traces)
-    except Exception as caught:
-        severity, error = _severity_of(caught), caught
-    outcome = worst_outcome(session, severity, error)
-    if report is not None and outcome.severity is Severity.SUCCESS:
-        session.conclude()
-        return report
-    if outcome.severity is Severity.UNREADABLE and traces is not None:
-        traces.add(step, store, error)
+        Raises:
+            Mismatch: something in the state may come from a step that could not be read.
+        """
+        store = self._steps.store(step)
+        error, report = self._load(step)
+        if report is not None:
+            error = self._mixed(store.url, report)
+        severity = Severity.SUCCESS if error is None else _severity(error)
+        outcome = worst_outcome(self._session, severity, error)
+        if report is not None and outcome.severity is Severity.SUCCESS:
+            self._session.conclude()
+            return report
+        if outcome.severity is not Severity.UNREADABLE:
+            raise error or outcome.rank_failed("load", store.url)
+        self._partial_fills.add(step, store, error)
+        events = EventSender(self._hook, path=store.url, rank=self._session.rank, step=step)
+        events(StepPassedOver(reason=outcome.error))
         return outcome.error
-    raise error or outcome.rank_failed("load", store.url)
+
+    def _load(self, step: int) -> tuple[Exception | None, LoadReport | None]:
+        """Load a step, and return the error of this rank or the report."""
+        try:
+            store = self._steps.store(step)
+            return None, load(self._state, store, ranks=self._ranks, **self._options)
+        except Exception as error:
+            return error, None
+
+    def _mixed(self, path: str, report: LoadReport) -> Mismatch | None:
+        """Return an error if something in the state may come from a step that could not be read."""
+        remaining = self._partial_fills.remaining(report.missing, report.skipped)
+        if not remaining:
+            return None
+        names = ", ".join(map(repr, list(remaining)[:_MAX_NAMES_SHOWN]))
+        left = len(remaining) - _MAX_NAMES_SHOWN
+        more = f" and {left} more" if left > 0 else ""
+        tried = ", ".join(f"step {step}" for step in sorted({*remaining.values()}, reverse=True))
+        return Mismatch(
+            f"{path} does not have {names}{more}, which {tried} may have filled before it turned "
+            "out to be unreadable: the state would mix several steps. Create a new state, and "
+            "restore a step by its number",
+            report,
+        )
 
 
-def _severity_of(error: Exception) -> Severity:
+def _severity(error: Exception) -> Severity:
     if isinstance(error, RankFailed):
         return Severity.OTHER_RANK
     return Severity.UNREADABLE if isinstance(error, _UNREADABLE) else Severity.FATAL
-
-
-def _refuse_mixed(path: str, report: LoadReport, traces: PartialFills) -> None:
-    """Raise Mismatch if something in the state may be of a step that could not be read."""
-    left = traces.left(report.missing, report.skipped)
-    if not left:
-        return
-    names = ", ".join(map(repr, list(left)[:_SHOWN]))
-    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    tried = ", ".join(f"step {step}" for step in sorted({*left.values()}, reverse=True))
-    raise Mismatch(
-        f"{path} does not have {names}{more}, which {tried} may have filled before that turned out "
-        "to be unreadable: the state would be of more than one step; make it anew, and restore a "
-        "step by its number",
-        report,
-    )

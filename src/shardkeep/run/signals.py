@@ -1,4 +1,4 @@
-"""Signals that ask for a save, chained to whoever handled them before."""
+"""Signal handlers that request a save, and call the previous handler as well."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ __all__ = ["Signals"]
 
 
 class Signals:
-    """Calls `act` when one of some signals arrives, and then what handled it before.
+    """Signal handlers that call a function, and then the handler that was there before.
 
     Args:
-        act: called in the signal handler, wherever the main thread happens to be.
+        act: the function. It is called in the signal handler, at any point of the main thread.
     """
 
     def __init__(self, act: Callable[[], None]) -> None:
         self._act = act
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def install(self, number: int) -> None:
-        """Handle a signal from now on. Its default action, such as to end the process, is off.
+        """Handle a signal from now on. Its default action does not happen any more.
 
         Raises:
-            ValueError: this is not the main thread, which alone can do so in Python.
-            OSError: nobody can handle this signal.
+            ValueError: this is not the main thread, the only one that may install handlers.
+            OSError: the signal cannot be handled.
         """
-        if number not in self._before:
-            self._before[number] = signal.signal(number, self._handle)
+        if number not in self._previous:
+            self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Put back what was there before, where nobody else has taken our place since."""
-        for number, before in self._before.items():
-            # A handler that was not set from Python can't be put back; off the main thread, none.
-            if signal.getsignal(number) == self._handle and before is not None:
+        """Put the previous handlers back, unless somebody else has replaced ours since."""
+        for number, previous in self._previous.items():
+            # A handler that was not set from Python (None) cannot be put back. Outside of the main
+            # thread, no handler can.
+            if signal.getsignal(number) == self._handle and previous is not None:
                 with suppress(ValueError):
-                    signal.signal(number, before)
-        self._before = {}
+                    signal.signal(number, previous)
+        self._previous = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._act()
-        before = self._before.get(number)
-        if callable(before):
-            before(number, frame)
+        previous = self._previous.get(number)
+        if callable(previous):
+            previous(number, frame)

@@ -1,4 +1,4 @@
-"""Names of the folders of steps. They decide what is deleted, so they are read strictly."""
+"""Names of step folders. They decide what is deleted, so they are parsed strictly."""
 
 from __future__ import annotations
 
@@ -11,52 +11,59 @@ __all__ = ["StepNames"]
 
 _WIDTH = re.compile(r"(0[1-9][0-9]?)?d?", re.ASCII)
 _DIGITS = re.compile(r"[0-9]{1,18}", re.ASCII)
+_PLACEHOLDER = "\0"
 
 
-_MARK = "\0"
-
-
-class _Mark:
-    """Stands where a step's number goes."""
+class _Placeholder:
+    """Stands for the number of a step when the template is split at it."""
 
     def __format__(self, width: str) -> str:
-        return _MARK
+        return _PLACEHOLDER
 
 
 class StepNames:
-    """Step ⇄ name of its folder.
+    """Converts steps to the names of their folders and back.
 
     Args:
-        template: the name, with `{step}` in it, or `{step:08}` for zeros in front.
+        template: the name, with `{step}` in it, or `{step:08}` to pad the number with zeros.
 
     Raises:
-        ValueError: the template has no step in it, or could be no folder's name.
+        ValueError: the template does not contain exactly one `{step}`, or is not a folder name.
     """
 
     def __init__(self, template: str = "step_{step}") -> None:
-        parts = list(Formatter().parse(template))
-        fields = [(name, width, how) for _, name, width, how in parts if name is not None]
+        parsed = list(Formatter().parse(template))
+        fields = [(name, width, conv) for _, name, width, conv in parsed if name is not None]
         if len(fields) != 1 or fields[0][0] != "step" or fields[0][2] is not None:
-            raise ValueError(f"{template!r} must have {{step}} in it, once, and no other field")
+            raise ValueError(
+                f"name must contain {{step}} exactly once and no other field, not {template!r}"
+            )
         if not _WIDTH.fullmatch(fields[0][1] or ""):
-            raise ValueError(f"{template!r}: a step can be {{step}} or, say, {{step:08}}")
+            raise ValueError(
+                f"name must contain {{step}}, or {{step:08}} for a padded number, not {template!r}"
+            )
         self._template = template
-        self._before, _, self._after = template.format(step=_Mark()).partition(_MARK)
+        self._prefix, _, self._suffix = template.format(step=_Placeholder()).partition(_PLACEHOLDER)
         if "/" in template or checked(self.name(0)) != self.name(0):
-            raise ValueError(f"{template!r} is no name of a folder")
+            raise ValueError(f"name must be the name of a single folder, not {template!r}")
 
     def name(self, step: int) -> str:
-        """The folder of a step. ValueError if the step is negative or has more than 18 digits."""
+        """Return the folder name of a step.
+
+        Raises:
+            ValueError: the step is negative, or has more than 18 digits.
+        """
         if not 0 <= step < 10**18:
-            raise ValueError(f"a step is a whole number from 0 on, not {step}")
+            raise ValueError(f"step must be 0 or more, with at most 18 digits, not {step}")
         return self._template.format(step=step)
 
     def step(self, name: str) -> int | None:
-        """The step whose folder has exactly this name; None if it is not one of ours.
+        """Return the step whose folder has exactly this name, or None if there is no such step.
 
-        "step_7" is; "step_07", "step_7.bak", "step_-7", "step_７" and "Step_7" only resemble one.
+        "step_7" is the name of a step. "step_07", "step_7.bak", "step_-7", "step_７" and "Step_7"
+        only resemble one.
         """
-        digits = name[len(self._before) : len(name) - len(self._after)]
+        digits = name[len(self._prefix) : len(name) - len(self._suffix)]
         if not _DIGITS.fullmatch(digits):
             return None
         step = int(digits)

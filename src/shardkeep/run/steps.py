@@ -1,4 +1,4 @@
-"""What is committed below the root of a run. Always looked up, never noted down."""
+"""The committed steps of a run. They are always looked up in the storage, never remembered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.metrics import metrics_in
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.format.manifest.read import read_header
-from shardkeep.run.policies import Mode, best_first
+from shardkeep.run.policies import Mode, by_metric
 from shardkeep.run.step_names import StepNames
 from shardkeep.stores import store_at
 from shardkeep.stores.contract import Store
@@ -23,8 +23,8 @@ class Steps:
     """The committed steps of a run.
 
     Args:
-        root: the folder that the folders of the steps are in, or a store.
-        names: how those are called.
+        root: the folder that contains the step folders, or a store.
+        names: the names of the step folders.
     """
 
     def __init__(self, root: str | PathLike[str] | Store, names: StepNames | None = None) -> None:
@@ -33,41 +33,44 @@ class Steps:
         self._metrics: dict[tuple[int, str], Mapping[str, float]] = {}
 
     def folders(self, *, links: bool = True) -> dict[int, str]:
-        """Step -> its folder, of all that have exactly a step's name, ascending; committed or not.
+        """Return step -> folder name of all step folders, committed or not, in ascending order.
 
         Args:
-            links: those, too, that lie elsewhere and have a link here.
+            links: include folders that are links to other places.
         """
         found = folders_of(self.root, links=links)
         steps = {step: name for name in found if (step := self.names.step(name)) is not None}
         return dict(sorted(steps.items()))
 
     def numbers(self) -> list[int]:
-        """The committed steps, ascending. Whether their bytes are whole, reading them tells."""
+        """Return the committed steps in ascending order. Their data is not checked."""
         return [step for step in self.folders() if _committed(self.store(step))]
 
     def latest(self) -> int | None:
-        """The newest committed step; None if there is none."""
+        """Return the newest committed step, or None if there is none."""
         return max(self.numbers(), default=None)
 
     def all(self) -> list[Step]:
-        """The committed steps with their metrics, ascending."""
+        """Return the committed steps with their metrics, in ascending order."""
         return [Step(number, self.metrics(number)) for number in self.numbers()]
 
     def best(self, metric: str, mode: Mode = "min") -> int | None:
-        """The step with the best value of a metric, of equal ones the later; None without any.
+        """Return the step with the best value of a metric, or None if no step has the metric.
 
         Args:
-            mode: "min" if less is better, or "max".
+            metric: the name of the metric.
+            mode: "min" if lower values are better, "max" if higher values are. Of several steps
+                with the same value, the newest is the best.
         """
-        found = best_first(self.all(), metric, mode)
+        found = by_metric(self.all(), metric, mode)
         return found[0].number if found else None
 
     def metrics(self, step: int) -> Mapping[str, float]:
-        """What was saved with a step; nothing if that is broken, or stock torch saved it.
+        """Return the metrics of a step; empty if stock torch saved it or its manifest is broken.
 
         Raises:
-            OSError: it can't be read now: who deletes must not take it for a step without any.
+            OSError: they cannot be read now. Whoever deletes steps must not take this for a step
+                without metrics.
         """
         store = self.store(step)
         try:
@@ -88,11 +91,11 @@ class Steps:
         return self._metrics[key]
 
     def store(self, step: int) -> Store:
-        """The folder of a step, which may not exist."""
+        """Return the folder of a step, which may not exist."""
         return below(self.root, self.names.name(step))
 
     def why_not_whole(self, step: int) -> str | None:
-        """What is missing of a committed step, as far as sizes of files tell; None if nothing is.
+        """Return what is missing of a committed step by the sizes of its files, or None.
 
         Bytes that changed in place are not found by this: `verify` reads them all.
         """
@@ -103,11 +106,11 @@ def _committed(store: Store) -> bool:
     try:
         return commit.exists(store, commit.METADATA)
     except OSError:
-        return True  # Something is there that can't be looked at. Who restores it is told so.
+        return True  # It exists, but cannot be read: restoring it raises the reason.
 
 
 def why_not_whole(store: Store) -> str | None:
-    """As `Steps.why_not_whole`, of one checkpoint."""
+    """Return what is missing of a checkpoint by the sizes of its files, or None."""
     try:
         index = commit.find(store).index()
     except NotACheckpoint:
@@ -127,5 +130,5 @@ def why_not_whole(store: Store) -> str | None:
         except OSError as error:
             return f"{file}: {error.strerror or error}"
         if size < end:
-            return f"{file} has {size} bytes, and not the {end} that belong there"
+            return f"{file} has {size} bytes, but the checkpoint needs {end} bytes of it"
     return None
