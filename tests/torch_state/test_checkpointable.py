@@ -79,5 +79,5 @@ def test_what_does_not_fit_is_refused(tmp_path, offsets, places, sizes, why):
 
 
 def test_no_object_may_hold_one(tmp_path):
-    with pytest.raises(Conflict, match="each rank has only a part of"):
+    with pytest.raises(Conflict, match="of which each rank has only a part"):
         sk.save({"w": (rows(0, True),)}, tmp_path)
