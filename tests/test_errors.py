@@ -63,11 +63,7 @@ def test_types_of_fields_resolve():
 )
 def test_hostile_names_are_escaped_in_messages_and_kept_in_fields(error):
     assert str(error).isprintable()
-    assert (
-        HOSTILE in repr(vars(error).values())
-        or any(HOSTILE in str(value) for value in vars(error).values())
-        or HOSTILE in error.classes
-    )
+    assert any(HOSTILE in value for value in vars(error).values() if isinstance(value, str))
 
 
 def test_messages_say_what_where_and_what_to_do():
