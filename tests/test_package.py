@@ -23,6 +23,7 @@ NEED_TORCH = {
     "release_memory",
     "save",
 }
+ALIASES = {"EventHook"}  # names of types, not classes
 WITHOUT_TORCH = importlib.util.find_spec("torch") is None
 only_without_torch = pytest.mark.skipif(not WITHOUT_TORCH, reason="torch is installed")
 
@@ -43,7 +44,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(set(sk.__all__) - NEED_TORCH))
+@pytest.mark.parametrize("name", sorted(set(sk.__all__) - NEED_TORCH - ALIASES))
 def test_names_that_need_no_torch(name):
     assert getattr(sk, name).__module__.startswith("shardkeep.")
 
@@ -89,7 +90,7 @@ def test_save_stays_a_function_after_load_was_used():
     )
 
 
-@pytest.mark.parametrize("name", sorted(sk.__all__))
+@pytest.mark.parametrize("name", sorted(set(sk.__all__) - ALIASES))
 def test_every_public_name_has_a_docstring_and_its_own_name(name):
     value = getattr(sk, name)
     assert value.__doc__
@@ -161,3 +162,19 @@ def test_a_stand_in_has_the_docstring_and_signature_of_what_it_stands_for(name):
             assert inspect.signature(made) == inspect.signature(real)
     with pytest.raises(ModuleNotFoundError, match="needs torch"):
         call(made)
+
+
+def test_without_posix_locks_it_says_which_platforms_are_supported():
+    """As on Windows, which has no `fcntl`."""
+    code = """
+import sys
+sys.modules["fcntl"] = None  # importing it fails
+try:
+    import shardkeep
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    said = run(code)
+    assert said.startswith("ImportError Shardkeep runs on Linux, and untested on macOS, but not on")
+    assert "use it inside WSL" in said
+    assert "fcntl" not in said

@@ -28,6 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 from shardkeep.version import __version__ as __version__
 
+try:
+    import fcntl as _fcntl  # noqa: F401 - commits rely on what only POSIX systems have
+except ModuleNotFoundError:
+    raise ImportError(
+        "Shardkeep runs on Linux, and untested on macOS, but not on Windows: its commits rely on "
+        "POSIX file locks and atomic renames. On Windows, use it inside WSL."
+    ) from None
+
 if TYPE_CHECKING:
     from shardkeep import dcp as dcp
     from shardkeep.checkpoint.mapping import Checkpoint, open

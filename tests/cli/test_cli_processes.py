@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import shardkeep
 from shardkeep.checkpoint import commit
 from shardkeep.stores import LocalStore
 from shardkeep.types import Chunks, DType, Index, Objects, Structure, Tensors
@@ -31,6 +32,28 @@ def test_python_m_shardkeep(make: Make, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     done = run_command("ls", tmp_path / "no")
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_the_version_needs_no_installed_package(tmp_path: Path) -> None:
+    """It is the one of the code that runs, not of what pip has installed."""
+    done = run_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"shardkeep {shardkeep.__version__}\n".encode())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_for_the_shell(tmp_path: Path, shell: str) -> None:
+    home = {"HOME": str(tmp_path), "SHELL": f"/bin/{shell}"}
+    home |= {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = run_command("--install-completion", shell, **home)
+    assert done.returncode == 0, done.stderr
+    installed = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any("_SHARDKEEP_COMPLETE" in file.read_text() for file in installed)
+
+
+def test_commands_are_completed(tmp_path: Path) -> None:
+    words = {"_SHARDKEEP_COMPLETE": "complete_bash", "COMP_WORDS": "shardkeep ", "COMP_CWORD": "1"}
+    done = run_command(**words)
+    assert {b"ls", b"show", b"verify", b"gc"} <= set(done.stdout.split())
 
 
 def test_no_command_imports_torch(make: Make) -> None:

@@ -15,6 +15,7 @@ import typer
 from shardkeep.cli.terminal import CommandError, Output, PipeClosed
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.util.escaping import one_line
+from shardkeep.version import __version__
 
 if TYPE_CHECKING:
     from shardkeep.checkpoint.reader import CheckpointReader
@@ -23,7 +24,6 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(
     name="shardkeep",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,9 +54,7 @@ _EXIT_VERIFY = (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        Output().line(f"shardkeep {version('shardkeep')}")
+        Output().line(f"shardkeep {__version__}")
         raise typer.Exit
 
 
