@@ -162,20 +162,20 @@ class _Watched(LocalStore):
         super().__init__(path)
         self._note = note
 
-    def create(self, name: str) -> Any:
+    def open_writer(self, name: str) -> Any:
         if name.startswith(".manifest-"):
             self._note("manifest")
-        return super().create(name)
+        return super().open_writer(name)
 
-    def publish(self, name: str, data: Any) -> None:
+    def put(self, name: str, data: Any, *, mode: Any) -> None:
         self._note("lease" if name.startswith(".lease_") else "publish")
-        super().publish(name, data)
+        super().put(name, data, mode=mode)
 
-    def remove(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         self._note("clean")
-        super().remove(name)
+        super().delete(name)
 
-    def below(self, folder: str) -> _Watched:
+    def subfolder(self, folder: str) -> _Watched:
         return _Watched(self.path_of(folder), self._note)
 
 

@@ -87,7 +87,7 @@ def lease(data: bytes) -> object:
 def checkpoint(data: bytes) -> object:
     store = MemoryStore()
     for name, content in unpack_files(data).items():
-        store.publish(name, content)
+        store.put(name, content, mode="replace")
     opened = sk.open(store)
     for name in opened:
         try:

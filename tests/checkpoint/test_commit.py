@@ -20,8 +20,9 @@ from shardkeep.checkpoint.reader import open_reader
 from shardkeep.engine import save
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.testing.simulated_ranks import run
-from support.faults import WAYS, Died, FaultyStore
+from support.faults import WAYS, Crashed, FaultyStore
 from support.scenarios import bits, values
+from support.store_files import names_in
 
 
 def state(seed: str) -> dict:
@@ -64,13 +65,13 @@ def saved(what: dict) -> MemoryStore:
 
 
 def files(store: MemoryStore) -> dict[str, bytes]:
-    return {name: store.read(name, 0, store.size(name)) for name in store.names()}
+    return {name: store.get_range(name, 0, store.head(name).size) for name in names_in(store)}
 
 
 def store_of(content: dict[str, bytes]) -> MemoryStore:
     store = MemoryStore()
     for name, data in content.items():
-        store.publish(name, data)
+        store.put(name, data, mode="replace")
     return store
 
 
@@ -111,11 +112,11 @@ def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(whole, before, kin
                 warnings.filterwarnings("ignore", "files of the overwritten")
                 sk.save(NEW, store, overwrite=before == "old")
             failed = False
-        except (OSError, Died):
+        except (OSError, Crashed):
             failed = True
         there = what_is_there(inner, whole)
         assert there in (before, "new")
-        committed = ("publish", ".metadata") in store.log[: at + (when == "after")]
+        committed = ("put", ".metadata") in store.log[: at + (when == "after")]
         assert there == ("new" if committed else before), store.log[at]
         if not failed:
             assert there == "new"
@@ -133,14 +134,14 @@ def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(whole, before, kin
 def test_after_an_error_nothing_stays_of_what_was_not_committed(whole):
     for at in range(1000):
         inner = store_of(files(saved(OLD)))
-        before = set(inner.names())
+        before = set(names_in(inner))
         store = FaultyStore(inner, at)
         try:
             sk.save(NEW, store, overwrite=True)
         except OSError:
-            if ("create", ".manifest") in [(what, name[:9]) for what, name in store.log]:
+            if ("open_writer", ".manifest") in [(what, name[:9]) for what, name in store.log]:
                 break  # from here on nobody can know whether it was committed
-            assert set(inner.names()) == before
+            assert set(names_in(inner)) == before
     else:
         pytest.fail("the save never came as far as its manifest")
     assert at > 5
@@ -149,17 +150,17 @@ def test_after_an_error_nothing_stays_of_what_was_not_committed(whole):
 def test_old_files_go_only_after_the_commit(tmp_path, whole):
     stock.save(dict(OLD["model"]), checkpoint_id=tmp_path, no_dist=True)
     local = LocalStore(tmp_path)
-    content = {name: local.read(name, 0, local.size(name)) for name in local.names()}
+    content = {name: local.get_range(name, 0, local.head(name).size) for name in names_in(local)}
     theirs = set(content) - {".metadata"}
     assert theirs
     store = FaultyStore(store_of(content))
     sk.save(NEW, store, overwrite=True)
-    removed = {name for what, name in store.log if what == "remove"}
+    removed = {name for what, name in store.log if what == "delete"}
     removed -= {f".lease_{open_reader(store.inner).found.trailer.save_id}.json"}
     assert removed == theirs
     order = [what for what, _ in store.log]
-    assert order.index("publish") < order.index("remove")
-    assert not theirs & set(store.inner.names())
+    assert order.index("put") < order.index("delete")
+    assert not theirs & set(names_in(store.inner))
     assert what_is_there(store.inner, whole) == "new"
 
 
@@ -185,8 +186,8 @@ def test_beside_a_backup_of_hard_links_old_files_go(tmp_path, whole):
 class Late(LocalStore):
     """Commits, and says that it could not: as when syncing the folder fails after the rename."""
 
-    def publish(self, name, data):
-        super().publish(name, data)
+    def put(self, name, data, *, mode):
+        super().put(name, data, mode=mode)
         if name == commit.METADATA:  # not at the lease: then it had not begun
             raise OSError(errno.EIO, "Input/output error", name)
 
@@ -202,7 +203,7 @@ def test_what_was_committed_stays_whatever_is_raised_afterwards(tmp_path, whole,
     assert what_is_there(LocalStore(path), whole) == "new"
 
 
-@pytest.mark.parametrize("part", ["publish", "create"])
+@pytest.mark.parametrize("part", ["put", "open_writer"])
 def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part):
     content = files(saved(OLD))
     record = bytearray(content[commit.METADATA])
@@ -210,7 +211,7 @@ def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part)
     content[commit.METADATA] = bytes(record)
     log = FaultyStore(store_of(content))
     sk.save(NEW, log, overwrite=True)
-    wanted = commit.METADATA if part == "publish" else ".manifest"
+    wanted = commit.METADATA if part == "put" else ".manifest"
     at = [(what, name[: len(wanted)]) for what, name in log.log].index((part, wanted))
     inner = store_of(content)
     with pytest.raises(OSError, match="No space left"):
@@ -250,10 +251,10 @@ def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, m
 class Kept(MemoryStore):
     """Takes new data files, and keeps them."""
 
-    def remove(self, name):
+    def delete(self, name):
         if name.endswith(".distcp"):
             raise PermissionError(errno.EACCES, "Permission denied", name)
-        super().remove(name)
+        super().delete(name)
 
 
 def test_the_warning_of_old_files_names_the_line_that_saved():
@@ -287,12 +288,12 @@ def test_a_commit_that_comes_while_one_looks_is_never_taken_for_stocks(late):
     class Late(MemoryStore):
         looks = 0
 
-        def size(self, name):
+        def head(self, name):
             if name == commit.METADATA:
                 self.looks += 1
                 if self.looks <= late:
                     raise FileNotFoundError(name)
-            return super().size(name)
+            return super().head(name)
 
     store = Late()
     sk.save(OLD, store, overwrite=True)
@@ -308,11 +309,11 @@ def test_a_commit_that_replaces_one_of_another_size_meanwhile_is_not_taken_for_s
     class Replaced(MemoryStore):
         other = b""
 
-        def read(self, name, offset, length):
+        def get_range(self, name, offset, length):
             if name == commit.METADATA and self.other:
-                self.publish(name, self.other)
+                self.put(name, self.other, mode="replace")
                 self.other = b""
-            return super().read(name, offset, length)
+            return super().get_range(name, offset, length)
 
     more = NEW | {"more": values("more", (3, 3), torch.float32)}
     for first, last in ((OLD, more), (more, OLD)):
@@ -322,8 +323,8 @@ def test_a_commit_that_replaces_one_of_another_size_meanwhile_is_not_taken_for_s
             if name == commit.METADATA:
                 store.other = data
             else:
-                store.publish(name, data)
-        assert store.size(commit.METADATA) != len(store.other)
+                store.put(name, data, mode="replace")
+        assert store.head(commit.METADATA).size != len(store.other)
         found = commit.find(store)
         assert (found.kind, store.other) == ("shardkeep", b"")
         assert contents(sk.open(store)) == contents(sk.open(new))
@@ -338,8 +339,8 @@ def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():
     sk.save(NEW, store, overwrite=True)
     assert sk.open(store).read("note") == "newer state"
     # Nothing names its files any more: they go with what dead saves left. Others' files stay.
-    assert set(content) & set(store.names()) == {".metadata"}
-    assert "__0_0.distcp" in set(store.names())
+    assert set(content) & set(names_in(store)) == {".metadata"}
+    assert "__0_0.distcp" in set(names_in(store))
 
 
 @pytest.fixture

@@ -32,15 +32,16 @@ from shardkeep.testing import simulated_ranks
 A, B = "a" * 32, "b" * 32
 STATE = {"w": torch.arange(6.0), "n": 1}
 DEAD = Holder("other-host", "another boot", 1, 2)
+from support.store_files import names_in
 
 
 def names(store) -> set[str]:
-    return set(store.names())
+    return set(names_in(store))
 
 
 def put(store, *some: str) -> set[str]:
     for name in some:
-        with store.create(name) as sink:
+        with store.open_writer(name) as sink:
             sink.write(b"12345")
     return set(some)
 
@@ -148,7 +149,7 @@ def test_a_save_ends_its_lease_well_or_not(tmp_path):
     def full(name, nbytes):
         raise OSError(28, "No space left on device", name)
 
-    store.reserve = full
+    store.open_positioned_writer = full
     with pytest.raises(OSError, match="No space"):
         sk.save(STATE, store)
     assert names(store) == set()
@@ -226,7 +227,7 @@ def test_only_files_of_dead_saves_are_found(some):
     store = MemoryStore()
     put(store, *some - {lease_name(A)})
     if lease_name(A) in some:
-        with store.create(lease_name(A)) as sink:
+        with store.open_writer(lease_name(A)) as sink:
             here = Holder.here()
             gone = {"host": here.host, "machine": here.machine, "pid": here.pid, "started": 0}
             sink.write(json.dumps(gone).encode())

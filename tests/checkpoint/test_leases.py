@@ -24,6 +24,7 @@ from shardkeep.stores import LocalStore, MemoryStore
 
 ID, OTHER = "0" * 31 + "1", "0" * 31 + "2"
 ELSEWHERE = Holder("other-host", "another boot", 1, 2)
+from support.store_files import names_in
 
 
 def lease_of(holder: Holder) -> bytes:
@@ -32,7 +33,7 @@ def lease_of(holder: Holder) -> bytes:
 
 def put(store, save_id: str, data: bytes, *, age: float = 0.0) -> str:
     name = lease_name(save_id)
-    with store.create(name) as sink:
+    with store.open_writer(name) as sink:
         sink.write(data)
     if age:
         path = store.path / name
@@ -63,14 +64,14 @@ def test_names():
 
 def test_a_lease_is_there_while_its_block_is(store):
     with Lease(store, ID) as lease:
-        assert list(store.names()) == []
+        assert list(names_in(store)) == []
         lease.take()
-        (name,) = store.names()
+        (name,) = names_in(store)
         assert living(store, [name], never) == {ID}
-        document = json.loads(store.read(name, 0, 4096))
+        document = json.loads(store.get_range(name, 0, 4096))
         assert document["save_id"] == ID
         assert document["pid"] == os.getpid()
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []
 
 
 def renewers() -> list[threading.Thread]:
@@ -84,25 +85,27 @@ def test_one_thread_renews_all_leases_and_ends_when_there_are_none(store, monkey
     for lease in leases:
         lease.take()
     assert len(renewers()) == 1
-    written = [store.modified(lease_name(name)) for name in names]
+    written = [store.head(lease_name(name)).modified for name in names]
     wait_for(
-        lambda: all(store.modified(lease_name(n)) > w for n, w in zip(names, written, strict=True))
+        lambda: all(
+            store.head(lease_name(n)).modified > w for n, w in zip(names, written, strict=True)
+        )
     )
     for lease in leases:
         lease.release()
     wait_for(lambda: not renewers())
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []
 
 
 def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
     monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "0.4")
     lease = Lease(store, ID)
     lease.take()
-    assert list(store.names()) == [lease_name(ID)]
+    assert list(names_in(store)) == [lease_name(ID)]
     del lease
     gc.collect()
-    wait_for(lambda: not list(store.names()))
-    assert list(store.names()) == []
+    wait_for(lambda: not list(names_in(store)))
+    assert list(names_in(store)) == []
 
 
 def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
@@ -121,7 +124,7 @@ def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
             os._exit(1)  # an error must not reach pytest, which would go on in this process
     assert os.waitpid(child, 0)[1] == 0
     # Not at once: the parent may just be renewing it, by a temporary file.
-    wait_for(lambda: list(store.names()) == [lease_name(ID)])
+    wait_for(lambda: list(names_in(store)) == [lease_name(ID)])
     lease.release()
 
 
@@ -173,8 +176,8 @@ Lease(LocalStore({str(store.path)!r}), {ID!r}).take()
 """
     child = subprocess.run([sys.executable, "-c", code], check=False)
     assert child.returncode == -signal.SIGKILL
-    (left,) = store.names()
-    leases = [name for name in store.names() if lease_save_id(name)]
+    (left,) = names_in(store)
+    leases = [name for name in names_in(store) if lease_save_id(name)]
     assert living(store, leases, time.time) == set()
     with Lease(store, OTHER) as lease:
         lease.take()
@@ -197,13 +200,13 @@ def test_one_that_is_collected_before_it_has_its_name_is_written_again(store, ti
 
     with Lease(Met(store.path), ID) as lease:
         lease.take()
-        assert list(store.names()) == [lease_name(ID)]
-        assert living(store, store.names(), never) == {ID}
+        assert list(names_in(store)) == [lease_name(ID)]
+        assert living(store, names_in(store), never) == {ID}
 
 
 def test_a_lease_that_can_not_be_written_is_an_error(store):
     class Broken(LocalStore):
-        def publish(self, name, data):
+        def put(self, name, data, *, mode):
             raise FileNotFoundError(name)
 
     with pytest.raises(FileNotFoundError, match=lease_name(ID)):
@@ -274,13 +277,13 @@ def test_a_lease_is_renewed_while_it_lives(store, monkeypatch):
         while path.stat().st_mtime == 1:
             assert time.monotonic() < end
             time.sleep(0.05)
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []
 
 
 def test_a_save_that_was_taken_for_dead_is_not_committed(store, monkeypatch):
     with Lease(store, ID) as lease:
         lease.take()
-        store.remove(lease_name(ID))
+        store.delete(lease_name(ID))
         lease.confirm()  # it was written just now: nobody can have taken it for dead by right
         now = leases._now()
         monkeypatch.setattr(leases, "_now", lambda: now + 151)
@@ -290,4 +293,4 @@ def test_a_save_that_was_taken_for_dead_is_not_committed(store, monkeypatch):
             f"{store.url}: there was no sign of save {ID} for more than 300 s, so another one has "
             "removed its files; nothing was committed"
         )
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []

@@ -22,11 +22,13 @@ from shardkeep.checkpoint.leases import Holder
 from shardkeep.checkpoint.reader import open_reader
 from shardkeep.format.dcp.trailer import manifest_name
 from shardkeep.stores import LocalStore, MemoryStore
+from shardkeep.stores.contract import FileInfo
 from shardkeep.testing import simulated_ranks
 from support import disk, recording
 from support.disk import Link, Operation, Rename, Sync, Unlink
 from support.judging import Judge
 from support.objects import Change, ObjectStore, cuts
+from support.store_files import names_in
 
 OLD = {"w": torch.arange(3.0), "tied": torch.ones(2), "note": "old", "set": {1, 2}}
 NEW = {"w": torch.arange(4.0) + 1, "tied": torch.ones(2), "note": "new", "set": {3}}
@@ -76,7 +78,7 @@ def _is_record(operation: Operation) -> bool:
 
 def files_below(root: Path) -> dict[str, bytes]:
     store = LocalStore(root)
-    return {name: (root / name).read_bytes() for name in store.names()}
+    return {name: (root / name).read_bytes() for name in names_in(store)}
 
 
 def save(root: Path, *, old: bool, act: Callable[[Path], None] | None = None) -> Saved:
@@ -204,12 +206,12 @@ class Later(MemoryStore):
     """What a power loss left, an hour after it."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__()
-        self._files.update({name: bytearray(data) for name, data in files.items()})
+        super().__init__(files=files)
         self._old = dict(self._files)
 
-    def modified(self, name: str) -> float:
-        return 0.0 if self._found(name) is self._old.get(name) else 3600.0
+    def head(self, name: str) -> FileInfo:
+        is_old = self._found(name) is self._old.get(name)
+        return replace(super().head(name), modified=0.0 if is_old else 3600.0)
 
 
 def test_after_any_power_loss_the_next_save_leaves_only_its_own_files(tmp_path):
@@ -221,8 +223,8 @@ def test_after_any_power_loss_the_next_save_leaves_only_its_own_files(tmp_path):
         sk.save(OLD, store, overwrite=True)
         save_id = open_reader(store).found.trailer.save_id
         own = {data_file(0, 0, save_id), manifest_name(save_id), ".metadata"}
-        assert set(store.names()) == own, set(files)
-        assert Judge(STATES)({name: store.read(name, 0, 1 << 20) for name in own}) == "old"
+        assert set(names_in(store)) == own, set(files)
+        assert Judge(STATES)({name: store.get_range(name, 0, 1 << 20) for name in own}) == "old"
 
 
 def save_to_objects(ranks: int, before: dict[str, bytes], state: dict, **more) -> list[Change]:

@@ -29,7 +29,7 @@ from shardkeep.dcp._consolidate_hf_safetensors import (
 from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.format.safetensors.parse import KINDS
 from shardkeep.format.safetensors.write import file_name, layout, of_parts
-from shardkeep.stores.local.store import LocalSink
+from shardkeep.stores.local.store import LocalWriter
 from shardkeep.types import DType
 from support import dcp_hf
 from support.scenarios import same, values
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     halves(tmp_path / "in", rows=8)
     written = []
-    write = LocalSink.write
+    write = LocalWriter.write
 
     def full(self, data) -> None:
         written.append(data)
@@ -217,7 +217,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
         write(self, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalSink, "write", full)
+        patched.setattr(LocalWriter, "write", full)
         with pytest.raises(OSError, match="No space left"):
             consolidate_safetensors_files(*paths, mapping)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

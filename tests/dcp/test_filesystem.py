@@ -310,13 +310,13 @@ def test_a_failed_write_ends_its_lease_and_is_raised_even_if_nothing_can_be_remo
         def resolve_data(self, write_item):
             raise ValueError("can't give it")
 
-    def remove(self, name):
+    def delete(self, name):
         if name.endswith(".distcp"):
             raise OSError(errno.EIO, "can't remove", name)
         removes(self, name)
 
-    removes = LocalStore.remove
-    monkeypatch.setattr(LocalStore, "remove", remove)
+    removes = LocalStore.delete
+    monkeypatch.setattr(LocalStore, "delete", delete)
     with pytest.raises(dcp.CheckpointException, match="can't give it"):
         dcp.save(state(), storage_writer=dcp.FileSystemWriter(tmp_path), planner=Breaking())
     assert [file for file in tmp_path.iterdir() if file.suffix != ".distcp"] == []

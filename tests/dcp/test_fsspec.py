@@ -27,9 +27,10 @@ from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
 from shardkeep.stores import LocalStore
 from shardkeep.stores.contract import Store
-from stores.test_stores import StoreTests
+from stores.test_stores import StoreProperties
 from support.dcp_files import OwnLoadPlanner, OwnSavePlanner, blank, writer_options
 from support.scenarios import equal, values
+from support.store_files import names_in
 
 stock = torch_module("fsspec_filesystem", "_fsspec_filesystem")
 
@@ -97,46 +98,41 @@ class Local(stock_files.FileSystem):
         return super().exists(path)
 
 
-class TestListing(StoreTests):
+class TestListing(StoreProperties):
     """A user's file system."""
 
-    @pytest.fixture
-    def store(self) -> Store:
+    def make_store(self, folder: Path) -> Store:
         return StreamStore(Listing(), "root")
 
 
-class TestLocal(StoreTests):
+class TestLocal(StoreProperties):
     """A user's own variant of torch's local file system."""
 
-    @pytest.fixture
-    def store(self, tmp_path: Path) -> Store:
+    def make_store(self, folder: Path) -> Store:
         fs = Local()
-        return StreamStore(fs, fs.init_path(tmp_path / "run" / "step"))
+        return StreamStore(fs, fs.init_path(folder / "run" / "step"))
 
 
-class TestFsspecMemory(StoreTests):
+class TestFsspecMemory(StoreProperties):
     """fsspec's files in memory: two streams of one file share a position."""
 
-    @pytest.fixture
-    def store(self) -> Store:
+    def make_store(self, folder: Path) -> Store:
         return fsspec_store(f"memory://run{next(FRESH)}/step")
 
 
-class TestFsspecStreams(StoreTests):
+class TestFsspecStreams(StoreProperties):
     """The same through streams alone."""
 
-    @pytest.fixture
-    def store(self) -> Store:
+    def make_store(self, folder: Path) -> Store:
         fs = stock._FileSystem() if hasattr(stock, "_FileSystem") else stock.FileSystem()
         return StreamStore(fs, fs.init_path(f"memory://run{next(FRESH)}/step"))
 
 
-class TestFsspecFiles(StoreTests):
+class TestFsspecFiles(StoreProperties):
     """fsspec's local files."""
 
-    @pytest.fixture
-    def store(self, tmp_path: Path) -> Store:
-        return fsspec_store(f"file://{tmp_path}/run/step")
+    def make_store(self, folder: Path) -> Store:
+        return fsspec_store(f"file://{folder}/run/step")
 
 
 def fsspec_store(url: str) -> Store:
@@ -173,7 +169,7 @@ def test_urls(tmp_path, where, planner, name):
     source = open_reader(store)
     assert source.kind == "shardkeep"
     assert source.verify().ok
-    data = [name for name in store.names() if name.endswith(".distcp")]
+    data = [name for name in names_in(store) if name.endswith(".distcp")]
     assert sorted(data) == sorted(source.index.files), "what was overwritten is gone"
     for reader, own in ((stock_dcp, None), (dcp, None), (dcp, OwnLoadPlanner())):
         loaded = blank(saved)
@@ -311,11 +307,11 @@ def test_a_folder_that_can_not_be_listed_is_no_file(tmp_path):
     fs = Locked()
     store = StreamStore(fs, fs.init_path(tmp_path))
     for name in ("x", "a/y"):
-        store.publish(name, b"1")
-    assert sorted(store.names()) == ["a/y", "x"]
+        store.put(name, b"1", mode="replace")
+    assert sorted(names_in(store)) == ["a/y", "x"]
     (tmp_path / "a" / "locked").mkdir()
     with pytest.raises(PermissionError, match="locked"):
-        list(store.names())
+        list(names_in(store))
 
 
 def test_local_paths_are_the_engines_own(tmp_path):

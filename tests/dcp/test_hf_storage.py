@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.stores.local.store import LocalSink, LocalStore
+from shardkeep.stores.local.store import LocalStore, LocalWriter
 from support import dcp_hf
 from support.dcp_hf import Parts, dtypes
 from support.scenarios import same, values
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalSink, "write", full)
+        patched.setattr(LocalWriter, "write", full)
         with pytest.raises(OSError, match="No space left"):
             save(2)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

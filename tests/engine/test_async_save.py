@@ -35,9 +35,9 @@ class Gate(LocalStore):
         super().__init__(path)
         self.opened = threading.Event()
 
-    def reserve(self, name, nbytes):
+    def open_positioned_writer(self, name, nbytes):
         assert self.opened.wait(60)
-        return super().reserve(name, nbytes)
+        return super().open_positioned_writer(name, nbytes)
 
 
 def state(seed: str = "") -> dict:
@@ -125,7 +125,7 @@ def test_errors_before_the_copy_are_raised_at_once_and_later_ones_by_the_result(
         sk.async_save({"f": lambda: 0}, tmp_path / "x")
 
     class Full(LocalStore):
-        def reserve(self, name, nbytes):
+        def open_positioned_writer(self, name, nbytes):
             raise OSError(28, "No space left on device")
 
     handle = sk.async_save(state(), Full(tmp_path / "full"))
@@ -182,9 +182,9 @@ def test_a_gentle_save_leaves_the_caller_its_priority(tmp_path):
     seen = []
 
     class Watched(LocalStore):
-        def reserve(self, name, nbytes):
+        def open_positioned_writer(self, name, nbytes):
             seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-            return super().reserve(name, nbytes)
+            return super().open_positioned_writer(name, nbytes)
 
     sk.async_save(state(), Watched(tmp_path / "a"), low_priority=True).result(60)
     sk.async_save(state(), Watched(tmp_path / "b")).result(60)

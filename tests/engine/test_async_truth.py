@@ -47,7 +47,7 @@ def contents(path) -> dict:
 class Full(LocalStore):
     """A folder of a disk without any room."""
 
-    def reserve(self, name, nbytes):
+    def open_positioned_writer(self, name, nbytes):
         raise OSError(errno.ENOSPC, "No space left on device", self.path_of(name))
 
 
@@ -127,7 +127,7 @@ def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(tmp_path, how
 
 
 def test_dcps_futures_count_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(LocalStore, "reserve", Full.reserve)
+    monkeypatch.setattr(LocalStore, "open_positioned_writer", Full.open_positioned_writer)
     future = dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     while not future.done():
         time.sleep(0.001)
@@ -138,7 +138,7 @@ def test_dcps_futures_count_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ask", ["result", "exception"])
 def test_an_error_that_somebody_asked_for_is_not_raised_again(tmp_path, monkeypatch, ask):
-    monkeypatch.setattr(LocalStore, "reserve", Full.reserve)
+    monkeypatch.setattr(LocalStore, "open_positioned_writer", Full.open_positioned_writer)
     future = dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     if ask == "exception":
         assert future.exception(60).errno == errno.ENOSPC
@@ -184,7 +184,7 @@ def test_a_program_that_ends_says_what_failed(tmp_path):
         "import errno, torch, shardkeep as sk\n"
         "from shardkeep.stores import LocalStore\n"
         "class Full(LocalStore):\n"
-        "    def reserve(self, name, nbytes):\n"
+        "    def open_positioned_writer(self, name, nbytes):\n"
         "        raise OSError(errno.ENOSPC, 'No space left on device')\n"
         f"sk.async_save({{'w': torch.ones(3)}}, Full({str(tmp_path)!r}))\n"
     )
@@ -274,9 +274,9 @@ class Gate(LocalStore):
 
     opened = threading.Event()
 
-    def reserve(self, name, nbytes):
+    def open_positioned_writer(self, name, nbytes):
         assert self.opened.wait(60)
-        return super().reserve(name, nbytes)
+        return super().open_positioned_writer(name, nbytes)
 
 
 @pytest.fixture

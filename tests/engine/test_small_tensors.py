@@ -24,6 +24,7 @@ from shardkeep.state.flatten import flatten
 from shardkeep.state.per_rank import OwnValues
 from shardkeep.stores import MemoryStore
 from support.scenarios import bits, values
+from support.store_files import names_in
 
 DTYPES = "float32 bfloat16 int8 bool complex64 float8_e4m3fn uint16 complex128 float64".split()
 
@@ -40,9 +41,9 @@ class Counting(MemoryStore):
 
     reads = 0
 
-    def read(self, name, offset, length):
+    def get_range(self, name, offset, length):
         self.reads += name.endswith(".distcp")
-        return super().read(name, offset, length)
+        return super().get_range(name, offset, length)
 
 
 @st.composite
@@ -138,17 +139,17 @@ def test_both_ways_give_the_same_bits_and_reports(made):
 def test_both_ways_say_the_same_of_damage(made, data):
     store = MemoryStore()
     sk.save(state_of(made), store)
-    files = [name for name in store.names() if name.endswith(".distcp")]
+    files = [name for name in names_in(store) if name.endswith(".distcp")]
     if not files:
         return
     file = data.draw(st.sampled_from(files))
-    content = bytearray(store.read(file, 0, store.size(file)))
+    content = bytearray(store.get_range(file, 0, store.head(file).size))
     how = data.draw(st.sampled_from(["flip", "cut", "gone"]))
     if how == "gone":
-        store.remove(file)
+        store.delete(file)
     else:
         at = data.draw(st.integers(0, len(content) - 1))
-        store.publish(file, content[:at] if how == "cut" else _flipped(content, at))
+        store.put(file, content[:at] if how == "cut" else _flipped(content, at), mode="replace")
     general, fast = both_ways(store, made)
     assert general == fast
 
@@ -272,7 +273,7 @@ def test_small_items_of_stock_torch_are_read_together(tmp_path, monkeypatch):
     stock.save(state, storage_writer=stock.FileSystemWriter(tmp_path), no_dist=True)
     store = Counting()
     for path in tmp_path.iterdir():
-        store.publish(path.name, path.read_bytes())
+        store.put(path.name, path.read_bytes(), mode="replace")
     template = many(300, 0.0)
     sk.load(template, store)
     assert store.reads == 2  # one for all headers, one for all payloads
@@ -283,8 +284,8 @@ def test_the_manifest_is_read_once():
     store = MemoryStore()
     sk.save(many(100), store)
     seen = []
-    read = store.read
-    store.read = lambda name, offset, length: seen.append(name) or read(name, offset, length)
+    read = store.get_range
+    store.get_range = lambda name, offset, length: seen.append(name) or read(name, offset, length)
     sk.load(many(100, 0.0), store)
     assert sum(name.startswith(".manifest") for name in seen) == 1
 

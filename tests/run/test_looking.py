@@ -20,7 +20,7 @@ def save(path, step: int, **metrics: float) -> None:
     """A step that holds one object."""
     store, save_id = LocalStore(path / f"step_{step}"), commit.new_id()
     file = commit.data_file(0, 0, save_id)
-    with store.create(file) as sink:
+    with store.open_writer(file) as sink:
         sink.write(b"12345")
     index = Index(
         files=(file,),

@@ -24,7 +24,8 @@ from shardkeep.run import Steps
 from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.testing import simulated_ranks
 from support import managing
-from support.faults import WAYS, Died, FaultyStore
+from support.faults import WAYS, Crashed, FaultyStore
+from support.store_files import names_in
 
 
 @pytest.fixture(autouse=True)
@@ -167,12 +168,12 @@ def test_a_step_that_can_not_be_removed_does_not_keep_the_others(tmp_path):
     class Stuck(LocalStore):
         """A root of which one step can't be removed."""
 
-        def below(self, folder):
+        def subfolder(self, folder):
             class Step(LocalStore):
-                def remove(self, name):
+                def delete(self, name):
                     if folder == "step_1":
                         raise PermissionError(1, "Operation not permitted", self.path_of(name))
-                    return super().remove(name)
+                    return super().delete(name)
 
             return Step(self.path_of(folder))
 
@@ -379,14 +380,14 @@ class Gate(LocalStore):
         super().__init__(path)
         self.opened, self.steps = threading.Event(), steps
 
-    def below(self, folder):
+    def subfolder(self, folder):
         gate = self
 
         class Step(LocalStore):
-            def reserve(self, name, nbytes):
+            def open_positioned_writer(self, name, nbytes):
                 if folder in gate.steps:
                     assert gate.opened.wait(60)
-                return super().reserve(name, nbytes)
+                return super().open_positioned_writer(name, nbytes)
 
         return Step(self.path_of(folder))
 
@@ -432,14 +433,14 @@ class Full(LocalStore):
 
     full: bool = True
 
-    def below(self, folder):
+    def subfolder(self, folder):
         root = self
 
         class Step(LocalStore):
-            def reserve(self, name, nbytes):
+            def open_positioned_writer(self, name, nbytes):
                 if root.full:
                     raise OSError(28, "No space left on device", self.path_of(name))
-                return super().reserve(name, nbytes)
+                return super().open_positioned_writer(name, nbytes)
 
         return Step(self.path_of(folder))
 
@@ -514,12 +515,12 @@ class Shaky(LocalStore):
         super().__init__(path)
         self.fails, self.calls = fails, 0
 
-    def below(self, folder):
+    def subfolder(self, folder):
         root = self
 
         class Step(LocalStore):
-            def reserve(self, name, nbytes):
-                target = super().reserve(name, nbytes)
+            def open_positioned_writer(self, name, nbytes):
+                target = super().open_positioned_writer(name, nbytes)
                 write_at = target.write_at
 
                 def shaky(offset, parts):
@@ -726,12 +727,12 @@ THEN = (3, 4)
 def memory_of(files: dict[str, bytes]) -> MemoryStore:
     store = MemoryStore("run")
     for name, data in files.items():
-        store.publish(name, data)
+        store.put(name, data, mode="replace")
     return store
 
 
 def files_of(store: MemoryStore) -> dict[str, bytes]:
-    return {name: store.read(name, 0, store.size(name)) for name in store.names()}
+    return {name: store.get_range(name, 0, store.head(name).size) for name in names_in(store)}
 
 
 @pytest.fixture(scope="module")
@@ -751,7 +752,7 @@ def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
         inner = memory_of(two_steps)
         store = FaultyStore(inner, at, kind, when)
         committed = list(FIRST)
-        with contextlib.suppress(OSError, Died), warnings.catch_warnings():
+        with contextlib.suppress(OSError, Crashed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             m = sk.Manager(store, keep=sk.KeepLast(2), asynchronous=False)
             for step in THEN:
@@ -772,7 +773,7 @@ def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
     assert ends == sorted(ends) if kind == "crash" else set(ends) == {2, 3, 4}
     assert ends[0] == 2 and ends[-1] == 4 and len(ends) > 40
     assert Steps(inner).numbers() == [3, 4]
-    assert {name.split("/")[0] for name in inner.names()} == {"step_3", "step_4"}
+    assert {name.split("/")[0] for name in names_in(inner)} == {"step_3", "step_4"}
 
 
 # --- real ranks ----------------------------------------------------------------------------------

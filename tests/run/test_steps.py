@@ -23,8 +23,9 @@ from shardkeep.run import Steps
 from shardkeep.run.pruner import Pruner
 from shardkeep.run.removal import remove
 from shardkeep.stores import LocalStore, MemoryStore
-from shardkeep.stores.folders import below
-from support.faults import WAYS, Died, FaultyStore
+from shardkeep.stores.folders import subfolder
+from support.faults import WAYS, Crashed, FaultyStore
+from support.store_files import names_in
 
 
 def state(step: int) -> dict:
@@ -48,9 +49,9 @@ def test_what_is_committed(root):
         sk.save(state(step), steps.store(step))
     with pytest.raises(sk.NotACheckpoint):
         sk.open(steps.store(11))
-    with below(root, "step_12").create("__0_0_aa.distcp") as sink:  # a save under way
+    with subfolder(root, "step_12").open_writer("__0_0_aa.distcp") as sink:  # a save under way
         sink.write(b"x")
-    with below(root, "step_0013").create(".metadata") as sink:  # only resembles one
+    with subfolder(root, "step_0013").open_writer(".metadata") as sink:  # only resembles one
         sink.write(b"x")
     assert steps.numbers() == [9, 10, 100] and steps.latest() == 100
     assert list(steps.folders()) == [9, 10, 12, 100]
@@ -119,7 +120,7 @@ def test_a_removed_step_leaves_nothing(root):
     sk.save(state(2), steps.store(2))
     assert remove(root, "step_1")
     assert list(steps.folders()) == [2] == steps.numbers()
-    assert all(name.startswith("step_2/") for name in root.names())
+    assert all(name.startswith("step_2/") for name in names_in(root))
     assert not remove(root, "step_1")
 
 
@@ -171,25 +172,25 @@ def test_what_can_not_be_read_is_not_removed(tmp_path, damage):
 @pytest.mark.parametrize(("kind", "when"), WAYS)
 def test_a_removal_that_ends_anywhere_leaves_the_step_whole_or_uncommitted(kind, when):
     start = MemoryStore("run")
-    sk.save(state(1), below(start, "step_1"))
-    files = {name: start.read(name, 0, start.size(name)) for name in start.names()}
+    sk.save(state(1), subfolder(start, "step_1"))
+    files = {name: start.get_range(name, 0, start.head(name).size) for name in names_in(start)}
     ends = []
     for at in range(100):
         inner = MemoryStore("run")
         for name, data in files.items():
-            inner.publish(name, data)
+            inner.put(name, data, mode="replace")
         store = FaultyStore(inner, at, kind, when)
-        with contextlib.suppress(OSError, Died):
+        with contextlib.suppress(OSError, Crashed):
             remove(store, "step_1")
         if Steps(inner).numbers():
-            assert sk.open(below(inner, "step_1")).verify().ok
-            assert set(inner.names()) == set(files)
-        ends.append(len(list(inner.names())))
+            assert sk.open(subfolder(inner, "step_1")).verify().ok
+            assert set(names_in(inner)) == set(files)
+        ends.append(len(list(names_in(inner))))
         if len(store.log) <= at:
             break
     assert ends == sorted(ends, reverse=True) and ends[0] == len(files) and ends[-1] == 0
-    order = [what for what, _ in store.log if what in ("remove", "sync")]
-    assert order == ["remove", "sync", *["remove"] * (len(files) - 1)]
+    order = [what for what, _ in store.log if what in ("delete", "sync")]
+    assert order == ["delete", "sync", *["delete"] * (len(files) - 1)]
 
 
 def test_the_commit_record_is_gone_durably_before_anything_else(tmp_path, monkeypatch):
@@ -210,21 +211,21 @@ def test_what_a_crash_leaves_of_a_removal_goes_with_the_next(tmp_path, when):
     """Also where others have put something into the folder: that stays."""
     start = MemoryStore("run")
     for step in (1, 2, 3):
-        sk.save(state(step), below(start, f"step_{step}"))
-    start.publish("step_1/notes.txt", b"mine")
-    files = {name: start.read(name, 0, start.size(name)) for name in start.names()}
+        sk.save(state(step), subfolder(start, f"step_{step}"))
+    start.put("step_1/notes.txt", b"mine", mode="replace")
+    files = {name: start.get_range(name, 0, start.head(name).size) for name in names_in(start)}
     halves = set()
     for at in range(100):
         inner = MemoryStore("run")
         for name, data in files.items():
-            inner.publish(name, data)
+            inner.put(name, data, mode="replace")
         store = FaultyStore(inner, at, "crash", when)
-        with contextlib.suppress(Died):
+        with contextlib.suppress(Crashed):
             Pruner(Steps(store), sk.KeepLast(1)).prune(())
-        halves.add(len(list(inner.names())))
+        halves.add(len(list(names_in(inner))))
         Pruner(Steps(inner), sk.KeepLast(1)).prune(())
         assert Steps(inner).numbers() == [3]
-        left = {name for name in inner.names() if not name.startswith("step_3/")}
+        left = {name for name in names_in(inner) if not name.startswith("step_3/")}
         assert left == {"step_1/notes.txt"}
         if len(store.log) <= at:
             break
@@ -241,15 +242,15 @@ def test_folders_that_a_crash_emptied_go(tmp_path):
 
 def test_a_step_that_another_job_is_writing_stays(tmp_path):
     sk.save(state(2), tmp_path / "step_2")
-    store = below(LocalStore(tmp_path), "step_1")
+    store = subfolder(LocalStore(tmp_path), "step_1")
     lease = Lease(store, "a" * 32)
     lease.take()
     names = {f"__0_0_{'a' * 32}.distcp", f"__1_0_{'b' * 32}.distcp"}
     for name in names:
-        with store.create(name) as sink:
+        with store.open_writer(name) as sink:
             sink.write(b"x")
     Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(())
-    assert f"__0_0_{'a' * 32}.distcp" in set(store.names())
+    assert f"__0_0_{'a' * 32}.distcp" in set(names_in(store))
     lease.release()
     Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(())
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]

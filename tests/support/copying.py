@@ -69,14 +69,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 @contextmanager
 def gate() -> Iterator[Event]:
     """No data file is begun anywhere before it is opened."""
-    opened, reserve = Event(), LocalStore.reserve
+    opened, open_writer = Event(), LocalStore.open_positioned_writer
 
     def waiting(store: LocalStore, name: str, nbytes: int) -> Any:
         assert opened.wait(60)
-        return reserve(store, name, nbytes)
+        return open_writer(store, name, nbytes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalStore, "reserve", waiting)
+        patch.setattr(LocalStore, "open_positioned_writer", waiting)
         try:
             yield opened
         finally:

@@ -18,6 +18,7 @@ import shardkeep as sk
 from shardkeep.coordination.timing import Clock
 from shardkeep.stores import MemoryStore
 from support.faults import FaultyStore
+from support.store_files import names_in
 
 __all__ = ["ERRORS", "KINDS", "rows", "section"]
 
@@ -45,10 +46,10 @@ class Phased(FaultyStore):
         super().__init__(inner, at, **how)
         self.phase, self.phases = "enter", list[str]()
 
-    def do(self, what: str, name: str, act: Callable[[], Any]) -> Any:
+    def run(self, method: str, name: str, act: Callable[[], Any]) -> Any:
         self.phases.append(self.phase)
-        found = super().do(what, name, act)
-        if what == "publish" and name.endswith(".metadata"):
+        found = super().run(method, name, act)
+        if method == "put" and name.endswith(".metadata"):
             self.phase = "after"
         return found
 
@@ -69,7 +70,7 @@ def save(kind: str, store: Any, seed: int) -> None:
 
 
 def files_of(store: MemoryStore) -> Files:
-    return {name: store.read(name, 0, store.size(name)) for name in store.names()}
+    return {name: store.get_range(name, 0, store.head(name).size) for name in names_in(store)}
 
 
 def seed_in(kind: str, store: MemoryStore) -> float:
@@ -101,7 +102,7 @@ def _begun(kind: str) -> Files:
 def _copy(files: Files) -> MemoryStore:
     store = MemoryStore()
     for name, data in files.items():
-        store.publish(name, data)
+        store.put(name, data, mode="replace")
     return store
 
 
@@ -129,14 +130,14 @@ def faults(kind: str) -> Iterator[Fault]:
     before = _begun(kind)
     store, error = _tried(kind, before)
     assert error is None
-    ours = [name for name in store.inner.names() if name not in before]
+    ours = [name for name in names_in(store.inner) if name not in before]
     assert len(ours) >= 2
     for at, (phase, (what, name)) in enumerate(zip(store.phases, store.log, strict=True)):
         for when in ("before", "after") if what not in _LOOKS else ("before",):
             yield Fault(kind, at, phase, what, _shown(name, before), when)
 
 
-_LOOKS = ("names", "size", "read", "read_into")
+_LOOKS = ("list", "head", "get_range", "read_into")
 """They have no effect that an error could come after."""
 
 

@@ -271,8 +271,8 @@ def Broken(path: str, how: str) -> Any:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     class Store(LocalStore):
-        def reserve(self, name: str, nbytes: int) -> Any:
-            return Target(super().reserve(name, nbytes))
+        def open_positioned_writer(self, name: str, nbytes: int) -> Any:
+            return Target(super().open_positioned_writer(name, nbytes))
 
     return Store(path)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 import shardkeep as sk
 from shardkeep.stores import MemoryStore
+from shardkeep.stores.contract import Listing
 
 __all__ = ["Judge"]
 
@@ -17,16 +18,15 @@ class Seen(MemoryStore):
     """Notes what a reader looks at."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__()
-        self._files.update({name: bytearray(data) for name, data in files.items()})
+        super().__init__(files=files)
         self.looked: set[str] = set()
         self.listed = False
 
-    def names(self) -> Iterator[str]:
+    def list(self, prefix: str = "", delimiter: Any = "/") -> Listing:
         self.listed = True
-        return super().names()
+        return super().list(prefix, delimiter)
 
-    def _found(self, name: str) -> bytearray:
+    def _found(self, name: str) -> Any:
         self.looked.add(name)
         return super()._found(name)
 

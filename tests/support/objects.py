@@ -5,15 +5,14 @@ It notes what each rank changes, so that all that a kill may leave can be enumer
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from types import TracebackType
 
 from shardkeep.stores import MemoryStore
-from shardkeep.stores.contract import Buffer, Sink
+from shardkeep.stores.buffered import BufferedWriter
+from shardkeep.stores.contract import Buffer, PutMode, Writer
 
 __all__ = ["Change", "ObjectStore", "cuts"]
 
@@ -38,32 +37,23 @@ class ObjectStore(MemoryStore):
     """Objects appear whole, when they are put; a new one only if nothing has its name."""
 
     def __init__(self, files: Files | None = None) -> None:
-        super().__init__("objects")
-        self._files.update({name: bytearray(data) for name, data in (files or {}).items()})
+        super().__init__("objects", files)
         self.changes: list[Change] = []
+        self._changing = threading.Lock()
         self._rounds: dict[str, int] = {}
 
-    def create(self, name: str) -> Sink:  # type: ignore[override]
-        if name in self._files:
-            raise FileExistsError(errno.EEXIST, "exists", name)
-        return _Upload(self, name)
+    def open_writer(self, name: str) -> Writer:
+        return BufferedWriter(self, name)
 
-    def publish(self, name: str, data: Buffer) -> None:
-        with self._lock:
+    def put(self, name: str, data: Buffer, *, mode: PutMode) -> None:
+        with self._changing:
+            super().put(name, data, mode=mode)
             self._note(name, bytes(data))
-            self._files[name] = bytearray(data)
 
-    def put_new(self, name: str, data: bytes) -> None:
-        """If-None-Match: the store itself refuses a name that is taken."""
-        with self._lock:
+    def delete(self, name: str) -> None:
+        with self._changing:
             if name in self._files:
-                raise FileExistsError(errno.EEXIST, "exists", name)
-            self._note(name, data)
-            self._files[name] = bytearray(data)
-
-    def remove(self, name: str) -> None:
-        with self._lock:
-            if self._files.pop(name, None) is not None:
+                super().delete(name)
                 self._note(name, None)
 
     def sync(self) -> None:
@@ -74,26 +64,6 @@ class ObjectStore(MemoryStore):
     def _note(self, name: str, data: bytes | None) -> None:
         rank = threading.current_thread().name
         self.changes.append(Change(rank, self._rounds.get(rank, 0), name, data))
-
-
-class _Upload(Sink):
-    def __init__(self, store: ObjectStore, name: str) -> None:
-        self._store, self._name, self._parts = store, name, bytearray()
-
-    def write(self, data: Buffer) -> None:
-        self._parts += memoryview(data).cast("B")
-
-    def __enter__(self) -> _Upload:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._store.put_new(self._name, bytes(self._parts))
 
 
 def cuts(changes: list[Change], before: Files) -> Iterator[tuple[list[Change], Files]]:

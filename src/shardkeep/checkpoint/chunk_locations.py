@@ -75,7 +75,7 @@ class ChunkLocations:
         self.index = index
         self._known: dict[int, Source] = {}
         self._alike: container.Known = {}
-        self._size = lru_cache(maxsize=None)(store.size)
+        self._size = lru_cache(maxsize=None)(lambda file: store.head(file).size)
 
     def locate(self, rows: Iterable[int], *, threads: int | None = None) -> dict[int, Source]:
         """The sources of these chunks. Reads item headers where the index does not say enough.
@@ -117,7 +117,7 @@ class ChunkLocations:
         data = b""
         if len(read.wants) > 1 and 0 <= read.low < read.high <= self._size_or_none(read.file):
             with suppress(OSError):  # what is wrong is found out item by item
-                data = self.store.read(read.file, read.low, read.high - read.low)
+                data = self.store.get_range(read.file, read.low, read.high - read.low)
         found: dict[int, Source | ShardkeepError] = {}
         for _, low, high, row in read.wants:
             item = data[low - read.low : high - read.low]
@@ -415,7 +415,7 @@ def window(
 def read_range(store: Store, where: ByteRange, name: str) -> bytes:
     """All bytes of a range. Raises Damaged where the file is missing or ends before."""
     try:
-        data = store.read(where.file, where.offset, where.length)
+        data = store.get_range(where.file, where.offset, where.length)
     except FileNotFoundError:
         raise Damaged("the file is missing", file=where.file, name=name) from None
     if len(data) < where.length:

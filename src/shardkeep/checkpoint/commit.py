@@ -115,7 +115,8 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
         return _with_manifest(store, trailer)
     if there:
         return Found.whole("dcp", METADATA, lambda: _metadata(store, trailer))
-    names = sorted(store.names())
+    listing = store.list()
+    names = sorted(listing.files)
     per_rank = of_ranks(names)
     if per_rank and rank is not None and [n for n, _ in per_rank] == list(range(rank[1])):
         own = per_rank[rank[0]][1]
@@ -129,7 +130,8 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
     tensors = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if tensors:
         return Found.whole("safetensors", tensors[0], lambda: _safetensors(store, tensors))
-    what = "has no .metadata and no .safetensors file" if names else "is empty or does not exist"
+    empty = not names and not listing.prefixes
+    what = "is empty or does not exist" if empty else "has no .metadata and no .safetensors file"
     raise NotACheckpoint(f"{store.url} {what}: no checkpoint is committed there")
 
 
@@ -156,12 +158,12 @@ def publish(
     pickle = metadata_bytes(index, paths, yield_gil)
     trailer = Trailer.of(save_id, pickle, manifest)
     yield_gil()
-    with store.create(manifest_name(save_id)) as sink:
-        sink.write(manifest)
+    with store.open_writer(manifest_name(save_id)) as writer:
+        writer.write(manifest)
     yield_gil()
     store.sync()
     yield_gil()
-    store.publish(METADATA, pickle + trailer.to_bytes())
+    store.put(METADATA, pickle + trailer.to_bytes(), mode="replace")
 
 
 @contextmanager
@@ -194,7 +196,7 @@ def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iter
         with suppress(OSError):
             if leads and not _is_committed(store, save_id):
                 _remove_files(store, save_id)
-                store.remove(manifest_name(save_id))
+                store.delete(manifest_name(save_id))
         raise
 
 
@@ -209,10 +211,10 @@ def _is_committed(store: Store, save_id: str) -> bool:
 
 def _remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
     """Remove the data files of a save that is not committed: of one rank, or of all of them."""
-    for name in list(store.names()):
+    for name in store.list().files:
         parts = data_file_parts(name)
         if parts and parts[1] == save_id and rank in (None, parts[0]):
-            store.remove(name)
+            store.delete(name)
 
 
 def files_of(store: Store) -> frozenset[str]:
@@ -235,7 +237,7 @@ def committed_files(store: Store) -> frozenset[str]:
     if found.trailer is not None:
         files.add(manifest_name(found.trailer.save_id))
     if found.kind == "dcp-per-rank":
-        files.update(name for _, name in of_ranks(store.names()))
+        files.update(name for _, name in of_ranks(store.list().files))
     return frozenset(files)
 
 
@@ -244,14 +246,14 @@ def remove_replaced(store: Store, old: frozenset[str]) -> None:
     if not old:
         return  # and do not read again what was just written
     for name in sorted(old - files_of(store) - {METADATA}):
-        store.remove(name)
+        store.delete(name)
 
 
 def _with_manifest(store: Store, trailer: Trailer) -> Found:
     name = manifest_name(trailer.save_id)
 
     def read_at(offset: int, length: int) -> bytes:
-        return store.read(name, offset, length)
+        return store.get_range(name, offset, length)
 
     def checked(read: Callable[..., T]) -> T:
         return _parsed(read, _manifest(store, trailer), trailer.save_id)
@@ -260,7 +262,7 @@ def _with_manifest(store: Store, trailer: Trailer) -> Found:
         return read_outline(read_at, trailer.manifest_length, file=name, save_id=trailer.save_id)
 
     try:
-        size = store.size(name)
+        size = store.head(name).size
     except FileNotFoundError:
         raise Damaged(f"the manifest is missing{_HINT}", file=name) from None
     if size != trailer.manifest_length:
@@ -318,7 +320,7 @@ _HINT = "; open(path, manifest=False) reads .metadata alone, as stock torch does
 
 def _manifest(store: Store, trailer: Trailer) -> bytes:
     name = manifest_name(trailer.save_id)
-    data = store.read(name, 0, trailer.manifest_length)
+    data = store.get_range(name, 0, trailer.manifest_length)
     try:
         trailer.check_manifest(data)
     except Damaged as error:
@@ -337,7 +339,7 @@ def _record(store: Store) -> tuple[bool, Trailer | None]:
         start = max(0, size - TRAILER_SIZE)
         trailer, wrong = None, None
         try:
-            trailer = Trailer.parse(store.read(METADATA, start, size - start), size)
+            trailer = Trailer.parse(store.get_range(METADATA, start, size - start), size)
         except FormatError as error:
             wrong = error
         before, size = size, size_of(store, METADATA) if trailer is None else size
@@ -356,13 +358,13 @@ def exists(store: Store, name: str) -> bool:
 def size_of(store: Store, name: str) -> int | None:
     """Bytes of a file; None if there is none."""
     try:
-        return store.size(name)
+        return store.head(name).size
     except FileNotFoundError:
         return None
 
 
 def _whole(store: Store, name: str) -> bytes:
-    return store.read(name, 0, store.size(name))
+    return store.get_range(name, 0, store.head(name).size)
 
 
 def _safetensors(store: Store, names: list[str]) -> Index:
@@ -373,8 +375,8 @@ def headers(store: Store, names: Iterable[str]) -> dict[str, parse.Header]:
     """The headers of safetensors files. FormatError if one is broken or hostile."""
     return {
         name: parse.read_header(
-            lambda offset, length, name=name: store.read(name, offset, length),  # type: ignore[misc]
-            store.size(name),
+            lambda offset, length, name=name: store.get_range(name, offset, length),  # type: ignore[misc]
+            store.head(name).size,
             file=name,
         )
         for name in names
@@ -386,6 +388,6 @@ def weights(store: Store) -> dict[str, str] | None:
     listing = parse.INDEX
     if not exists(store, listing):
         return None
-    if store.size(listing) > _MAX_INDEX_JSON:
+    if store.head(listing).size > _MAX_INDEX_JSON:
         raise FormatError("larger than any index can be", file=listing)
     return parse.weight_map(_whole(store, listing))

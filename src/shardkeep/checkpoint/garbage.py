@@ -57,10 +57,12 @@ def find_garbage(
     Raises:
         OSError: from the store.
     """
-    files = {name: save_id for name in store.names() if (save_id := _save_id(name)) is not None}
+    files = {
+        name: save_id for name in store.list().files if (save_id := _save_id(name)) is not None
+    }
     if not set(files.values()) - {but}:
         return []
-    leases = [name for name in store.names() if lease_save_id(name)]
+    leases = [name for name in store.list().files if lease_save_id(name)]
     alive = living(store, leases, time) | {but}
     named = _named(store)
     if named is None:
@@ -91,7 +93,7 @@ def collect_garbage(store: Store, lease: Lease) -> list[OrphanedFile]:
     found = find_garbage(store, lease.time, but=lease.save_id)
     # The lease first: a save that is not dead after all sees by it what happened.
     for one in sorted(found, key=lambda one: (lease_save_id(one.name) is None, one.name)):
-        store.remove(one.name)
+        store.delete(one.name)
     return found
 
 
@@ -110,8 +112,8 @@ def _named(store: Store) -> frozenset[str] | None:
     """All files that commit records name; None if one of them can't be read."""
     try:
         files = set(commit.committed_files(store))
-        for _, name in of_ranks(store.names()):
-            data = store.read(name, 0, store.size(name))
+        for _, name in of_ranks(store.list().files):
+            data = store.get_range(name, 0, store.head(name).size)
             files.update(read_metadata(data, file=name).files)
     except NotACheckpoint:
         return frozenset()

@@ -33,7 +33,7 @@ from types import TracebackType
 
 from shardkeep import settings
 from shardkeep.errors import LeaseLost
-from shardkeep.stores.contract import Store, StoreWithTimes
+from shardkeep.stores.contract import Store
 from shardkeep.util.forking import after_fork_in_child
 
 __all__ = ["Holder", "Lease", "lease_name", "lease_save_id", "living"]
@@ -161,7 +161,7 @@ class Lease:
         except BaseException:
             # Over a network, an error may come after the fact.
             with suppress(OSError):
-                self._store.remove(self._name)
+                self._store.delete(self._name)
             raise
         self._written = _now()
         self._due = self._written + self._seconds / 4
@@ -171,9 +171,9 @@ class Lease:
         for _ in range(_TRIES - 1):
             # Whoever collects just now takes what is not yet renamed for that of a dead save.
             with suppress(FileNotFoundError):
-                self._store.publish(self._name, _content(self.save_id))
+                self._store.put(self._name, _content(self.save_id), mode="replace")
                 return
-        self._store.publish(self._name, _content(self.save_id))
+        self._store.put(self._name, _content(self.save_id), mode="replace")
 
     def confirm(self) -> None:
         """Make sure that nobody has taken this save for dead.
@@ -187,10 +187,10 @@ class Lease:
 
     def time(self) -> float | None:
         """What time it is for the store; None if it does not tell. Raises as `confirm`."""
-        if not isinstance(self._store, StoreWithTimes):
+        if self._store.head(self._name).modified is None:
             return None
         self._renew()
-        return self._store.modified(self._name)
+        return self._store.head(self._name).modified
 
     def rest(self) -> float:
         """Seconds until it is to be renewed."""
@@ -215,7 +215,7 @@ class Lease:
         with self._lock:  # it may just be renewed
             self._written = None
         with suppress(OSError):
-            self._store.remove(self._name)
+            self._store.delete(self._name)
 
     def __enter__(self) -> Lease:
         return self
@@ -235,13 +235,13 @@ class Lease:
     def _write_again(self) -> None:
         self._due = _now() + self._seconds / 4
         try:
-            self._store.size(self._name)
+            self._store.head(self._name)
         except FileNotFoundError:
             raise LeaseLost(
                 f"{self._store.url}: there was no sign of save {self.save_id} for more than "
                 f"{self._seconds:g} s, so another one has removed its files; nothing was committed"
             ) from None
-        self._store.publish(self._name, _content(self.save_id))
+        self._store.put(self._name, _content(self.save_id), mode="replace")
         self._written = _now()
 
 
@@ -294,7 +294,7 @@ class _Renewer:
         while self._abandoned:
             store, name = self._abandoned.popleft()
             with suppress(Exception):  # of stores of any kind; there is nobody to tell
-                store.remove(name)
+                store.delete(name)
         with self._changed:
             leases = list(self._leases)
         for lease in leases:
@@ -331,14 +331,15 @@ def living(store: Store, leases: Iterable[str], time: Callable[[], float | None]
 
 def _lives(store: Store, name: str, time: Callable[[], float | None]) -> bool:
     try:
-        holder = Holder.parse(store.read(name, 0, _MOST))
+        holder = Holder.parse(store.get_range(name, 0, _MOST))
         ended = holder.ended() if holder else None
         if ended is not None:
             return not ended
-        if not isinstance(store, StoreWithTimes):
+        modified = store.head(name).modified
+        if modified is None:
             return True
         now = time()
-        return now is None or now - store.modified(name) <= settings.lease_seconds()
+        return now is None or now - modified <= settings.lease_seconds()
     except FileNotFoundError:  # ended meanwhile
         return False
 

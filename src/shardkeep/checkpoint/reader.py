@@ -30,7 +30,7 @@ from shardkeep.io.read.copies import Copy, ReadStats, read_copies
 from shardkeep.plan.coverage import coverage
 from shardkeep.plan.overlap import Boxes, each_once
 from shardkeep.state.flatten import unflatten
-from shardkeep.stores import store_at
+from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
 from shardkeep.types import (
     DTYPES,
@@ -68,7 +68,7 @@ def open_reader(
         FormatError: the metadata is broken or hostile.
         Damaged: the metadata does not match its checksum.
     """
-    store = store_at(path)
+    store = open_store(path)
     return CheckpointReader(store, commit.find(store, manifest=manifest, rank=rank))
 
 

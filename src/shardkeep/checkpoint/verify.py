@@ -178,8 +178,8 @@ class _Checks:
         """Collect every record of every item, with its CRC-32."""
         one = self._found.kind == "dcp"
         self.unchecked[METADATA if one else "__*.metadata"] = sum(
-            self._store.size(name)
-            for name in self._store.names()
+            self._store.head(name).size
+            for name in self._store.list().files
             if (name == METADATA if one else name.endswith(METADATA) and name != METADATA)
         )
         chunks, objects = self._index.chunks, self._index.objects
@@ -199,7 +199,7 @@ class _Checks:
 
     def safetensors(self) -> None:
         """Check that the files are long enough for every payload: there are no checksums."""
-        sizes = {name: self._store.size(name) for name in self._index.files}
+        sizes = {name: self._store.head(name).size for name in self._index.files}
         for row in range(len(self._index.chunks.tensor)):
             item = self._sources.item(row)
             name = self._sources.name(row)
@@ -232,7 +232,7 @@ class _Checks:
         trailer = self._found.trailer
         assert trailer is not None
         try:
-            trailer.check_pickle(self._store.read(METADATA, 0, trailer.pickle_length))
+            trailer.check_pickle(self._store.get_range(METADATA, 0, trailer.pickle_length))
             self.checked += trailer.pickle_length + trailer.manifest_length
         except Damaged as error:
             self.damaged.append(error)

@@ -46,7 +46,7 @@ def gc(path: str, out: Output, *, delete: bool, as_json: bool) -> int:
 
 def _folders(root: Path) -> Iterator[Path]:
     """Those that have files in them."""
-    parents = {Path(name).parent for name in LocalStore(root).names()}
+    parents = {Path(name).parent for name in LocalStore(root).list(delimiter=None).files}
     yield from (root / parent for parent in sorted(parents))
 
 

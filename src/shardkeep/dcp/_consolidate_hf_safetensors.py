@@ -131,7 +131,7 @@ def _nbytes(source: CheckpointReader, names: Sequence[str]) -> int:
 
 def _publish(source: CheckpointReader, output: Folder, files: _Files) -> None:
     weights = {name: file for file, names in files.items() for name in names}
-    output.store.publish(INDEX, listing(weights, _nbytes(source, list(weights))))
+    output.store.put(INDEX, listing(weights, _nbytes(source, list(weights))), mode="replace")
 
 
 def _write(source: CheckpointReader, output: Folder, files: _Files, threads: int) -> None:

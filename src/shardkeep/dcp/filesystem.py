@@ -148,7 +148,7 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         except BaseException:
             for file in files:
                 with suppress(OSError):  # it must not hide what went wrong
-                    store.remove(file)
+                    store.delete(file)
             self.let_go()
             raise
         return results
@@ -335,11 +335,11 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         except Exception as error:
             if self.fs.exists(path):
                 raise
-            parts = [] if rank is None else [name for _, name in of_ranks(store.names())]
+            parts = [] if rank is None else [name for _, name in of_ranks(store.list().files)]
             if not parts:
                 raise _Missing(f"there is no {path}: no checkpoint is committed there") from error
             index = merge_metadata(
-                [(name, store.read(name, 0, store.size(name))) for name in parts]
+                [(name, store.get_range(name, 0, store.head(name).size)) for name in parts]
             )
             return metadata_of(index)
         return metadata_in(data, file=os.fspath(path))

@@ -175,7 +175,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         if not self.save_distributed:
             weights = {r.index.fqn: r.storage_data.relative_path for r in written}
             nbytes = sum(result.storage_data.length for result in written)
-            folder.store.publish(_metadata_fn, listing(weights, nbytes))
+            folder.store.put(_metadata_fn, listing(weights, nbytes), mode="replace")
         if not self.use_collectives:
             return  # Other ranks' files are not known here.
         folder.remove_replaced(files, shards=self.save_distributed)
@@ -185,7 +185,7 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self._consolidate(folder, metadata)
         else:
             # What an index of an earlier save says is no longer so.
-            folder.store.remove(_metadata_fn)
+            folder.store.delete(_metadata_fn)
             folder.remove_replaced(set(), shards=False)
 
     def _consolidate(self, folder: Folder, metadata: Metadata) -> None:

@@ -16,7 +16,7 @@ from shardkeep.engine.options import AsyncSaveOptions, SaveConfig
 from shardkeep.engine.save import SaveReport, life
 from shardkeep.engine.save_queue import Behind, Handle, Job, Turns, line_of, simulated
 from shardkeep.io.arena import Arena
-from shardkeep.stores import store_at
+from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
 from shardkeep.util.forking import after_fork_in_child
 
@@ -93,7 +93,7 @@ def async_save(
     config = SaveConfig.of(
         "async_save", AsyncSaveOptions, options, overwrite=overwrite, save_id=save_id
     )
-    job, store, rank = detect_ranks(ranks), store_at(path), simulated(ranks)
+    job, store, rank = detect_ranks(ranks), open_store(path), simulated(ranks)
     line = line_of(rank)
     line.finish()
     return SaveHandle(begin([line.owed(state)], store, job, config, rank))

@@ -24,7 +24,7 @@ from shardkeep.errors import Mismatch
 from shardkeep.state.flatten import Leaf, put
 from shardkeep.state.markers import Unwrapped, unmarked
 from shardkeep.state.per_rank import Chooser, OwnValues
-from shardkeep.stores import store_at
+from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.memory import Destinations
 from shardkeep.torch_state.pieces import TensorDescription, is_any_tensor
@@ -165,7 +165,7 @@ def load(
     """
     _check_policies(strict, dtype)
     job = detect_ranks(ranks)
-    store = store_at(path, budget=max_host_memory)
+    store = open_store(path, budget=max_host_memory)
     with job.session("load", store.url) as session:
         clock = Clock(session, _PARTS)
         with gc_pause.paused():  # what is made for each tensor is gone again when this ends

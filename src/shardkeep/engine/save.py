@@ -43,7 +43,7 @@ from shardkeep.io.write.windows import BlockChecksums, FileWindows, checksum_mem
 from shardkeep.io.write.written import collect_written
 from shardkeep.plan.distinct import distinct
 from shardkeep.plan.file_layout import MIN_WINDOW_BYTES
-from shardkeep.stores import LocalStore, store_at
+from shardkeep.stores import LocalStore, open_store
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.describe import LocalState, describe_state
 from shardkeep.torch_state.devices import pinned
@@ -169,7 +169,7 @@ def save(
     config = SaveConfig.of("save", SaveOptions, options, overwrite=overwrite, save_id=save_id)
     line = line_of(simulated(ranks))
     line.finish()  # One of them may be on its way to the same place.
-    return life([line.owed(state)], store_at(path), detect_ranks(ranks), config)
+    return life([line.owed(state)], open_store(path), detect_ranks(ranks), config)
 
 
 def life(

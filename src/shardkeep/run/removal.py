@@ -12,7 +12,7 @@ from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.garbage import collect_garbage, find_garbage
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.stores.contract import Store
-from shardkeep.stores.folders import below, drop
+from shardkeep.stores.folders import remove_folder, subfolder
 
 __all__ = ["clear", "remove"]
 
@@ -27,15 +27,15 @@ def remove(root: Store, folder: str) -> bool:
     Returns:
         False if its metadata can't be read, or names no files: what is not understood stays.
     """
-    store = below(root, folder)
+    store = subfolder(root, folder)
     files = commit.files_of(store)
     if not files:
         return False
-    store.remove(commit.METADATA)
+    store.delete(commit.METADATA)
     store.sync()
     for name in sorted(files - {commit.METADATA}):
-        store.remove(name)
-    drop(root, folder)
+        store.delete(name)
+    remove_folder(root, folder)
     return True
 
 
@@ -47,10 +47,10 @@ def clear(root: Store, folder: str) -> None:
     Args:
         root, folder: as of `remove`.
     """
-    store = below(root, folder)
+    store = subfolder(root, folder)
     # As if it were the end of all time, when every lease is over: is there anything at all?
     if find_garbage(store, lambda: math.inf):
         with Lease(store, commit.new_id()) as lease:
             lease.take()
             collect_garbage(store, lease)
-    drop(root, folder)
+    remove_folder(root, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from string import Formatter
 
-from shardkeep.stores.names import checked
+from shardkeep.stores.names import checked_name
 
 __all__ = ["StepNames"]
 
@@ -44,7 +44,7 @@ class StepNames:
             )
         self._template = template
         self._prefix, _, self._suffix = template.format(step=_Placeholder()).partition(_PLACEHOLDER)
-        if "/" in template or checked(self.name(0)) != self.name(0):
+        if "/" in template or checked_name(self.name(0)) != self.name(0):
             raise ValueError(f"name must be the name of a single folder, not {template!r}")
 
     def name(self, step: int) -> str:

@@ -11,9 +11,9 @@ from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.format.manifest.read import read_header
 from shardkeep.run.policies import Mode, by_metric
 from shardkeep.run.step_names import StepNames
-from shardkeep.stores import store_at
+from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
-from shardkeep.stores.folders import below, folders_of
+from shardkeep.stores.folders import list_folders, subfolder
 from shardkeep.types import Step
 
 __all__ = ["Steps"]
@@ -28,7 +28,7 @@ class Steps:
     """
 
     def __init__(self, root: str | PathLike[str] | Store, names: StepNames | None = None) -> None:
-        self.root = store_at(root)
+        self.root = open_store(root)
         self.names = names or StepNames()
         self._metrics: dict[tuple[int, str], Mapping[str, float]] = {}
 
@@ -38,7 +38,7 @@ class Steps:
         Args:
             links: include folders that are links to other places.
         """
-        found = folders_of(self.root, links=links)
+        found = list_folders(self.root, links=links)
         steps = {step: name for name in found if (step := self.names.step(name)) is not None}
         return dict(sorted(steps.items()))
 
@@ -80,7 +80,7 @@ class Steps:
             key = step, found.trailer.save_id
             if key not in self._metrics:
                 header = read_header(
-                    lambda offset, length: store.read(found.file, offset, length),
+                    lambda offset, length: store.get_range(found.file, offset, length),
                     found.trailer.manifest_length,
                     file=found.file,
                     save_id=found.trailer.save_id,
@@ -92,7 +92,7 @@ class Steps:
 
     def store(self, step: int) -> Store:
         """Return the folder of a step, which may not exist."""
-        return below(self.root, self.names.name(step))
+        return subfolder(self.root, self.names.name(step))
 
     def why_not_whole(self, step: int) -> str | None:
         """Return what is missing of a committed step by the sizes of its files, or None.
@@ -126,7 +126,7 @@ def why_not_whole(store: Store) -> str | None:
             ends[file] = max(ends[file], end)
     for file, end in zip(index.files, ends, strict=True):
         try:
-            size = store.size(file)
+            size = store.head(file).size
         except OSError as error:
             return f"{file}: {error.strerror or error}"
         if size < end:

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: folders of files, by relative names (`stores.contract.Store`)."""
+"""Stores: where checkpoints are kept, as folders of files (`stores.contract.Store`)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from shardkeep.stores.contract import Store
 from shardkeep.stores.local.store import LocalStore
 from shardkeep.stores.memory import MemoryStore
 
-__all__ = ["LocalStore", "MemoryStore", "store_at"]
+__all__ = ["LocalStore", "MemoryStore", "open_store"]
 
 
-def store_at(path: str | os.PathLike[str] | Store, *, budget: int | None = None) -> Store:
-    """The store of a local path, with a `budget` for its buffers; a store is returned as it is.
+def open_store(path: str | os.PathLike[str] | Store, *, budget: int | None = None) -> Store:
+    """Return the store of a local path; a store is returned as it is.
+
+    Args:
+        path: A local path, or a store.
+        budget: How many bytes of memory the buffers of a new store may take.
 
     Raises:
-        ValueError: a URL, which no store here serves, or a budget that is no number of bytes.
-        TypeError: neither a path nor a store.
+        ValueError: The path is a URL, which no store serves, or the budget is not a number of
+            bytes.
+        TypeError: The path is neither a path nor a store.
     """
     check_max_host_memory(budget)
     if isinstance(path, (str, os.PathLike)):

@@ -1,154 +1,41 @@
-"""What a store must provide, and what it may provide besides."""
+"""The contract of a store: what Shardkeep needs from a backend that holds checkpoints.
+
+The verbs are those of obstore. A backend of one's own subclasses `Store`, implements the six
+abstract members, and proves itself with `shardkeep.testing.StoreTests`. What only some backends can
+do is in `stores.abilities`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shardkeep.types import I64
+from shardkeep.stores.errors import PreconditionFailed
+from shardkeep.stores.types import Buffer, FileInfo, IfMatch, Listing, PutMode, StoreHints
 
 __all__ = [
     "Buffer",
-    "Folders",
-    "Placing",
-    "Sink",
+    "FileInfo",
+    "IfMatch",
+    "Listing",
+    "PreconditionFailed",
+    "PutMode",
     "Store",
-    "StoreInRows",
-    "StoreInSteps",
-    "StoreMapped",
-    "StoreWithTimes",
-    "Target",
+    "StoreHints",
+    "Writer",
 ]
 
-Buffer = bytes | bytearray | memoryview
 
-
-@runtime_checkable
-class Store(Protocol):
-    """A folder of files, by relative names with "/". Safe to use from several threads.
-
-    Raises `FileNotFoundError` for what is not there, and other `OSError`s as they come.
-    """
-
-    @property
-    def url(self) -> str:
-        """How errors and reports name this store."""
-        ...
-
-    def names(self) -> Iterator[str]:
-        """The files of the folder and of those below it, in no order; empty if there is none."""
-        ...
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        ...
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset` on: fewer only where the file ends."""
-        ...
-
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset` on; bytes read: fewer only where the file ends."""
-        ...
-
-    def create(self, name: str) -> Sink:
-        """Begin a file that must not exist yet (`FileExistsError`); makes folders as needed."""
-        ...
-
-    def publish(self, name: str, data: Buffer) -> None:
-        """Put `data` under `name`, durably and in one step: readers see the old or the new file."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Remove a file; one that is already gone is no error."""
-        ...
-
-    def sync(self) -> None:
-        """Make durable which files were created and removed so far (POSIX: fsync the folders)."""
-        ...
-
-
-@runtime_checkable
-class StoreInSteps(Store, Protocol):
-    """A store that tells how far a long read has come. Nobody needs to be one: it saves time."""
-
-    def read_steps(
-        self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
-    ) -> Iterator[int]:
-        """As `read_into`, but yields how many bytes are there, about every `step` bytes.
-
-        What has just come is still in a core's own cache, and is checked or copied best right
-        then. `keep`: others want these bytes, too, so they should stay where those find them.
-        """
-        ...
-
-
-@runtime_checkable
-class StoreInRows(Store, Protocol):
-    """A store that reads many short ranges at little more than the cost of their bytes."""
-
-    def read_rows(self, name: str, starts: I64, into: NDArray[np.uint8]) -> bool:
-        """Fill `into` [R, L], whose rows are contiguous: row i from byte `starts[i]` [R] on.
-
-        False if that can't be done, or costs more than one read of all between the rows: the caller
-        does that, and `into` may hold anything.
-        """
-        ...
-
-
-@runtime_checkable
-class Folders(Protocol):
-    """A store with folders that are there by themselves. In others, names alone make them."""
-
-    def folders(self, *, links: bool = True) -> Iterator[str]:
-        """The names of the folders right below, in no order; `links`: those that lead to one, too.
-
-        Empty if there is none.
-        """
-        ...
-
-    def below(self, folder: str) -> Store:
-        """One of them, which need not exist yet, as a store of its own."""
-        ...
-
-    def drop(self, folder: str) -> None:
-        """Remove one of them if it is a folder and empty; anything else stays as it is."""
-        ...
-
-
-@runtime_checkable
-class StoreWithTimes(Store, Protocol):
-    """A store that tells when it wrote a file. Nobody needs to be one; see `leases`."""
-
-    def modified(self, name: str) -> float:
-        """When a file was last written, in seconds, by the store's own clock."""
-        ...
-
-
-@runtime_checkable
-class StoreMapped(Store, Protocol):
-    """A store that can show a file as memory."""
-
-    def mapped(self, name: str) -> memoryview | None:
-        """All bytes of the file; None where that can't be done, or would be slower than reading.
-
-        Whoever looks at bytes that were cut off the file meanwhile is killed (SIGBUS).
-        """
-        ...
-
-
-class Sink(Protocol):
-    """A file being written, from front to back. Leaving the block in peace makes it durable."""
+class Writer(Protocol):
+    """A new file that is written from front to back. It is durable once its block has ended."""
 
     def write(self, data: Buffer) -> None:
         """Append all of `data`."""
         ...
 
-    def __enter__(self) -> Sink: ...
+    def __enter__(self) -> Writer: ...
 
     def __exit__(
         self,
@@ -156,40 +43,92 @@ class Sink(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Sync and close; after an exception close and remove what was written."""
+        """Complete the file; after an exception in the block, remove what was written."""
         ...
 
 
 @runtime_checkable
-class Placing(Protocol):
-    """A store that can be written at any place of a file. What can't writes front to back."""
+class Store(Protocol):
+    """A folder of files with relative names, whose parts are separated by "/".
 
-    def reserve(self, name: str, nbytes: int) -> Target:
-        """Begin a file of so many bytes, which must not exist yet (`FileExistsError`).
+    All methods can be called from several threads. A missing file raises `FileNotFoundError`, a
+    name that leaves the folder `ValueError`; other failures are `OSError`s that name the file.
+    """
 
-        Its space is set aside where the store can: a full disk raises here, not half way.
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The name of this store in errors and reports."""
+        ...
+
+    @abstractmethod
+    def list(self, prefix: str = "", delimiter: Literal["/"] | None = "/") -> Listing:
+        """List names below `prefix`, which is empty or ends in "/"; nothing if it is missing.
+
+        With the delimiter, names that have another "/" are summed up as common prefixes, and no
+        folder is looked into. With None, all files below the prefix are listed.
         """
         ...
 
+    @abstractmethod
+    def head(self, name: str) -> FileInfo:
+        """Return the size, version and time of a file."""
+        ...
 
-class Target(Protocol):
-    """A new file of known size. Leaving the block in peace makes it durable."""
+    @abstractmethod
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        """Return `length` bytes from `start` on; fewer only where the file ends."""
+        ...
 
-    def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
-        """Write all parts, one after the other; several threads may, each in a place of its own.
+    @abstractmethod
+    def put(self, name: str, data: Buffer, *, mode: PutMode) -> None:
+        """Write a whole file durably and in one step: readers see the old or the new content.
 
-        `offset`, and the length and the address in memory of each part, are multiples of `PAGE`;
-        what goes beyond the size of the file is cut off.
+        Raises:
+            FileExistsError: The mode is "create", and the file exists.
+            PreconditionFailed: The mode is `IfMatch`, and the file has another version or is gone.
         """
         ...
 
-    def __enter__(self) -> Target: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Sync and close; after an exception close and remove what was written."""
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete a file. A file that is already gone is not an error."""
         ...
+
+    @property
+    def hints(self) -> StoreHints:
+        """How this store is best used."""
+        return StoreHints()
+
+    def get_ranges(
+        self, name: str, starts: Sequence[int], lengths: Sequence[int]
+    ) -> Sequence[bytes]:
+        """Return many ranges of one file, each as `get_range` does."""
+        return [self.get_range(name, *each) for each in zip(starts, lengths, strict=True)]
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `start` on and return how many bytes there were before the end."""
+        view = buffer.cast("B")
+        data = self.get_range(name, start, len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def open_writer(self, name: str) -> Writer:
+        """Start a new file, which may be longer than fits into one request.
+
+        By default its content is collected in memory and put when the block ends.
+
+        Raises:
+            FileExistsError: The file exists; raised here or when the block ends.
+        """
+        from shardkeep.stores.buffered import BufferedWriter
+
+        return BufferedWriter(self, name)
+
+    def sync(self) -> None:
+        """Make durable which files were created and deleted so far (POSIX: sync the folders)."""
+        return
+
+    def close(self) -> None:
+        """Release files, connections and buffers. The store can still be used afterwards."""
+        return

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from posixpath import normpath
 
-__all__ = ["checked", "checked_range"]
+from shardkeep.stores.contract import Listing
+
+__all__ = ["checked_name", "checked_prefix", "checked_range", "group_names"]
 
 
-def checked(name: str) -> str:
-    """The name in its plain form ("a/./b" and "c/../a/b" are "a/b").
+def checked_name(name: str) -> str:
+    """Return the name in its plain form ("a/./b" and "c/../a/b" are "a/b").
 
-    ".." is resolved here, by letters, and never by the file system, which would follow a symbolic
-    link first and so could end up outside of the folder.
+    ".." is resolved here, in the text, and never by the file system: that would follow a symbolic
+    link first, and so could end up outside of the folder.
 
     Raises:
-        ValueError: empty, absolute, leaving the folder, with a NUL, or not encodable.
+        ValueError: The name is empty, is absolute, leaves the folder, contains a NUL, or cannot be
+            encoded.
     """
     plain = normpath(name) if name else ""
     if not plain or plain == ".":
-        reason = "it names no file"
+        reason = "it does not name a file"
     elif "\0" in plain:
         reason = "it contains a NUL"
     elif plain.startswith("/"):
@@ -38,7 +42,37 @@ def checked(name: str) -> str:
     raise ValueError(f"bad file name {name!r}: {reason}")
 
 
-def checked_range(offset: int, length: int) -> None:
-    """Refuse negative numbers, which slices and system calls take in different ways."""
-    if offset < 0 or length < 0:
-        raise ValueError(f"bad range: {length} bytes from offset {offset}")
+def checked_prefix(prefix: str) -> str:
+    """Return the prefix of a listing in its plain form: empty, or a folder that ends in "/".
+
+    Raises:
+        ValueError: The prefix does not end in "/", or what precedes that is a bad name.
+    """
+    if not prefix:
+        return ""
+    if not prefix.endswith("/"):
+        raise ValueError(f"bad prefix {prefix!r}: it must be empty or end in '/'")
+    return f"{checked_name(prefix[:-1])}/"
+
+
+def checked_range(start: int, length: int) -> None:
+    """Refuse negative numbers, which slices and system calls interpret in different ways."""
+    if start < 0 or length < 0:
+        raise ValueError(f"bad range: {length} bytes from offset {start}")
+
+
+def group_names(names: Iterable[str], prefix: str, delimiter: str | None) -> Listing:
+    """Return the listing of a store without folders that holds files of these names.
+
+    Args:
+        names: The names of all files.
+        prefix: As returned by `checked_prefix`.
+        delimiter: "/", or None to list all files below the prefix.
+    """
+    below = [name for name in names if name.startswith(prefix)]
+    if delimiter is None:
+        return Listing(tuple(below))
+    first = {name: name[len(prefix) :].partition(delimiter) for name in below}
+    files = tuple(name for name, (_, found, _) in first.items() if not found)
+    folders = dict.fromkeys(f"{prefix}{head}/" for head, found, _ in first.values() if found)
+    return Listing(files, tuple(folders))

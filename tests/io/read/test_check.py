@@ -51,7 +51,7 @@ def layouts(draw):
 def store_of(files):
     store = MemoryStore()
     for name, data in files.items():
-        store.publish(name, data)
+        store.put(name, data, mode="replace")
     return store
 
 
@@ -134,8 +134,8 @@ class Failing(MemoryStore):
     def __init__(self, error):
         super().__init__()
         self.error = error
-        self.publish("f", bytes(100))
-        self.publish("g", bytes(100))
+        self.put("f", bytes(100), mode="replace")
+        self.put("g", bytes(100), mode="replace")
 
     def read_into(self, name, offset, buffer):
         if name == "f":
@@ -160,7 +160,7 @@ class BadSector(MemoryStore):
 
     def __init__(self, data: bytes, at: int) -> None:
         super().__init__()
-        self.publish("f", data)
+        self.put("f", data, mode="replace")
         self.at = at
 
     def read_steps(self, name, offset, buffer, step, *, keep=False):

@@ -29,7 +29,7 @@ class Logging(MemoryStore):
         super().__init__()
         self.reads = []
         for name, data in files.items():
-            self.publish(name, data)
+            self.put(name, data, mode="replace")
 
     def read_into(self, name, offset, buffer):
         self.reads.append((name, offset, offset + buffer.nbytes))
@@ -46,7 +46,7 @@ class InSteps(Logging):
     def read_steps(self, name, offset, buffer, step, *, keep=False):
         self.reads.append((name, offset, offset + buffer.nbytes))
         self.kept.append(keep)
-        data = super().read(name, offset, buffer.nbytes)
+        data = super().get_range(name, offset, buffer.nbytes)
         # What is not there yet must not be looked at.
         buffer[:] = b"\xee" * buffer.nbytes
         done = 0
@@ -70,7 +70,7 @@ class Mapped(Logging):
     """Shows files as memory."""
 
     def mapped(self, name):
-        return memoryview(super().read(name, 0, super().size(name)))
+        return memoryview(super().get_range(name, 0, super().head(name).size))
 
 
 FILE = np.random.default_rng(0).bytes(16 * BLOCK)

@@ -28,7 +28,7 @@ class Counting(MemoryStore):
         super().__init__()
         self.reads = []
         for name, data in files.items():
-            self.publish(name, data)
+            self.put(name, data, mode="replace")
 
     def read_into(self, name, offset, buffer):
         self.reads.append((name, offset, offset + buffer.nbytes))

@@ -17,6 +17,7 @@ from shardkeep.io.write.items import Item, write_items
 from shardkeep.settings import BLOCK
 from shardkeep.stores.local.store import LocalStore
 from shardkeep.stores.memory import MemoryStore
+from support.store_files import names_in
 
 
 class Frame:
@@ -65,7 +66,7 @@ def test_items_lie_where_the_columns_say(layout, threads):
     assert written.files == tuple(files)
     row = 0
     for number, (name, items) in enumerate(files.items()):
-        whole = store.read(name, 0, store.size(name))
+        whole = store.get_range(name, 0, store.head(name).size)
         position = 0
         for data, codec in items:
             head, tail = codec.head(position), codec.tail(position, zlib.crc32(data))
@@ -100,7 +101,7 @@ def test_items_lie_where_the_columns_say(layout, threads):
 def test_arrays_of_any_dtype_and_shape(array):
     store = MemoryStore()
     write_items(store, {"f": [Item(Bare(), array), Item(Bare(), lambda: array)]}, threads=1)
-    assert store.read("f", 0, 1 << 20) == array.tobytes() * 2
+    assert store.get_range("f", 0, 1 << 20) == array.tobytes() * 2
 
 
 def test_payloads_are_made_when_their_turn_comes():
@@ -138,8 +139,8 @@ class Counting(MemoryStore):
         super().__init__()
         self.writes, self.error = [], error
 
-    def create(self, name):
-        sink, write = super().create(name), None
+    def open_writer(self, name):
+        sink, write = super().open_writer(name), None
         write = sink.write
 
         def counted(data):
@@ -174,7 +175,7 @@ def test_errors_name_the_file_and_leave_no_thread_and_no_such_file(error, messag
         write_items(store, files, threads=3)
     assert message in str(caught.value)
     assert type(caught.value) is type(error) and caught.value.errno == error.errno
-    assert "bad" not in store.names()
+    assert "bad" not in names_in(store)
     assert threading.active_count() == before
 
 

@@ -23,6 +23,7 @@ from shardkeep.stores import LocalStore, MemoryStore
 from shardkeep.types import DType
 
 U8 = DType.named("uint8")
+from support.store_files import names_in
 
 
 class Bytes:
@@ -79,7 +80,7 @@ def check(store, images, payloads, bare):
         name = written.files[written.file[row]]
         start, length = int(written.item[row]), int(written.length[row])
         at, crc = int(written.payload[row]), zlib.crc32(data)
-        item = store.read(name, start, length)
+        item = store.get_range(name, start, length)
         blocks = [zlib.crc32(data[i : i + BLOCK]) for i in range(0, len(data), BLOCK)]
         mine = written.checksums[written.block[row] : written.block[row + 1]].tolist()
         if row in bare:
@@ -92,7 +93,7 @@ def check(store, images, payloads, bare):
             assert mine == blocks
         assert written.crc[row] == crc
         ends[name] += length
-    assert {name: store.size(name) for name in written.files} == ends
+    assert {name: store.head(name).size for name in written.files} == ends
 
 
 sizes = st.lists(
@@ -235,7 +236,7 @@ def test_a_window_that_fails_keeps_no_other_waiting(tmp_path):
     before = threading.active_count()
     with pytest.raises(OSError, match="it broke"), open_targets(store, images) as targets:
         write_windows(targets, images, threads=4)
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []
     assert threading.active_count() == before
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from shardkeep.settings import PAGE
 from shardkeep.stores import LocalStore
-from shardkeep.stores.contract import StoreInSteps
+from shardkeep.stores.abilities import SupportsReadSteps
 from shardkeep.stores.local import direct_reads as past_cache
 from shardkeep.stores.local import syscalls
 
@@ -85,7 +85,7 @@ def read(store, offset=0, length=None, *, in_place=False, **more):
 
 
 def test_a_local_store_reads_in_steps(store):
-    assert isinstance(store, StoreInSteps)
+    assert isinstance(store, SupportsReadSteps)
 
 
 FOLDER = tempfile.TemporaryDirectory()
@@ -170,7 +170,7 @@ def test_the_kernel_tells_what_is_cached(store):
         os.fsync(fd)
         if syscalls.cached(fd, 0, len(DATA)) is None:
             pytest.skip("this kernel does not tell")
-        store.read("f", 0, len(DATA))
+        store.get_range("f", 0, len(DATA))
         assert syscalls.cached(fd, 0, len(DATA)) >= len(DATA)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if syscalls.cached(fd, 0, len(DATA)):
@@ -242,7 +242,7 @@ def test_a_file_that_shrinks_ends_early(store, cold, in_place):
 
 def test_a_replaced_file_is_opened_anew(store, cold):
     assert read(store, 0, 1 << 20) == DATA[: 1 << 20]
-    store.publish("f", bytes(1 << 20))
+    store.put("f", bytes(1 << 20), mode="replace")
     buffer = bytearray(1 << 20)
     assert store.read_into("f", 0, memoryview(buffer)) == 1 << 20
     assert not any(buffer)
@@ -290,7 +290,7 @@ def test_descriptors_for_direct_reads_count_too(tmp_path, cold):
         (tmp_path / str(number)).write_bytes(bytes(100_000))
         assert store.read_into(str(number), 0, memoryview(bytearray(100_000))) == 100_000
     assert descriptors() == before + 3
-    store.remove("5")
+    store.delete("5")
     assert descriptors() <= before + 2
     store.close()
     assert descriptors() == before

@@ -20,11 +20,12 @@ from shardkeep.stores.local import syscalls
 from shardkeep.stores.local.descriptors import Descriptor
 
 TMPFS = Path("/dev/shm")
+from support.store_files import names_in
 
 
 def test_who_finds_nothing_to_sync_waits_for_who_syncs_it(tmp_path, monkeypatch):
     store = LocalStore(tmp_path)
-    with store.create("x"):
+    with store.open_writer("x"):
         pass
     begun, goes, done = threading.Event(), threading.Event(), threading.Event()
     real = os.fsync
@@ -54,17 +55,17 @@ def page(*values: int) -> np.ndarray:
     return made
 
 
-def is_direct(target: module.LocalTarget) -> bool:
+def is_direct(target: module.LocalPositionedWriter) -> bool:
     return bool(fcntl.fcntl(target._fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def content(store: LocalStore, name: str) -> bytes:
-    return store.read(name, 0, 1 << 20)
+    return store.get_range(name, 0, 1 << 20)
 
 
 def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
     store = LocalStore(tmp_path)
-    with store.reserve("a/x", 2 * PAGE + 10) as target:
+    with store.open_positioned_writer("a/x", 2 * PAGE + 10) as target:
         target.write_at(2 * PAGE, [page(3).data])
         target.write_at(0, [page(1, 2).data])
     assert content(store, "a/x") == bytes([1]) * PAGE + bytes([2]) * PAGE + bytes([3]) * 10
@@ -72,11 +73,11 @@ def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
 
 def test_a_file_that_exists_is_refused(tmp_path):
     store = LocalStore(tmp_path)
-    with store.reserve("x", 0):
+    with store.open_positioned_writer("x", 0):
         pass
-    assert store.size("x") == 0
+    assert store.head("x").size == 0
     with pytest.raises(FileExistsError) as caught:
-        store.reserve("x", 5)
+        store.open_positioned_writer("x", 5)
     assert caught.value.filename == str(tmp_path / "x")
 
 
@@ -87,10 +88,10 @@ def test_a_full_disk_is_told_before_anything_is_written():
     store, room = LocalStore(folder), os.statvfs(TMPFS)
     try:
         with pytest.raises(OSError, match="No space left") as caught:
-            store.reserve("x", 2 * room.f_blocks * room.f_frsize)
+            store.open_positioned_writer("x", 2 * room.f_blocks * room.f_frsize)
         assert caught.value.errno == errno.ENOSPC
         assert caught.value.filename == str(folder / "x")
-        assert list(store.names()) == []
+        assert list(names_in(store)) == []
     finally:
         folder.rmdir()
 
@@ -100,12 +101,12 @@ def test_where_direct_writes_are_refused_it_is_buffered():
     folder = TMPFS / f"shardkeep-{os.getpid()}"
     store = LocalStore(folder)
     try:
-        with store.reserve("x", PAGE) as target:
+        with store.open_positioned_writer("x", PAGE) as target:
             target.write_at(0, [page(7).data])
         assert content(store, "x") == bytes([7]) * PAGE
     finally:
-        for name in store.names():
-            store.remove(name)
+        for name in names_in(store):
+            store.delete(name)
         folder.rmdir()
 
 
@@ -121,7 +122,7 @@ def test_a_refusal_at_the_flag_is_found_once_a_store(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     store = LocalStore(tmp_path)
     for name in "xy":
-        with store.reserve(name, PAGE) as target:
+        with store.open_positioned_writer(name, PAGE) as target:
             target.write_at(0, [page(4).data])
         assert content(store, name) == bytes([4]) * PAGE
     assert len(asked) == 1
@@ -140,7 +141,7 @@ def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatc
     monkeypatch.setattr(os, "pwritev", pwritev)
     store = LocalStore(tmp_path)
     for name in "xy":
-        with store.reserve(name, PAGE + 3) as target:
+        with store.open_positioned_writer(name, PAGE + 3) as target:
             target.write_at(0, [page(4, 5).data])
         assert content(store, name) == bytes([4]) * PAGE + bytes([5]) * 3
     assert refused == [0]
@@ -156,7 +157,7 @@ def test_threads_that_are_refused_at_once_both_go_on(tmp_path, monkeypatch):
         return real(fd, parts, offset)
 
     store = LocalStore(tmp_path)
-    target = store.reserve("x", 2 * PAGE)
+    target = store.open_positioned_writer("x", 2 * PAGE)
     if not is_direct(target):
         pytest.skip("this file system has no direct I/O")
     monkeypatch.setattr(os, "pwritev", pwritev)
@@ -172,10 +173,10 @@ def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwritev", refuse)
     store = LocalStore(tmp_path, direct=False)
     with pytest.raises(OSError, match="Invalid argument") as caught:  # noqa: SIM117
-        with store.reserve("x", PAGE) as target:
+        with store.open_positioned_writer("x", PAGE) as target:
             target.write_at(0, [page(4).data])
     assert caught.value.filename == str(tmp_path / "x")
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []
 
 
 def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
@@ -188,7 +189,7 @@ def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwritev", pwritev)
     store = LocalStore(tmp_path, direct=False)
     for most in (1000, PAGE, PAGE + 1, 2 * PAGE + 7):
-        with store.reserve(str(most), 4 * PAGE) as target:
+        with store.open_positioned_writer(str(most), 4 * PAGE) as target:
             target.write_at(0, [page(8, 9).data, page(6).data, page(7).data])
         made = b"".join(bytes([value]) * PAGE for value in (8, 9, 6, 7))
         assert content(store, str(most)) == made
@@ -206,7 +207,7 @@ def test_memory_that_direct_writes_refuse_is_written_through_the_cache(tmp_path,
 
     monkeypatch.setattr(os, "pwritev", pwritev)
     store = LocalStore(tmp_path)
-    with store.reserve("x", PAGE) as target:
+    with store.open_positioned_writer("x", PAGE) as target:
         target.write_at(0, [page(5).data])
     assert content(store, "x") == bytes([5]) * PAGE
 
@@ -214,9 +215,9 @@ def test_memory_that_direct_writes_refuse_is_written_through_the_cache(tmp_path,
 def test_more_parts_than_one_call_takes(tmp_path):
     store, pages = LocalStore(tmp_path), page(*range(200))
     parts = [pages[at * PAGE : (at + 1) * PAGE].data for at in range(200)] * 12
-    with store.reserve("x", 2400 * PAGE - 5) as target:
+    with store.open_positioned_writer("x", 2400 * PAGE - 5) as target:
         target.write_at(0, parts)
-    assert store.read("x", 0, 2400 * PAGE) == (pages.tobytes() * 12)[:-5]
+    assert store.get_range("x", 0, 2400 * PAGE) == (pages.tobytes() * 12)[:-5]
 
 
 def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeypatch):
@@ -233,7 +234,7 @@ def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeyp
         return real(fd, parts, at)
 
     store = LocalStore(tmp_path)
-    target = store.reserve("x", 2 * PAGE)
+    target = store.open_positioned_writer("x", 2 * PAGE)
     if not is_direct(target):
         pytest.skip("this file system has no direct I/O")
     monkeypatch.setattr(os, "pwritev", pwritev)
@@ -257,11 +258,11 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
 
     monkeypatch.setattr(where, call, once)
     with pytest.raises(OSError, match="Input/output error") as caught:  # noqa: SIM117
-        with store.reserve("x", PAGE) as target:
+        with store.open_positioned_writer("x", PAGE) as target:
             target.write_at(0, [page(1).data])
     assert caught.value.filename == str(tmp_path / "x")
     assert failed == [call]
-    assert list(store.names()) == []
+    assert list(names_in(store)) == []
 
 
 def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
@@ -271,6 +272,6 @@ def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
 
     monkeypatch.setattr(syscalls, "_fallocate", refuse)
     store = LocalStore(tmp_path)
-    with store.reserve("x", PAGE) as target:
+    with store.open_positioned_writer("x", PAGE) as target:
         target.write_at(0, [page(6).data])
     assert content(store, "x") == bytes([6]) * PAGE

@@ -45,7 +45,9 @@ def publish(
         with commit.undone_on_failure(store, lease.save_id):
             commit.publish(store, lease.save_id, index, save.header(ranks))
     else:
-        store.publish(name, pickled(metadata) if index is None else metadata_bytes(index))
+        store.put(
+            name, pickled(metadata) if index is None else metadata_bytes(index), mode="replace"
+        )
     if index is not None or commit.files_of(store):
         save.remove_replaced(store, old - {name}, lease)
 
@@ -58,14 +60,14 @@ def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int,
     """
     old = _files(store, name)
     index = _index(metadata, results)
-    store.publish(name, pickled(metadata) if index is None else metadata_bytes(index))
+    store.put(name, pickled(metadata) if index is None else metadata_bytes(index), mode="replace")
     for file in sorted(old - _files(store, name)):
-        store.remove(file)
+        store.delete(file)
     if rank == 0:
         hidden = commit.files_of(store) if commit.exists(store, commit.METADATA) else frozenset()
-        store.remove(commit.METADATA)
+        store.delete(commit.METADATA)
         for file in sorted(hidden):
-            store.remove(file)
+            store.delete(file)
 
 
 def _index(metadata: Any, results: Results) -> Index | None:
@@ -79,7 +81,7 @@ def _index(metadata: Any, results: Results) -> Index | None:
 
 def _files(store: Store, name: str) -> frozenset[str]:
     try:
-        data = store.read(name, 0, store.size(name))
+        data = store.get_range(name, 0, store.head(name).size)
         return frozenset(read_metadata(data, file=name).files)
     except (FileNotFoundError, FormatError):
         return frozenset()

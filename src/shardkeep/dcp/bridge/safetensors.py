@@ -85,16 +85,16 @@ class Folder:
         except BaseException:
             for temporary in unfinished:
                 with suppress(OSError):
-                    self.store.remove(temporary)
+                    self.store.delete(temporary)
             raise
         self.store.sync()
 
     def remove_replaced(self, kept: set[str], *, shards: bool) -> None:
         """Remove the files of earlier saves: those with shards, or those without."""
-        for name in list(self.store.names()):
+        for name in self.store.list().files:
             sharded = name.startswith("shard-")
             if is_file_name(name) and sharded == shards and name not in kept:
-                self.store.remove(name)
+                self.store.delete(name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +136,7 @@ def open_folder(store: Store, *, listed: bool = True) -> CheckpointReader:
         NotACheckpoint: there are no such files.
         FormatError: one is broken or hostile, or they contradict each other.
     """
-    names = sorted(name for name in store.names() if _is_tensors(name))
+    names = sorted(name for name in store.list().files if _is_tensors(name))
     if not names:
         raise NotACheckpoint(f"{store.url} has no .safetensors file")
     headers = commit.headers(store, names)

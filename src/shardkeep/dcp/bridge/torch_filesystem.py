@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from errno import EEXIST, ENOENT
 from secrets import token_hex
 from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed.checkpoint.filesystem as stock
 
 from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.stores import LocalStore
-from shardkeep.stores.contract import Buffer, Sink, Store
-from shardkeep.stores.names import checked, checked_range
+from shardkeep.stores.contract import (
+    Buffer,
+    FileInfo,
+    IfMatch,
+    Listing,
+    PutMode,
+    Store,
+    StoreHints,
+    Writer,
+)
+from shardkeep.stores.errors import file_exists, file_missing, version_changed
+from shardkeep.stores.names import checked_name, checked_prefix, checked_range, group_names
 
 __all__ = ["FsspecStore", "StreamStore", "replace", "store_of"]
 
@@ -26,6 +36,14 @@ _PATTERN = frozenset("*?[")
 """What makes a path a pattern, for fsspec."""
 _LARGE = 64 << 20
 """Longer reads are cut to what the file has: a hostile length must not take memory."""
+_SAMPLE_BYTES = 4096
+"""How much of the beginning and the end of a file its version is made of, where only streams are
+known. A commit record ends in the id of its save."""
+_Entries = tuple[list[str], list[tuple[str, Any]]]
+"""Names of files; names and paths of folders."""
+_conditional_puts = Lock()
+"""File systems of this kind have no conditional puts. At least the threads of one process take
+turns between the check and the rename."""
 
 
 def store_of(storage: Any) -> Store:
@@ -103,76 +121,110 @@ class StreamStore(Store):
     def path_of(self, name: str) -> Any:
         """A file's path, as the file system takes it; ValueError if it would leave the folder."""
         path = self._path
-        for part in checked(name).split("/"):
+        for part in checked_name(name).split("/"):
             path = self._fs.concat_path(path, part)
         return path
 
-    def names(self) -> Iterator[str]:
-        if callable(getattr(self._fs, "ls", None)):
-            yield from self._listed(self._path, "")
-            return
+    @property
+    def hints(self) -> StoreHints:
+        return StoreHints(concurrency=1, atomic_conditions=False)
+
+    def list(self, prefix: str = "", delimiter: Literal["/"] | None = "/") -> Listing:
+        prefix = checked_prefix(prefix)
+        if not callable(getattr(self._fs, "ls", None)):
+            return group_names(self._known(), prefix, delimiter)
+        folder = self._path
+        for part in prefix.split("/")[:-1]:
+            folder = self._fs.concat_path(folder, part)
+        files, folders = self._entries(folder, prefix)
+        prefixes = [f"{name}/" for name, _ in folders]
+        while delimiter is None and folders:
+            name, path = folders.pop()
+            more, below = self._entries(path, f"{name}/")
+            files += more
+            folders += below
+        return Listing(tuple(files), tuple(prefixes) if delimiter else ())
+
+    def _known(self) -> set[str]:
+        """The files that were made here, and the commit record."""
         with self._lock:
             known = set(self._made)
         if self._exists(self.path_of(_METADATA)):
             known.add(_METADATA)
-        yield from known
+        return known
 
-    def size(self, name: str) -> int:
+    def head(self, name: str) -> FileInfo:
         with self._opened(name) as stream:
-            return int(stream.seek(0, os.SEEK_END))
+            size = int(stream.seek(0, os.SEEK_END))
+            stream.seek(0)
+            sample = bytes(stream.read(_SAMPLE_BYTES))
+            stream.seek(max(0, size - _SAMPLE_BYTES))
+            sample += bytes(stream.read(_SAMPLE_BYTES))
+        return FileInfo(size, f"{size:x}-{hashlib.blake2b(sample, digest_size=16).hexdigest()}")
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        checked_range(offset, length)
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        checked_range(start, length)
         with self._opened(name) as stream:
-            left = min(length, max(0, stream.seek(0, os.SEEK_END) - offset))
+            left = min(length, max(0, stream.seek(0, os.SEEK_END) - start))
             if left:
-                stream.seek(offset)
+                stream.seek(start)
             parts = []
             while left and (part := stream.read(left)):
                 parts.append(bytes(part))
                 left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        view = buffer.cast("B")
-        part = self.read(name, offset, len(view))
-        view[: len(part)] = part
-        return len(part)
-
-    def create(self, name: str) -> Sink:
-        plain, path = checked(name), self.path_of(name)
+    def open_writer(self, name: str) -> Writer:
+        plain, path = checked_name(name), self.path_of(name)
         with self._lock:
             # The file may only come to be when its stream is closed: it is known till then.
             taken = plain in self._writing
             self._writing.add(plain)
         try:
             if taken or self._exists(path):
-                raise FileExistsError(EEXIST, os.strerror(EEXIST), str(path))
+                raise file_exists(str(path))
             self._make_folder(plain.rpartition("/")[0])
-            return StreamSink(self._fs, path, self._sync, lambda done: self._written(plain, done))
+            return _StreamWriter(
+                self._fs, path, self._sync, lambda done: self._written(plain, done)
+            )
         except BaseException:
             if not taken:
                 self._written(plain, False)
             raise
 
-    def publish(self, name: str, data: Buffer) -> None:
-        plain = checked(name)
+    def put(self, name: str, data: Buffer, *, mode: PutMode) -> None:
+        plain = checked_name(name)
         temporary = f"{plain}.{token_hex(8)}.tmp"
-        with self.create(temporary) as sink:
-            sink.write(data)
+        with self.open_writer(temporary) as writer:
+            writer.write(data)
         try:
-            replace(self._fs, self.path_of(temporary), self.path_of(plain))
+            with _conditional_puts:
+                self._check(plain, mode)
+                replace(self._fs, self.path_of(temporary), self.path_of(plain))
         except BaseException:
-            self.remove(temporary)
+            self.delete(temporary)
             raise
         with self._lock:
             self._made.discard(temporary)
             self._made.add(plain)
 
-    def remove(self, name: str) -> None:
+    def _check(self, name: str, mode: PutMode) -> None:
+        """Refuse to replace a file that does not meet the condition."""
+        path = str(self.path_of(name))
+        if mode == "create" and self._exists(self.path_of(name)):
+            raise file_exists(path)
+        if isinstance(mode, IfMatch):
+            try:
+                found = self.head(name).version
+            except FileNotFoundError:
+                found = None
+            if found != mode.version:
+                raise version_changed(path, mode.version, found)
+
+    def delete(self, name: str) -> None:
         path = self.path_of(name)
         with self._lock:
-            self._made.discard(checked(name))
+            self._made.discard(checked_name(name))
         try:
             _remove(self._fs, path)
         except Exception:
@@ -217,22 +269,28 @@ class StreamStore(Store):
             yield
         except Exception as error:
             if isinstance(error, FileNotFoundError) or not self._exists(path):
-                raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(path)) from error
+                raise file_missing(str(path)) from error
             raise
 
-    def _listed(self, folder: Any, before: str) -> Iterator[str]:
-        """The files below a folder. What `ls` gives does not say what a folder is: look inside."""
+    def _entries(self, folder: Any, prefix: str) -> _Entries:
+        """Return the names in one folder: of its files, and of its folders, with their paths.
+
+        What `ls` returns does not say what a folder is, so each entry is tried.
+        """
+        files: list[str] = []
+        folders: list[tuple[str, Any]] = []
         try:
             found = [os.fspath(entry) for entry in self._fs.ls(folder)]
         except FileNotFoundError:
-            return
+            return files, folders
         for entry in found:
             name = entry.rstrip("/").replace(os.sep, "/").rpartition("/")[2]
             path = self._fs.concat_path(folder, name)
             if self._is_folder(path):
-                yield from self._listed(path, f"{before}{name}/")
+                folders.append((f"{prefix}{name}", path))
             else:
-                yield f"{before}{name}"
+                files.append(f"{prefix}{name}")
+        return files, folders
 
     def _is_folder(self, path: Any) -> bool:
         try:
@@ -256,8 +314,8 @@ class StreamStore(Store):
             return False
 
 
-class StreamSink:
-    """A new file being written; see `stores.contract.Sink`."""
+class _StreamWriter(Writer):
+    """A new file of a `StreamStore`."""
 
     def __init__(self, fs: Any, path: Any, sync: bool, ended: Callable[[bool], None]) -> None:
         self._fs, self._path, self._sync, self._ended = fs, path, sync, ended
@@ -270,7 +328,7 @@ class StreamSink:
             done = self._stream.write(view)
             view = view[done:] if type(done) is int else view[:0]
 
-    def __enter__(self) -> StreamSink:
+    def __enter__(self) -> _StreamWriter:
         return self
 
     def __exit__(
@@ -316,36 +374,59 @@ class FsspecStore(StreamStore):
     def _inner(self) -> Any:
         return self._fs.fs
 
-    def names(self) -> Iterator[str]:
+    @property
+    def hints(self) -> StoreHints:
+        return StoreHints(atomic_conditions=False)
+
+    def list(self, prefix: str = "", delimiter: Literal["/"] | None = "/") -> Listing:
+        prefix = checked_prefix(prefix)
         self._inner.invalidate_cache()
         root = str(self._inner._strip_protocol(self.url)).rstrip("/")
+        folder = f"{root}/{prefix}".rstrip("/")
         try:
-            found = self._inner.find(root)
+            if delimiter is None:
+                found = self._inner.find(folder)
+                names = (str(path)[len(root) :].lstrip("/") for path in found if path != folder)
+                return Listing(tuple(names))
+            entries = self._inner.ls(folder, detail=True)
         except FileNotFoundError:
-            return
-        yield from (str(path)[len(root) :].lstrip("/") for path in found if str(path) != root)
+            return Listing(())
+        files, prefixes = [], []
+        for entry in entries:
+            path = str(entry["name"]).rstrip("/")
+            if path == folder:  # object stores may have an object for the folder itself
+                continue
+            name = prefix + path.rpartition("/")[2]
+            if entry["type"] == "directory" or (
+                entry["type"] != "file" and self._inner.isdir(path)
+            ):
+                prefixes.append(f"{name}/")
+            else:
+                files.append(name)
+        return Listing(tuple(files), tuple(prefixes))
 
-    def size(self, name: str) -> int:
+    def head(self, name: str) -> FileInfo:
         path = self.path_of(name)
+        self._inner.invalidate_cache()
         with self._naming(path):
             info = self._inner.info(path)
         if info["type"] != "file":
             raise OSError(f"not a regular file: {path}")
-        return int(info["size"])
+        return FileInfo(int(info["size"]), self._inner.ukey(path))
 
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        checked_range(offset, length)
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        checked_range(start, length)
         path = self.path_of(name)
         if length > _LARGE:
-            length = max(0, min(length, self.size(name) - offset))
+            length = max(0, min(length, self.head(name).size - start))
         if not length:
             return b""
         try:
             with self._naming(path):
-                return bytes(self._inner.cat_file(path, start=offset, end=offset + length))
+                return bytes(self._inner.cat_file(path, start=start, end=start + length))
         except FileNotFoundError:
             raise
         except Exception:
-            if offset >= self.size(name):  # Object stores refuse to read from the end on.
+            if start >= self.head(name).size:  # Object stores refuse to read from the end on.
                 return b""
             raise

@@ -97,7 +97,7 @@ def verify_payloads(
 def _size(store: Store, file: str) -> int:
     """Bytes of a file; -1 if it is missing."""
     try:
-        return store.size(file)
+        return store.head(file).size
     except FileNotFoundError:
         return -1
 

@@ -21,7 +21,8 @@ from shardkeep.io.read.requests import Copy, Planner, Rows, Straight, Use, uses_
 from shardkeep.io.read.running_checksums import Sums
 from shardkeep.plan.reads import block_range, runs
 from shardkeep.settings import BLOCK, PAGE
-from shardkeep.stores.contract import Store, StoreInRows, StoreMapped
+from shardkeep.stores.abilities import StoreMapped, SupportsReadRows
+from shardkeep.stores.contract import Store
 from shardkeep.types import Progress
 
 __all__ = ["Copy", "Payload", "ReadStats", "Round", "read_copies", "verify_payloads"]
@@ -96,7 +97,7 @@ def read_copies(
     whole = settings.max_host_memory_bytes() if budget is None else budget
     limit = whole // 2 // max(1, threads) // BLOCK * BLOCK
     limit = max(_LEAST, min(_MOST, limit))
-    in_rows = isinstance(store, StoreInRows)
+    in_rows = isinstance(store, SupportsReadRows)
     mapped = cache(store.mapped) if settings.mapping() and isinstance(store, StoreMapped) else None
     every = [*copies, *(copy for later in rounds for copy in later.copies)]
     needed = sum(map(_check, every))
@@ -231,7 +232,7 @@ def _read_straight(store: Store, job: Straight, sums: Sums) -> None:
 def _read_rows(store: Store, job: Rows) -> bool:
     """Whether the store could do it in this way."""
     try:
-        return cast(StoreInRows, store).read_rows(job.file, job.starts, job.into)
+        return cast(SupportsReadRows, store).read_rows(job.file, job.starts, job.into)
     except FileNotFoundError:
         raise Damaged(MISSING, file=job.file, name=job.copy.name) from None
 

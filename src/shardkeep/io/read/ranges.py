@@ -82,7 +82,7 @@ def fetch_steps(
 ) -> Iterator[int]:
     """The same, yielding how many bytes are there: every `step` or so, if the store can.
 
-    `keep` says that others want the same bytes (`stores.contract.StoreInSteps`).
+    `keep` says that others want the same bytes (`stores.abilities.SupportsReadSteps`).
     """
     in_steps = getattr(store, "read_steps", None)
     try:

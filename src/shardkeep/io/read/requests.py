@@ -114,8 +114,8 @@ class Planner:
         gap: bytes between useful ones that are rather read than skipped.
         limit: bytes of one read into a buffer at most, at least four blocks.
         verify: digested payloads are read by whole blocks.
-        rows: the store can read in rows (`stores.contract.StoreInRows`).
-        mapped: a file's bytes as memory (`stores.contract.StoreMapped`), if that is wanted.
+        rows: the store can read in rows (`stores.abilities.SupportsReadRows`).
+        mapped: a file's bytes as memory (`stores.abilities.StoreMapped`), if that is wanted.
     """
 
     def __init__(

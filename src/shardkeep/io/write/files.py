@@ -16,7 +16,8 @@ from shardkeep.io.pool import Meter, parallel
 from shardkeep.io.write.windows import FileWindows
 from shardkeep.plan.file_layout import MIN_WINDOW_BYTES
 from shardkeep.settings import PAGE
-from shardkeep.stores.contract import Placing, Sink, Store, Target
+from shardkeep.stores.abilities import PositionedWriter, SupportsPositionedWrites
+from shardkeep.stores.contract import Store, Writer
 from shardkeep.types import Progress
 
 __all__ = ["WriterSettings", "choose_writers", "copy_threads", "open_targets", "write_windows"]
@@ -59,7 +60,7 @@ def _clamp(value: int, low: int, high: int) -> int:
 
 
 @contextlib.contextmanager
-def open_targets(store: Store, images: Sequence[FileWindows]) -> Iterator[list[Target]]:
+def open_targets(store: Store, images: Sequence[FileWindows]) -> Iterator[list[PositionedWriter]]:
     """New files for the images, with their space reserved; durable when the block is left.
 
     `store.sync()`, for the names of the files, is the caller's. After an error none is left.
@@ -71,16 +72,16 @@ def open_targets(store: Store, images: Sequence[FileWindows]) -> Iterator[list[T
         yield [stack.enter_context(_target(store, image)) for image in images]
 
 
-def _target(store: Store, image: FileWindows) -> Target:
-    if isinstance(store, Placing):
-        return store.reserve(image.name, image.layout.nbytes)
-    return _InOrder(store.create(image.name), image.layout.nbytes)
+def _target(store: Store, image: FileWindows) -> PositionedWriter:
+    if store.hints.positioned_writes and isinstance(store, SupportsPositionedWrites):
+        return store.open_positioned_writer(image.name, image.layout.nbytes)
+    return _InOrder(store.open_writer(image.name), image.layout.nbytes)
 
 
-class _InOrder(Target):
+class _InOrder(PositionedWriter):
     """A file of a store that writes front to back only."""
 
-    def __init__(self, sink: Sink, nbytes: int) -> None:
+    def __init__(self, sink: Writer, nbytes: int) -> None:
         self._sink, self._left = sink, nbytes
 
     def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
@@ -105,12 +106,12 @@ class _InOrder(Target):
 class _Job(NamedTuple):
     """Windows of one file that one thread has to make and write, in this order."""
 
-    target: Target
+    target: PositionedWriter
     image: FileWindows
     windows: range
 
 
-def _jobs(targets: Sequence[Target], images: Sequence[FileWindows]) -> list[_Job]:
+def _jobs(targets: Sequence[PositionedWriter], images: Sequence[FileWindows]) -> list[_Job]:
     """A job for each window of a file; one for all of them where it is written in order."""
     jobs = []
     for target, image in zip(targets, images, strict=True):
@@ -123,7 +124,7 @@ def _jobs(targets: Sequence[Target], images: Sequence[FileWindows]) -> list[_Job
 
 
 def write_windows(
-    targets: Sequence[Target],
+    targets: Sequence[PositionedWriter],
     images: Sequence[FileWindows],
     *,
     threads: int,

@@ -15,7 +15,7 @@ from shardkeep.io.pool import parallel
 from shardkeep.io.write.written import Written, take_blocks
 from shardkeep.plan.packing import pack
 from shardkeep.settings import BLOCK
-from shardkeep.stores.contract import Sink, Store
+from shardkeep.stores.contract import Store, Writer
 from shardkeep.types import I64
 
 __all__ = ["Bare", "Item", "write_items", "write_packed"]
@@ -113,7 +113,7 @@ def write_items(store: Store, files: Mapping[str, Sequence[Item]], *, threads: i
     def worker(names: Iterator[str]) -> None:
         for name in names:
             try:
-                with store.create(name) as sink:
+                with store.open_writer(name) as sink:
                     _write_file(_Packed(sink), files[name], done[name])
             except OSError as error:
                 _name(error, name)
@@ -138,7 +138,7 @@ class _Rows:
 class _Packed:
     """Collects small writes, so that a small tensor costs no system call of its own."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Writer) -> None:
         self._sink = sink
         self._waiting = bytearray()
         self.position = 0

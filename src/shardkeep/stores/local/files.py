@@ -16,7 +16,7 @@ from shardkeep.stores.local.buffers import AT_ONCE, after
 from shardkeep.stores.local.descriptors import opened
 from shardkeep.stores.local.error_names import naming
 
-__all__ = ["Direct", "LocalSink", "LocalTarget", "is_direct"]
+__all__ = ["Direct", "LocalPositionedWriter", "LocalWriter", "is_direct"]
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _NOT_DIRECT = (errno.EINVAL, errno.EFAULT)
@@ -95,8 +95,8 @@ class _NewFile:
             os.unlink(self._path)  # noqa: PTH108
 
 
-class LocalSink(_NewFile):
-    """See `stores.contract.Sink`."""
+class LocalWriter(_NewFile):
+    """See `stores.contract.Writer`."""
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
@@ -104,12 +104,12 @@ class LocalSink(_NewFile):
             while view:
                 view = view[os.write(self._fd, view) :]
 
-    def __enter__(self) -> LocalSink:
+    def __enter__(self) -> LocalWriter:
         return self
 
 
-class LocalTarget(_NewFile):
-    """See `stores.contract.Target`. Its space is reserved when it is made.
+class LocalPositionedWriter(_NewFile):
+    """See `stores.abilities.PositionedWriter`. Its space is reserved when it is made.
 
     Args:
         path: of the file; it must not exist.
@@ -133,7 +133,7 @@ class LocalTarget(_NewFile):
             self._discard()
             raise
 
-    def __enter__(self) -> LocalTarget:
+    def __enter__(self) -> LocalPositionedWriter:
         return self
 
     def _end(self) -> None:

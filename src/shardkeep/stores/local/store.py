@@ -12,17 +12,26 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.stores.contract import Buffer, Store
+from shardkeep.stores.contract import (
+    Buffer,
+    FileInfo,
+    IfMatch,
+    Listing,
+    PutMode,
+    Store,
+    StoreHints,
+)
 from shardkeep.stores.local import direct_reads
+from shardkeep.stores.local.conditions import rename_if_matching, rename_if_new, version_of
 from shardkeep.stores.local.descriptors import opened
 from shardkeep.stores.local.error_names import naming
-from shardkeep.stores.local.files import Direct, LocalSink, LocalTarget
-from shardkeep.stores.names import checked, checked_range
+from shardkeep.stores.local.files import Direct, LocalPositionedWriter, LocalWriter
+from shardkeep.stores.names import checked_name, checked_prefix, checked_range
 from shardkeep.types import I64
 
 __all__ = ["LocalStore"]
@@ -93,7 +102,7 @@ class LocalStore(Store):
         self._cold = direct_reads.ColdReads(direct, budget)
         self._unsynced: set[str] = set()
         self._syncing = Lock()
-        self._anchored = False
+        self._ancestors_synced = False
         self._direct = Direct(direct)
 
     @property
@@ -107,62 +116,66 @@ class LocalStore(Store):
 
     def path_of(self, name: str) -> str:
         """The file's path in the file system; ValueError if the name would leave the folder."""
-        return os.path.join(self._root, checked(name))  # noqa: PTH118 - hot, and text is wanted
+        return os.path.join(self._root, checked_name(name))  # noqa: PTH118 - hot, and text is wanted
 
-    def names(self) -> Iterator[str]:
-        def refuse(error: OSError) -> None:
-            # A folder that is missing is empty; one that cannot be read must not look empty.
-            if not isinstance(error, FileNotFoundError):
-                raise error
+    @property
+    def hints(self) -> StoreHints:
+        return StoreHints(request_bytes=direct_reads.PIECE, positioned_writes=True)
 
-        for folder, _, files in os.walk(self._root, onerror=refuse):
-            inner = os.path.relpath(folder, self._root).replace(os.sep, "/")
-            yield from files if inner == "." else (f"{inner}/{file}" for file in files)
+    def list(self, prefix: str = "", delimiter: Literal["/"] | None = "/") -> Listing:
+        prefix = checked_prefix(prefix)
+        files, folders = _scan(self._root, prefix)
+        prefixes = [f"{folder}/" for folder, _ in folders]
+        while delimiter is None and folders:
+            inner, is_link = folders.pop()
+            if not is_link:
+                more, below = _scan(self._root, f"{inner}/")
+                files += more
+                folders += below
+        return Listing(tuple(files), tuple(prefixes) if delimiter else ())
 
-    def size(self, name: str) -> int:
+    def head(self, name: str) -> FileInfo:
         path = self.path_of(name)
         found = os.stat(path)  # noqa: PTH116 - hot
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        return found.st_size
+        # Over a network, the time is the server's.
+        return FileInfo(found.st_size, version_of(found), found.st_mtime)
 
-    def modified(self, name: str) -> float:
-        return os.stat(self.path_of(name)).st_mtime  # noqa: PTH116 - over a network, the server's
-
-    def read(self, name: str, offset: int, length: int) -> bytes:
-        checked_range(offset, length)
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        checked_range(start, length)
         path = self.path_of(name)
         with naming(path):
             file = self._file(path)
             # Clamped first: a length out of a hostile checkpoint must not allocate memory.
-            left = max(0, min(length, os.fstat(file.fd).st_size - offset))
+            left = max(0, min(length, os.fstat(file.fd).st_size - start))
             parts = []
-            while left and (part := os.pread(file.fd, left, offset)):
+            while left and (part := os.pread(file.fd, left, start)):
                 parts.append(part)
-                offset += len(part)
+                start += len(part)
                 left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def read_into(self, name: str, offset: int, buffer: memoryview) -> int:
-        return max(self.read_steps(name, offset, buffer, direct_reads.PIECE), default=0)
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        return max(self.read_steps(name, start, buffer, direct_reads.PIECE), default=0)
 
     def read_steps(
-        self, name: str, offset: int, buffer: memoryview, step: int, *, keep: bool = False
+        self, name: str, start: int, buffer: memoryview, step: int, *, keep: bool = False
     ) -> Iterator[int]:
         path = self.path_of(name)
         view = buffer.cast("B")
-        checked_range(offset, len(view))
+        checked_range(start, len(view))
         with naming(path):
             file = self._file(path)
             for low in range(0, len(view), direct_reads.PIECE):
                 piece = view[low : low + direct_reads.PIECE]
                 done = 0
-                if not keep and self._cold.pays(file.fd, offset + low, len(piece)):
-                    for done in self._past_the_cache(path, offset + low, piece, step):
+                if not keep and self._cold.pays(file.fd, start + low, len(piece)):
+                    for done in self._past_the_cache(path, start + low, piece, step):
                         yield low + done
                 while done < len(piece):
                     rest = piece[done : done + step]
-                    read = os.preadv(file.fd, [rest], offset + low + done)
+                    read = os.preadv(file.fd, [rest], start + low + done)
                     if not read:
                         return
                     done += read
@@ -189,11 +202,11 @@ class LocalStore(Store):
         except (OSError, ValueError):  # reading tells what is wrong with it
             return None
 
-    def create(self, name: str) -> LocalSink:
-        return LocalSink(self._new(name))
+    def open_writer(self, name: str) -> LocalWriter:
+        return LocalWriter(self._new(name))
 
-    def reserve(self, name: str, nbytes: int) -> LocalTarget:
-        return LocalTarget(self._new(name), nbytes, self._direct)
+    def open_positioned_writer(self, name: str, nbytes: int) -> LocalPositionedWriter:
+        return LocalPositionedWriter(self._new(name), nbytes, self._direct)
 
     def _new(self, name: str) -> str:
         """The path of a file that is about to be made: its folder will have to be synced."""
@@ -204,36 +217,36 @@ class LocalStore(Store):
             self._unsynced.add(folder)
         return path
 
-    def publish(self, name: str, data: Buffer) -> None:
+    def put(self, name: str, data: Buffer, *, mode: PutMode) -> None:
         path = self.path_of(name)
-        temporary = f"{checked(name)}.{token_hex(8)}.tmp"
+        temporary = f"{checked_name(name)}.{token_hex(8)}.tmp"
         try:
-            with self.create(temporary) as sink:
-                sink.write(data)
-            self._anchor()
-            os.replace(self.path_of(temporary), path)  # noqa: PTH105
+            with self.open_writer(temporary) as writer:
+                writer.write(data)
+            self._sync_ancestors()
+            _rename(self.path_of(temporary), path, mode)
         except BaseException:
             with suppress(OSError):  # it must not hide what went wrong
-                self.remove(temporary)
+                self.delete(temporary)
             raise
         finally:
             self._forget(path)
         self.sync()
 
-    def _anchor(self) -> None:
+    def _sync_ancestors(self) -> None:
         """Make durable what leads to the folder, once.
 
         A save that was killed, or the caller, may have made it and those above it, and not have
         synced them: then a power loss would take the folder away with all that is in it.
         """
-        if not self._anchored:
+        if not self._ancestors_synced:
             for folder in _above(self._root):
                 # What may not be opened is not this job's, so it was not made for it just now.
                 with suppress(PermissionError):
                     _sync_folder(folder)
-            self._anchored = True
+            self._ancestors_synced = True
 
-    def remove(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         path = self.path_of(name)
         self._forget(path)
         try:
@@ -256,16 +269,13 @@ class LocalStore(Store):
                     self._unsynced |= folders
                 raise
 
-    def folders(self, *, links: bool = True) -> Iterator[str]:
-        with suppress(FileNotFoundError), os.scandir(self._root) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=links):
-                    yield entry.name
+    def is_link(self, folder: str) -> bool:
+        return os.path.islink(self.path_of(folder))  # noqa: PTH114
 
-    def below(self, folder: str) -> LocalStore:
+    def subfolder(self, folder: str) -> LocalStore:
         return LocalStore(self.path_of(folder), **self._options)
 
-    def drop(self, folder: str) -> None:
+    def remove_folder(self, folder: str) -> None:
         path = self.path_of(folder)
         try:
             os.rmdir(path)  # noqa: PTH106
@@ -327,6 +337,36 @@ class LocalStore(Store):
             self._unsynced.add(above)
         with suppress(FileExistsError):  # made by another rank at the same time: it syncs it
             os.mkdir(folder)  # noqa: PTH102
+
+
+def _scan(root: str, prefix: str) -> tuple[list[str], list[tuple[str, bool]]]:
+    """Return the names in one folder: of its files; of its folders, and whether each is a link.
+
+    A folder that is missing is empty; one that cannot be read must not look empty.
+    """
+    files: list[str] = []
+    folders: list[tuple[str, bool]] = []
+    with suppress(FileNotFoundError), os.scandir(os.path.join(root, prefix)) as entries:  # noqa: PTH118
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link that leads to itself
+                is_folder = False
+            if is_folder:
+                folders.append((f"{prefix}{entry.name}", entry.is_symlink()))
+            else:
+                files.append(f"{prefix}{entry.name}")
+    return files, folders
+
+
+def _rename(source: str, target: str, mode: PutMode) -> None:
+    """Give a new file its name, if the condition holds."""
+    if isinstance(mode, IfMatch):
+        rename_if_matching(source, target, mode.version)
+    elif mode == "create":
+        rename_if_new(source, target)
+    else:
+        os.replace(source, target)  # noqa: PTH105
 
 
 def _above(folder: str) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["allocate", "cached"]
+__all__ = ["allocate", "cached", "rename_new"]
 
 _CACHESTAT = 451
 """Linux 6.5 and later; newer calls have one number on all architectures (but Alpha)."""
@@ -31,6 +31,9 @@ _call = _function("syscall")
 if _call is not None:
     _call.restype = ctypes.c_long
 _fallocate = _function("fallocate64")
+_renameat2 = _function("renameat2")
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
 
 
 def cached(fd: int, offset: int, length: int) -> int | None:
@@ -64,3 +67,25 @@ def allocate(fd: int, nbytes: int) -> None:
             return
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def rename_new(source: str, target: str) -> bool:
+    """Rename a file unless `target` exists, in one step.
+
+    Returns:
+        False if the system or the file system cannot do that; nothing has changed then.
+
+    Raises:
+        FileExistsError: `target` exists.
+        OSError: The rename failed for another reason.
+    """
+    if _renameat2 is None:
+        return False
+    paths = os.fsencode(source), os.fsencode(target)
+    while _renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], ctypes.c_uint(_RENAME_NOREPLACE)):
+        number = ctypes.get_errno()
+        if number in _UNABLE:
+            return False
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number), source, None, target)
+    return True

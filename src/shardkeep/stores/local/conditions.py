@@ -1,0 +1,133 @@
+"""Renames that depend on what has the target's name, each in one step for all processes.
+
+"Create" is one system call that fails where the name is taken. "If it matches" is a comparison and
+a rename under a lock (flock) on the file that is replaced. The kernel releases the lock when its
+holder dies. Whoever waited for the lock finds that the name leads to another file by then.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shardkeep.stores.errors import file_exists, version_changed
+from shardkeep.stores.local import syscalls
+from shardkeep.stores.local.descriptors import Descriptor, opened
+
+__all__ = ["rename_if_matching", "rename_if_new", "version_of"]
+
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
+
+_LOCK_SECONDS = 10.0
+"""How long to wait for a lock, which is held for the time of a few system calls."""
+_POLL_SECONDS = 0.005
+
+_log = logging.getLogger("shardkeep")
+
+
+def version_of(found: os.stat_result) -> str:
+    """Return the version of a file: it differs for any two files that ever had one name.
+
+    The change time is left out: a backup by hard links changes it, too.
+    """
+    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def rename_if_new(source: str, target: str) -> None:
+    """Rename a file unless `target` exists.
+
+    Raises:
+        FileExistsError: `target` exists, and stays as it is.
+    """
+    try:
+        if syscalls.rename_new(source, target):
+            return
+    except FileExistsError:
+        raise file_exists(target) from None
+    # NFS cannot do the former, but links are exclusive there, too.
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        # An answer of a server that got lost: the call was repeated, and met its own result.
+        if not Path(source).samefile(target):
+            raise file_exists(target) from None
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _warn_of(target, "neither exclusive renames nor hard links")
+        if os.path.lexists(target):
+            raise file_exists(target) from None
+        os.replace(source, target)  # noqa: PTH105
+        return
+    os.unlink(source)  # noqa: PTH108
+
+
+def rename_if_matching(source: str, target: str, version: str) -> None:
+    """Rename a file over `target` if that has this version.
+
+    Raises:
+        PreconditionFailed: It has another one, or is gone.
+        TimeoutError: Another process holds the lock for too long.
+    """
+    with _locked(target, version):
+        try:
+            found = version_of(os.stat(target))  # noqa: PTH116
+        except FileNotFoundError:
+            raise version_changed(target, version, None) from None
+        if found != version:
+            raise version_changed(target, version, found)
+        os.replace(source, target)  # noqa: PTH105
+
+
+@contextmanager
+def _locked(path: str, version: str) -> Iterator[None]:
+    """Hold the lock on a file inside the block, where its file system has locks."""
+    try:
+        file = _lockable(path)
+    except FileNotFoundError:
+        raise version_changed(path, version, None) from None
+    with file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    what = f"another process has locked it for more than {_LOCK_SECONDS:g} s"
+                    raise TimeoutError(errno.ETIMEDOUT, what, path) from None
+                time.sleep(_POLL_SECONDS)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                _warn_of(path, "no file locks")
+                break
+        yield
+
+
+def _lockable(path: str) -> Descriptor:
+    """Open a file to lock it. NFS locks only what is open for writing."""
+    try:
+        return opened(path, os.O_RDWR | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+    return opened(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def _warn_of(path: str, lack: str) -> None:
+    """Log what two writers at the same instant could do here. Nothing else prevents it."""
+    _log.warning(
+        "%s: this file system has %s, so two saves that commit at the same instant may both "
+        "succeed; let only one job write here",
+        path,
+        lack,
+    )
