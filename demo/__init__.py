@@ -1,1 +1,1 @@
-"""The main job on real input: train, get killed, resume on another number of ranks, compare."""
+"""The demo: train on real text, kill all ranks, resume on another number of ranks, compare."""

@@ -2,8 +2,8 @@
 
     python -m demo
 
-Everything goes to `demo/out/`, which is made anew each time. The exit code is 1 if any claim of the
-table at the end does not hold.
+All output goes to `demo/out/`, which each run replaces. The exit code is 1 if a claim in the table
+at the end does not hold.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from demo.job import ROOT, Job, JobFailed, adopt_orphans, environment, left_behi
 
 
 class Demo:
-    """The story, act by act."""
+    """The steps of the demo."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -40,7 +40,7 @@ class Demo:
         self.folder, self.again = args.out / "run", args.out / "uninterrupted"
 
     def run(self) -> bool:
-        """Returns whether every claim holds."""
+        """Run all steps; return whether every claim holds."""
         args = self.args
         shutil.rmtree(args.out, ignore_errors=True)
         self.act(f"{args.ranks} ranks train, and save every {args.save_every} steps")
@@ -51,7 +51,7 @@ class Demo:
         second = self.train(args.then, self.folder)
 
         self.act(f"{args.ranks} ranks resume from a copy of it: the run as if it went on")
-        for part in (last, self.witness(last)):
+        for part in (last, self.recorded(last)):
             shutil.copytree(part, self.again / part.relative_to(self.folder))
         reference = self.train(args.ranks, self.again)
 
@@ -83,7 +83,7 @@ class Demo:
         self.console.print(f"[cyan]{seconds:6.1f} s[/]  {text}", highlight=False)
 
     def follow(self, run: Run, record: dict[str, Any]) -> None:
-        """Take a record, and tell the person who watches."""
+        """Add a record of the job's log to the run, and print it."""
         run.take(record)
         if "saved" in record:
             self.say(f"saved [green]{Path(record['path']).name}[/] in {record['seconds']:.2f} s")
@@ -96,7 +96,7 @@ class Demo:
             )
 
     def train(self, ranks: int, folder: Path) -> Run:
-        """To the last step."""
+        """Train up to the last step."""
         run = Run(ranks)
         with Job(ranks, folder, self.options()) as job:
             for record in job.records():
@@ -104,7 +104,7 @@ class Demo:
         return run
 
     def train_and_kill(self) -> tuple[Run, Killed]:
-        """Up to the middle of a step, where every process gets SIGKILL."""
+        """Train up to the middle of a step, then send SIGKILL to every process."""
         run = Run(self.args.ranks)
         with Job(run.ranks, self.folder, self.options()) as job:
             for record in job.records():
@@ -114,7 +114,7 @@ class Demo:
             half = median(record["seconds"] for record in run.steps[-20:]) / 2
             time.sleep(half)
             signals = job.kill()
-            for record in job.records():  # a slow watcher may have missed some
+            for record in job.records():  # records that were logged since the last look
                 run.take(record)
         step = len(run.steps) + 1
         self.say(f"[bold red]SIGKILL[/] for {len(signals)} processes in the middle of step {step}")
@@ -122,21 +122,21 @@ class Demo:
         return run, Killed(signals, half, left_behind(), len(opened), sum(opened))
 
     def options(self) -> list[str]:
-        """What the job itself is told."""
+        """Return the options of the training job."""
         names = ("steps", "save_every", "batch", "width", "layers")
         return [f"--{name.replace('_', '-')}={getattr(self.args, name)}" for name in names]
 
     def steps(self) -> list[Path]:
         return sorted(self.folder.glob("step_*"))
 
-    def witness(self, checkpoint: Path) -> Path:
-        return self.folder / "witness" / checkpoint.name
+    def recorded(self, checkpoint: Path) -> Path:
+        return self.folder / "recorded" / checkpoint.name
 
     def read_with(self, kind: str, checkpoint: Path) -> Mapping[str, Any]:
-        """What another reader finds, in a process of its own."""
+        """Return what another reader finds, in a separate process."""
         module = [sys.executable, "-W", "ignore", "-m", "demo.checks"]
         done = subprocess.run(
-            [*module, kind, str(checkpoint), str(self.witness(checkpoint))],
+            [*module, kind, str(checkpoint), str(self.recorded(checkpoint))],
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -146,7 +146,7 @@ class Demo:
         return json.loads(done.stdout)
 
     def verdict(self, *shown: Claim) -> bool:
-        table = Table(title="What was shown", title_style="bold", show_lines=True)
+        table = Table(title="Claims", title_style="bold", show_lines=True)
         table.add_column("Claim", ratio=2)
         table.add_column("Evidence", ratio=3)
         table.add_column("Holds")
@@ -161,7 +161,7 @@ class Demo:
 
 
 def opens(path: Path) -> bool:
-    """Whether a committed checkpoint is there."""
+    """Return whether a path holds a committed checkpoint."""
     try:
         sk.open(path)
     except sk.ShardkeepError:
@@ -173,24 +173,28 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "out")
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--then", type=int, default=2, help="ranks that resume")
+    parser.add_argument("--then", type=int, default=2, help="number of ranks that resume")
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--kill-at", type=int, default=94, help="the step that is not finished")
-    parser.add_argument("--below", type=float, default=2.5, help="the loss to reach in the end")
+    parser.add_argument(
+        "--kill-at", type=int, default=94, help="step in the middle of which all are killed"
+    )
+    parser.add_argument(
+        "--below", type=float, default=2.5, help="loss that must be reached in the end"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=3)
     args = parser.parse_args(argv)
     if not args.save_every < args.kill_at < args.steps or args.kill_at % args.save_every == 1:
-        parser.error("the kill comes after a save, before the end, and not right after a save")
+        parser.error("--kill-at must come after a save, before the end, and not right after a save")
     args.out = args.out.resolve()
     return args
 
 
 def main() -> int:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that jobs are ended first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the jobs, too
     adopt_orphans()
     try:
         return 0 if Demo(args).run() else 1

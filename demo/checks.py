@@ -1,4 +1,4 @@
-"""Two readers of the same checkpoint, each in a process of its own: `python -m demo.checks KIND`.
+"""Two other readers of the checkpoint, each in a separate process: `python -m demo.checks KIND`.
 
 `stock` is `torch.distributed.checkpoint` without Shardkeep; `bare` is Shardkeep without torch.
 """
@@ -18,7 +18,7 @@ __all__ = ["bare", "stock"]
 
 
 def stock(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All that torch's own loader finds there."""
+    """Return all tensors and values that torch's own loader reads."""
     import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -40,7 +40,7 @@ def stock(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def bare(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All that Shardkeep finds there."""
+    """Return all tensors and values that Shardkeep reads."""
     import shardkeep as sk
 
     checkpoint = sk.open(path)
@@ -50,11 +50,11 @@ def bare(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def main() -> None:
-    kind, path, witness = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    kind, path, recorded = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     begun = time.perf_counter()
     tensors, values = {"stock": stock, "bare": bare}[kind](path)
     seconds = time.perf_counter() - begun
-    found = Holdings.read(witness).compare(tensors, values)
+    found = Holdings.read(recorded).compare(tensors, values)
     imported = [name for name in ("torch", "shardkeep") if name in sys.modules]
     version = str(sys.modules[imported[0]].__version__)
     print(

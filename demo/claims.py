@@ -1,4 +1,4 @@
-"""What the demo claims, each with what was measured; pure functions of what the jobs logged."""
+"""The claims of the demo with their evidence: pure functions of the logs of the jobs."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = [
 Record = dict[str, Any]
 
 _TAIL = 10
-"""Steps that a loss is averaged over: single ones are noisy."""
+"""The number of steps that a loss is averaged over, as single losses are noisy."""
 
 _APART = 0.05
-"""Nats that two runs may differ by on average: other dropout masks, other order of sums."""
+"""The average difference in nats allowed between two runs with other dropout masks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A sentence, what was measured, and whether that bears it out."""
+    """A sentence, the evidence, and whether the evidence supports the sentence."""
 
     says: str
     evidence: str
@@ -42,7 +42,7 @@ class Claim:
 
 @dataclass(slots=True)
 class Run:
-    """What one job logged."""
+    """The log of one job."""
 
     ranks: int
     steps: list[Record] = field(default_factory=list)
@@ -63,18 +63,18 @@ class Run:
 
     @property
     def curve(self) -> dict[int, float]:
-        """Loss by step."""
+        """Return the loss by step."""
         return {record["step"]: record["loss"] for record in self.steps}
 
     @property
     def rates(self) -> dict[int, float]:
-        """Learning rate by step."""
+        """Return the learning rate by step."""
         return {record["step"]: record["lr"] for record in self.steps}
 
 
 @dataclass(frozen=True, slots=True)
 class Killed:
-    """How a job ended: the signal that ended each process, when, and what was there afterwards."""
+    """How a job was killed: the signal that ended each process, when, and what remained."""
 
     signals: Sequence[int]
     seconds: float
@@ -109,7 +109,7 @@ def nothing_left(run: Run, killed: Killed) -> Claim:
 
 
 def holds_the_same(run: Run, before: Run, checkpoint: Path) -> Claim:
-    """After loading and before its first step, every rank compared all that it held."""
+    """Check that every rank held, after loading and before its first step, what was saved."""
     found = [record["compared"] for record in run.compared]
     names = {name for each in found for name in each["tensors"]}
     absent = set.intersection(*(set(each["absent"]) for each in found))
@@ -138,12 +138,12 @@ def holds_the_same(run: Run, before: Run, checkpoint: Path) -> Claim:
 
 
 def repeats(run: Run, before: Run) -> Claim:
-    """On the same number of ranks, the run is the one that was killed."""
+    """Check that the lost steps repeat exactly on the same number of ranks."""
     again, once = run.curve, before.curve
     lost = sorted(again.keys() & once.keys())
     same = sum(again[step] == once[step] for step in lost)
     return Claim(
-        f"On {run.ranks} ranks, the steps lost in the kill come again exactly: data position, RNG, "
+        f"On {run.ranks} ranks, the steps lost in the kill repeat exactly: data position, RNG, "
         "schedule",
         f"steps {lost[0]} to {lost[-1]}: {same} of {len(lost)} losses equal to the last bit",
         same == len(lost) == len(before.steps) - before.saves[-1]["saved"] > 0,
@@ -163,7 +163,7 @@ def goes_on(run: Run, reference: Run) -> Claim:
 
 
 def reads_the_same(kind: str, found: Mapping[str, Any]) -> Claim:
-    """What `demo.checks` says about one of the other readers."""
+    """Check the result of one of the readers in `demo.checks`."""
     says, imported = {
         "stock": ("Stock torch.distributed.checkpoint", ["torch"]),
         "bare": ("shardkeep.open, without torch,", ["shardkeep"]),

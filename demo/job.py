@@ -1,4 +1,4 @@
-"""A training job under torchrun: start it, follow its log, kill it, leave nothing behind."""
+"""A training job under torchrun: start it, follow its log, kill it, end all its processes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ ROOT = Path(__file__).parent.parent
 _LINUX = sys.platform == "linux"
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 _SILENCE = 120.0
-"""Seconds without a line in the log after which a job is given up."""
+"""Seconds without a line in the log after which a job counts as hanging."""
 
 
 class JobFailed(RuntimeError):
-    """The job ended by itself, or hangs. The message ends with what it printed."""
+    """The job failed, ended early or hangs. The message ends with its output."""
 
 
 class Job:
-    """`ranks` processes of the observed training job, and torchrun above them.
+    """The recorded training job: `ranks` processes and torchrun, their parent.
 
-    Use it as a context: leaving it ends whatever still runs.
+    A context manager: leaving it ends all processes that still run.
     """
 
     def __init__(self, ranks: int, folder: Path, options: Sequence[str]) -> None:
@@ -70,10 +70,10 @@ class Job:
         self._output.close()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """What the job logs, as it comes, until the job ends.
+        """Yield the records of the job's log until the job ends.
 
         Raises:
-            JobFailed: it failed, or it hangs.
+            JobFailed: the job failed or hangs.
         """
         heard = time.monotonic()
         while True:
@@ -84,20 +84,20 @@ class Job:
             if ended:
                 break
             if time.monotonic() - heard > _SILENCE:
-                raise JobFailed(f"nothing for {_SILENCE:.0f} s\n{self._printed()}")
+                raise JobFailed(f"no line in the log for {_SILENCE:.0f} s\n{self._printed()}")
             time.sleep(0.01)
         if self._launcher.returncode and not self._killed:
             raise JobFailed(f"exit code {self._launcher.returncode}\n{self._printed()}")
 
     def kill(self) -> list[int]:
-        """SIGKILL for every process of a job that is running.
+        """Send SIGKILL to every process of the running job.
 
         Returns:
-            The signal that ended each of them, as the kernel tells their parent: torchrun's, then
-            the workers'. That takes `adopt_orphans`, which only Linux has.
+            The signal that ended each process, as the kernel reports it: first that of torchrun,
+            then those of the workers. This needs `adopt_orphans`, which works on Linux only.
         """
         if self._launcher.poll() is not None:
-            raise JobFailed(f"it ended before it was killed\n{self._printed()}")
+            raise JobFailed(f"the job ended before it was killed\n{self._printed()}")
         for pid in (self._launcher.pid, *self._workers):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -125,19 +125,19 @@ class Job:
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, and no network but the loopback."""
+    """Return an environment with one thread per rank and only the loopback network."""
     loopback = "lo" if _LINUX else "lo0"
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
 
 
 def adopt_orphans() -> None:
-    """Become the parent of workers whose torchrun was killed: nobody else would see them end."""
+    """Become the parent of workers whose torchrun was killed, to learn how they end."""
     if _LINUX:
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def left_behind() -> int:
-    """How many processes that this one started, or adopted, are there still."""
+    """Return the number of processes that this process started or adopted and that still run."""
     left = 0
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
@@ -153,6 +153,6 @@ def _children() -> list[int]:
 
 
 def _end_with_parent() -> None:
-    """A torchrun whose demo was killed gets SIGTERM, and ends its workers."""
+    """Let torchrun get SIGTERM when the demo is killed, so that it ends its workers."""
     if _LINUX:
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)

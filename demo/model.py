@@ -13,7 +13,7 @@ __all__ = ["GPT", "GPTConfig"]
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """Sizes. The vocabulary is the 256 bytes and an end-of-file token."""
+    """Sizes of the model. The vocabulary is the 256 bytes and an end-of-file token."""
 
     vocabulary: int = 257
     context: int = 64
@@ -24,7 +24,7 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
-    """Tokens [batch, time] to logits [batch, time, vocabulary]."""
+    """Maps tokens [batch, time] to logits [batch, time, vocabulary]."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron; both add to what comes in."""
+    """Attention, then a two-layer perceptron, both with residual connections."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width)
         self.down = nn.Linear(4 * config.width, config.width)
         for last in (self.out, self.down):
-            nn.init.zeros_(last.weight)  # at first, every block passes its input on
+            nn.init.zeros_(last.weight)  # initially, every block is the identity
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attend(self.before_attention(x)))

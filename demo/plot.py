@@ -1,4 +1,4 @@
-"""One picture: the loss before the kill and after it."""
+"""Draws the loss before and after the kill."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def draw(
     """Draw the killed run, the resumed one and the uninterrupted one.
 
     Args:
-        path: the PNG.
+        path: the PNG file to write.
         first, second, reference: loss by step; `reference` starts where `second` does.
         saves: the steps that `first` saved at; the last one is where `second` starts.
-        ranks: of `first` and `second`.
+        ranks: the numbers of ranks of `first` and `second`.
     """
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
@@ -104,7 +104,7 @@ def _losses(
 
 
 def _differences(axes: Axes, first: Curve, second: Curve, reference: Curve) -> None:
-    """Of the lost steps and of the resumed run to the uninterrupted one."""
+    """Draw the differences of the lost steps and the resumed run from the uninterrupted run."""
     axes.axhline(0, color=REFERENCE, linewidth=4, alpha=0.45)
     for curve, look in ((second, {"color": AFTER, "linewidth": 1.6}), (first, _LOST)):
         common = curve.keys() & reference.keys()
@@ -112,7 +112,7 @@ def _differences(axes: Axes, first: Curve, second: Curve, reference: Curve) -> N
 
 
 def _fit(axes: Axes, *curves: Curve) -> None:
-    """Set the height to what is seen of the curves."""
+    """Fit the height to the visible part of the curves."""
     left, right = axes.get_xlim()
     seen = [loss for curve in curves for step, loss in curve.items() if left <= step <= right]
     margin = 0.08 * (max(seen) - min(seen))

@@ -1,7 +1,7 @@
-"""What a job holds, written down without Shardkeep, and compared bit for bit.
+"""Recordings of the state of a job, made without Shardkeep and compared bit for bit.
 
-At every save rank 0 writes down every sharded tensor whole, as torch itself gathers it, and every
-rank what it alone holds. After a load, and by readers of the checkpoint, this is compared.
+At every save, rank 0 records every sharded tensor, gathered by torch itself, and every rank its own
+tensors and values. The job after a load, and other readers, are compared with these recordings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Comparison", "Holdings", "leaves", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was compared: names of equal tensors and values, what differs, what is not there."""
+    """The names of equal tensors and values, and of different and missing ones."""
 
     tensors: list[str]
     nbytes: int
@@ -32,7 +32,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What all ranks held together: flat names to arrays, and to values as JSON has them."""
+    """The state of all ranks together: arrays, and values as in JSON, by flat name."""
 
     tensors: Mapping[str, NDArray[Any]]
     values: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Holdings:
 
     @staticmethod
     def read(folder: Path) -> Holdings:
-        """Raises ValueError where two ranks' words about one name differ."""
+        """Read the recordings of all ranks; raise ValueError where two ranks differ in one name."""
         tensors: dict[str, NDArray[Any]] = {}
         values: dict[str, Any] = {}
         for path in sorted(folder.glob("rank_*.npz")):
@@ -59,7 +59,7 @@ class Holdings:
         return Holdings(tensors, values)
 
     def compare(self, tensors: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> Comparison:
-        """What somebody else holds under the same names."""
+        """Compare with the tensors and values of another reader."""
         equal = [n for n in self.tensors if n in tensors and same(tensors[n], self.tensors[n])]
         alike = [n for n in self.values if n in values and plain(values[n]) == self.values[n]]
         seen = {**tensors, **values}
@@ -73,18 +73,18 @@ class Holdings:
 
 
 def same(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    """Bit for bit: NaNs and the sign of zero count."""
+    """Return whether two arrays are equal bit for bit, NaNs and signs of zeros included."""
     kinds = (one.dtype, one.shape) == (other.dtype, other.shape)
     return kinds and one.tobytes() == other.tobytes()
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON gives it back: tuples are lists."""
+    """Return a value as JSON returns it, with lists for tuples."""
     return json.loads(json.dumps(value))
 
 
 def leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves with flat names as DCP has them; a list without mappings is a leaf."""
+    """Yield leaves with the flat names of DCP, in which a list without mappings is a leaf."""
     if isinstance(state, Mapping):
         items = list(state.items())
     elif isinstance(state, list) and any(isinstance(part, Mapping) for part in state):
@@ -97,7 +97,7 @@ def leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def held(state: Any, *, gathered: bool = True) -> Holdings:
-    """What this rank holds: sharded tensors are gathered (so all ranks must call), or left out."""
+    """Return this rank's state, with sharded tensors gathered (a collective call) or left out."""
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -115,35 +115,37 @@ def held(state: Any, *, gathered: bool = True) -> Holdings:
 
 
 def main() -> None:
-    """Run the job of `demo.train`, observed."""
+    """Run the job of `demo.train` and record its state."""
     import torch
 
     from demo import train
 
-    class Observed(train.Trainer):
+    class RecordedTrainer(train.Trainer):
         def run(self) -> None:
-            self.tell(pid=os.getpid())
+            self.append_to_log(pid=os.getpid())
             super().run()
 
         def save(self) -> Any:
             with torch.no_grad():
                 mine = held(self.state(), gathered=self.rank == 0)
-            mine.write(self.folder / "witness" / f"step_{self.step:06d}", self.rank)
+            mine.write(self.folder / "recorded" / f"step_{self.step:06d}", self.rank)
             return super().save()
 
         def resume(self, path: Path) -> Any:
             report = super().resume(path)
             with torch.no_grad():
                 mine = held(self.state())
-            expected = Holdings.read(self.folder / "witness" / path.name)
+            expected = Holdings.read(self.folder / "recorded" / path.name)
             found = expected.compare(mine.tensors, mine.values)
-            self.tell(compared=asdict(found), resharded=len(report.resharded), read=report.read)
+            self.append_to_log(
+                compared=asdict(found), resharded=len(report.resharded), read=report.read
+            )
             return report
 
-        def tell(self, **record: Any) -> None:
+        def append_to_log(self, **record: Any) -> None:
             train.append(self.folder / "log.jsonl", {"rank": self.rank, **record})
 
-    train.main(Observed)
+    train.main(RecordedTrainer)
 
 
 if __name__ == "__main__":

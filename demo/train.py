@@ -1,8 +1,8 @@
-"""A training job as its author would write it: FSDP2, AdamW, checkpoints by Shardkeep.
+"""A training job as its author would write it: FSDP2, AdamW, checkpoints with Shardkeep.
 
     torchrun --nproc-per-node 4 -m demo.train runs/gpt
 
-Started again, on any number of ranks, it goes on from the newest committed checkpoint.
+When restarted, on any number of ranks, it continues from the newest committed checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ END_OF_FILE = 256
 
 
 class Trainer:
-    """The job: all that changes while it runs is in `state()`."""
+    """The training job. `state()` holds all that changes while it runs."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.folder)
@@ -40,7 +40,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.warm_up_then_cosine)
         self.data = Samples(stdlib_source(), config.context)
         self.step = 0
-        self.cursor = 0  # samples that all ranks have seen together
+        self.cursor = 0  # number of samples that all ranks have seen together
         torch.manual_seed(args.seed + 1 + self.rank)  # another dropout on every rank
 
     def warm_up_then_cosine(self, step: int) -> float:
@@ -48,7 +48,7 @@ class Trainer:
         return min(1.0, (step + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * done))
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint must hold; the tensors are the job's own, not copies."""
+        """Return the state to save. The tensors are those of the job, not copies."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {
             "model": model,
@@ -63,7 +63,9 @@ class Trainer:
 
     def resume(self, path: Path) -> sk.LoadReport:
         state = self.state()
-        report = sk.load(state, path, strict={"rng.*": False})  # more ranks: theirs are new
+        report = sk.load(
+            state, path, strict={"rng.*": False}
+        )  # additional ranks have no saved state
         set_state_dict(
             self.model,
             self.optimizer,
@@ -76,7 +78,7 @@ class Trainer:
         return report
 
     def train_step(self) -> float:
-        """One step on `batch` samples of all ranks together; their mean loss."""
+        """Train one step on `batch` samples of all ranks together; return their mean loss."""
         mine = range(self.cursor + self.rank, self.cursor + self.args.batch, self.ranks)
         tokens = torch.stack([self.data[index] for index in mine]).long()
         logits = self.model(tokens[:, :-1])
@@ -109,7 +111,7 @@ class Trainer:
 
 
 class Samples:
-    """Sample i of an endless sequence: a golden-ratio walk; any stretch of it covers the text."""
+    """An endless sequence of samples, by a golden-ratio walk that covers the text evenly."""
 
     def __init__(self, tokens: torch.Tensor, context: int) -> None:
         self.tokens, self.length = tokens, context + 1
@@ -122,7 +124,7 @@ class Samples:
 
 
 def stdlib_source() -> torch.Tensor:
-    """The source of the running Python's standard library, as one sequence of tokens."""
+    """Return the source of Python's standard library as one sequence of tokens."""
     root = Path(sysconfig.get_path("stdlib"))
     end = torch.tensor([END_OF_FILE], dtype=torch.int16)
     tokens = []
@@ -134,7 +136,7 @@ def stdlib_source() -> torch.Tensor:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest committed checkpoint: what was not committed does not open."""
+    """Return the newest checkpoint that can be opened, which only a committed one can."""
     for path in sorted(folder.glob("step_*"), reverse=True):
         with suppress(sk.NotACheckpoint):
             sk.open(path)
@@ -149,10 +151,12 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="where checkpoints and log.jsonl go")
+    parser.add_argument("folder", help="folder for checkpoints and log.jsonl")
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=16, help="samples a step, all ranks together")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="samples per step, of all ranks together"
+    )
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--lr", type=float, default=2e-3)

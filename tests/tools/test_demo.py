@@ -1,4 +1,4 @@
-"""The demo, small, and that its claims can fail."""
+"""A small run of the demo, and that its claims can fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from demo.recorder import Holdings, leaves
 ROOT = Path(__file__).parents[2]
 
 
-# Steps take some 20 ms here: many of them before the next save, so that the kill stays clear of it.
+# Steps take about 20 ms here; the kill comes many steps before the next save.
 SMALL = "--ranks 2 --then 1 --steps 40 --save-every 20 --kill-at 23 --batch 4 --width 32 --layers 1"
 
 
@@ -77,7 +77,7 @@ HOLDINGS = Holdings({"a": np.array([0.0, np.nan]), "n": np.array(3)}, {"lr": 0.1
 
 
 @pytest.mark.smoke
-def test_holdings_reads_back_what_ranks_wrote_and_refuses_two_words_about_one_name(tmp_path):
+def test_recordings_of_ranks_are_merged_and_contradictions_refused(tmp_path):
     HOLDINGS.write(tmp_path, 0)
     Holdings({"own": np.array([1], np.uint8)}, {"lr": 0.1}).write(tmp_path, 1)
     read = Holdings.read(tmp_path)
@@ -89,7 +89,7 @@ def test_holdings_reads_back_what_ranks_wrote_and_refuses_two_words_about_one_na
 
 
 @pytest.mark.smoke
-def test_comparison_sees_single_bits():
+def test_the_comparison_detects_single_bits():
     same = HOLDINGS.compare({"a": np.array([0.0, np.nan]), "n": np.array(3)}, {"b": (1, 2)})
     assert (same.tensors, same.nbytes) == (["a", "n"], 24)
     assert (same.values, same.differ, same.absent) == (["b"], [], ["lr"])
