@@ -1,4 +1,4 @@
-"""What only real processes can show: kills, training beside a save, sub-groups, torch's store."""
+"""Sessions of real processes: kills, training beside a save, subgroups, torch's store."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_training_goes_on_beside_sessions(gloo: Pool) -> None:
 def gone(ranks: Ranks, culprit: int, where: str, number: int) -> dict[str, Any]:
     def step(phase: str) -> None:
         if phase == where and ranks.rank == culprit:
-            time.sleep(0.7)  # a sign of life that says where it was is out
+            time.sleep(0.7)  # A heartbeat with this phase has been sent.
             os.kill(os.getpid(), number)
 
     return sessions.outcome(ranks, step)
@@ -97,7 +97,7 @@ def in_halves(rank: int, size: int) -> list[str]:
     return [first, end["end"], str(end.get("rank")), sessions.conversation(detect_ranks(), [1])]
 
 
-def test_subgroups_at_the_same_time(gloo: Pool) -> None:
+def test_subgroups_have_sessions_at_the_same_time(gloo: Pool) -> None:
     done = ["done", "done", "None", "done"]
     assert gloo.run(in_halves) == [
         done,
@@ -125,7 +125,7 @@ def beside_a_blocking_wait(ranks: Ranks) -> bool:
     return blocked
 
 
-def test_others_may_block_the_shared_client(gloo: Pool) -> None:
+def test_a_blocked_client_of_the_job_does_not_delay_sessions(gloo: Pool) -> None:
     assert gloo.ranks(beside_a_blocking_wait) == [True] * 4
 
 
@@ -134,7 +134,7 @@ def clients(rank: int, size: int) -> bool:
 
     from shardkeep.coordination.keyvalue import clients as ours
 
-    gc.collect()  # what earlier jobs of these processes have left
+    gc.collect()  # Earlier jobs of these processes may have left clients.
     first, second = detect_ranks()._keys._client, detect_ranks([1, 0])._keys._client
     assert len(ours._clients) == 1
     assert first.store is not dist.distributed_c10d._get_default_store()
@@ -142,7 +142,7 @@ def clients(rank: int, size: int) -> bool:
 
 
 def test_one_own_client_per_group(gloo: Pool) -> None:
-    for _ in range(2):  # the second time the group is another one, in the same processes
+    for _ in range(2):  # The second time, the same processes have another group.
         assert gloo.run(clients, size=2) == [True, True]
 
 
@@ -202,7 +202,7 @@ def by_collectives(rank: int, size: int) -> list[Any]:
     return [talked, ends, sessions.conversation(half, [5]), stranger, together]
 
 
-def test_collectives(gloo: Pool) -> None:
+def test_sessions_by_collectives(gloo: Pool) -> None:
     for rank, (talked, rounds, half, stranger, together) in enumerate(gloo.run(by_collectives)):
         assert talked == half == "done"
         assert together == 4
@@ -218,7 +218,7 @@ def test_collectives(gloo: Pool) -> None:
 
 
 class LeftAlone:
-    """`torch.distributed` of a rank whose peers are gone, after so many rounds."""
+    """`torch.distributed` of a rank whose peers are gone after a number of rounds."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds

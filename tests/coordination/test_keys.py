@@ -1,4 +1,4 @@
-"""The key-value stores: in memory, and through a store of the job."""
+"""Key-value stores: in memory, and through the job's store."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_wait_is_woken() -> None:
 
 
 class Vanishing:
-    """A store whose key goes between the look and the answer, as TCPStore shows it."""
+    """A store whose key is removed between the look and the answer, as TCPStore reports it."""
 
     def check(self, keys):
         return True
@@ -65,13 +65,13 @@ class Vanishing:
         return b""
 
 
-def test_a_key_that_goes_while_it_is_read_is_missing_not_empty():
+def test_a_key_that_is_removed_while_it_is_read_is_missing_not_empty():
     with pytest.raises(KeyError, match="message/0"):
         TorchKeyValueStore(Vanishing(), 2).get("message/0")
 
 
 class Late:
-    """A store to which a message comes, and a failure after it, just after a look for the first."""
+    """A store in which a message and then a failure are set just after the look for the message."""
 
     def __init__(self):
         self.there = set()
@@ -99,7 +99,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def hosted() -> Iterator[tuple[subprocess.Popen[str], Any]]:
-    """A store in a process of its own, and a client of it."""
+    """A process that hosts a store, and a client of the store."""
     dist = pytest.importorskip("torch.distributed")
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -116,7 +116,7 @@ def hosted() -> Iterator[tuple[subprocess.Popen[str], Any]]:
 def test_a_host_that_is_frozen_is_noticed_after_one_timeout(
     hosted: tuple[subprocess.Popen[str], Any], call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To `get`, torch waits for the key, and then for the end of the waiting: twice as long."""
+    """`get` of torch would take two timeouts: it waits for the key, and then for the value."""
     monkeypatch.setattr(clients, "_MIN_ANSWER_SECONDS", 3.0)
     monkeypatch.setenv("SHARDKEEP_HEARTBEAT_SECONDS", "0.2")
     process, store = hosted

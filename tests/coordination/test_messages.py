@@ -1,4 +1,4 @@
-"""Messages come back as they were, or not at all."""
+"""Messages arrive as they were sent, or raise an error."""
 
 from __future__ import annotations
 

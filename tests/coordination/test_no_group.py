@@ -1,4 +1,4 @@
-"""No process group is used: training goes on beside saves, and parts of a job save on their own."""
+"""Saves use no process group: training continues beside them, and parts of a job save alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions on simulated and on real ranks: the same scenarios, the same outcomes."""
+"""Sessions on simulated and on real ranks: the same scenarios have the same outcomes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_messages_of_all_sizes(play: Play) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_fewer_ranks(play: Play, size: int) -> None:
+def test_sessions_of_one_and_two_ranks(play: Play, size: int) -> None:
     assert play(sessions.conversation, [0, 3], size=size) == ["done"] * size
 
 
 @pytest.mark.parametrize("culprit", [0, 2])
-def test_failure_is_told_to_all_in_every_phase(play: Play, culprit: int) -> None:
+def test_a_failure_is_raised_on_all_ranks_in_every_phase(play: Play, culprit: int) -> None:
     for rank, rounds in enumerate(play(sessions.failure, culprit)):
         for where, (first, later) in zip(sessions.PHASES, rounds, strict=True):
             assert first.pop("took") < PROMPT_SECONDS
@@ -70,7 +70,7 @@ def test_rank_that_is_late_is_named(play: Play) -> None:
         assert last == "done"
 
 
-def test_sessions_in_several_threads_do_not_touch(play: Play) -> None:
+def test_sessions_in_several_threads_are_independent(play: Play) -> None:
     first, *_ = results = play(sessions.parallel, 4)
     assert first == ["done", "told", "done", "done"]
     assert [ends[1] for ends in results] == ["told", "told", "raised", "told"]

@@ -1,4 +1,4 @@
-"""Ranks that ask at different steps stop at one and the same, and none waits for ever."""
+"""Ranks that request a stop at different steps stop at the same step, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_a_rank_that_does_not_answer_is_named(silent: int, monkeypatch: pytest.M
             }
 
 
-def test_alone() -> None:
+def test_one_process_stops_at_the_step_after_the_request() -> None:
     agreement = Solo().stop_agreement("run")
     assert not agreement.stops_at(1)
     agreement.request()
-    assert not agreement.stops_at(1)  # That one is over.
+    assert not agreement.stops_at(1)  # The step at which the request was made is over.
     assert agreement.stops_at(2) and agreement.stops_at(2)
     assert not agreement.stops_at(3)
     agreement.request()
@@ -117,7 +117,7 @@ def test_keys_of_many_rounds_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) 
 def test_dropping_an_agreement_leaves_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a `Manager` that nobody closes does: its thread would look into the store for ever."""
+    """Otherwise, the thread of a `Manager` that is never closed would poll the store for ever."""
     monkeypatch.setenv("SHARDKEEP_STOP_POLL_SECONDS", "0.01")
 
     def work(ranks: Any) -> None:

@@ -1,4 +1,4 @@
-"""Simulated ranks, and what can be tried with them only."""
+"""Sessions on simulated ranks: failures, heartbeats and races that real processes cannot show."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def test_64_ranks() -> None:
     assert run(64, sessions.conversation, [0, 300]) == ["done"] * 64
 
 
-def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
-    monkeypatch.setattr(entry, "_RECHECK_SECONDS", 60.0)  # then it would look who else has come
+def test_a_slow_rank_does_not_delay_the_entry_of_others(monkeypatch) -> None:
+    monkeypatch.setattr(
+        entry, "_RECHECK_SECONDS", 60.0
+    )  # Then it would look which other ranks have come.
 
     class Held(MemoryKeyValueStore):
-        """Who has been answered does not come in before all have been answered."""
+        """No rank enters before all requests have been answered."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -63,12 +65,16 @@ def test_nobody_comes_in_later_because_another_is_slow_to(monkeypatch) -> None:
     assert not keys.late
 
 
-def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> None:
-    monkeypatch.setattr(entry, "_RECHECK_SECONDS", 0.05)  # who else has come is looked at soon
+def test_a_request_that_is_removed_while_it_is_read_means_entry(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(
+        entry, "_RECHECK_SECONDS", 0.05
+    )  # It soon looks which other ranks have come.
     looked = threading.Event()
 
     class Reordered(MemoryKeyValueStore):
-        """A word goes between the question of whether it is there and that of what it says."""
+        """Removes a request between the look for it and the read."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -88,7 +94,7 @@ def test_rank_that_takes_its_word_back_while_it_is_read_is_in(monkeypatch) -> No
             return found
 
     def scenario(ranks: Ranks) -> str:
-        if ranks.rank == 2:  # meanwhile rank 3 comes in, and is asked for again
+        if ranks.rank == 2:  # Meanwhile rank 3 enters, and its request is looked for again.
             assert looked.wait(5)
         return sessions.conversation(ranks, [0])
 
@@ -101,7 +107,7 @@ def test_failures_leave_nothing_behind() -> None:
     assert len(keys) == 0
 
 
-def test_a_session_that_is_concluded_is_left_without_another_exchange() -> None:
+def test_a_concluded_session_is_left_without_another_exchange() -> None:
     class Recorded(MemoryKeyValueStore):
         """A store that notes which messages were sent."""
 
@@ -127,7 +133,7 @@ def test_a_session_that_is_concluded_is_left_without_another_exchange() -> None:
         assert len(keys) == 0
 
 
-def test_an_error_after_the_conclusion_is_not_told_to_others() -> None:
+def test_an_error_after_conclude_is_not_raised_on_other_ranks() -> None:
     def one(ranks: KeyValueRanks) -> str:
         try:
             with ranks.session("load", "run/a") as session:
@@ -183,16 +189,16 @@ def test_error_of_a_rank_is_raised_with_its_number() -> None:
     assert caught.value.__notes__ == ["raised on rank 3 of 5"]
 
 
-def test_told_again_by_every_call() -> None:
+def test_every_later_call_raises_the_failure_again() -> None:
     def scenario(ranks: Ranks) -> int:
         told = 0
         with pytest.raises(ValueError if ranks.rank == 1 else RankFailed):  # noqa: SIM117
             with ranks.session("save", "x") as session:
-                session.gather(b"")  # from here on, all have entered
+                session.gather(b"")  # From here on, all ranks have entered.
                 session.broadcast(b"")
                 if ranks.rank == 1:
                     raise ValueError("mine")
-                # The first call waits for what never comes; the others would not have to wait.
+                # The first call waits for a message that never comes. The others need not wait.
                 wait, go_on = session.gather, session.broadcast
                 for call in (go_on, wait, wait) if ranks.rank else (wait, go_on, go_on):
                     with pytest.raises(RankFailed, match="mine"):
@@ -203,7 +209,7 @@ def test_told_again_by_every_call() -> None:
     assert run(3, scenario, timeouts=CALM) == [3, 0, 3]
 
 
-def test_rank_that_enters_after_the_failure_is_told_at_once() -> None:
+def test_a_rank_that_enters_after_the_failure_raises_it_at_once() -> None:
     def scenario(ranks: Ranks) -> tuple[str, str, bool]:
         def step(phase: str) -> None:
             if ranks.rank == 1:
@@ -243,16 +249,16 @@ def test_misuse_is_refused() -> None:
     run(2, scenario)
 
 
-# --- signs of life --------------------------------------------------------------------------------
+# --- heartbeats -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 3])
-def test_rank_without_signs_of_life_is_named(culprit: int) -> None:
+def test_a_rank_without_heartbeats_is_named(culprit: int) -> None:
     def scenario(ranks: Ranks) -> dict:
         def step(phase: str) -> None:
             if ranks.rank == culprit and phase == "write":
                 session = next(one for one in alive if one.rank == culprit)
-                time.sleep(0.15)  # a sign that says "write" is out
+                time.sleep(0.15)  # A heartbeat with the phase "write" has been sent.
                 session._peers.stop_heartbeats()
                 time.sleep(1.0)
 
@@ -274,17 +280,17 @@ def test_rank_without_signs_of_life_is_named(culprit: int) -> None:
         assert rank == culprit or end["took"] < PROMPT_SECONDS
 
 
-def test_slow_rank_with_signs_of_life_is_waited_for() -> None:
+def test_a_slow_rank_with_heartbeats_is_waited_for() -> None:
     def scenario(ranks: Ranks) -> str:
         return sessions.outcome(ranks, lambda _: time.sleep(0.3 * (ranks.rank == 1)))["end"]
 
     assert run(3, scenario, timeouts=QUICK) == ["done"] * 3
 
 
-# --- meeting --------------------------------------------------------------------------------------
+# --- entering -------------------------------------------------------------------------------------
 
 
-def test_rank_that_gave_up_and_came_again_is_let_in() -> None:
+def test_a_rank_that_gave_up_and_comes_again_is_admitted() -> None:
     def scenario(ranks: KeyValueRanks) -> int:
         if ranks.rank == 0:
             time.sleep(1.5)
@@ -305,8 +311,8 @@ def test_rank_that_gave_up_and_came_again_is_let_in() -> None:
     assert second > 0
 
 
-def test_words_of_the_dead_are_no_entrance() -> None:
-    """A killed rank leaves its word behind; the one that is started in its place comes later."""
+def test_the_request_of_a_dead_rank_is_not_an_entry() -> None:
+    """A killed rank leaves its request; the rank that is started in its place comes later."""
     keys = MemoryKeyValueStore()
 
     def scenario(ranks: KeyValueRanks) -> str:
@@ -384,7 +390,7 @@ def test_every_rank_knows_how_many_ranks_share_its_host(hosts: str) -> None:
 
 
 class BrokenKeys(MemoryKeyValueStore):
-    """Out of reach from some moment on."""
+    """A store that is out of reach once `broken` is set."""
 
     broken = False
 
@@ -426,7 +432,7 @@ def test_lost_store_is_explained() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    """Held by import-linter for the sources; here for what they ask of sys.modules."""
+    """import-linter checks the imports; this also finds imports in strings."""
     room = Path(sessions.__file__).parents[2] / "src/shardkeep/coordination"
     assert room.is_dir()
     for file in room.rglob("*.py"):
@@ -437,7 +443,7 @@ def test_no_torch_is_imported() -> None:
 
 
 @pytest.mark.parametrize("timeouts", [CALM, QUICK])
-def test_long_work_hears_of_failures_by_asking(timeouts: Timeouts) -> None:
+def test_check_raises_failures_of_other_ranks_during_long_work(timeouts: Timeouts) -> None:
     def scenario(ranks: Ranks) -> str:
         with ranks.session("save", "x") as session:
             session.phase("write")
@@ -447,7 +453,7 @@ def test_long_work_hears_of_failures_by_asking(timeouts: Timeouts) -> None:
             for _ in range(1000):
                 time.sleep(0.01)
                 session.check()
-        return "never heard"
+        return "not raised"
 
     def told(ranks: Ranks) -> str:
         try:
@@ -461,7 +467,7 @@ def test_long_work_hears_of_failures_by_asking(timeouts: Timeouts) -> None:
 
 
 def test_a_phase_is_known_as_soon_as_it_begins() -> None:
-    """A rank that is killed at once is not said to have been in the phase before."""
+    """Otherwise, a rank that is killed at once would be reported in the phase before."""
 
     def scenario(ranks: Ranks) -> list[tuple[str, str]]:
         with ranks.session("save", "x") as session:

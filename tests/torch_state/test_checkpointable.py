@@ -1,4 +1,4 @@
-"""Plain tensors that say which boxes of a global one they hold."""
+"""Plain tensors whose attributes describe the shards that they hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def part(local, shape, offsets, places, sizes):
 
 
 def rows(rank, fill):
-    """Rank's rows of a 6 x 3 tensor, in a buffer with a row of padding between them."""
+    """Return a rank's rows of a 6 x 3 tensor, in a buffer with a row of padding between them."""
     local = torch.full((5, 3), -1.0)
     if fill:
         whole = torch.arange(18.0).reshape(6, 3)
@@ -42,7 +42,7 @@ def save_and_load(ranks, path):
     return loaded
 
 
-def test_parts_are_saved_as_parts_of_the_whole(tmp_path):
+def test_shards_are_saved_as_parts_of_the_global_tensor(tmp_path):
     loaded = simulated_ranks.run(2, save_and_load, tmp_path)
     whole = torch.zeros(6, 3)
     sk.load({"w": whole}, tmp_path)
@@ -72,12 +72,12 @@ def test_a_tensor_without_all_four_attributes_is_a_plain_one(tmp_path):
         (((0, 0),), ((0,),), ((2,),), r"the shard at \(0, 0\) has another number of dimensions"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, offsets, places, sizes, why):
+def test_shards_that_do_not_fit_are_refused(tmp_path, offsets, places, sizes, why):
     with pytest.raises(Conflict, match=f"tensor 'w'.*{why}"):
         sk.save({"w": part(torch.zeros(2), (4,), offsets, places, sizes)}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_object_may_hold_one(tmp_path):
+def test_objects_that_contain_one_are_refused(tmp_path):
     with pytest.raises(Conflict, match="of which each rank has only a part"):
         sk.save({"w": (rows(0, True),)}, tmp_path)

@@ -1,4 +1,4 @@
-"""The tensors of a state as columns, held against what `describe_tensor` says of each of them."""
+"""The tensors of a state as columns, compared with `describe_tensor` of each tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardkeep.types import DTYPES, Box
 
 
 class Tagged(torch.Tensor):
-    """A subclass that shows the memory that it has."""
+    """A subclass whose values are those of its own memory."""
 
 
 def leaf(kind: str, shape: tuple[int, ...]) -> Any:
@@ -61,7 +61,7 @@ STATES = st.dictionaries(
 
 
 def boxes(local: LocalState) -> list[tuple[str, str, tuple[int, ...], Box]]:
-    """What each piece of a claim is: name, dtype, global shape and box."""
+    """Return name, dtype, global shape and box of each piece of a claim."""
     claim = local.claim
     found = []
     for tensor, offsets, sizes in zip(claim.piece, claim.offsets, claim.sizes, strict=True):
@@ -86,7 +86,7 @@ def same_memory(one: Any, other: Any) -> bool:
 
 
 @given(STATES)
-def test_a_claim_says_of_each_tensor_what_describe_says(state: dict[str, Any]) -> None:
+def test_a_claim_describes_each_tensor_as_describe_tensor_does(state: dict[str, Any]) -> None:
     local = describe_state(state)
     leaves = dict(flatten(state, is_any_tensor).items())
     tensors = [
@@ -104,7 +104,7 @@ def test_a_claim_says_of_each_tensor_what_describe_says(state: dict[str, Any]) -
 
 
 @given(STATES)
-def test_the_pieces_of_one_tensor_are_those_that_describe_finds(state: dict[str, Any]) -> None:
+def test_the_pieces_of_one_tensor_are_those_of_describe_tensor(state: dict[str, Any]) -> None:
     flat = flatten(state, is_any_tensor)
     rows, _, _ = describe_tensors(flat)
     pieces = rows.pieces(rows.tensors())

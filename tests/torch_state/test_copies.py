@@ -1,4 +1,4 @@
-"""A copy of a state shares nothing with it, or there is none."""
+"""A copy of a state shares nothing with it; otherwise copying fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ no_memory = pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(e
 
 
 class Object:
-    """With a tensor in it."""
+    """An object with a tensor in it."""
 
     def __init__(self):
         self.tensor = torch.ones(3)
@@ -34,8 +34,8 @@ def refusing(error):
 
 
 @no_memory
-def test_a_copy_without_memory_fails_rather_than_share_what_changes(monkeypatch, error):
-    """The state itself would be saved as it is later."""
+def test_a_copy_without_memory_fails_instead_of_sharing_the_tensor(monkeypatch, error):
+    """Otherwise, the tensor would be saved with the values that it has later."""
     for state in (torch.ones(3), {"o": Object()}, [(torch.ones(3),)]):
         with pytest.raises(type(error)) as caught:
             copy_state(state, allocate=refusing(error))
@@ -44,7 +44,7 @@ def test_a_copy_without_memory_fails_rather_than_share_what_changes(monkeypatch,
 
 @no_memory
 @pytest.mark.parametrize("pickles", [False, True])
-def test_an_object_that_has_no_room_for_its_copy_is_not_shared(error, pickles):
+def test_an_object_without_memory_for_its_copy_is_not_shared(error, pickles):
     class Large:
         def __reduce_ex__(self, protocol):
             raise error if pickles else TypeError("can't be pickled")
@@ -58,7 +58,7 @@ def test_an_object_that_has_no_room_for_its_copy_is_not_shared(error, pickles):
 
 
 @no_memory
-def test_nor_is_a_sparse_tensor(monkeypatch, error):
+def test_a_sparse_tensor_without_memory_for_its_copy_is_not_shared(monkeypatch, error):
     def to(*_, **__):
         raise error
 
@@ -69,7 +69,7 @@ def test_nor_is_a_sparse_tensor(monkeypatch, error):
     assert caught.value is error
 
 
-def test_what_has_no_data_or_no_copies_stays_as_it_is():
+def test_values_without_data_or_copies_stay_as_they_are():
     class Odd(torch.Tensor):
         """A kind of tensor that can't do anything."""
 

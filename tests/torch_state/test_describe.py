@@ -1,4 +1,4 @@
-"""A state as one rank sees it: its claim, and where inner tensors of subclasses stand."""
+"""Description of a state on one rank: its claim, and the paths of inner tensors of subclasses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pair(torch.Tensor):
         raise NotImplementedError
 
 
-def test_inner_tensors_stand_where_the_subclass_does():
+def test_inner_tensors_are_below_the_path_of_their_subclass():
     pair = Pair(torch.zeros(2), torch.ones(2))
     nested = Pair(Pair(torch.zeros(3), torch.ones(3)), torch.ones(3))
     state = {"p": pair, "none": {}, "x": 1, "q": {"deep": nested, "end": {}}, "y": torch.ones(1)}
@@ -51,13 +51,13 @@ def test_inner_tensors_stand_where_the_subclass_does():
     assert list(tree) == list(state)
 
 
-def test_small_values_travel_in_the_claim_and_large_ones_do_not():
+def test_the_claim_contains_small_values_but_not_large_ones():
     local = describe_state({"small": [1, 2], "large": list(range(10_000)), "odd": object()})
     assert local.claim.values == {"small": [1, 2]}
     assert local.claim.objects == ("small", "large", "odd")
 
 
-def test_top_level_values_as_they_are():
+def test_without_nesting_top_level_values_are_leaves():
     state = {"a": {"b": torch.ones(1)}, 1: torch.ones(2)}
     local = describe_state(state, nested=False)
     assert local.claim.tensors.names == ("1",)

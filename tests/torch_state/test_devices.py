@@ -1,4 +1,4 @@
-"""Copies from CUDA devices. No test runs on one: what torch.cuda does is played here."""
+"""Copies from CUDA devices, with a mock of torch.cuda: no test runs on a real device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def done(monkeypatch):
-    """What the played device was told to do, in order."""
+    """The calls of the mock device, in order."""
     told = []
 
     class Stream:
@@ -42,9 +42,7 @@ def done(monkeypatch):
     devices._side_stream.cache_clear()
 
 
-def test_all_of_a_copy_from_a_device_goes_by_a_side_stream_and_is_there_on_return(
-    done, monkeypatch
-):
+def test_a_copy_from_a_device_uses_a_side_stream_and_is_complete_on_return(done, monkeypatch):
     class Into:
         def copy_(self, tensor, non_blocking=False):
             done.append(f"copy {tensor.name}" + non_blocking * ", not waiting")
@@ -76,7 +74,7 @@ def test_copies_within_the_cpu_need_no_stream(done):
     assert not done
 
 
-def test_what_the_caller_gave_a_device_to_do_is_waited_for(done):
+def test_queued_work_of_the_caller_is_waited_for(done):
     devices.finish_work([CUDA, torch.device("cpu")])
     assert done == ["wait for the current stream"]
 
@@ -97,7 +95,7 @@ def test_pinned_memory_begins_at_a_page(monkeypatch, nbytes):
 
 
 @pytest.mark.parametrize("nbytes", [1, 5000])
-def test_where_no_more_can_be_pinned_it_is_ordinary_memory_with_a_warning(monkeypatch, nbytes):
+def test_memory_that_cannot_be_pinned_is_ordinary_with_a_warning(monkeypatch, nbytes):
     empty = torch.empty
 
     def limited(*sizes, pin_memory=False, **kwargs):

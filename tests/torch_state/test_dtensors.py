@@ -1,4 +1,4 @@
-"""What each rank holds of a DTensor, on real processes: put together and compared bit for bit."""
+"""Pieces of DTensors on real processes, put together and compared bit for bit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Shipped = tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], Any]]]
 
 
 def ship(described: tuple[TensorDescription, ...]) -> list[Shipped]:
-    """What goes back to the parent: dtype, shape, and each piece's offsets and values."""
+    """Return what the parent compares: dtype, shape, and offsets and values of each piece."""
     return [
         (one.dtype.name, one.shape, [(p.box.offsets, p.local.numpy().copy()) for p in one.pieces])
         for one in described
@@ -47,7 +47,7 @@ def ship(described: tuple[TensorDescription, ...]) -> list[Shipped]:
 
 
 def assemble(ranks: list[Shipped], copies: int) -> Any:
-    """The whole tensor from all ranks' pieces; every element must come `copies` times, the same."""
+    """Return the whole tensor, of which all pieces together must have `copies` equal copies."""
     (shape,) = {shape for _, shape, _ in ranks}
     (dtype,) = {dtype for dtype, _, _ in ranks}
     whole = torch.zeros(shape, dtype=getattr(torch, dtype))
@@ -65,7 +65,7 @@ def assemble(ranks: list[Shipped], copies: int) -> Any:
 
 
 def distributed(rank: int, size: int, seed: int) -> list[tuple[Any, int, list[Shipped]]]:
-    """Random shapes and placements on meshes of all ranks: (whole, copies, what this rank has)."""
+    """Return (whole tensor, copies, pieces of this rank) for random shapes and placements."""
     from torch.distributed.device_mesh import init_device_mesh
 
     random = torch.Generator().manual_seed(seed)
@@ -91,7 +91,7 @@ def distributed(rank: int, size: int, seed: int) -> list[tuple[Any, int, list[Sh
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_distributed_tensors_come_together_again(gloo: Any, seed: int) -> None:
+def test_the_pieces_of_all_ranks_make_up_the_whole_tensor(gloo: Any, seed: int) -> None:
     ranks = gloo.run(distributed, seed)
     for case in zip(*ranks, strict=True):
         whole, copies, _ = case[0]
@@ -100,7 +100,7 @@ def test_distributed_tensors_come_together_again(gloo: Any, seed: int) -> None:
 
 
 def fsdp_and_tp(rank: int, size: int, rows: int) -> dict[str, Any]:
-    """A linear layer, cut by columns and by rows over 2 ranks, then sharded over 2 others."""
+    """Cut a linear layer by columns and by rows over 2 ranks, then shard it over 2 others."""
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
@@ -156,7 +156,7 @@ def doubly_cut(rank: int, size: int) -> str:
 
 
 def test_a_dimension_cut_twice(gloo: Any) -> None:
-    """In torch 2.4, FSDP2 over tensor parallelism looks the same and means the other sequence."""
+    """In torch 2.4, FSDP2 over tensor parallelism has the same placements with another meaning."""
     found = gloo.run(doubly_cut)
     if STRIDED:
         assert found == ["[0:2]", "[2:4]", "[4:6]", "[6:8]"]
@@ -165,7 +165,7 @@ def test_a_dimension_cut_twice(gloo: Any) -> None:
 
 
 def part_of_the_ranks(rank: int, size: int) -> Any:
-    """A mesh of the first two ranks: the others know the tensor and hold nothing."""
+    """Make a mesh of the first two ranks: the others have the tensor, but no piece of it."""
     from torch.distributed.device_mesh import DeviceMesh
 
     mesh = DeviceMesh("cpu", [0, 1])
@@ -174,14 +174,14 @@ def part_of_the_ranks(rank: int, size: int) -> Any:
     return ship(describe_tensor("x", made))[0]
 
 
-def test_ranks_outside_the_mesh_know_the_tensor(gloo: Any) -> None:
+def test_ranks_outside_the_mesh_have_the_tensor_without_pieces(gloo: Any) -> None:
     ranks = gloo.run(part_of_the_ranks)
     assert [len(pieces) for _, _, pieces in ranks] == [1, 1, 0, 0]
     assert torch.equal(assemble(ranks, 1), torch.arange(6.0))
 
 
 def refused(rank: int, size: int) -> list[str]:
-    """Messages for what can't be described."""
+    """Return the errors for tensors that cannot be saved."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -201,7 +201,7 @@ def refused(rank: int, size: int) -> list[str]:
     return messages
 
 
-def test_what_can_not_be_saved_is_refused_by_name(gloo: Any) -> None:
+def test_tensors_that_cannot_be_saved_are_refused_by_name(gloo: Any) -> None:
     for rank, messages in enumerate(gloo.run(refused, size=2)):
         partial, subclass, shape = messages
         assert "'layer.w' is P" in partial
@@ -212,7 +212,7 @@ def test_what_can_not_be_saved_is_refused_by_name(gloo: Any) -> None:
 
 
 def sharded(rank: int, size: int) -> list[Shipped]:
-    """ShardedTensor, with two shards on one rank and none on another."""
+    """Make a ShardedTensor with two shards on one rank and none on another."""
     from torch.distributed._shard.metadata import ShardMetadata
     from torch.distributed._shard.sharded_tensor import (
         Shard,
@@ -243,7 +243,7 @@ def test_sharded_tensors(gloo: Any) -> None:
 
 
 def ordered(rank: int, size: int) -> Any:
-    """Plain shards of one dimension that cut in another sequence than from left to right."""
+    """Make plain shards of one dimension that cut in another sequence than left to right."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2))
@@ -271,7 +271,7 @@ def test_a_shard_order_is_followed(gloo: Any) -> None:
 
 
 def test_uneven_fsdp2_over_tensor_parallelism() -> None:
-    """7 rows on 3 x 2 ranks: where strided shards, read from left to right, would be wrong.
+    """7 rows on 3 x 2 ranks: applying strided shards from left to right would be wrong.
 
     Each rank is pretended in turn; nothing is sent.
     """
@@ -305,8 +305,8 @@ def test_uneven_fsdp2_over_tensor_parallelism() -> None:
 
 
 @pytest.mark.skipif(not STRIDED, reason="this torch knows no strided shards")
-def test_tensors_that_lie_nearly_alike_are_not_taken_for_each_other() -> None:
-    """How tensors lie is remembered, and torch may call a strided shard equal to a plain one."""
+def test_similar_layouts_are_not_confused() -> None:
+    """Layouts are cached, and torch may call a strided shard equal to a plain one."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -1,4 +1,4 @@
-"""Raw words of every dtype, out of a tensor and into it."""
+"""The memory of tensors of every dtype: reading and filling it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def noise(nbytes: int) -> Any:
 
 @st.composite
 def views(draw: st.DrawFn) -> Any:
-    """A function that takes a view of a tensor of (4, 6, 5), and its name."""
+    """Return a function that makes a view of a tensor of shape (4, 6, 5), and its name."""
     slices = tuple(
         slice(draw(st.integers(0, n)), draw(st.integers(0, n)), draw(st.integers(1, 3)))
         for n in (4, 6, 5)
@@ -53,7 +53,9 @@ def views(draw: st.DrawFn) -> Any:
 
 @given(st.sampled_from(PLAIN), views())
 @settings(max_examples=150)
-def test_words_are_the_bytes_in_memory_for_any_dtype_and_strides(dtype: DType, view: Any) -> None:
+def test_memory_array_has_the_bytes_in_memory_for_any_dtype_and_strides(
+    dtype: DType, view: Any
+) -> None:
     size = dtype.itemsize
     word = np.dtype("c16") if size == 16 else np.dtype(f"u{size}")
     expected = noise(120 * size).view(word).reshape(4, 6, 5)
@@ -112,12 +114,12 @@ def test_lazily_conjugated_and_negated_tensors() -> None:
         assert torch.equal(lazy.resolve_conj().resolve_neg(), expected * 3)
 
 
-def test_quantized_tensors_have_no_plain_memory() -> None:
+def test_quantized_tensors_cannot_be_viewed() -> None:
     with pytest.raises(ValueError, match="quantized"):
         memory_array(torch.quantize_per_tensor(torch.ones(3), 0.5, 1, torch.quint8))
 
 
-def test_a_load_reaches_parameters_and_inference_tensors() -> None:
+def test_parameters_and_inference_tensors_can_be_filled() -> None:
     with torch.inference_mode():
         inference = torch.zeros(3)
     parameter = torch.nn.Parameter(torch.zeros(3))
@@ -134,7 +136,7 @@ def test_a_load_reaches_parameters_and_inference_tensors() -> None:
     assert parameter.is_leaf
 
 
-def test_a_dtype_that_this_torch_lacks_or_can_not_cast_is_refused() -> None:
+def test_a_dtype_that_this_torch_lacks_or_cannot_cast_is_refused() -> None:
     with pytest.raises(Mismatch, match=r"torch .* has no dtype strange"):
         destination(torch.zeros(1), DType("strange", np.dtype("u1")))
     if hasattr(torch, "bits8"):
@@ -145,7 +147,7 @@ def test_a_dtype_that_this_torch_lacks_or_can_not_cast_is_refused() -> None:
 
 
 def addresses(*tensors: torch.Tensor) -> list[int]:
-    """Of tensors that are described, and filled with elements of their own dtype."""
+    """Return the destinations of tensors that are filled with elements of their own dtype."""
     rows, _, _ = describe_tensors(flatten(dict(enumerate(tensors)), is_any_tensor))
     pieces = rows.pieces(rows.tensors())
     nbytes = np.array([tensor.nbytes for tensor in tensors])
@@ -156,14 +158,14 @@ def addresses(*tensors: torch.Tensor) -> list[int]:
 
 @given(st.sampled_from(PLAIN), views())
 @settings(max_examples=150)
-def test_an_address_is_that_of_plain_memory_only(dtype: DType, view: Any) -> None:
+def test_only_plain_memory_has_an_address(dtype: DType, view: Any) -> None:
     tensor = view(empty(dtype, 4, 6, 5))
     wanted = tensor.data_ptr() if tensor.is_contiguous() and tensor.numel() else 0
     assert is_contiguous_on_cpu(tensor) == tensor.is_contiguous()
     assert addresses(tensor, torch.nn.Parameter(tensor, requires_grad=False)) == [wanted] * 2
 
 
-def test_no_address_where_memory_is_not_what_it_shows() -> None:
+def test_memory_that_differs_from_the_values_has_no_address() -> None:
     z = torch.zeros(4, dtype=torch.complex64)
     negated = torch.zeros(4, dtype=torch.complex64).conj().imag
     given_back = torch.zeros(4)

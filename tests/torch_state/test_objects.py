@@ -1,4 +1,4 @@
-"""Objects as torch writes them: exact in both directions, and nothing built unasked."""
+"""Objects as torch writes them: exact in both directions, and no class built without trust."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ OF_A_USER = (Color, Options, Items, Slotted, Custom, Config, Point, Pair)
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pickle finds classes by module; pytest does not leave this file in sys.modules."""
+    """Put the classes into a module: pickle looks for them there, and cannot find this file."""
     module = type(sys)(HERE)
     for one in OF_A_USER:
         monkeypatch.setattr(one, "__module__", HERE)
@@ -82,7 +82,7 @@ def back(value: Any, trust: tuple[str, ...] = ()) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, with types, dtypes, strides and bits."""
+    """Return whether two values are equal, with types, dtypes and bits."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -171,7 +171,7 @@ def test_plain_values_come_back(value: Any) -> None:
     assert same(back(value), value)
 
 
-def test_tensors_are_detached_and_leave_the_rest_of_their_storage_behind() -> None:
+def test_tensors_are_detached_and_saved_without_the_rest_of_their_storage() -> None:
     large = torch.zeros(1_000_000)
     graph = torch.ones(2, requires_grad=True) * 2
     data = to_bytes((large[5:7], graph), name="x")
@@ -183,7 +183,7 @@ def test_tensors_are_detached_and_leave_the_rest_of_their_storage_behind() -> No
     assert large.sum() == 0
 
 
-def test_tensors_that_are_one_object_stay_one() -> None:
+def test_a_tensor_that_occurs_twice_stays_one_object() -> None:
     tensor = torch.ones(3)
     first, second = back((tensor, tensor))
     assert first is second
@@ -223,7 +223,7 @@ def test_state_is_set_as_pickle_does_it() -> None:
     assert back(Custom(), trust).seen == ("state", 1)
 
 
-def test_trusting_one_class_names_the_others() -> None:
+def test_untrusted_names_only_the_classes_that_are_not_trusted() -> None:
     data = to_bytes([Config(1.0, Color.RED), Point(1)], name="cfg")
     with pytest.raises(Untrusted) as caught:
         from_bytes(data, name="cfg", trust=[f"{HERE}.Color"])
@@ -245,7 +245,7 @@ def test_nothing_runs_unless_it_is_trusted() -> None:
         from_bytes(data, name="x", trust=["builtins.eval"])
 
 
-def test_a_trusted_class_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trusted_class_that_no_longer_exists_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     data = to_bytes(Config(1.0), name="cfg")
     monkeypatch.delattr(sys.modules[HERE], "Config")
     with pytest.raises(Mismatch, match=rf"'cfg' needs {HERE}\.Config: AttributeError"):
@@ -279,7 +279,7 @@ def cyclic() -> Any:
         (lambda: (Shards((2,), [((0,), torch.ones(1))]),), "'cfg' holds a Shards.*use a list"),
     ],
 )
-def test_what_can_not_be_saved_is_refused_by_name(make: Any, message: str) -> None:
+def test_objects_that_cannot_be_saved_are_refused_by_name(make: Any, message: str) -> None:
     with pytest.raises(Conflict, match=message):
         to_bytes(make(), name="cfg")
 
@@ -310,7 +310,7 @@ def test_a_distributed_tensor_inside_an_object_is_refused(gloo: Any) -> None:
 
 
 def container(pickled: bytes, *records: bytes) -> bytes:
-    """A container around any pickle."""
+    """Return a container around a pickle."""
     import zipfile
 
     out = io.BytesIO()
@@ -323,7 +323,7 @@ def container(pickled: bytes, *records: bytes) -> bytes:
 
 
 class Call:
-    """Pickles as a call of a function that need not exist."""
+    """Pickles as a call of a function with any arguments."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = (function, args)
@@ -369,7 +369,7 @@ def test_a_broken_container_names_the_object() -> None:
             from_bytes(bad, name="x")
 
 
-def test_makers_of_typed_values() -> None:
+def test_typed_values_of_torch_are_decoded() -> None:
     for value in (torch.Size([2, 3]), torch.bfloat16, torch.device("cuda:1"), torch.device("cpu")):
         made = values.decode(values.encode(value), {**values.CORE_MAKERS, **TORCH_MAKERS})
         assert made == value

@@ -1,4 +1,4 @@
-"""Any bytes of a tensor's elements in C order, whatever its strides, without moving the rest."""
+"""Payloads: any bytes of a tensor in C order, whatever its strides, without moving the rest."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def tensors(draw):
 
 @settings(max_examples=300)
 @given(tensors(), st.data())
-def test_any_elements_are_those_of_a_contiguous_copy(tensor, data):
+def test_any_range_of_elements_equals_that_of_a_contiguous_copy(tensor, data):
     payloads, whole = payloads_of(tensor, [b"object"]), bits(tensor)
     size = tensor.element_size()
     first = data.draw(st.integers(0, tensor.numel() - 1))
@@ -78,7 +78,7 @@ def test_any_elements_are_those_of_a_contiguous_copy(tensor, data):
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())
-def test_slabs_hold_the_elements_in_order(shape, data):
+def test_slabs_contain_the_elements_in_order(shape, data):
     whole = np.arange(prod(shape)).reshape(shape)
     first = data.draw(st.integers(0, whole.size - 1))
     count = data.draw(st.integers(0, whole.size - first))
@@ -88,7 +88,7 @@ def test_slabs_hold_the_elements_in_order(shape, data):
     assert np.concatenate([np.empty(0, int), *parts]).tolist() == list(range(first, first + count))
 
 
-def test_a_part_of_a_large_view_moves_nothing_else(monkeypatch):
+def test_copying_a_part_of_a_large_view_moves_only_that_part(monkeypatch):
     tensor = torch.arange(1 << 22, dtype=torch.float32).reshape(2048, 2048).t()
     payloads, copied, real = payloads_of(tensor), [], module.copy_out
 

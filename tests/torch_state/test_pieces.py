@@ -1,4 +1,4 @@
-"""What one rank holds of a tensor, without other ranks."""
+"""Description of tensors on one rank."""
 
 from __future__ import annotations
 

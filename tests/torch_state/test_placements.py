@@ -1,4 +1,4 @@
-"""Boxes of sharded tensors, held against plain index lists and against DTensor itself."""
+"""Boxes of sharded tensors, compared with plain index lists and with DTensor itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[Placement, ...]]
 
 @st.composite
 def layouts(draw: st.DrawFn, strided: bool = True) -> Layout:
-    """(shape, mesh shape, placements): up to 8 ranks on up to 3 mesh dimensions."""
+    """Return (shape, mesh shape, placements): up to 8 ranks on up to 3 mesh dimensions."""
     shape = tuple(draw(st.lists(st.integers(0, 13), min_size=1, max_size=3)))
     mesh = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     assume(prod(mesh) <= 8)
@@ -59,7 +59,7 @@ def held(
     placements: Sequence[Placement],
     sequence: Sequence[int],
 ) -> list[list[int]]:
-    """Global indices of each dimension, one by one: what runs stand for."""
+    """Return the global indices of each dimension, one by one."""
     found = [list(range(size)) for size in shape]
     for axis in sequence:
         placement = placements[axis]
@@ -123,8 +123,8 @@ def test_all_ranks_tile_the_tensor_as_often_as_it_is_replicated(layout: Layout) 
 
 
 @given(layouts(strided=False), st.randoms())
-def test_a_sequence_of_cuts_reads_the_same_as_strided_shards(layout: Layout, random: Any) -> None:
-    """What torch writes for a sequence: a factor for each later mesh dimension that cuts before."""
+def test_a_sequence_of_cuts_equals_its_strided_shards(layout: Layout, random: Any) -> None:
+    """torch writes a factor for each later mesh dimension that cuts earlier."""
     shape, mesh, placements = layout
     sequence = list(range(len(mesh)))
     random.shuffle(sequence)
@@ -142,7 +142,7 @@ def test_a_sequence_of_cuts_reads_the_same_as_strided_shards(layout: Layout, ran
         assert placed_boxes(shape, mesh, coordinate, strided) == expected
 
 
-def test_the_two_readings_differ_only_for_uneven_cuts() -> None:
+def test_the_two_interpretations_differ_only_for_uneven_cuts() -> None:
     differ = {}
     for mesh in product(range(1, 5), range(1, 5)):
         placements = (StridedShard(0, mesh[1]), Shard(0))
@@ -157,7 +157,7 @@ def test_the_two_readings_differ_only_for_uneven_cuts() -> None:
     assert all(size % prod(mesh) for mesh, sizes in differ.items() for size in sizes)
 
 
-def test_a_factor_that_no_sequence_explains_is_read_from_left_to_right() -> None:
+def test_a_factor_that_no_sequence_explains_is_applied_from_left_to_right() -> None:
     placements = (StridedShard(0, 3), Shard(0))
     assert cut_order((2, 2), placements) is None
     assert placed_boxes((12,), (2, 2), (1, 0), placements) == placed_boxes(
@@ -170,7 +170,7 @@ def test_a_factor_that_no_sequence_explains_is_read_from_left_to_right() -> None
 
 @contextmanager
 def rank_of(mesh: Sequence[int], rank: int) -> Iterator[Any]:
-    """The mesh as this rank of a pretended job sees it: nothing is ever sent."""
+    """Make the mesh of this rank in a fake job, in which nothing is ever sent."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -226,7 +226,7 @@ def test_local_tensors_are_those_of_dtensor(mesh: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 2), (2, 4), (3, 2), (2, 2, 2)], ids=str)
 def test_first_offsets_and_sizes_are_those_of_torch_for_strided_shards(mesh: Any) -> None:
-    """Torch's helper goes from left to right and gives one offset for all that a rank holds."""
+    """torch's helper cuts from left to right, and returns one offset for all pieces of a rank."""
     helper = pytest.importorskip("torch.distributed.tensor._utils")
     compute = getattr(helper, "_compute_local_shape_and_global_offset", None)
     if compute is None:

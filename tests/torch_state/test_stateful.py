@@ -1,4 +1,4 @@
-"""Objects with a state of their own inside a state."""
+"""Stateful objects inside a state."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Counter:
 
 
 class Reader:
-    """Has a state that can't be set."""
+    """An object whose state cannot be set."""
 
     def state_dict(self) -> dict[str, Any]:
         raise AssertionError
 
 
-def test_objects_with_a_state_are_replaced_and_get_it_back() -> None:
+def test_stateful_objects_are_replaced_and_get_their_state_back() -> None:
     counter, reader = Counter(3), Reader()
     state = OrderedDict([("a", 1), ("c", counter), ("nested", {"c": counter}), ("r", reader)])
     plain, statefuls = call_state_dicts(state)
@@ -73,7 +73,7 @@ def test_modules_and_optimizers() -> None:
     assert state == {"model": model, "optimizer": optimizer}
 
 
-def test_optimizers_without_a_state_get_room_for_the_stored_one() -> None:
+def test_optimizers_without_state_get_templates_for_the_stored_state() -> None:
     model = torch.nn.Linear(3, 2)
     fresh = torch.optim.AdamW(model.parameters())
     used = torch.optim.AdamW(model.parameters())
@@ -114,7 +114,7 @@ def test_optimizers_without_a_state_get_room_for_the_stored_one() -> None:
     }
 
 
-def test_the_checkpoint_is_not_walked_without_need() -> None:
+def test_the_leaves_of_the_checkpoint_are_read_only_if_needed() -> None:
     def never():
         raise AssertionError
         yield

@@ -1,4 +1,4 @@
-"""Who takes part, without torch."""
+"""Detection of the participating ranks, without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_solo_session() -> None:
         1 / 0  # noqa: B018
 
 
-def test_given_ranks_are_taken_as_they_are() -> None:
+def test_a_ranks_object_is_returned_as_it_is() -> None:
     ranks = Solo()
     assert detect_ranks(ranks) is ranks
 
@@ -76,12 +76,14 @@ def job(rank: int, size: int) -> SimpleNamespace:
         ([-1, 2], "must be different ranks of this job, which has 4"),
     ],
 )
-def test_bad_subsets(monkeypatch: pytest.MonkeyPatch, ranks: list[int], message: str) -> None:
+def test_invalid_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, ranks: list[int], message: str
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed", job(2, 4))
     with pytest.raises(ValueError, match=message):
         detect_ranks(ranks)
     assert isinstance(detect_ranks([2]), Solo)
 
 
-def test_sessions_are_sessions() -> None:
+def test_sessions_implement_the_contract() -> None:
     assert Session in type(Solo().session("save", "x")).__mro__
