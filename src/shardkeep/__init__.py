@@ -32,8 +32,8 @@ try:
     import fcntl as _fcntl  # noqa: F401 - commits rely on what only POSIX systems have
 except ModuleNotFoundError:
     raise ImportError(
-        "Shardkeep runs on Linux, and untested on macOS, but not on Windows: its commits rely on "
-        "POSIX file locks and atomic renames. On Windows, use it inside WSL."
+        "Shardkeep runs on Linux and, as best effort, on macOS, but not on Windows: its commits "
+        "rely on POSIX file locks and atomic renames. On Windows, use it inside WSL."
     ) from None
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     )
     from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
     from shardkeep.engine.load import LoadReport, load
+    from shardkeep.engine.options import AsyncSaveOptions, SaveOptions
     from shardkeep.engine.save import SaveReport, save
     from shardkeep.errors import (
         AlreadyExists,
@@ -116,6 +117,7 @@ _NAMES_BY_MODULE = {
         "WorkFailed",
     ),
     "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
+    "engine.options": ("AsyncSaveOptions", "SaveOptions"),
     "engine.load": ("LoadReport", "load"),
     "engine.save": ("SaveReport", "save"),
     "errors": (
@@ -158,6 +160,7 @@ _MODULES = {
 __all__ = [
     "AlreadyExists",
     "AsyncSaveFailed",
+    "AsyncSaveOptions",
     "Box",
     "ByteRange",
     "Checkpoint",
@@ -195,6 +198,7 @@ __all__ = [
     "SaveBegan",
     "SaveCommitted",
     "SaveHandle",
+    "SaveOptions",
     "SaveReport",
     "ShardkeepError",
     "Shards",
