@@ -1,10 +1,10 @@
-"""The contestants: each tool behind the same few methods, at its best settings.
+"""Who takes part, each behind the same few verbs, at its best settings.
 
-`save` returns once the checkpoint is durable: its files and its folder are synced. `load` fills an
-existing state. `begin` starts a save in the background and returns once the caller may change its
-tensors again; the value that it returns says whether the checkpoint is durable, or waits until it
-is. `columns` reads some columns of one tensor. A contestant that cannot do one of these lacks the
-method.
+`save` returns once the checkpoint is durable: files and folder synced. `load` fills a state that
+is there already. `begin` starts a save in the background and returns once the caller may change
+its tensors again; what it returns tells whether the checkpoint is durable, or waits for that.
+`columns` reads some columns of one tensor. A verb that is missing is one that a contestant does
+not have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Figures = Mapping[str, float] | None
 
 
 class Pending(Protocol):
-    """A save in the background. Asking for its result waits until it has ended."""
+    """A save in the background. Whoever asks for its result is waiting for it from then on."""
 
     def done(self) -> bool: ...
 
@@ -42,7 +42,7 @@ class Pending(Protocol):
 
 
 class Contestant(Protocol):
-    """One tool. Every contestant has `close`, and some of the other methods."""
+    """All have `close`, and some of the other verbs."""
 
     def save(self, state: State, path: Path) -> Figures: ...
 
@@ -51,15 +51,15 @@ class Contestant(Protocol):
     def begin(self, state: State, path: Path) -> Pending: ...
 
     def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
-        """Return columns `first` to `last` of the tensor `ONE`; `tensor` is one of its shape."""
+        """Of the tensor `ONE`; one like it is given."""
         ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class SyncedPending:
-    """A `Pending` of a tool that does not sync: `sync` is called after the tool has finished."""
+class Synced:
+    """A `Pending` of who syncs nothing by itself: `sync` is called behind what waits for it."""
 
     done: Callable[[], bool]
     wait: Callable[[], Any]
@@ -71,10 +71,10 @@ class SyncedPending:
 
 
 class Shardkeep:
-    """Shardkeep. A version that lacks a method or an option fails with its own error.
+    """This engine. A version that lacks a verb or an option says so by its error.
 
     Args:
-        mapped: whether to load with `SHARDKEEP_MMAP` set.
+        mapped: whether loads have `SHARDKEEP_MMAP` set.
     """
 
     def __init__(
@@ -117,12 +117,11 @@ class Stock:
     """torch.distributed.checkpoint.
 
     Args:
-        threads: the number of threads of its writer.
-        caching: whether it reuses the plans of earlier saves.
-        stager: "own" for the stager of the writer, which copies into fresh memory; "kept" for one
-            that reuses its memory.
+        threads: of its writer.
+        caching: of the plans of earlier saves.
+        stager: "own" is the writer's, into fresh memory; "kept" one that uses its memory again.
         process: whether a process writes in the background instead of a thread.
-        copying: the number of threads with which torch copies in a load.
+        copying: threads of torch's copies in a load.
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class Stock:
 
 
 class Torch:
-    """torch.save of the tensors of each rank, one file per rank; mapped and copied on loading."""
+    """torch.save of what each rank holds, one file a rank; mapped and copied on loading."""
 
     def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
         self.copying = copying
@@ -216,7 +215,7 @@ class Torch:
 
 
 class Safetensors:
-    """safetensors with one file per rank; mapped and copied on loading."""
+    """safetensors of what each rank holds, one file a rank; mapped and copied on loading."""
 
     def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
         import safetensors.torch
@@ -246,7 +245,7 @@ class Safetensors:
 
 
 class Torchsnapshot:
-    """torchsnapshot. Its release does not support DTensor, so each rank saves plain tensors."""
+    """torchsnapshot, whose release knows no DTensor: each rank's tensors are its own."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         import torchsnapshot
@@ -267,7 +266,7 @@ class Torchsnapshot:
 
     def begin(self, state: State, path: Path) -> Pending:
         pending = self.library.Snapshot.async_take(str(path), self._app(state))
-        return SyncedPending(pending.done, pending.wait, lambda: sync(path, *self.turn))
+        return Synced(pending.done, pending.wait, lambda: sync(path, *self.turn))
 
     def _app(self, state: State) -> dict[str, Any]:
         return {"state": self.library.StateDict(**locals_of(state))}
@@ -279,9 +278,9 @@ class Torchsnapshot:
 class TorchCheckpointing:
     """torch_checkpointing.
 
-    Its direct writes fail on file systems that require alignment (EINVAL on ext4), so they are
-    disabled. It does not sync, so the bench does. It gathers the metadata for resharding on CUDA
-    devices only, so several ranks save without it unless `reshard` is set.
+    Its direct writes fail where the file system wants them aligned (EINVAL on ext4), so they are
+    off; it syncs nothing, so that is done after it. What it needs for resharding it gathers on
+    CUDA devices alone, so several ranks save without, unless `reshard` insists.
     """
 
     def __init__(self, rank: int, ranks: int, *, reshard: bool = False) -> None:
@@ -320,7 +319,7 @@ class TorchCheckpointing:
 
     def begin(self, state: State, path: Path) -> Pending:
         future = self._manager("async").save(str(path), {"state": state})
-        return SyncedPending(future.done, future.result, lambda: sync(path, *self.turn))
+        return Synced(future.done, future.result, lambda: sync(path, *self.turn))
 
     def close(self) -> None:
         for manager in self._managers.values():
@@ -329,7 +328,7 @@ class TorchCheckpointing:
 
 @contextlib.contextmanager
 def copies_by(threads: int) -> Iterator[None]:
-    """Let torch copy with that many threads inside the block."""
+    """torch copies with so many threads, and with as many as before afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -338,8 +337,8 @@ def copies_by(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Idle:
-    """Does nothing, to measure a training loop without a save."""
+class Nobody:
+    """Does nothing: what a training loop takes by itself."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         pass
@@ -349,7 +348,7 @@ class Idle:
 
 
 def sync(path: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Sync a file, or this rank's share of the files of a folder, and the folders themselves."""
+    """Make a file, or this rank's share of a folder's files, durable, and the names of them."""
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     for one in itertools.islice(files, rank, None, ranks):
         file = os.open(one, os.O_RDONLY)
@@ -368,21 +367,21 @@ MAKERS: dict[str, Callable[..., Contestant]] = {
     "safetensors": Safetensors,
     "torchsnapshot": Torchsnapshot,
     "torch_checkpointing": TorchCheckpointing,
-    "idle": Idle,
+    "nobody": Nobody,
     "crc": limits.Crc,
     "direct_write": limits.DirectWrite,
     "direct_read": limits.DirectRead,
     "preadv": limits.Preadv,
     "copy": limits.Copy,
-    "raw_writer": limits.RawWriterProcess,
+    "aside": limits.Aside,
 }
 
 
 def make(who: str, rank: int, ranks: int, settings: Mapping[str, Any]) -> Contestant:
-    """Return a contestant by its name, with its warnings about deprecations silenced.
+    """Its warnings about being used alone, or about what it deprecates, are no news here.
 
     Raises:
-        ModuleNotFoundError: the tool is not installed; the message ends with pip's own message.
+        ModuleNotFoundError: it is not installed; the message ends with what the installation said.
     """
     warnings.simplefilter("ignore")
     try:

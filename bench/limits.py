@@ -1,6 +1,6 @@
-"""The limits of the machine: the bare system calls, or the bare copy, for the same bytes.
+"""What the machine can do with the same bytes: nothing but the system calls, or the copy.
 
-They have the interface of the contestants (see `competitors`), so they run in the same rounds.
+The same interface as the contestants' (see `competitors`), so that limits run in the same rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from bench.states import State, locals_of, nbytes_of
 
-__all__ = ["Copy", "Crc", "DirectRead", "DirectWrite", "Preadv", "RawWriterProcess"]
+__all__ = ["Aside", "Copy", "Crc", "DirectRead", "DirectWrite", "Preadv"]
 
 PAGE = 4096
 WRITE, CACHED = 8 << 20, 4 << 20
@@ -31,7 +31,7 @@ WRITE, CACHED = 8 << 20, 4 << 20
 
 
 class _Raw:
-    """Reads or writes one file per rank, of as many bytes as the rank's part of the state."""
+    """A file of as many bytes as the state has here, one a rank."""
 
     def __init__(self, rank: int, ranks: int, *, threads: int = 2) -> None:
         self.rank, self.threads = rank, threads
@@ -44,14 +44,13 @@ class _Raw:
 
 
 class DirectWrite(_Raw):
-    """O_DIRECT writes from prepared memory into a file that was allocated in one call."""
+    """O_DIRECT writes of memory that is ready, into room that was set aside in one call."""
 
     _ready: memoryview | None = None
 
     def save(self, state: State, path: Path) -> None:
-        """Write the file. The first call copies the state to memory that direct writes accept.
-
-        The bytes of a real state are used since disks write constant bytes at another speed.
+        """The first one makes the memory: a copy of the state, where direct writes want it. Disks
+        take the same bytes again and again at another speed than those of a state.
         """
         if self._ready is None:
             self._ready = memoryview(mmap.mmap(-1, -(-nbytes_of(state) // PAGE) * PAGE))
@@ -65,7 +64,7 @@ class DirectWrite(_Raw):
 
 
 class Preadv(_Raw):
-    """Reads from the page cache directly into the tensors."""
+    """Reads from the page cache, straight into the tensors."""
 
     def load(self, state: State, path: Path) -> dict[str, float]:
         file = os.open(self.file(path), os.O_RDONLY)
@@ -77,7 +76,7 @@ class Preadv(_Raw):
 
 
 class DirectRead(_Raw):
-    """Reads that bypass the page cache, `mib` MiB per call, into reused buffers."""
+    """Reads from the disk itself, so many MiB a call, into buffers that are used over and over."""
 
     def __init__(self, rank: int, ranks: int, *, threads: int = 2, mib: int = 2) -> None:
         super().__init__(rank, ranks, threads=threads)
@@ -96,7 +95,7 @@ class DirectRead(_Raw):
 
 
 class Copy:
-    """A copy by torch into memory that was touched before, with all threads of torch."""
+    """A copy into memory that is there already, by torch, with as many threads as it has."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._twin: State = {}
@@ -115,9 +114,9 @@ class Copy:
         self._twin.clear()
 
 
-class RawWriterProcess:
-    """Direct writes of as many bytes by another process, which shares only the machine with this
-    one.
+class Aside:
+    """Direct writes of as many bytes by a process of its own, which shares nothing but the machine
+    with this one.
     """
 
     def __init__(self, rank: int, ranks: int) -> None:
@@ -142,14 +141,14 @@ class RawWriterProcess:
         if self._process.stdout.readline() == "done\n":
             written.set_result(None)
         else:
-            written.set_exception(RuntimeError("the writing process has ended"))
+            written.set_exception(RuntimeError("the process that writes has ended"))
 
     def close(self) -> None:
         self._process.communicate()
 
 
 class Crc:
-    """Checksums of what a save writes, computed block by block on the bytes in place."""
+    """Digests of what a save writes, as it takes them: block by block, where the bytes lie."""
 
     block = 256 * 1024
 
@@ -157,7 +156,7 @@ class Crc:
         pass
 
     def save(self, state: State, path: Path) -> dict[str, float]:
-        """Return the seconds for all blocks at the median speed, as some blocks are interrupted."""
+        """Figure: seconds that all blocks take at the speed of most. Some are interrupted."""
         from shardkeep.io.checksums import crc32_at
 
         speeds, nbytes = [], 0
@@ -175,7 +174,7 @@ class Crc:
 
 
 def direct_write(path: Path, memory: memoryview, nbytes: int, threads: int) -> None:
-    """Write a durable file of `nbytes` bytes from whole pages of memory."""
+    """Write a file of so many bytes, durably, out of whole pages of memory."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | _direct(), 0o644)
     try:
         if memory:
@@ -208,7 +207,7 @@ def _direct() -> int:
 
 
 _landings: dict[tuple[int, int], memoryview] = {}
-"""Buffers of direct reads by their number and size, reused by later reads."""
+"""By number and bytes: buffers of direct reads, kept from one to the next."""
 
 
 def _with_buffers(
@@ -229,7 +228,7 @@ def _with_buffers(
 
 
 def in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) -> None:
-    """Call `call` once for each job, from that many threads."""
+    """Each job once, by whichever thread is free."""
     waiting, errors = iter(list(jobs)), []
 
     def work() -> None:
@@ -250,7 +249,7 @@ def in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) ->
 
 
 def _segments(state: State, size: int = CACHED) -> Sequence[tuple[memoryview, int]]:
-    """Return the memory of the tensors in parts, each with its offset in a file."""
+    """The memory of the tensors, in parts, and where in a file each one's bytes lie."""
     segments, at = [], 0
     for tensor in locals_of(state).values():
         memory = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
@@ -265,5 +264,5 @@ def _fill(file: int, memory: memoryview, at: int) -> None:
     while memory:
         count = os.preadv(file, [memory], at)
         if not count:
-            raise EOFError(f"the file ends at byte {at}, before the state is complete")
+            raise EOFError(f"the file ends at {at}")
         at, memory = at + count, memory[count:]

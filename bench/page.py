@@ -1,4 +1,4 @@
-"""Writes `docs/performance.md` from the stored results."""
+"""`docs/performance.md`, from the stored results alone."""
 
 from __future__ import annotations
 
@@ -17,50 +17,51 @@ PICTURE = "performance.png"
 INTRODUCTION = """\
 # Performance
 
-`make bench` writes this page from the last results of each workload in
-[bench/results/](../bench/results/). All rows of a table were measured in one run: each contestant
-runs once per round, in another order each round. Times on one machine drift from run to run, so
-ratios are taken within a round, and their median is shown. No figure on this page fails a build.
+Made by `make bench` from the last results of each workload, in
+[bench/results/](../bench/results/). Everything in one table ran in one run: each contestant once
+a round, in another order each round. Times on one machine drift from run to run, so ratios are
+taken within a round, and the median of them is shown. Nothing here can fail a build.
 """
 
 METHOD = """\
 ## How it is measured
 
-- **Contestants** run with their best settings: the settings in the tables were the fastest of those
-  tried before the rounds. `threads` is the number of threads that write or read, `copying` the
-  number with which torch copies. Stock DCP is `torch.distributed.checkpoint`; the files that it
-  reads were written by one thread.
-- **A save is durable** when it returns, for every contestant: files and folder are synced within
-  the timed part. The bench syncs for contestants that do not (`torch.save`, safetensors,
-  torchsnapshot, torch_checkpointing). Old files are deleted outside of the timed part.
-- **A load** fills tensors whose memory was touched before. The first load of each contestant fills
+- **Contestants** are at their best settings: those that the tables name were tried before the
+  rounds, and the fastest was taken. `threads` are those that write or read, `copying` those of
+  torch's copies. Stock DCP is `torch.distributed.checkpoint`; its files are read as one writing
+  thread laid them out.
+- **A save is durable** when it returns, for everyone: files and folder are synced inside the
+  timed part. What does not sync by itself is synced after it (`torch.save`, safetensors,
+  torchsnapshot, torch_checkpointing). Old files are deleted outside of it.
+- **A load** fills tensors that are there and touched. The first one of each contestant goes into
   cleared tensors, and every element is compared with what was saved.
 - **Cached**: the files are read once, untimed, before each load. **Cold**: the page cache is
   emptied before each load.
 - **The states**: *AdamW* is a transformer's bf16 parameters with fp32 master weights and both
   moments, in 240 tensors; *bf16* is the parameters alone, in 240 tensors. On several ranks every
   tensor is a DTensor, sharded by rows.
-- **The limits** move the same number of bytes and do nothing else: `O_DIRECT` writes of the bytes
-  of the state from aligned memory into a preallocated file, which is then truncated and synced;
-  `preadv` from the page cache into the tensors; `O_DIRECT` reads of 2 or 8 MiB; torch's copy
-  between existing tensors.
-- **Time** is from the begin of the first rank to the end of the last one. **CPU** and **memory**
-  are sums over all ranks. Memory is the peak of the resident memory beyond that before the call,
-  with the pages of mapped files. Helper processes are not counted.
-- **Read / needed** counts the bytes that read calls request from the kernel. Mapped files are not
-  counted.
-- **First** is the first call in its process, which allocates buffers and imports modules.
+- **The limits** move the same number of bytes with nothing around it: `O_DIRECT` writes of
+  the state's bytes, copied to aligned memory before, into a file that was allocated ahead, then
+  truncated and synced; `preadv` from the page
+  cache into the tensors; `O_DIRECT` reads of 2 or 8 MiB; torch's copy between tensors that are
+  there.
+- **Time** is from the first rank's begin to the last one's end. **CPU** and **memory** are those
+  of all ranks together; memory is the peak of what is resident beyond what was before the call,
+  pages of mapped files included. Helper processes are in neither.
+- **Read / needed** counts the bytes that read calls asked the kernel for; mapped files are not
+  seen by it.
+- **First** is the first call in its process, where buffers are made and modules are imported.
 
 ## Run it
 
 ```console
-$ make bench                            # all workloads, more than an hour; writes this page
-$ make bench QUICK=1                    # tiny sizes, 5 minutes, to check that everything works
+$ make bench                            # everything: an hour and more; writes this page
+$ make bench QUICK=1                    # tiny sizes, in 5 minutes: does everything work?
 $ .venv-bench/bin/python -m bench save-1 --rounds 9 --size 4
 ```
 
-A single workload replaces its own results, and the page is written again from all results.
-`python -m bench --list` lists the workloads.
+Single workloads replace their own results, and the page is made again from all. `python -m bench
+--list` names them.
 """
 
 
@@ -83,7 +84,7 @@ def text(results: Mapping[str, Result]) -> str:
 
 
 def ordered(results: Mapping[str, Result]) -> list[Result]:
-    """Return the results in the order in which they are run."""
+    """In the order in which they are run."""
     names = list(WORKLOADS)
 
     def place(result: Result) -> tuple[int, bool, str]:
@@ -94,10 +95,10 @@ def ordered(results: Mapping[str, Result]) -> list[Result]:
 
 
 def _machines(results: Mapping[str, Result]) -> Iterator[str]:
-    """Yield the facts about the machine that all results share."""
+    """What was the same for all, once."""
     every = list(results.values())
     if not every:
-        yield "There are no results yet."
+        yield "Nothing was measured yet."
         return
     dates = sorted({result.date for result in every})
     yield f"- date: {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
@@ -105,9 +106,9 @@ def _machines(results: Mapping[str, Result]) -> Iterator[str]:
         values = list(dict.fromkeys(result.machine.get(key, "unknown") for result in every))
         if key == "load before the run":
             shown = (
-                f"{min(map(float, values))} to {max(map(float, values))} (mean of a minute, mostly"
+                f"{min(map(float, values))} to {max(map(float, values))} (mean of a minute: most"
             )
-            shown += " the workload before)"
+            shown += " of it is the workload before)"
         else:
             shown = "; ".join(values)
         yield f"- {key}: {shown}"
@@ -134,17 +135,17 @@ def _bound(target: Target) -> str:
 
 
 LEVEL = 0.03
-"""Ratios closer to 1 than this count as level, as the machine drifts by more."""
+"""Ratios nearer to 1 than this are level: the machine drifts by more."""
 
 
 def _slower(results: Mapping[str, Result]) -> Iterator[str]:
-    """Yield a line for each contestant that is faster than Shardkeep in a workload."""
+    """Everyone who beats Shardkeep at something, and by how much."""
     found = [line for result in ordered(results) for line in _ahead(result)]
-    yield from found or ["In none of the measured workloads."]
+    yield from found or ["Nowhere, among what was measured."]
 
 
 def _ahead(result: Result) -> Iterator[str]:
-    """Yield the contestants that are faster than Shardkeep with verification, the default."""
+    """Whatever runs at less than a contestant's speed; verified, as it is by default."""
     ours = "shardkeep"
     for key, series in result.series.items():
         if series.role not in ("stock", "other") or result.work in ("leak",) or key == "crc":
@@ -160,11 +161,11 @@ def _ahead(result: Result) -> Iterator[str]:
             yield f"- {result.title}: {series.label} is {_number(ratio)} × as fast{more}."
     for series in result.series.values():
         if series.role == "ours" and series.error:
-            yield f"- {result.title}: {series.label} failed: `{_escaped(series.error)}`"
+            yield f"- {result.title}: {series.label} does not run: `{_escaped(series.error)}`"
 
 
 def _compared(ratio: float) -> str:
-    """Return which of the two is faster, and by what ratio."""
+    """How another's speed stands to Shardkeep's."""
     if abs(ratio - 1) <= LEVEL:
         return "level"
     ahead, how = ("that", ratio) if ratio > 1 else ("Shardkeep", 1 / ratio)
@@ -175,7 +176,7 @@ def _table(result: Result) -> Iterator[str]:
     yield f"## {result.title}"
     yield ""
     if result.error:
-        yield f"The workload failed: `{_escaped(result.error)}`"
+        yield f"It failed: `{_escaped(result.error)}`"
         return
     if result.nbytes:
         rounds = max((len(series.seconds) for series in result.series.values()), default=0)
@@ -204,9 +205,9 @@ def _table(result: Result) -> Iterator[str]:
 
 
 def _columns(result: Result) -> list[str]:
-    """Return the columns that apply to a workload."""
+    """The columns that mean something for a workload."""
     if result.work == "leak":
-        return ["bytes a save", "growth in the second half", "saves", "seconds a save"]
+        return ["bytes a save", "grown in the second half", "saves", "seconds a save"]
     if result.work == "step":
         return ["p50, ms", "p99, ms", "× p50 alone", "× p99 alone", "steps", "saves"]
     found = ["seconds", "min to max"]
@@ -221,7 +222,7 @@ def _columns(result: Result) -> list[str]:
     if result.work == "load":
         found.append("read / needed")
     if result.name == "checksums":
-        found.append("checksums' CPU s")
+        found.append("digests' CPU s")
     return found
 
 
@@ -260,20 +261,20 @@ def _cell(
             return f"{max(series.first_peak, *series.peak) / 1e6:,.0f}" if series.peak else "-"
         case "read / needed":
             return _read_over_needed(result, series)
-        case "checksums' CPU s":
+        case "digests' CPU s":
             return _median(series, "crc")
         case _:
             return _special(result, series, column)
 
 
 def _special(result: Result, series: Series, column: str) -> str:
-    """Return a cell of the workloads that do not measure seconds per call."""
+    """The cells of the workloads that are not about seconds a call."""
     figures = {name: values[-1] for name, values in series.figures.items()}
     alone = result.series.get("alone")
     match column:
         case "bytes a save":
             return f"{figures['slope']:,.0f}"
-        case "growth in the second half":
+        case "grown in the second half":
             return f"{figures['grown'] / 1e6:.2f} MB"
         case "seconds a save":
             return f"{(series.median or 0.0) / figures['saves']:.2g}"
@@ -290,7 +291,7 @@ def _special(result: Result, series: Series, column: str) -> str:
 
 
 def _read_over_needed(result: Result, series: Series) -> str:
-    """Return bytes read over bytes needed: from Shardkeep's report, for others from the kernel."""
+    """Shardkeep says both itself; of others the kernel says what their calls read."""
     if "bytes_read" in series.figures:
         read, needed = (series.figures[f"bytes_{word}"][-1] for word in ("read", "needed"))
     else:
@@ -316,7 +317,7 @@ def _median(series: Series, name: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Format with two decimals below 10 and fewer above."""
+    """Two digits after the point below 10, and no more than a reader needs above."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -324,5 +325,5 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("`", "'")
+def _escaped(words: str) -> str:
+    return words.replace("|", "\\|").replace("`", "'")

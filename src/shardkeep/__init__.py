@@ -58,10 +58,12 @@ if TYPE_CHECKING:
         WaitingForRanks,
         WorkFailed,
     )
-    from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
+    from shardkeep.engine.async_save import async_save, release_memory
+    from shardkeep.engine.handles import SaveHandle
     from shardkeep.engine.load import LoadReport, load
     from shardkeep.engine.options import AsyncSaveOptions, SaveOptions
-    from shardkeep.engine.save import SaveReport, save
+    from shardkeep.engine.reports import SaveReport
+    from shardkeep.engine.save import save
     from shardkeep.errors import (
         AlreadyExists,
         AsyncSaveFailed,
@@ -116,10 +118,12 @@ _NAMES_BY_MODULE = {
         "WaitingForRanks",
         "WorkFailed",
     ),
-    "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
+    "engine.async_save": ("async_save", "release_memory"),
+    "engine.handles": ("SaveHandle",),
     "engine.options": ("AsyncSaveOptions", "SaveOptions"),
+    "engine.reports": ("SaveReport",),
     "engine.load": ("LoadReport", "load"),
-    "engine.save": ("SaveReport", "save"),
+    "engine.save": ("save",),
     "errors": (
         "AlreadyExists",
         "AsyncSaveFailed",

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.dcp.bridge.metadata import index_of, is_whole, pickled, says_no_more
-from shardkeep.engine import save
+from shardkeep.engine.committing import manifest_header, remove_replaced
 from shardkeep.errors import FormatError
 from shardkeep.format.dcp.metadata_read import read_metadata
 from shardkeep.format.dcp.metadata_write import metadata_bytes
@@ -43,13 +43,13 @@ def publish(
     index = _index(metadata, results)
     if index is not None and is_whole(index) and name == commit.METADATA:
         with commit.undone_on_failure(store, lease.save_id):
-            commit.publish(store, lease.save_id, index, save.header(ranks))
+            commit.publish(store, lease.save_id, index, manifest_header(ranks))
     else:
         store.put(
             name, pickled(metadata) if index is None else metadata_bytes(index), mode="replace"
         )
     if index is not None or commit.files_of(store):
-        save.remove_replaced(store, old - {name}, lease)
+        remove_replaced(store, old - {name}, lease, stacklevel=4)
 
 
 def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:
