@@ -1,1 +1,1 @@
-"""Shardkeep beside others and beside the machine's limits, in one run: `python -m bench`."""
+"""Benchmarks that compare Shardkeep with other tools and with the limits of the machine."""

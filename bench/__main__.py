@@ -1,9 +1,9 @@
-"""Run Shardkeep beside others and beside the machine's limits; write docs/performance.md.
+"""Compare Shardkeep with other tools and the limits of the machine; write docs/performance.md.
 
     python -m bench
     python -m bench save-1 load-1 --rounds 9 --size 4
 
-Workloads that are not named keep their last results. Exit code 1 if a workload could not run.
+Workloads that are not named keep their last results. The exit code is 1 if a workload failed.
 """
 
 from __future__ import annotations
@@ -29,30 +29,34 @@ from bench.ranks import ROOT
 from bench.workloads import WORKLOADS
 
 QUICK = {"size": 0.03, "rounds": 2, "counts": (300, 600), "steps": 20, "saves": 20}
-"""Does everything work? The figures mean nothing, so they go elsewhere."""
+"""The page of a quick run. Its figures mean nothing, so they do not go to docs/."""
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="workloads; without any: all")
-    parser.add_argument("--list", action="store_true", help="name the workloads")
-    parser.add_argument("--rounds", type=int, help="of each workload (default: 5)")
-    parser.add_argument("--size", type=float, metavar="GB", help="of a state (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, into build/bench")
-    parser.add_argument("--out", type=Path, help="results/ and the page go here")
-    parser.add_argument("--scratch", type=Path, help="temporary files go here, on a real disk")
-    parser.add_argument("--page", action="store_true", help="only make the page again")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="workloads to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
+    parser.add_argument("--rounds", type=int, help="rounds of each workload (default: 5)")
+    parser.add_argument("--size", type=float, metavar="GB", help="size of a state (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes; write to build/bench")
+    parser.add_argument("--out", type=Path, help="folder for results/ and the page")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for temporary files, on the disk to measure"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="only write the page again, from the stored results"
+    )
     chosen = parser.parse_args(argv)
     unknown = [name for name in chosen.names if name not in WORKLOADS]
     if unknown:
-        parser.error(f"no workload {unknown[0]!r}: there are {', '.join(WORKLOADS)}")
+        parser.error(f"unknown workload {unknown[0]!r}; choose from {', '.join(WORKLOADS)}")
     return chosen
 
 
 def places(chosen: argparse.Namespace) -> tuple[Path, Path]:
-    """Where the results go, and the page."""
+    """Return the folder of the results and the path of the page."""
     out = chosen.out or (ROOT / "build" / "bench" if chosen.quick else None)
     if out is None:
         return ROOT / "bench" / "results", ROOT / "docs" / "performance.md"
@@ -72,7 +76,7 @@ def bench_of(chosen: argparse.Namespace, folder: Path, say: Console) -> Bench:
 
 
 def run(name: str, bench: Bench, results: Path) -> bool:
-    """One workload, in a folder of its own; whether it could run."""
+    """Run one workload in a folder of its own; return whether it succeeded."""
     here = machine(bench.folder) | versions()
     fine, began = True, time.monotonic()
     bench.say(f"{name}: {WORKLOADS[name].about}")
@@ -98,7 +102,7 @@ def main() -> int:
         for name, workload in WORKLOADS.items():
             console.print(f"{name:14} {workload.about}", highlight=False)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the rank processes, too
     results, where = places(chosen)
     fine = True
     if not chosen.page:
@@ -113,7 +117,7 @@ def main() -> int:
     from bench import plot
 
     plot.draw(known, where.with_name(page.PICTURE))
-    console.print(f"the page is in {os.path.relpath(where)}", highlight=False)
+    console.print(f"wrote {os.path.relpath(where)}", highlight=False)
     return 0 if fine else 1
 
 

@@ -1,10 +1,10 @@
-"""Who takes part, each behind the same few verbs, at its best settings.
+"""The contestants: each tool behind the same few methods, at its best settings.
 
-`save` returns once the checkpoint is durable: files and folder synced. `load` fills a state that
-is there already. `begin` starts a save in the background and returns once the caller may change
-its tensors again; what it returns tells whether the checkpoint is durable, or waits for that.
-`columns` reads some columns of one tensor. A verb that is missing is one that a contestant does
-not have.
+`save` returns once the checkpoint is durable: its files and its folder are synced. `load` fills an
+existing state. `begin` starts a save in the background and returns once the caller may change its
+tensors again; the value that it returns says whether the checkpoint is durable, or waits until it
+is. `columns` reads some columns of one tensor. A contestant that cannot do one of these lacks the
+method.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Figures = Mapping[str, float] | None
 
 
 class Pending(Protocol):
-    """A save in the background. Whoever asks for its result is waiting for it from then on."""
+    """A save in the background. Asking for its result waits until it has ended."""
 
     def done(self) -> bool: ...
 
@@ -42,7 +42,7 @@ class Pending(Protocol):
 
 
 class Contestant(Protocol):
-    """All have `close`, and some of the other verbs."""
+    """One tool. Every contestant has `close`, and some of the other methods."""
 
     def save(self, state: State, path: Path) -> Figures: ...
 
@@ -51,15 +51,15 @@ class Contestant(Protocol):
     def begin(self, state: State, path: Path) -> Pending: ...
 
     def columns(self, tensor: torch.Tensor, first: int, last: int, path: Path) -> Array:
-        """Of the tensor `ONE`; one like it is given."""
+        """Return columns `first` to `last` of the tensor `ONE`; `tensor` is one of its shape."""
         ...
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Synced:
-    """A `Pending` of who syncs nothing by itself: `sync` is called behind what waits for it."""
+class SyncedPending:
+    """A `Pending` of a tool that does not sync: `sync` is called after the tool has finished."""
 
     done: Callable[[], bool]
     wait: Callable[[], Any]
@@ -71,10 +71,10 @@ class Synced:
 
 
 class Shardkeep:
-    """This engine. A version that lacks a verb or an option says so by its error.
+    """Shardkeep. A version that lacks a method or an option fails with its own error.
 
     Args:
-        mapped: whether loads have `SHARDKEEP_MMAP` set.
+        mapped: whether to load with `SHARDKEEP_MMAP` set.
     """
 
     def __init__(
@@ -117,11 +117,12 @@ class Stock:
     """torch.distributed.checkpoint.
 
     Args:
-        threads: of its writer.
-        caching: of the plans of earlier saves.
-        stager: "own" is the writer's, into fresh memory; "kept" one that uses its memory again.
+        threads: the number of threads of its writer.
+        caching: whether it reuses the plans of earlier saves.
+        stager: "own" for the stager of the writer, which copies into fresh memory; "kept" for one
+            that reuses its memory.
         process: whether a process writes in the background instead of a thread.
-        copying: threads of torch's copies in a load.
+        copying: the number of threads with which torch copies in a load.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Stock:
 
 
 class Torch:
-    """torch.save of what each rank holds, one file a rank; mapped and copied on loading."""
+    """torch.save of the tensors of each rank, one file per rank; mapped and copied on loading."""
 
     def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
         self.copying = copying
@@ -215,7 +216,7 @@ class Torch:
 
 
 class Safetensors:
-    """safetensors of what each rank holds, one file a rank; mapped and copied on loading."""
+    """safetensors with one file per rank; mapped and copied on loading."""
 
     def __init__(self, rank: int, ranks: int, *, copying: int = 1) -> None:
         import safetensors.torch
@@ -245,7 +246,7 @@ class Safetensors:
 
 
 class Torchsnapshot:
-    """torchsnapshot, whose release knows no DTensor: each rank's tensors are its own."""
+    """torchsnapshot. Its release does not support DTensor, so each rank saves plain tensors."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         import torchsnapshot
@@ -266,7 +267,7 @@ class Torchsnapshot:
 
     def begin(self, state: State, path: Path) -> Pending:
         pending = self.library.Snapshot.async_take(str(path), self._app(state))
-        return Synced(pending.done, pending.wait, lambda: sync(path, *self.turn))
+        return SyncedPending(pending.done, pending.wait, lambda: sync(path, *self.turn))
 
     def _app(self, state: State) -> dict[str, Any]:
         return {"state": self.library.StateDict(**locals_of(state))}
@@ -278,9 +279,9 @@ class Torchsnapshot:
 class TorchCheckpointing:
     """torch_checkpointing.
 
-    Its direct writes fail where the file system wants them aligned (EINVAL on ext4), so they are
-    off; it syncs nothing, so that is done after it. What it needs for resharding it gathers on
-    CUDA devices alone, so several ranks save without, unless `reshard` insists.
+    Its direct writes fail on file systems that require alignment (EINVAL on ext4), so they are
+    disabled. It does not sync, so the bench does. It gathers the metadata for resharding on CUDA
+    devices only, so several ranks save without it unless `reshard` is set.
     """
 
     def __init__(self, rank: int, ranks: int, *, reshard: bool = False) -> None:
@@ -319,7 +320,7 @@ class TorchCheckpointing:
 
     def begin(self, state: State, path: Path) -> Pending:
         future = self._manager("async").save(str(path), {"state": state})
-        return Synced(future.done, future.result, lambda: sync(path, *self.turn))
+        return SyncedPending(future.done, future.result, lambda: sync(path, *self.turn))
 
     def close(self) -> None:
         for manager in self._managers.values():
@@ -328,7 +329,7 @@ class TorchCheckpointing:
 
 @contextlib.contextmanager
 def copies_by(threads: int) -> Iterator[None]:
-    """torch copies with so many threads, and with as many as before afterwards."""
+    """Let torch copy with that many threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -337,8 +338,8 @@ def copies_by(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Nobody:
-    """Does nothing: what a training loop takes by itself."""
+class Idle:
+    """Does nothing, to measure a training loop without a save."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         pass
@@ -348,7 +349,7 @@ class Nobody:
 
 
 def sync(path: Path, rank: int = 0, ranks: int = 1) -> None:
-    """Make a file, or this rank's share of a folder's files, durable, and the names of them."""
+    """Sync a file, or this rank's share of the files of a folder, and the folders themselves."""
     files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     for one in itertools.islice(files, rank, None, ranks):
         file = os.open(one, os.O_RDONLY)
@@ -367,21 +368,21 @@ MAKERS: dict[str, Callable[..., Contestant]] = {
     "safetensors": Safetensors,
     "torchsnapshot": Torchsnapshot,
     "torch_checkpointing": TorchCheckpointing,
-    "nobody": Nobody,
+    "idle": Idle,
     "crc": limits.Crc,
     "direct_write": limits.DirectWrite,
     "direct_read": limits.DirectRead,
     "preadv": limits.Preadv,
     "copy": limits.Copy,
-    "aside": limits.Aside,
+    "raw_writer": limits.RawWriterProcess,
 }
 
 
 def make(who: str, rank: int, ranks: int, settings: Mapping[str, Any]) -> Contestant:
-    """Its warnings about being used alone, or about what it deprecates, are no news here.
+    """Return a contestant by its name, with its warnings about deprecations silenced.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the message ends with what the installation said.
+        ModuleNotFoundError: the tool is not installed; the message ends with pip's own message.
     """
     warnings.simplefilter("ignore")
     try:

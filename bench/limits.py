@@ -1,6 +1,6 @@
-"""What the machine can do with the same bytes: nothing but the system calls, or the copy.
+"""The limits of the machine: the bare system calls, or the bare copy, for the same bytes.
 
-The same interface as the contestants' (see `competitors`), so that limits run in the same rounds.
+They have the interface of the contestants (see `competitors`), so they run in the same rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from bench.states import State, locals_of, nbytes_of
 
-__all__ = ["Aside", "Copy", "Crc", "DirectRead", "DirectWrite", "Preadv"]
+__all__ = ["Copy", "Crc", "DirectRead", "DirectWrite", "Preadv", "RawWriterProcess"]
 
 PAGE = 4096
 WRITE, CACHED = 8 << 20, 4 << 20
@@ -31,7 +31,7 @@ WRITE, CACHED = 8 << 20, 4 << 20
 
 
 class _Raw:
-    """A file of as many bytes as the state has here, one a rank."""
+    """Reads or writes one file per rank, of as many bytes as the rank's part of the state."""
 
     def __init__(self, rank: int, ranks: int, *, threads: int = 2) -> None:
         self.rank, self.threads = rank, threads
@@ -44,13 +44,14 @@ class _Raw:
 
 
 class DirectWrite(_Raw):
-    """O_DIRECT writes of memory that is ready, into room that was set aside in one call."""
+    """O_DIRECT writes from prepared memory into a file that was allocated in one call."""
 
     _ready: memoryview | None = None
 
     def save(self, state: State, path: Path) -> None:
-        """The first one makes the memory: a copy of the state, where direct writes want it. Disks
-        take the same bytes again and again at another speed than those of a state.
+        """Write the file. The first call copies the state to memory that direct writes accept.
+
+        The bytes of a real state are used since disks write constant bytes at another speed.
         """
         if self._ready is None:
             self._ready = memoryview(mmap.mmap(-1, -(-nbytes_of(state) // PAGE) * PAGE))
@@ -64,7 +65,7 @@ class DirectWrite(_Raw):
 
 
 class Preadv(_Raw):
-    """Reads from the page cache, straight into the tensors."""
+    """Reads from the page cache directly into the tensors."""
 
     def load(self, state: State, path: Path) -> dict[str, float]:
         file = os.open(self.file(path), os.O_RDONLY)
@@ -76,7 +77,7 @@ class Preadv(_Raw):
 
 
 class DirectRead(_Raw):
-    """Reads from the disk itself, so many MiB a call, into buffers that are used over and over."""
+    """Reads that bypass the page cache, `mib` MiB per call, into reused buffers."""
 
     def __init__(self, rank: int, ranks: int, *, threads: int = 2, mib: int = 2) -> None:
         super().__init__(rank, ranks, threads=threads)
@@ -95,7 +96,7 @@ class DirectRead(_Raw):
 
 
 class Copy:
-    """A copy into memory that is there already, by torch, with as many threads as it has."""
+    """A copy by torch into memory that was touched before, with all threads of torch."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._twin: State = {}
@@ -114,9 +115,9 @@ class Copy:
         self._twin.clear()
 
 
-class Aside:
-    """Direct writes of as many bytes by a process of its own, which shares nothing but the machine
-    with this one.
+class RawWriterProcess:
+    """Direct writes of as many bytes by another process, which shares only the machine with this
+    one.
     """
 
     def __init__(self, rank: int, ranks: int) -> None:
@@ -141,14 +142,14 @@ class Aside:
         if self._process.stdout.readline() == "done\n":
             written.set_result(None)
         else:
-            written.set_exception(RuntimeError("the process that writes has ended"))
+            written.set_exception(RuntimeError("the writing process has ended"))
 
     def close(self) -> None:
         self._process.communicate()
 
 
 class Crc:
-    """Digests of what a save writes, as it takes them: block by block, where the bytes lie."""
+    """Checksums of what a save writes, computed block by block on the bytes in place."""
 
     block = 256 * 1024
 
@@ -156,7 +157,7 @@ class Crc:
         pass
 
     def save(self, state: State, path: Path) -> dict[str, float]:
-        """Figure: seconds that all blocks take at the speed of most. Some are interrupted."""
+        """Return the seconds for all blocks at the median speed, as some blocks are interrupted."""
         from shardkeep.io.checksums import crc32_at
 
         speeds, nbytes = [], 0
@@ -174,7 +175,7 @@ class Crc:
 
 
 def direct_write(path: Path, memory: memoryview, nbytes: int, threads: int) -> None:
-    """Write a file of so many bytes, durably, out of whole pages of memory."""
+    """Write a durable file of `nbytes` bytes from whole pages of memory."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | _direct(), 0o644)
     try:
         if memory:
@@ -207,7 +208,7 @@ def _direct() -> int:
 
 
 _landings: dict[tuple[int, int], memoryview] = {}
-"""By number and bytes: buffers of direct reads, kept from one to the next."""
+"""Buffers of direct reads by their number and size, reused by later reads."""
 
 
 def _with_buffers(
@@ -228,7 +229,7 @@ def _with_buffers(
 
 
 def in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) -> None:
-    """Each job once, by whichever thread is free."""
+    """Call `call` once for each job, from that many threads."""
     waiting, errors = iter(list(jobs)), []
 
     def work() -> None:
@@ -249,7 +250,7 @@ def in_threads(threads: int, jobs: Iterable[Any], call: Callable[[Any], Any]) ->
 
 
 def _segments(state: State, size: int = CACHED) -> Sequence[tuple[memoryview, int]]:
-    """The memory of the tensors, in parts, and where in a file each one's bytes lie."""
+    """Return the memory of the tensors in parts, each with its offset in a file."""
     segments, at = [], 0
     for tensor in locals_of(state).values():
         memory = memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
@@ -264,5 +265,5 @@ def _fill(file: int, memory: memoryview, at: int) -> None:
     while memory:
         count = os.preadv(file, [memory], at)
         if not count:
-            raise EOFError(f"the file ends at {at}")
+            raise EOFError(f"the file ends at byte {at}, before the state is complete")
         at, memory = at + count, memory[count:]

@@ -1,4 +1,4 @@
-"""The machine, in a few words."""
+"""A short description of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIBRARIES = (
 
 
 def machine(folder: Path) -> Mapping[str, str]:
-    """What a reader needs to judge the figures; `folder` is where the checkpoints go."""
+    """Return the facts needed to judge the figures; checkpoints are written to `folder`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
@@ -31,7 +31,7 @@ def machine(folder: Path) -> Mapping[str, str]:
         "file system": file_system(folder),
         "kernel": f"{platform.system()} {platform.release().partition('-')[0]}",
         "Python": platform.python_version(),
-        "knobs": _knobs(),
+        "settings": _settings(),
         "load before the run": f"{os.getloadavg()[0]:.1f}",
     }
 
@@ -47,7 +47,7 @@ def versions() -> Mapping[str, str]:
 
 
 def file_system(folder: Path) -> str:
-    """Its kind, as the kernel calls it, of the mount that the folder is on."""
+    """Return the type of the file system that a folder is on, as the kernel names it."""
     best, kind = "", "unknown"
     resolved = f"{folder.resolve()}/"
     for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -57,10 +57,10 @@ def file_system(folder: Path) -> str:
     return kind
 
 
-def _knobs() -> str:
-    """Of Shardkeep, that the environment turns."""
+def _settings() -> str:
+    """Return the settings of Shardkeep that the environment changes."""
     turned = sorted(name for name in os.environ if name.startswith("SHARDKEEP_"))
-    return ", ".join(f"{name}={os.environ[name]}" for name in turned) or "as they are"
+    return ", ".join(f"{name}={os.environ[name]}" for name in turned) or "defaults"
 
 
 def _processor() -> str:

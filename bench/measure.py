@@ -1,4 +1,4 @@
-"""One timed call, the samples of many, and what can be said of them: medians, spreads, pairs."""
+"""Timed calls and the statistics of their samples: medians, spreads, ratios of pairs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sample:
-    """One call, on one rank or (joined) on all.
+    """The measurements of one call, on one rank or (joined) on all.
 
     Attributes:
-        begin, end: seconds of the machine's monotonic clock, the same one for all processes.
-        cpu: seconds of processor time, all threads.
-        peak: bytes of resident memory at most during the call, beyond those before it.
-        read: bytes that system calls read; those of mapped files don't count.
-        figures: what else the call told.
+        begin, end: seconds of the monotonic clock, which all processes share.
+        cpu: seconds of processor time of all threads.
+        peak: the highest resident memory during the call beyond that before it, in bytes.
+        read: bytes read by system calls, which excludes mapped files.
+        figures: further values that the call returned.
     """
 
     begin: float
@@ -50,7 +50,7 @@ class Sample:
 
 
 def timed(call: Callable[[], Mapping[str, float] | None]) -> Sample:
-    """Make one call; what it returns becomes the sample's figures."""
+    """Measure one call; the values that it returns become the figures of the sample."""
     gc.collect()
     _forget_peak()
     resident_before, read_before = resident(), _read_by_calls()
@@ -68,10 +68,10 @@ def timed(call: Callable[[], Mapping[str, float] | None]) -> Sample:
 
 
 def join(samples: Sequence[Sample]) -> Sample:
-    """One call that all ranks made together: from the first one's begin to the last one's end.
+    """Join the samples of a call of all ranks: from the first begin to the last end.
 
-    Processor time, memory and bytes are those of all ranks; so are figures that are bytes, and
-    times are the longest.
+    Processor time, memory and bytes are summed, also in the figures. Of other figures, which are
+    times, the longest is taken.
     """
     figures: dict[str, float] = {}
     for name in samples[0].figures:
@@ -91,7 +91,7 @@ SUMMED = ("bytes_read", "bytes_needed", "bytes_rounded")
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident memory of this process in bytes."""
     return _status("VmRSS")
 
 
@@ -103,7 +103,7 @@ def _status(key: str) -> int:
 
 
 def _forget_peak() -> None:
-    """VmHWM starts anew from what is resident now; without that right peaks read too high."""
+    """Reset VmHWM to the present resident memory; without the permission, peaks read too high."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -117,15 +117,15 @@ def _read_by_calls() -> int:
 
 @dataclass
 class Series:
-    """What one contestant did in a workload.
+    """The measurements of one contestant in a workload.
 
     Attributes:
-        label: who, for people; settings: how it was set, as found by trying.
+        label: the name that is shown; settings: the fastest of the settings that were tried.
         role: "ours", "stock", "other" or "limit".
-        seconds: of each round, None where it did not take part.
+        seconds: the time of each round, None where it did not take part.
         first, first_peak: seconds and peak memory of its first call, before the rounds.
-        figures: name -> a value for each of its rounds.
-        error: why it has no, or no more, samples.
+        figures: one value per round, by name.
+        error: the error that stopped it, "" for none.
     """
 
     label: str
@@ -141,7 +141,7 @@ class Series:
     error: str = ""
 
     def add(self, sample: Sample | None) -> None:
-        """The next round's; None if it does not take part."""
+        """Append the sample of the next round; None if it does not take part."""
         self.seconds.append(None if sample is None else sample.seconds)
         if sample is None:
             return
@@ -162,15 +162,15 @@ class Series:
 
 @dataclass
 class Result:
-    """One workload, as it is stored and shown.
+    """The result of one workload, as it is stored and shown.
 
     Attributes:
-        name: of the workload, and what it is about; title: for people.
-        group: results that are shown in one picture.
-        work: what each sample is: "save", "load", "stall", ...
-        nbytes: bytes that all ranks moved together; items: tensors, where their number matters.
-        limit: which series is the machine's own.
-        notes: how it was done, as sentences.
+        name: the name of the workload; title: the heading that is shown.
+        group: results of one group share a panel of the picture.
+        work: the kind of its samples: "save", "load", "stall", ...
+        nbytes: bytes that all ranks move together; items: the number of tensors, where it matters.
+        limit: the key of the series that is the limit of the machine.
+        notes: sentences on how it was measured.
     """
 
     name: str
@@ -189,16 +189,16 @@ class Result:
 
 
 def paired(first: Series, second: Series) -> list[float]:
-    """`first`'s time over `second`'s, round by round: only what ran in one round is compared.
+    """Return the time of `first` divided by that of `second` for each round that both ran in.
 
-    Above 1 the second one is faster.
+    A ratio above 1 means that the second one is faster.
     """
     rounds = zip(first.seconds, second.seconds, strict=False)
     return [a / b for a, b in rounds if a is not None and b is not None and b > 0]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share (0 to 1) of all does not exceed."""
+    """Return the smallest value that at least this share (0 to 1) of all values does not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
 
@@ -212,7 +212,7 @@ def store(result: Result, folder: Path) -> None:
 
 
 def stored(folder: Path) -> dict[str, Result]:
-    """The last result of each workload in the folder, by name."""
+    """Return the last result of each workload in the folder, by name."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("[a-z]*.json"))]
     return {one["name"]: _result(one) for one in found}
 
@@ -225,7 +225,7 @@ def _result(record: Mapping[str, Any]) -> Result:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits are more than any clock here can tell."""
+    """Round floats to six digits, more than the clock resolves."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""`docs/performance.md`, from the stored results alone."""
+"""Writes `docs/performance.md` from the stored results."""
 
 from __future__ import annotations
 
@@ -17,51 +17,50 @@ PICTURE = "performance.png"
 INTRODUCTION = """\
 # Performance
 
-Made by `make bench` from the last results of each workload, in
-[bench/results/](../bench/results/). Everything in one table ran in one run: each contestant once
-a round, in another order each round. Times on one machine drift from run to run, so ratios are
-taken within a round, and the median of them is shown. Nothing here can fail a build.
+`make bench` writes this page from the last results of each workload in
+[bench/results/](../bench/results/). All rows of a table were measured in one run: each contestant
+runs once per round, in another order each round. Times on one machine drift from run to run, so
+ratios are taken within a round, and their median is shown. No figure on this page fails a build.
 """
 
 METHOD = """\
 ## How it is measured
 
-- **Contestants** are at their best settings: those that the tables name were tried before the
-  rounds, and the fastest was taken. `threads` are those that write or read, `copying` those of
-  torch's copies. Stock DCP is `torch.distributed.checkpoint`; its files are read as one writing
-  thread laid them out.
-- **A save is durable** when it returns, for everyone: files and folder are synced inside the
-  timed part. What does not sync by itself is synced after it (`torch.save`, safetensors,
-  torchsnapshot, torch_checkpointing). Old files are deleted outside of it.
-- **A load** fills tensors that are there and touched. The first one of each contestant goes into
+- **Contestants** run with their best settings: the settings in the tables were the fastest of those
+  tried before the rounds. `threads` is the number of threads that write or read, `copying` the
+  number with which torch copies. Stock DCP is `torch.distributed.checkpoint`; the files that it
+  reads were written by one thread.
+- **A save is durable** when it returns, for every contestant: files and folder are synced within
+  the timed part. The bench syncs for contestants that do not (`torch.save`, safetensors,
+  torchsnapshot, torch_checkpointing). Old files are deleted outside of the timed part.
+- **A load** fills tensors whose memory was touched before. The first load of each contestant fills
   cleared tensors, and every element is compared with what was saved.
 - **Cached**: the files are read once, untimed, before each load. **Cold**: the page cache is
   emptied before each load.
 - **The states**: *AdamW* is a transformer's bf16 parameters with fp32 master weights and both
   moments, in 240 tensors; *bf16* is the parameters alone, in 240 tensors. On several ranks every
   tensor is a DTensor, sharded by rows.
-- **The limits** move the same number of bytes with nothing around it: `O_DIRECT` writes of
-  the state's bytes, copied to aligned memory before, into a file that was allocated ahead, then
-  truncated and synced; `preadv` from the page
-  cache into the tensors; `O_DIRECT` reads of 2 or 8 MiB; torch's copy between tensors that are
-  there.
-- **Time** is from the first rank's begin to the last one's end. **CPU** and **memory** are those
-  of all ranks together; memory is the peak of what is resident beyond what was before the call,
-  pages of mapped files included. Helper processes are in neither.
-- **Read / needed** counts the bytes that read calls asked the kernel for; mapped files are not
-  seen by it.
-- **First** is the first call in its process, where buffers are made and modules are imported.
+- **The limits** move the same number of bytes and do nothing else: `O_DIRECT` writes of the bytes
+  of the state from aligned memory into a preallocated file, which is then truncated and synced;
+  `preadv` from the page cache into the tensors; `O_DIRECT` reads of 2 or 8 MiB; torch's copy
+  between existing tensors.
+- **Time** is from the begin of the first rank to the end of the last one. **CPU** and **memory**
+  are sums over all ranks. Memory is the peak of the resident memory beyond that before the call,
+  with the pages of mapped files. Helper processes are not counted.
+- **Read / needed** counts the bytes that read calls request from the kernel. Mapped files are not
+  counted.
+- **First** is the first call in its process, which allocates buffers and imports modules.
 
 ## Run it
 
 ```console
-$ make bench                            # everything: an hour and more; writes this page
-$ make bench QUICK=1                    # tiny sizes, in 5 minutes: does everything work?
+$ make bench                            # all workloads, more than an hour; writes this page
+$ make bench QUICK=1                    # tiny sizes, 5 minutes, to check that everything works
 $ .venv-bench/bin/python -m bench save-1 --rounds 9 --size 4
 ```
 
-Single workloads replace their own results, and the page is made again from all. `python -m bench
---list` names them.
+A single workload replaces its own results, and the page is written again from all results.
+`python -m bench --list` lists the workloads.
 """
 
 
@@ -84,7 +83,7 @@ def text(results: Mapping[str, Result]) -> str:
 
 
 def ordered(results: Mapping[str, Result]) -> list[Result]:
-    """In the order in which they are run."""
+    """Return the results in the order in which they are run."""
     names = list(WORKLOADS)
 
     def place(result: Result) -> tuple[int, bool, str]:
@@ -95,10 +94,10 @@ def ordered(results: Mapping[str, Result]) -> list[Result]:
 
 
 def _machines(results: Mapping[str, Result]) -> Iterator[str]:
-    """What was the same for all, once."""
+    """Yield the facts about the machine that all results share."""
     every = list(results.values())
     if not every:
-        yield "Nothing was measured yet."
+        yield "There are no results yet."
         return
     dates = sorted({result.date for result in every})
     yield f"- date: {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
@@ -106,9 +105,9 @@ def _machines(results: Mapping[str, Result]) -> Iterator[str]:
         values = list(dict.fromkeys(result.machine.get(key, "unknown") for result in every))
         if key == "load before the run":
             shown = (
-                f"{min(map(float, values))} to {max(map(float, values))} (mean of a minute: most"
+                f"{min(map(float, values))} to {max(map(float, values))} (mean of a minute, mostly"
             )
-            shown += " of it is the workload before)"
+            shown += " the workload before)"
         else:
             shown = "; ".join(values)
         yield f"- {key}: {shown}"
@@ -135,17 +134,17 @@ def _bound(target: Target) -> str:
 
 
 LEVEL = 0.03
-"""Ratios nearer to 1 than this are level: the machine drifts by more."""
+"""Ratios closer to 1 than this count as level, as the machine drifts by more."""
 
 
 def _slower(results: Mapping[str, Result]) -> Iterator[str]:
-    """Everyone who beats Shardkeep at something, and by how much."""
+    """Yield a line for each contestant that is faster than Shardkeep in a workload."""
     found = [line for result in ordered(results) for line in _ahead(result)]
-    yield from found or ["Nowhere, among what was measured."]
+    yield from found or ["In none of the measured workloads."]
 
 
 def _ahead(result: Result) -> Iterator[str]:
-    """Whatever runs at less than a contestant's speed; verified, as it is by default."""
+    """Yield the contestants that are faster than Shardkeep with verification, the default."""
     ours = "shardkeep"
     for key, series in result.series.items():
         if series.role not in ("stock", "other") or result.work in ("leak",) or key == "crc":
@@ -161,11 +160,11 @@ def _ahead(result: Result) -> Iterator[str]:
             yield f"- {result.title}: {series.label} is {_number(ratio)} × as fast{more}."
     for series in result.series.values():
         if series.role == "ours" and series.error:
-            yield f"- {result.title}: {series.label} does not run: `{_escaped(series.error)}`"
+            yield f"- {result.title}: {series.label} failed: `{_escaped(series.error)}`"
 
 
 def _compared(ratio: float) -> str:
-    """How another's speed stands to Shardkeep's."""
+    """Return which of the two is faster, and by what ratio."""
     if abs(ratio - 1) <= LEVEL:
         return "level"
     ahead, how = ("that", ratio) if ratio > 1 else ("Shardkeep", 1 / ratio)
@@ -176,7 +175,7 @@ def _table(result: Result) -> Iterator[str]:
     yield f"## {result.title}"
     yield ""
     if result.error:
-        yield f"It failed: `{_escaped(result.error)}`"
+        yield f"The workload failed: `{_escaped(result.error)}`"
         return
     if result.nbytes:
         rounds = max((len(series.seconds) for series in result.series.values()), default=0)
@@ -205,9 +204,9 @@ def _table(result: Result) -> Iterator[str]:
 
 
 def _columns(result: Result) -> list[str]:
-    """The columns that mean something for a workload."""
+    """Return the columns that apply to a workload."""
     if result.work == "leak":
-        return ["bytes a save", "grown in the second half", "saves", "seconds a save"]
+        return ["bytes a save", "growth in the second half", "saves", "seconds a save"]
     if result.work == "step":
         return ["p50, ms", "p99, ms", "× p50 alone", "× p99 alone", "steps", "saves"]
     found = ["seconds", "min to max"]
@@ -222,7 +221,7 @@ def _columns(result: Result) -> list[str]:
     if result.work == "load":
         found.append("read / needed")
     if result.name == "checksums":
-        found.append("digests' CPU s")
+        found.append("checksums' CPU s")
     return found
 
 
@@ -261,20 +260,20 @@ def _cell(
             return f"{max(series.first_peak, *series.peak) / 1e6:,.0f}" if series.peak else "-"
         case "read / needed":
             return _read_over_needed(result, series)
-        case "digests' CPU s":
+        case "checksums' CPU s":
             return _median(series, "crc")
         case _:
             return _special(result, series, column)
 
 
 def _special(result: Result, series: Series, column: str) -> str:
-    """The cells of the workloads that are not about seconds a call."""
+    """Return a cell of the workloads that do not measure seconds per call."""
     figures = {name: values[-1] for name, values in series.figures.items()}
     alone = result.series.get("alone")
     match column:
         case "bytes a save":
             return f"{figures['slope']:,.0f}"
-        case "grown in the second half":
+        case "growth in the second half":
             return f"{figures['grown'] / 1e6:.2f} MB"
         case "seconds a save":
             return f"{(series.median or 0.0) / figures['saves']:.2g}"
@@ -291,7 +290,7 @@ def _special(result: Result, series: Series, column: str) -> str:
 
 
 def _read_over_needed(result: Result, series: Series) -> str:
-    """Shardkeep says both itself; of others the kernel says what their calls read."""
+    """Return bytes read over bytes needed: from Shardkeep's report, for others from the kernel."""
     if "bytes_read" in series.figures:
         read, needed = (series.figures[f"bytes_{word}"][-1] for word in ("read", "needed"))
     else:
@@ -317,7 +316,7 @@ def _median(series: Series, name: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Two digits after the point below 10, and no more than a reader needs above."""
+    """Format with two decimals below 10 and fewer above."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
@@ -325,5 +324,5 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
 
 
-def _escaped(words: str) -> str:
-    return words.replace("|", "\\|").replace("`", "'")
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'")

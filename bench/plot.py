@@ -1,4 +1,4 @@
-"""One picture: what each contestant reaches, workload by workload, and the machine's limit."""
+"""Draws the speed of each contestant per workload, with the limit of the machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COLUMNS = 4
 
 
 def draw(results: Mapping[str, Result], path: Path) -> None:
-    """Bars of median GB/s (tensors a second for many small ones) with the spread of the rounds."""
+    """Draw bars of the median GB/s (tensors per second for small ones) with the spread."""
     shown = [result for result in ordered(results) if _drawn(result)]
     loops = [result for result in results.values() if result.work == "step" and _bars(result)]
     if not shown:
@@ -122,7 +122,7 @@ def _panel(axes: Axes, result: Result) -> None:
 
 
 def _steps(axes: Axes, result: Result) -> None:
-    """How long the slowest hundredth of a loop's steps takes, by what runs beside them."""
+    """Draw the 99th percentile of the steps of a training loop, by what runs beside it."""
     series = [one for one in result.series.values() if one.figures.get("p99")]
     for row, one in enumerate(series):
         value = 1000 * one.figures["p99"][0]
@@ -152,7 +152,7 @@ def _steps(axes: Axes, result: Result) -> None:
 
 
 def _limit(axes: Axes, result: Result, amount: float) -> None:
-    """The machine's own rate as a line, and room for it and for the longest bar's number."""
+    """Draw the limit of the machine as a line, and leave room for the longest number."""
     rates = [amount / seconds for series in _bars(result).values() for seconds in series.times]
     series = result.series.get(result.limit)
     limit = amount / series.median if series is not None and series.median else 0.0
@@ -176,6 +176,6 @@ def _limit(axes: Axes, result: Result, amount: float) -> None:
 
 
 def _title(result: Result) -> str:
-    """In two lines at most, with room below for the limit's name."""
+    """Return a title of two lines at most, with room below for the name of the limit."""
     head, comma, rest = result.title.partition(", ")
     return f"{head}{comma}\n{rest}\n" if rest else f"{head}\n"

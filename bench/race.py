@@ -1,4 +1,4 @@
-"""Rounds: every entry once a round, in another order each time, all against the same clock."""
+"""Rounds: every entry runs once per round, in another order each time."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import Result, Sample, Series, join
-from bench.ranks import Crew, RankError
+from bench.ranks import RankError, RankPool
 
 __all__ = ["LONG", "Act", "Bench", "Entry", "Race", "fresh"]
 
 SLOW = 45.0
-"""Seconds after which an entry that no target is about sits out the rounds that are left."""
+"""Seconds after which an entry that no target names skips the remaining rounds."""
 LONG = 240.0
-"""Seconds that the rounds of a workload may take, about."""
+"""Seconds after which no further round of a workload begins."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """How everything is run.
+    """The settings of a run.
 
     Attributes:
-        folder: for temporary files, on the disk that is measured.
-        rounds: of each workload; nbytes: of a state, about.
+        folder: the folder for temporary files, on the disk that is measured.
+        rounds: rounds per workload; nbytes: approximate size of a state.
         ranks: processes of the distributed workloads.
-        counts: tensors of the workloads of many small ones.
-        steps: of the training loop in each round; saves: of the memory workload.
-        say: tells the person who watches.
+        counts: numbers of tensors in the workloads with many small ones.
+        steps: steps of the training loop per round; saves: saves of the memory workload.
+        say: prints a line of progress.
     """
 
     folder: Path
@@ -49,10 +49,10 @@ class Entry:
     """One contestant in one workload.
 
     Attributes:
-        key: of its series; who: of `competitors.MAKERS`; label: for people.
+        key: the key of its series; who: a key of `competitors.MAKERS`; label: the shown name.
         role: "ours", "stock", "limit" (these take part in every round) or "other".
-        state: which of the seats' states it saves or fills.
-        uses: whose checkpoint it loads, if not its own.
+        state: the name of the state that it saves or fills.
+        uses: the contestant whose checkpoint it loads, if not its own.
         variants: settings that are tried before the rounds; the fastest is taken.
     """
 
@@ -75,31 +75,33 @@ class Entry:
 
 
 Act = Callable[[Entry, bool], list[Sample]]
-"""Have an entry do its work once, given whether this is a trial; the samples of all ranks."""
+"""Runs an entry once, given whether this is a trial; returns the samples of all ranks."""
 
 
 @dataclass
 class Race:
-    """The entries of one workload, and what they did.
+    """The entries of one workload and their results.
 
     Attributes:
-        seconds: after which no further round begins.
+        seconds: time after which no further round begins.
     """
 
     bench: Bench
-    crew: Crew
+    pool: RankPool
     result: Result
     entries: Sequence[Entry]
     seconds: float = LONG
 
     def run(self, act: Act, *, trials: int = 2) -> Result:
-        """Trials, then the rounds. What fails is told in its series, and the rest goes on."""
+        """Run the trials, then the rounds. An entry that fails gets its error; the others go on."""
         left = [entry for entry in self.entries if self._enter(entry, act, trials)]
-        # Every run shuffles in the same way: reruns differ by the machine alone.
+        # Each run shuffles in the same way, so that repeated runs are comparable.
         order, began = random.Random(self.result.name), time.monotonic()
         for number in range(self.bench.rounds):
             if number and time.monotonic() - began > self.seconds:
-                self.result.notes.append(f"Stopped after {number} rounds: the time was up.")
+                self.result.notes.append(
+                    f"Stopped after {number} rounds, when the time limit was reached."
+                )
                 break
             turn = [entry for entry in left if not self._too_slow(entry)]
             order.shuffle(turn)
@@ -112,14 +114,14 @@ class Race:
                     samples[entry.key] = join(found)
             for key, series in self.result.series.items():
                 series.add(samples.get(key))
-            self.bench.say(f"  round {number + 1}: {self._told(samples)}")
+            self.bench.say(f"  round {number + 1}: {self._summary(samples)}")
         for entry in left:
             self._quietly("leave", entry.key)
         self.result.series = {entry.key: self.result.series[entry.key] for entry in self.entries}
         return self.result
 
     def _enter(self, entry: Entry, act: Act, trials: int) -> bool:
-        """Find an entry's best settings; whether it works."""
+        """Find the best settings of an entry; return whether it works."""
         series = self.result.series.setdefault(entry.key, Series(entry.label, entry.role))
         if series.error:
             return False
@@ -146,8 +148,8 @@ class Race:
         return [join(act(entry, True)) for _ in range(trials)]
 
     def _take(self, entry: Entry, settings: Mapping[str, Any]) -> None:
-        self.crew.drop("enter", entry.key)
-        self.crew.keep("enter", entry.key, entry.contestant, settings)
+        self.pool.drop("enter", entry.key)
+        self.pool.keep("enter", entry.key, entry.contestant, settings)
 
     def _try(self, entry: Entry, call: Callable[[], Any]) -> Any:
         try:
@@ -155,12 +157,12 @@ class Race:
         except RankError as error:
             self.result.series[entry.key].error = str(error)
             self.bench.say(f"  {entry.label}: {error}")
-            self.crew.drop("enter", entry.key)
+            self.pool.drop("enter", entry.key)
             return None
 
     def _quietly(self, method: str, *args: Any) -> None:
         try:
-            self.crew.all(method, *args)
+            self.pool.all(method, *args)
         except RankError as error:
             self.bench.say(f"  {method} {args}: {error}")
 
@@ -168,12 +170,12 @@ class Race:
         times = self.result.series[entry.key].times
         return entry.role == "other" and len(times) > 1 and sum(times) > SLOW
 
-    def _told(self, samples: Mapping[str, Sample]) -> str:
+    def _summary(self, samples: Mapping[str, Sample]) -> str:
         return "  ".join(f"{key} {sample.seconds:.3f}" for key, sample in samples.items())
 
 
 def fresh(folder: Path, name: str) -> Path:
-    """A path at which nothing is."""
+    """Return a path in a folder at which nothing exists."""
     path = folder / name
     shutil.rmtree(path, ignore_errors=True)
     return path

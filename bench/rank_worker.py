@@ -1,4 +1,4 @@
-"""One rank of a crew: holds states and contestants, and does what the crew is told to do."""
+"""The worker in a rank process: holds states and contestants and runs the calls of the pool."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bench import states
 from bench.competitors import Contestant, Pending, make
 from bench.measure import Sample, timed
 
-__all__ = ["Seat"]
+__all__ = ["RankWorker"]
 
 
-class Seat:
-    """Every method is called by name, on all ranks or on one (see `ranks.Crew`)."""
+class RankWorker:
+    """The methods that a `RankPool` calls by name, on all ranks or on one."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
@@ -28,13 +28,13 @@ class Seat:
         self.entries: dict[str, Contestant] = {}
 
     def build(self, name: str, kind: str, amount: int, split: str = "rows") -> tuple[int, int]:
-        """Make a state; bytes that this rank holds, and tensors."""
+        """Build a state; return the bytes that this rank holds and the number of tensors."""
         state = states.build(kind, amount, rank=self.rank, mesh=self.mesh, split=split)
         self.states[name] = state
         return states.nbytes_of(state), len(state)
 
     def enter(self, entry: str, who: str, settings: Mapping[str, Any]) -> None:
-        """A contestant under the name of its entry, in place of the one that has it."""
+        """Create a contestant for an entry, in place of the previous one."""
         self.leave(entry)
         self.entries[entry] = make(who, self.rank, self.ranks, settings)
 
@@ -49,7 +49,7 @@ class Seat:
         return timed(lambda: contestant.save(self.states[state], path))
 
     def load(self, entry: str, state: str, path: Path, check: bool = False) -> Sample:
-        """Fill a state; `check` clears it before and looks at every element after it."""
+        """Fill a state; with `check`, clear it first and compare every element afterwards."""
         contestant = self.entries[entry]
         if check:
             states.clear(self.states[state])
@@ -60,7 +60,7 @@ class Seat:
         return sample
 
     def begin(self, entry: str, state: str, path: Path) -> Sample:
-        """A save in the background: the sample is the stall, its figure the time to durable."""
+        """Save in the background; the sample is the stall, its figure the time until durable."""
         contestant = self.entries[entry]
         begun: list[Pending] = []
         self._together()
@@ -72,7 +72,7 @@ class Seat:
         )
 
     def check_saved(self, state: str, path: Path) -> None:
-        """Raise unless what was saved in DCP's format is what the state holds, and holds again."""
+        """Load a checkpoint in DCP's format into the cleared state and compare every element."""
         import shardkeep
 
         try:
@@ -84,7 +84,7 @@ class Seat:
             raise
 
     def warm(self, path: Path) -> None:
-        """Have this rank's share of a folder's files in the page cache."""
+        """Read this rank's share of the files of a folder into the page cache."""
         buffer = memoryview(bytearray(4 << 20))
         for file in _share(path, self.rank, self.ranks):
             with file.open("rb", buffering=0) as stream:
@@ -92,7 +92,7 @@ class Seat:
                     pass
 
     def cool(self, paths: list[Path]) -> str:
-        """Have these folders' files out of the page cache; how that was done. On one rank."""
+        """Drop the files of these folders from the page cache, on one rank; return how."""
         os.sync()
         try:
             Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -106,11 +106,11 @@ class Seat:
         return "drop_caches"
 
     def do(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What one workload alone needs: a function of this seat (see `solo`)."""
+        """Call a function of one workload (see `solo`) with this worker."""
         return work(self, *args, **kwargs)
 
     def settle(self) -> None:
-        """Nothing of what was done before is still on its way to the disk."""
+        """Wait until everything written before is on the disk."""
         os.sync()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Rank processes, started once for a workload, told over a pipe what to do."""
+"""Rank processes that are started once per workload and called over pipes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Crew", "RankError"]
+__all__ = ["RankError", "RankPool"]
 
 ROOT = Path(__file__).parent.parent
 STARTING, GRACE = 120.0, 15.0
-"""Seconds that ranks may take to start, and that the others have once one has failed."""
+"""Seconds for ranks to start, and for the others to finish once one has failed."""
 SOCKET = 70
-"""Letters of a folder's name that leave room for a socket's in it; the kernel takes 108."""
+"""Longest folder name with room for a socket below it; the kernel allows 108 bytes."""
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
 
 class RankError(RuntimeError):
-    """A rank failed, ended or hangs. The message is the error's last line."""
+    """A rank failed, ended or hangs. The message is the last line of its error."""
 
 
-class Crew:
-    """`ranks` processes, one thread each; a single one has as many threads as there are cores.
+class RankPool:
+    """Rank processes with one thread each; a single process uses all cores.
 
-    Use it as a context: leaving it ends the processes, and those that they started. A single one is
-    in a process group only if `group` says so; several always are.
+    A context manager: leaving it ends the processes and all that they started. Several ranks form
+    a process group; a single one does only if `group` is set.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Crew:
         self._pipes: list[Connection] = []
         self._kept: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> RankPool:
         try:
             self._start()
         except BaseException:
@@ -61,26 +61,26 @@ class Crew:
         self._end()
 
     def all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Call a method of every rank's `Seat`; what they return, in rank order.
+        """Call a method of the `RankWorker` of every rank; return the results in rank order.
 
         Raises:
-            RankError: the first error of any rank. Ranks that wait for the failed one are ended;
-                the next call starts new ones.
+            RankError: the first error of any rank. Ranks that wait for the failed one are killed,
+                and the next call starts new ones.
         """
         return self._call(range(self.ranks), method, args, kwargs)
 
     def one(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """The same on rank 0 alone."""
+        """Call a method of the `RankWorker` of rank 0 only; return its result."""
         return self._call([0], method, args, kwargs)[0]
 
     def keep(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """A call that is made again whenever the ranks have to be started anew."""
+        """Call a method on all ranks, and again whenever the ranks are restarted."""
         found = self.all(method, *args, **kwargs)
         self._kept.append((method, args, kwargs))
         return found
 
     def drop(self, method: str, first: Any) -> None:
-        """Forget the kept calls of a method with that first argument."""
+        """Forget the calls of a method with that first argument that `keep` has recorded."""
         self._kept = [one for one in self._kept if (one[0], one[1][0]) != (method, first)]
 
     def _call(
@@ -100,7 +100,7 @@ class Crew:
                 self._pipes[rank].send((method, args, kwargs))
         answers: dict[int, Any] = {}
         errors: list[str] = []
-        useless = self.ranks > 1  # after an error: others may wait for the one that has it
+        useless = self.ranks > 1  # after an error, the others may wait for the failed rank
         deadline = time.monotonic() + (patience or self.patience)
         while len(answers) < len(ranks):
             missing = [self._pipes[rank] for rank in ranks if rank not in answers]
@@ -114,7 +114,10 @@ class Crew:
                     fine, answers[rank] = pipe.recv()
                 except (EOFError, OSError):
                     useless = True
-                    fine, answers[rank] = False, f"rank {rank} ended in {method}{self._said()}"
+                    fine, answers[rank] = (
+                        False,
+                        f"rank {rank} ended in {method}{self._output()}",
+                    )
                 if not fine:
                     errors.append(str(answers[rank]))
                     deadline = min(deadline, time.monotonic() + GRACE)
@@ -175,7 +178,7 @@ class Crew:
     def _log(self) -> Path:
         return self._folder / f"ranks-{self.ranks}.log"
 
-    def _said(self) -> str:
+    def _output(self) -> str:
         lines = self._log.read_text("utf-8", "replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
@@ -190,22 +193,22 @@ def _end_with_parent() -> None:
 
 
 def main(pipe: Connection, rank: int, how: str) -> None:
-    """The life of a rank: join the others, then answer calls until the pipe closes."""
+    """Run a rank process: join the group, then answer calls until the pipe closes."""
     import torch.distributed as dist
 
-    from bench.rank_worker import Seat
+    from bench.rank_worker import RankWorker
 
     ranks = int(os.environ["WORLD_SIZE"])
     if how == "group":
         dist.init_process_group("gloo")
-    seat = Seat(rank, ranks)
+    worker = RankWorker(rank, ranks)
     while True:
         try:
             method, args, kwargs = pipe.recv()
         except EOFError:
-            os._exit(0)  # without waiting for whatever a contestant left running
+            os._exit(0)  # does not wait for threads that a contestant left running
         try:
-            answer = (True, getattr(seat, method)(*args, **kwargs))
+            answer = (True, getattr(worker, method)(*args, **kwargs))
         except BaseException as error:
             traceback.print_exc()
             sys.stderr.flush()

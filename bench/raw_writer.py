@@ -1,6 +1,6 @@
-"""A process that writes when it is told to, raw: what others feel of the disk being busy.
+"""A process that writes raw data on request, to show the effect of a busy disk on others.
 
-python -m bench.raw_writer    # reads lines of bytes and a folder; says "done" for each
+python -m bench.raw_writer    # reads lines with a size and a folder; prints "done" for each
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one workload alone needs of a seat: each a function that runs in the rank's process."""
+"""Functions of single workloads that run in a rank process, with its `RankWorker`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from bench.measure import Sample, percentile, resident, timed
 __all__ = ["loop", "memory_over", "slice_of"]
 
 BLOCK = 256 * 1024
-"""Bytes of a payload that one checksum covers."""
+"""Bytes that one checksum covers."""
 
 
-def slice_of(seat: Any, entry: str, state: str, path: Path, check: bool) -> Sample:
-    """Read the second quarter of the columns of the state's one tensor."""
-    (tensor,) = seat.states[state].values()
+def slice_of(worker: Any, entry: str, state: str, path: Path, check: bool) -> Sample:
+    """Read the second quarter of the columns of the only tensor of the state."""
+    (tensor,) = worker.states[state].values()
     height, width = tensor.shape
     first, last = width // 4, width // 2
     found: list[np.ndarray] = []
-    contestant = seat.entries[entry]
+    contestant = worker.entries[entry]
     sample = timed(lambda: found.append(contestant.columns(tensor, first, last, path)))
     if check:
         expected = tensor[:, first:last].contiguous().numpy()
         same = np.array_equal(found[0].view(np.int32), expected.view(np.int32))
         if not same:
-            raise AssertionError("the slice is not what was saved")
+            raise AssertionError("the slice differs from what was saved")
     size = tensor.element_size()
     row, run = width * size, (last - first) * size
     starts = np.arange(height, dtype=np.int64) * row + first * size
@@ -43,9 +43,9 @@ def slice_of(seat: Any, entry: str, state: str, path: Path, check: bool) -> Samp
     return Sample(sample.begin, sample.end, sample.cpu, sample.peak, sample.read, figures)
 
 
-def memory_over(seat: Any, entry: str, state: str, verb: str, path: Path, saves: int) -> Sample:
-    """Save again and again; figures: bytes that resident memory grows by with each save."""
-    contestant, tensors = seat.entries[entry], seat.states[state]
+def memory_over(worker: Any, entry: str, state: str, verb: str, path: Path, saves: int) -> Sample:
+    """Save repeatedly; the figures are the growth of resident memory in bytes per save."""
+    contestant, tensors = worker.entries[entry], worker.states[state]
     sizes: list[int] = []
     begin = time.perf_counter()
     for _ in range(saves):
@@ -59,23 +59,23 @@ def memory_over(seat: Any, entry: str, state: str, verb: str, path: Path, saves:
     return Sample(begin, time.perf_counter(), figures=figures)
 
 
-def loop(seat: Any, entry: str, state: str, path: Path, count: int) -> tuple[Sample, list[float]]:
-    """Steps of a training loop, `count` of them while a save is running; seconds of each.
+def loop(worker: Any, entry: str, state: str, path: Path, count: int) -> tuple[Sample, list[float]]:
+    """Run a training loop of `count` steps beside saves; return the sample and the step times.
 
-    As in training, nobody waits for a save: between two steps the loop looks whether it is done.
-    The sample is the round's 99th percentile.
+    As in training, the loop never waits for a save: it checks between two steps whether the save
+    is done. The sample is the 99th percentile of the round.
     """
     from bench.competitors import copies_by
 
-    begin = getattr(seat.entries[entry], "begin", None)
+    begin = getattr(worker.entries[entry], "begin", None)
     step, steps, saves = _step(), list[float](), 0
     pending, target = None, path
     while len(steps) < count:
         if begin is not None and pending is None:
             target = path.with_name(f"{path.name}-{saves}")
-            pending = begin(seat.states[state], target)
+            pending = begin(worker.states[state], target)
             saves += 1
-        # Threads of OpenMP that a save has left behind make those of others four times as slow.
+        # OpenMP threads that a save leaves behind make those of later entries four times as slow.
         with copies_by(1):
             before = time.perf_counter()
             step()
@@ -89,7 +89,7 @@ def loop(seat: Any, entry: str, state: str, path: Path, count: int) -> tuple[Sam
 
 
 def _step() -> Callable[[], None]:
-    """Some 4 ms of mostly Python: what small models, data loading and logging are made of."""
+    """Return a step of about 4 ms, mostly Python, like that of small models and data loading."""
     import torch
 
     weight, inputs = torch.eye(64), torch.ones(64, 64)
@@ -100,6 +100,6 @@ def _step() -> Callable[[], None]:
             total += sum(value & 7 for value in range(1500))
             x = torch.tanh(x @ weight)
         if total < 0:
-            raise AssertionError("the sum of what is not negative")
+            raise AssertionError("a sum of values that are not negative is negative")
 
     return step

@@ -1,7 +1,7 @@
-"""What is saved and loaded: training states whose every element is known by its place.
+"""Training states to save and load, in which every element follows from its position.
 
-An element's bits are a hash of its tensor's name and its index in the whole tensor, so that any
-rank can check any box of any layout without a second copy.
+The bits of an element are a hash of the name of its tensor and its index in the whole tensor. So
+any rank can check any part of any layout without a second copy.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ __all__ = [
 State = dict[str, torch.Tensor]
 
 ONE = "weight"
-"""The tensor of kind "one"."""
+"""The name of the tensor of kind "one"."""
 
 FLOAT, BRAIN = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A transformer's parameters, in copies.
+    """The parameters of a transformer, in one or several copies.
 
     Attributes:
-        layers: of 6 parameters each, 12 width² elements in all.
-        copies: a prefix of names and a dtype for each copy of a parameter.
+        layers: layers of 6 parameters, 12 width² elements in all.
+        copies: a name prefix and a dtype for each copy of a parameter.
     """
 
     layers: int
     copies: tuple[tuple[str, torch.dtype], ...]
 
     def width(self, nbytes: int) -> int:
-        """The one that comes closest to so many bytes; ranks divide it evenly."""
+        """Return the width that comes closest to that many bytes and that ranks divide evenly."""
         element = sum(dtype.itemsize for _, dtype in self.copies)
         return max(16, round(math.sqrt(nbytes / (12 * self.layers * element)) / 16) * 16)
 
@@ -60,8 +60,10 @@ KINDS = {"adamw": Kind(10, ADAMW), "bf16": Kind(40, (("model", BRAIN),))}
 
 
 def shapes(kind: str, amount: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> shape and dtype. `amount`: bytes in all; for kind "small" how many tensors,
-    for "one" the bytes of a square one.
+    """Return shape and dtype by name.
+
+    `amount` is the total in bytes; for kind "small", the number of tensors; for "one", the bytes
+    of one square tensor.
     """
     if kind == "small":
         return {f"t{number:06d}": ((16,), FLOAT) for number in range(amount)}
@@ -89,7 +91,7 @@ def shapes(kind: str, amount: int) -> dict[str, tuple[tuple[int, ...], torch.dty
 def build(
     kind: str, amount: int, *, rank: int = 0, mesh: DeviceMesh | None = None, split: str = "rows"
 ) -> State:
-    """This rank's part of a state: plain tensors without a mesh, else DTensors on it.
+    """Return this rank's part of a state: plain tensors without a mesh, else DTensors on it.
 
     Args:
         split: "rows" shards the first dimension, "columns" the last one.
@@ -114,13 +116,13 @@ def build(
 
 
 def fill(state: State, rank: int) -> None:
-    """Give every element what belongs there."""
+    """Set every element to its expected value."""
     for local, expected in _expected(state, rank):
         local.copy_(expected)
 
 
 def locals_of(state: State) -> State:
-    """What this rank holds, without the mesh."""
+    """Return the local tensors of this rank."""
     return {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for name, tensor in state.items()
@@ -128,7 +130,7 @@ def locals_of(state: State) -> State:
 
 
 def nbytes_of(state: State) -> int:
-    """Bytes that this rank holds."""
+    """Return the bytes that this rank holds."""
     return sum(tensor.nbytes for tensor in locals_of(state).values())
 
 
@@ -138,14 +140,14 @@ def clear(state: State) -> None:
 
 
 def check(state: State, rank: int) -> None:
-    """Raise unless every element is what it was when it was built."""
+    """Raise `AssertionError` unless every element has its expected value."""
     wrong = sum(not torch.equal(local, expected) for local, expected in _expected(state, rank))
     if wrong:
-        raise AssertionError(f"{wrong} of {len(state)} tensors are not what was saved")
+        raise AssertionError(f"{wrong} of {len(state)} tensors differ from what was saved")
 
 
 def _expected(state: State, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The bits of each local tensor, and those that belong there."""
+    """Yield the bits of each local tensor and the expected bits."""
     for name, tensor in state.items():
         local = locals_of({name: tensor})[name].detach()
         first = [0] * tensor.ndim

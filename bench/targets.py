@@ -1,4 +1,4 @@
-"""What was aimed at, and what came out. Nothing here makes a run fail: the page says it."""
+"""Targets and the measured values. A missed target is shown on the page; it fails no run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Target:
     """One line of the table.
 
     Attributes:
-        work, figure: what was done, and what is measured of it.
-        bound: the figure is to be at least (`least`) or at most this.
-        value: the figure, or None where it was not measured.
-        unit: printed behind both.
+        work, figure: the work that was done, and the figure that is compared.
+        bound: the least value of the figure (with `least`), or its greatest.
+        value: returns the figure, or None where it was not measured.
+        unit: the unit that is printed after both.
     """
 
     work: str
@@ -39,7 +39,7 @@ class Target:
 
 
 def times(result: Result | None, slow: str, fast: str) -> float | None:
-    """`slow`'s time over `fast`'s: of each round, and the median of them."""
+    """Return the median over the rounds of the time of `slow` divided by that of `fast`."""
     if result is None or slow not in result.series or fast not in result.series:
         return None
     found = paired(result.series[slow], result.series[fast])
@@ -51,7 +51,7 @@ def _of(name: str, slow: str, fast: str) -> Callable[[Results], float | None]:
 
 
 def _more(name: str, slow: str, fast: str) -> Callable[[Results], float | None]:
-    """How much longer it takes, in per cent."""
+    """Return a function that gives how much longer `slow` takes, in per cent."""
 
     def value(results: Results) -> float | None:
         found = times(results.get(name), slow, fast)
@@ -71,7 +71,7 @@ def _read(key: str, over: str) -> Callable[[Results], float | None]:
 
 
 def _checksums(results: Results) -> float | None:
-    """Of the processor time of the save that ran in the same round, in per cent."""
+    """Return the checksums' share of a save's processor time in the same round, in per cent."""
     save, crc = _series(results, "checksums", "shardkeep"), _series(results, "checksums", "crc")
     if save is None or crc is None or not save.cpu or "crc" not in crc.figures:
         return None
@@ -112,7 +112,10 @@ def _targets() -> Iterator[Target]:
     for ranks, name in (("1 process", "1"), ("4 ranks", "4")):
         limit = _of(f"cold-{name}", "direct_read", "shardkeep")
         yield Target(f"load, cold, {ranks}", "of raw direct read, verified", 0.85, limit)
-    work, straight = "rows to columns, 4 ranks, cached", "time over a straight load's"
+    work, straight = (
+        "rows to columns, 4 ranks, cached",
+        "time over that without resharding",
+    )
     for key, bound, how in (
         ("unverified", 1.8, "unverified"),
         ("shardkeep", 2.75, "verified"),
@@ -141,7 +144,7 @@ def _targets() -> Iterator[Target]:
         for verb in ("save", "load"):
             value = _of(f"small-{count}-{verb}", "stock", "shardkeep")
             yield Target(f"{count:,} small tensors: {verb}", "x stock", 20.0, value)
-    yield Target("digests on saving", "of its processor time", 3.0, _checksums, False, " %")
+    yield Target("checksums on saving", "of its processor time", 3.0, _checksums, False, " %")
     yield Target(
         "verification of a cached load",
         "on top of the unverified time",
@@ -152,7 +155,7 @@ def _targets() -> Iterator[Target]:
     )
     work = "p99 of a training step"
     yield Target(work, "x that without a save, full speed", 1.1, _steps("shardkeep"), False)
-    yield Target(work, "x that without a save, gentle", 1.03, _steps("low_priority"), False)
+    yield Target(work, "x that without a save, low_priority", 1.03, _steps("low_priority"), False)
 
 
 TARGETS = tuple(_targets())

@@ -1,4 +1,4 @@
-"""The workloads, by name: each makes one result or several, in processes of its own."""
+"""The workloads by name. Each yields one or several results, from processes of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from bench import solo
 from bench.measure import Result, Sample, Series, percentile
 from bench.race import LONG, Act, Bench, Entry, Race, fresh
-from bench.ranks import Crew, RankError
+from bench.ranks import RankError, RankPool
 
 __all__ = ["WORKLOADS"]
 
@@ -52,7 +52,7 @@ EVERYONE = (TORCH, TENSORS, SNAPSHOT, META)
 FEW = (TORCH, TENSORS)
 
 DCP = (OURS.contestant, STOCK.contestant)
-"""Who writes what Shardkeep reads."""
+"""The entry that writes the checkpoints that Shardkeep reads."""
 
 STOCK_SAVES: Variants = (
     {"threads": 1},
@@ -69,14 +69,14 @@ STOCK_BEGINS: Variants = (
 
 
 COPIES: Variants = ({"copying": 2}, {"copying": 1})
-"""Threads of torch's own copies in a load. Ranks have one each."""
+"""Numbers of threads with which torch copies in a load. With several ranks, each has one."""
 COPIERS = (STOCK.key, TORCH.key, TENSORS.key)
 
 STATES = {"adamw": "AdamW state", "bf16": "bf16 model"}
 
 
 def left_out(entries: Sequence[Entry]) -> list[str]:
-    """A note of who could have taken part, but did not."""
+    """Return a note that names the contestants that did not take part."""
     there = {entry.contestant for entry in entries}
     out = [entry.label.partition(", ")[0] for entry in EVERYONE if entry.contestant not in there]
     return [f"Not among these: {', '.join(out)}."] if out else []
@@ -88,7 +88,7 @@ def writing(ranks: int) -> Entry:
 
 
 def reading(ranks: int, cold: bool) -> Entry:
-    """The limit of reading what `direct_write` wrote; a direct read leaves it in its buffers."""
+    """Return the limit of reading a file of `direct_write`; direct reads end in buffers."""
     if cold:
         counts = (2, 4) if ranks == 1 else (1, 2, 4)
         threads: Variants = tuple({"threads": n, "mib": mib} for n in counts for mib in (2, 8))
@@ -106,15 +106,15 @@ def saves(
     many: bool = False,
     others: Sequence[Entry] = EVERYONE,
 ) -> Iterator[Result]:
-    """Until everything is durable."""
+    """Measure saves until everything is durable."""
     ranks = bench.ranks if many else 1
     title = f"Durable save, {STATES[kind]}, {_many(ranks)}"
     entries = (OURS, replace(STOCK, variants=STOCK_SAVES), *others, writing(ranks))
-    with Crew(ranks, bench.folder) as crew:
-        result = started(bench, crew, name, title, "save", kind, bench.nbytes)
+    with RankPool(ranks, bench.folder) as pool:
+        result = started(bench, pool, name, title, "save", kind, bench.nbytes)
         result.limit = "direct_write"
         result.notes += left_out(entries)
-        yield Race(bench, crew, result, entries).run(saving(bench, crew))
+        yield Race(bench, pool, result, entries).run(saving(bench, pool))
 
 
 def loads(
@@ -125,7 +125,7 @@ def loads(
     others: Sequence[Entry] = EVERYONE,
     cold: bool = False,
 ) -> Iterator[Result]:
-    """Into tensors that are there, from files that are in the page cache or are not."""
+    """Measure loads into existing tensors, from files in the page cache or on the disk."""
     ranks = bench.ranks if many else 1
     title = f"{'Cold' if cold else 'Cached'} load, {STATES[kind]}, {_many(ranks)}"
     entries = (OURS, UNVERIFIED, STOCK, *others)
@@ -134,157 +134,157 @@ def loads(
             replace(one, variants=COPIES) if one.key in COPIERS else one for one in entries
         )
     entries = (*entries, reading(ranks, cold))
-    with Crew(ranks, bench.folder) as crew:
-        result = started(bench, crew, name, title, "load", kind, bench.nbytes)
+    with RankPool(ranks, bench.folder) as pool:
+        result = started(bench, pool, name, title, "load", kind, bench.nbytes)
         result.limit = entries[-1].key
         result.notes += left_out(entries)
-        race = Race(bench, crew, result, entries)
+        race = Race(bench, pool, result, entries)
         files = written(race, entries)
-        yield race.run(loading(bench, crew, files, result, cold), trials=1)
+        yield race.run(loading(bench, pool, files, result, cold), trials=1)
 
 
 def reshard(bench: Bench) -> Iterator[Result]:
-    """Rows into columns: every rank needs a part of what every other one wrote."""
+    """Load rows as columns: every rank needs a part of what every other rank wrote."""
     straight = Entry(
         "straight",
-        "straight load, rows as rows, verify=False",
+        "load without resharding, verify=False",
         who="shardkeep",
         role="limit",
         state="rows",
         variants=UNVERIFIED.variants,
     )
     entries = (OURS, UNVERIFIED, MAPPED, MAPPED_UNVERIFIED, STOCK, RESHARDING, straight)
-    with Crew(bench.ranks, bench.folder) as crew:
+    with RankPool(bench.ranks, bench.folder) as pool:
         title = f"Load rows as columns, {bench.ranks} ranks, cached"
         result = started(
-            bench, crew, "reshard", title, "load", "adamw", bench.nbytes, split="columns"
+            bench, pool, "reshard", title, "load", "adamw", bench.nbytes, split="columns"
         )
-        crew.keep("build", "rows", "adamw", bench.nbytes)
+        pool.keep("build", "rows", "adamw", bench.nbytes)
         result.limit = "straight"
         result.notes += left_out(entries)
-        race = Race(bench, crew, result, entries)
+        race = Race(bench, pool, result, entries)
         files = written(race, entries, state="rows")
-        yield race.run(loading(bench, crew, files, result), trials=1)
+        yield race.run(loading(bench, pool, files, result), trials=1)
 
 
 def other_ranks(bench: Bench, name: str, before: int, after: int) -> Iterator[Result]:
-    """Saved by so many ranks, loaded by another number."""
+    """Load on another number of ranks than saved the checkpoint."""
     title = f"Load what {before} ranks saved on {after}, cached"
     limit = reading(after, cold=False)
     entries = (OURS, UNVERIFIED, STOCK, RESHARDING, limit)
     result = Result(name, title, name, "load", after, 0, limit=limit.key)
     result.notes += left_out(entries)
-    with Crew(before, bench.folder) as crew:
-        crew.keep("build", "state", "adamw", bench.nbytes)
-        race = Race(bench, crew, result, entries[:-1])
+    with RankPool(before, bench.folder) as pool:
+        pool.keep("build", "state", "adamw", bench.nbytes)
+        race = Race(bench, pool, result, entries[:-1])
         files = written(race, entries[:-1])
-    with Crew(after, bench.folder) as crew:
-        built = crew.keep("build", "state", "adamw", bench.nbytes)
+    with RankPool(after, bench.folder) as pool:
+        built = pool.keep("build", "state", "adamw", bench.nbytes)
         result.nbytes = sum(nbytes for nbytes, _ in built)
-        race = Race(bench, crew, result, entries)
+        race = Race(bench, pool, result, entries)
         files |= written(race, entries[-1:])
-        yield race.run(loading(bench, crew, files, result), trials=1)
+        yield race.run(loading(bench, pool, files, result), trials=1)
 
 
 def column_slice(bench: Bench) -> Iterator[Result]:
-    """A quarter of one tensor's columns, as the second of four tensor-parallel ranks wants it."""
+    """Read a quarter of the columns of a tensor, as one of four tensor-parallel ranks does."""
     entries = (OURS, UNVERIFIED, STOCK, TORCH, TENSORS)
-    with Crew(1, bench.folder) as crew:
+    with RankPool(1, bench.folder) as pool:
         title = "A quarter of one tensor's columns, 1 process, cached"
         amount = min(bench.nbytes // 4, 1 << 28)
-        result = started(bench, crew, "slice", title, "load", "one", amount)
+        result = started(bench, pool, "slice", title, "load", "one", amount)
         result.nbytes //= 4
         result.notes.append(
-            f"The tensor has {amount / 1e6:.0f} MB; stock DCP has no call that reads a part of a "
-            "tensor in one process, so it reads all of it."
+            f"The tensor has {amount / 1e6:.0f} MB. Stock DCP has no call that reads a part of a "
+            "tensor in one process, so it reads the whole tensor."
         )
         result.notes += left_out(entries)
-        race = Race(bench, crew, result, entries)
+        race = Race(bench, pool, result, entries)
         files = written(race, entries)
 
         def act(entry: Entry, trial: bool) -> list[Sample]:
-            crew.all("warm", files[entry.source])
+            pool.all("warm", files[entry.source])
             work = ("do", solo.slice_of, entry.key, "state", files[entry.source])
-            return crew.all(*work, check=trial)
+            return pool.all(*work, check=trial)
 
         yield race.run(act, trials=1)
 
 
 def small(bench: Bench, number: int) -> Iterator[Result]:
-    """Many tensors of 64 bytes: nothing but the cost of each."""
+    """Save and load many tensors of 64 bytes, which shows the cost per tensor."""
     count = bench.counts[number]
     plans: Variants = ({"threads": 1}, {"threads": 1, "caching": True})
-    long = count > 50_000  # minutes for a trial: settings are not tried, slow ones left out
+    long = count > 50_000  # a trial takes minutes: try no settings, leave out slow contestants
     stock = replace(STOCK, variants=plans[1:] if long else plans)
     others = FEW if long else EVERYONE
-    seconds = 2.5 * LONG if long else LONG  # five rounds, of which stock takes nearly all
-    with Crew(1, bench.folder) as crew:
-        crew.keep("build", "state", "small", count)
+    seconds = 2.5 * LONG if long else LONG  # five rounds, nearly all of which is stock DCP
+    with RankPool(1, bench.folder) as pool:
+        pool.keep("build", "state", "small", count)
         for work in ("save", "load"):
             title = f"{count:,} tensors of 64 bytes: {work}, 1 process"
             result = Result(f"small-{count}-{work}", title, "small", work, 1, count * 64, count)
             result.notes += left_out((OURS, stock, *others))
             if work == "save":
-                race = Race(bench, crew, result, (OURS, stock, *others), seconds)
-                yield race.run(saving(bench, crew), trials=1 if long else 2)
+                race = Race(bench, pool, result, (OURS, stock, *others), seconds)
+                yield race.run(saving(bench, pool), trials=1 if long else 2)
             else:
-                race = Race(bench, crew, result, (OURS, STOCK, *others), seconds)
+                race = Race(bench, pool, result, (OURS, STOCK, *others), seconds)
                 files = written(race, race.entries)
-                yield race.run(loading(bench, crew, files, result), trials=1)
+                yield race.run(loading(bench, pool, files, result), trials=1)
 
 
 def asynchronous(bench: Bench, name: str, many: bool = False) -> Iterator[Result]:
-    """How long the caller waits, and how long until the checkpoint is durable."""
+    """Measure how long the caller waits, and how long until the checkpoint is durable."""
     ranks = bench.ranks if many else 1
     stock = replace(STOCK, variants=STOCK_BEGINS)
     limit = Entry("copy", "raw copy, warm to warm", role="limit")
     entries = (OURS, stock, SNAPSHOT, META, limit)
-    with Crew(ranks, bench.folder, group=True) as crew:
+    with RankPool(ranks, bench.folder, group=True) as pool:
         title = f"Background save, {_many(ranks)}: until the caller goes on"
-        result = started(bench, crew, name, title, "stall", "adamw", bench.nbytes)
+        result = started(bench, pool, name, title, "stall", "adamw", bench.nbytes)
         result.limit = "copy"
 
         def act(entry: Entry, trial: bool) -> list[Sample]:
             path = fresh(bench.folder, f"async-{entry.key}")
-            crew.one("settle")
+            pool.one("settle")
             try:
-                return crew.all("begin", entry.key, "state", path)
+                return pool.all("begin", entry.key, "state", path)
             finally:
                 shutil.rmtree(path, ignore_errors=True)
 
-        yield Race(bench, crew, result, entries).run(act)
+        yield Race(bench, pool, result, entries).run(act)
 
 
 def checksums(bench: Bench) -> Iterator[Result]:
-    """Processor time of a save, and of the checksums in it."""
+    """Measure the processor time of a save and of its checksums."""
     crc = Entry("crc", "CRC-32 of every block", role="other")
-    with Crew(1, bench.folder) as crew:
-        title = "Digests on saving, in processor time, 1 process"
-        result = started(bench, crew, "checksums", title, "save", "adamw", bench.nbytes)
+    with RankPool(1, bench.folder) as pool:
+        title = "Checksums on saving, in processor time, 1 process"
+        result = started(bench, pool, "checksums", title, "save", "adamw", bench.nbytes)
         result.notes.append(
-            "The digests' time is derived: the check of each block of 256 KiB is timed where it "
-            "lies, as a save does it; it runs on one processor."
+            "The time of the checksums is derived: the checksum of each block of 256 KiB is timed "
+            "on the bytes in place, as in a save, on one processor."
         )
-        yield Race(bench, crew, result, (OURS, crc)).run(saving(bench, crew))
+        yield Race(bench, pool, result, (OURS, crc)).run(saving(bench, pool))
 
 
 def memory(bench: Bench) -> Iterator[Result]:
-    """Resident memory over many small saves."""
+    """Measure resident memory over many small saves."""
     result = Result(
         "memory", f"Memory over {bench.saves} small saves", "memory", "leak", 1, 0, limit=""
     )
     result.notes.append(
-        "The slope is that of a straight line through the resident memory after each save of the "
+        "The slope is that of a line fitted to the resident memory after each save of the "
         "second half."
     )
-    with Crew(1, bench.folder) as crew:
-        crew.keep("build", "state", "bf16", min(bench.nbytes, 4 << 20))
+    with RankPool(1, bench.folder) as pool:
+        pool.keep("build", "state", "bf16", min(bench.nbytes, 4 << 20))
         for entry, verb in ((OURS, "save"), (BACKGROUND, "begin"), (STOCK, "save")):
             series = result.series[entry.key] = Series(entry.label, entry.role)
             path = fresh(bench.folder, f"memory-{entry.key}")
             try:
-                crew.all("enter", entry.key, entry.contestant, {})
-                found = crew.one(
+                pool.all("enter", entry.key, entry.contestant, {})
+                found = pool.one(
                     "do", solo.memory_over, entry.key, "state", verb, path, bench.saves
                 )
                 series.add(found)
@@ -296,15 +296,15 @@ def memory(bench: Bench) -> Iterator[Result]:
 
 
 def interpreter(bench: Bench) -> Iterator[Result]:
-    """A training loop in Python beside a save in the background."""
+    """Measure a training loop in Python beside a save in the background."""
     kept = {"threads": 4, "stager": "kept"}
     entries = (
-        Entry("alone", "no save running", who="nobody", role="limit"),
-        Entry("aside", "raw direct writes by another process", role="limit"),
+        Entry("alone", "no save running", who="idle", role="limit"),
+        Entry("raw_writer", "raw direct writes by another process", role="limit"),
         OURS,
         Entry(
             "low_priority",
-            "Shardkeep, gentle",
+            "Shardkeep, low_priority",
             who="shardkeep",
             role="ours",
             variants=({"low_priority": True},),
@@ -319,27 +319,28 @@ def interpreter(bench: Bench) -> Iterator[Result]:
         ),
     )
     steps: dict[str, list[float]] = {entry.key: [] for entry in entries}
-    with Crew(1, bench.folder, group=True) as crew:
+    with RankPool(1, bench.folder, group=True) as pool:
         title = "A step of a training loop in Python while a save is running, 1 process"
-        result = started(bench, crew, "interpreter", title, "step", "adamw", bench.nbytes // 2)
+        result = started(bench, pool, "interpreter", title, "step", "adamw", bench.nbytes // 2)
         result.limit = "alone"
         result.notes.append(
-            "Saves follow each other without a pause; the stalls themselves are not in the steps. "
-            "Times are the 99th percentile of each round's steps; p50 and p99 those of all steps."
+            "Saves follow each other without a pause. The steps do not include the stalls. Times "
+            "are the 99th percentile of the steps of each round; p50 and p99 are those of all "
+            "steps."
         )
 
         def act(entry: Entry, trial: bool) -> list[Sample]:
             path = fresh(bench.folder, f"loop-{entry.key}")
             count = bench.steps // 10 if trial else bench.steps
             try:
-                sample, found = crew.one("do", solo.loop, entry.key, "state", path, count)
+                sample, found = pool.one("do", solo.loop, entry.key, "state", path, count)
             finally:
                 shutil.rmtree(path, ignore_errors=True)
             if not trial:
                 steps[entry.key] += found
             return [sample]
 
-        Race(bench, crew, result, entries).run(act, trials=1)
+        Race(bench, pool, result, entries).run(act, trials=1)
         for key, found in steps.items():
             if found:
                 result.series[key].figures |= {
@@ -352,7 +353,7 @@ def interpreter(bench: Bench) -> Iterator[Result]:
 
 def started(
     bench: Bench,
-    crew: Crew,
+    pool: RankPool,
     name: str,
     title: str,
     work: str,
@@ -360,22 +361,22 @@ def started(
     amount: int,
     split: str = "rows",
 ) -> Result:
-    """Have the ranks make the state; a result that knows its size."""
-    built = crew.keep("build", "state", kind, amount, split)
+    """Let the ranks build the state; return a result with its size."""
+    built = pool.keep("build", "state", kind, amount, split)
     nbytes = sum(nbytes for nbytes, _ in built)
-    return Result(name, title, name.partition("-")[0], work, crew.ranks, nbytes, built[0][1])
+    return Result(name, title, name.partition("-")[0], work, pool.ranks, nbytes, built[0][1])
 
 
-def saving(bench: Bench, crew: Crew) -> Act:
-    """A save to where nothing is, with nothing else on its way to the disk."""
+def saving(bench: Bench, pool: RankPool) -> Act:
+    """Return an act that saves to a new path after everything written before is on the disk."""
 
     def act(entry: Entry, trial: bool) -> list[Sample]:
         path = fresh(bench.folder, f"save-{entry.key}")
-        crew.one("settle")
+        pool.one("settle")
         try:
-            samples = crew.all("save", entry.key, entry.state, path)
+            samples = pool.all("save", entry.key, entry.state, path)
             if trial and entry.contestant in DCP:
-                crew.all("check_saved", entry.state, path)
+                pool.all("check_saved", entry.state, path)
             return samples
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -384,22 +385,22 @@ def saving(bench: Bench, crew: Crew) -> Act:
 
 
 def written(race: Race, entries: Sequence[Entry], state: str = "state") -> dict[str, Path]:
-    """Have each source that entries load from saved once; who can't be is out with its error."""
+    """Save once with each source that entries load from; an entry whose source fails is out."""
     files: dict[str, Path] = {}
     failed: dict[str, str] = {}
     for source, entry in {entry.source: entry for entry in reversed(entries)}.items():
         path = fresh(race.bench.folder, f"files-{source}")
         key = f"writer-{source}"
         try:
-            # How to read is not how to write, where somebody reads what another wrote.
+            # Settings of a reader do not apply to the contestant that writes for it.
             how = entry.variants[0] if entry.contestant == source else {}
-            race.crew.all("enter", key, source, how)
-            race.crew.all("save", key, state, path)
-            race.crew.all("leave", key)
+            race.pool.all("enter", key, source, how)
+            race.pool.all("save", key, state, path)
+            race.pool.all("leave", key)
             files[source] = path
         except RankError as error:
             failed[source] = str(error)
-            race.bench.say(f"  {source} can't save: {error}")
+            race.bench.say(f"  {source} could not save: {error}")
             files[source] = path
     for entry in entries:
         if entry.source in failed:
@@ -409,20 +410,20 @@ def written(race: Race, entries: Sequence[Entry], state: str = "state") -> dict[
 
 
 def loading(
-    bench: Bench, crew: Crew, files: Mapping[str, Path], result: Result, cold: bool = False
+    bench: Bench, pool: RankPool, files: Mapping[str, Path], result: Result, cold: bool = False
 ) -> Act:
-    """A load of files that are in the page cache, or that are not."""
+    """Return an act that loads files from the page cache, or from the disk with `cold`."""
 
     def act(entry: Entry, trial: bool) -> list[Sample]:
         if cold:
-            how = crew.one("cool", list(files.values()))
-            note = f"Before each load the page cache is emptied by {how}."
+            how = pool.one("cool", list(files.values()))
+            note = f"The page cache is emptied by {how} before each load."
             if note not in result.notes:
                 result.notes.append(note)
         else:
-            crew.all("warm", files[entry.source])
+            pool.all("warm", files[entry.source])
         check = trial and entry.checked
-        return crew.all("load", entry.key, entry.state, files[entry.source], check=check)
+        return pool.all("load", entry.key, entry.state, files[entry.source], check=check)
 
     return act
 
@@ -433,7 +434,7 @@ def _many(ranks: int) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """What `python -m bench NAME` runs."""
+    """A workload that `python -m bench NAME` runs."""
 
     about: str
     run: Callable[[Bench], Iterator[Result]]
@@ -477,7 +478,7 @@ WORKLOADS = {
     "async-4": Workload(
         "background save, 4 ranks", partial(asynchronous, name="async-4", many=True)
     ),
-    "checksums": Workload("processor time of the digests", checksums),
+    "checksums": Workload("processor time of the checksums", checksums),
     "memory": Workload("resident memory over 200 saves", memory),
     "interpreter": Workload("a training loop beside a save", interpreter),
 }

@@ -1,4 +1,4 @@
-"""The bench measures what it says, tells what fails, and leaves nothing behind. Sizes are tiny."""
+"""The bench measures what it claims, reports what fails and leaves no process or file behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bench.measure import (
     timed,
 )
 from bench.race import Bench, Entry, Race
-from bench.ranks import Crew, RankError
+from bench.ranks import RankError, RankPool
 from bench.targets import TARGETS
 from bench.workloads import WORKLOADS
 from hypothesis import given
@@ -43,7 +43,7 @@ def series(*seconds, role="other", label="someone", **more):
 
 
 @given(ROUNDS, ROUNDS)
-def test_only_what_ran_in_one_round_is_compared(first, second):
+def test_ratios_compare_only_rounds_that_both_ran_in(first, second):
     both = [(a, b) for a, b in zip(first, second, strict=False) if a and b]
     forth, back = paired(series(*first), series(*second)), paired(series(*second), series(*first))
     assert forth == [a / b for a, b in both]
@@ -51,7 +51,7 @@ def test_only_what_ran_in_one_round_is_compared(first, second):
 
 
 @given(st.lists(SECONDS, min_size=1), st.floats(0.01, 1.0))
-def test_percentile_is_the_smallest_value_that_enough_do_not_exceed(values, share):
+def test_percentile_is_the_smallest_value_that_covers_the_share(values, share):
     found = percentile(values, share)
     assert found in values
     assert sum(value <= found for value in values) >= share * len(values) - 1e-9
@@ -72,7 +72,7 @@ def test_ranks_are_timed_from_the_first_begin_to_the_last_end(ranks):
 
 
 def fresh(nbytes):
-    """Memory that this process did not have before, touched."""
+    """Return memory that is new to this process, touched."""
     block = mmap.mmap(-1, max(nbytes, 1))
     for at in range(0, nbytes, 4096):
         block[at] = 1
@@ -86,12 +86,12 @@ def test_timed_sees_memory_and_reads(tmp_path):
     def work():
         (tmp_path / "file").read_bytes()
         fresh(size)
-        return {"told": 7}
+        return {"figure": 7}
 
     sample = timed(work)
     assert sample.peak >= size * 0.9
     assert 1 << 20 <= sample.read < 2 << 20
-    assert sample.figures == {"told": 7}
+    assert sample.figures == {"figure": 7}
     assert sample.cpu > 0
     assert sample.seconds > 0
 
@@ -116,7 +116,7 @@ def test_results_are_stored_and_come_back(tmp_path):
 
 
 @pytest.mark.smoke
-def test_page_says_what_is_reached_and_who_is_faster():
+def test_page_shows_targets_and_faster_contestants():
     fast = made(
         shardkeep=[1.0, 1.0, 4.0],
         stock=[3.0, 2.0, 16.0],
@@ -138,18 +138,18 @@ def test_page_says_what_is_reached_and_who_is_faster():
     assert "| 1.50 | **no** |" in slow
 
 
-def test_page_says_what_failed():
+def test_page_shows_failures():
     broken = made(shardkeep=[1.0])
     broken.series["torch"] = Series("torch.save", error="RuntimeError: it | broke")
     lost = Result("load-1", "Cached load", "load", "failed", 0, 0, error="RankError: gone")
     said = page.text({"save-1": broken, "load-1": lost})
     assert "| torch.save | `RuntimeError: it \\| broke` |" in said
-    assert "It failed: `RankError: gone`" in said
-    assert "Nothing was measured yet" in page.text({})
+    assert "The workload failed: `RankError: gone`" in said
+    assert "There are no results yet" in page.text({})
 
 
 def test_every_target_has_its_workload():
-    """A name that no workload gives would read "not measured" for ever."""
+    """Otherwise the page would show "not measured" for a misspelt name."""
     known = {*WORKLOADS, *(f"{name}-{verb}" for name in WORKLOADS for verb in ("save", "load"))}
     asked: set[str] = set()
 
@@ -163,12 +163,12 @@ def test_every_target_has_its_workload():
     assert asked <= known
 
 
-def test_file_system_is_that_of_the_deepest_mount():
+def test_the_file_system_is_that_of_the_deepest_mount():
     assert file_system(Path("/proc/self")) == "proc"
 
 
-class Told:
-    """A crew without processes."""
+class FakePool:
+    """A pool without processes."""
 
     def keep(self, *args):
         return [None]
@@ -179,10 +179,10 @@ class Told:
 def raced(entries, act, rounds=4):
     bench = Bench(Path(), rounds=rounds, nbytes=1, say=lambda line: None)
     result = Result("race", "Race", "race", "save", 1, 1)
-    return Race(bench, Told(), result, entries).run(act)
+    return Race(bench, FakePool(), result, entries).run(act)
 
 
-def test_each_entry_runs_once_a_round_in_changing_order():
+def test_each_entry_runs_once_per_round_in_changing_order():
     entries = [Entry(key, key) for key in "abcd"]
     order = []
 
@@ -198,7 +198,7 @@ def test_each_entry_runs_once_a_round_in_changing_order():
     assert all(one.times == [1.0] * 4 for one in result.series.values())
 
 
-def test_fastest_settings_are_taken_as_last_tried():
+def test_the_fastest_settings_of_the_trials_are_used():
     tried = iter([9.0, 3.0, 1.0, 5.0, 2.0])
     entry = Entry("a", "a", variants=({"threads": 1}, {"threads": 2}))
     result = raced([entry], lambda entry, trial: [Sample(0.0, next(tried))], rounds=1)
@@ -207,21 +207,21 @@ def test_fastest_settings_are_taken_as_last_tried():
     assert result.series["a"].seconds == [2.0]
 
 
-def test_no_round_begins_when_the_time_is_up():
+def test_no_round_begins_after_the_time_limit():
     race = Race(
         Bench(Path(), rounds=4, nbytes=1, say=lambda line: None),
-        Told(),
+        FakePool(),
         Result("race", "Race", "race", "save", 1, 1),
         [Entry("a", "a")],
         seconds=-1.0,
     )
     result = race.run(lambda entry, trial: [Sample(0.0, 1.0)])
     assert result.series["a"].seconds == [1.0]
-    assert result.notes == ["Stopped after 1 rounds: the time was up."]
+    assert result.notes == ["Stopped after 1 rounds, when the time limit was reached."]
 
 
 @pytest.mark.parametrize("fails_at", [0, 3])
-def test_entry_that_fails_is_out_and_the_others_go_on(fails_at):
+def test_an_entry_that_fails_is_dropped_and_the_others_go_on(fails_at):
     calls = []
 
     def act(entry, trial):
@@ -238,7 +238,7 @@ def test_entry_that_fails_is_out_and_the_others_go_on(fails_at):
     assert result.series["b"].seconds == [1.0] * (fails_at == 3) + [None] * (4 - (fails_at == 3))
 
 
-# What follows saves and loads.
+# --- saves and loads of tiny states
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def tiny(tmp_path):
 
 
 @pytest.mark.torch
-def test_states_know_their_elements():
+def test_a_state_detects_a_changed_element():
     states = pytest.importorskip("bench.states", exc_type=ImportError)
     for kind in states.KINDS:
         state = states.build(kind, 2_000_000)
@@ -287,21 +287,21 @@ def test_contestants_load_what_they_saved(who, tmp_path):
 
 
 @pytest.mark.torch
-def test_saves_are_checked_and_the_state_survives_it(tmp_path):
+def test_checking_a_save_keeps_the_state(tmp_path):
     states = pytest.importorskip("bench.states", exc_type=ImportError)
-    from bench.rank_worker import Seat
+    from bench.rank_worker import RankWorker
 
-    seat = Seat(0, 1)
-    seat.build("state", "small", 5)
-    seat.enter("stock", "stock", {"threads": 2, "caching": True})
-    seat.save("stock", "state", tmp_path / "right")
-    seat.check_saved("state", tmp_path / "right")
-    states.check(seat.states["state"], 0)
-    seat.states["state"]["t000003"][7] += 1
-    seat.save("stock", "state", tmp_path / "wrong")
+    worker = RankWorker(0, 1)
+    worker.build("state", "small", 5)
+    worker.enter("stock", "stock", {"threads": 2, "caching": True})
+    worker.save("stock", "state", tmp_path / "right")
+    worker.check_saved("state", tmp_path / "right")
+    states.check(worker.states["state"], 0)
+    worker.states["state"]["t000003"][7] += 1
+    worker.save("stock", "state", tmp_path / "wrong")
     with pytest.raises(AssertionError, match="1 of 5 tensors"):
-        seat.check_saved("state", tmp_path / "wrong")
-    states.check(seat.states["state"], 0)
+        worker.check_saved("state", tmp_path / "wrong")
+    states.check(worker.states["state"], 0)
 
 
 @pytest.mark.torch
@@ -339,11 +339,11 @@ def test_limit_that_fails_in_a_thread_fails():
 
 
 @pytest.mark.torch
-def test_another_process_writes_as_many_bytes(tmp_path):
+def test_the_raw_writer_process_writes_as_many_bytes(tmp_path):
     torch = pytest.importorskip("torch")
-    from bench.limits import Aside
+    from bench.limits import RawWriterProcess
 
-    aside = Aside(0, 1)
+    aside = RawWriterProcess(0, 1)
     for number in range(2):
         path = tmp_path / f"a b {number}"
         aside.begin({"t": torch.zeros(5000)}, path).result(60)
@@ -359,7 +359,7 @@ def test_loop_steps_while_saves_run(tmp_path):
     from bench import solo
 
     class Third:
-        """Done at the third look; its result is what it is waited for by."""
+        """Done at the third call of `done`; counts the calls of `result`."""
 
         def __init__(self):
             self.looks, self.results = 0, 0
@@ -379,38 +379,38 @@ def test_loop_steps_while_saves_run(tmp_path):
             begun[path] = Third()
             return begun[path]
 
-    seat = SimpleNamespace(states={"state": {}}, entries={"fast": Fast(), "nobody": object()})
-    sample, steps = solo.loop(seat, "fast", "state", tmp_path / "loop", 8)
+    worker = SimpleNamespace(states={"state": {}}, entries={"fast": Fast(), "nobody": object()})
+    sample, steps = solo.loop(worker, "fast", "state", tmp_path / "loop", 8)
     assert len(steps) == 8
     assert sample.figures["saves"] == len(begun)
     assert [(save.looks, save.results) for save in begun.values()] == [(3, 1), (3, 1), (2, 1)]
     assert list(tmp_path.iterdir()) == []
     assert sample.seconds == max(steps)
-    assert solo.loop(seat, "nobody", "state", tmp_path, 3)[0].figures["saves"] == 0
+    assert solo.loop(worker, "nobody", "state", tmp_path, 3)[0].figures["saves"] == 0
 
 
 @pytest.mark.torch
-def test_rank_that_ends_is_told_and_started_again(tmp_path):
+def test_a_rank_that_ended_is_reported_and_restarted(tmp_path):
     pytest.importorskip("torch")
-    with Crew(1, tmp_path) as crew:
-        crew.keep("build", "state", "small", 3)
+    with RankPool(1, tmp_path) as pool:
+        pool.keep("build", "state", "small", 3)
         with pytest.raises(RankError, match="has no attribute 'nothing'"):
-            crew.all("nothing")
-        (process,) = crew.processes
+            pool.all("nothing")
+        (process,) = pool.processes
         process.kill()
         with pytest.raises(RankError, match="rank 0 ended in save"):
-            crew.all("save", "none", "state", tmp_path)
-        crew.all("enter", "torch", "torch", {})
-        (sample,) = crew.all("save", "torch", "state", tmp_path / "saved")
+            pool.all("save", "none", "state", tmp_path)
+        pool.all("enter", "torch", "torch", {})
+        (sample,) = pool.all("save", "torch", "state", tmp_path / "saved")
         assert sample.seconds > 0
-        (other,) = crew.processes
+        (other,) = pool.processes
     for pid in (process.pid, other.pid):
         assert_ends(pid)
 
 
 @pytest.mark.torch
 @pytest.mark.gloo
-def test_rows_are_loaded_as_columns_by_ranks(tiny):
+def test_ranks_load_rows_as_columns(tiny):
     pytest.importorskip("torch")
     (result,) = WORKLOADS["reshard"].run(tiny)
     assert result.title == "Load rows as columns, 2 ranks, cached"
@@ -420,7 +420,7 @@ def test_rows_are_loaded_as_columns_by_ranks(tiny):
     assert result.series["shardkeep"].figures["bytes_needed"] == [result.nbytes] * 2
 
 
-def test_memory_over_saves_sees_what_is_kept(tmp_path):
+def test_memory_over_saves_detects_a_leak(tmp_path):
     from bench import solo
 
     class Pruner:
@@ -431,9 +431,9 @@ def test_memory_over_saves_sees_what_is_kept(tmp_path):
             self.kept.append(fresh(self.nbytes))
 
     entries = {"leaks": Pruner(1 << 20), "does not": Pruner(0)}
-    seat = SimpleNamespace(states={"state": {}}, entries=entries)
+    worker = SimpleNamespace(states={"state": {}}, entries=entries)
     slopes = {
-        entry: solo.memory_over(seat, entry, "state", "save", tmp_path, 60).figures["slope"]
+        entry: solo.memory_over(worker, entry, "state", "save", tmp_path, 60).figures["slope"]
         for entry in entries
     }
     assert 0.8 * (1 << 20) < slopes["leaks"] < 1.2 * (1 << 20)
@@ -441,7 +441,7 @@ def test_memory_over_saves_sees_what_is_kept(tmp_path):
 
 
 def assert_ends(pid):
-    """A process whose parent was stopped as it started it ends by itself, a moment later."""
+    """Wait until a process has ended: one whose parent was killed ends a moment later."""
     deadline = time.monotonic() + 30
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:
