@@ -21,7 +21,7 @@ CONTAINERS = ("dict", "list", "tuple")
 
 @dataclass(frozen=True)
 class Difference:
-    """What is not as it was saved, and where."""
+    """A difference from what was saved, and its place."""
 
     path: str
     what: str
@@ -32,7 +32,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many leaves were compared, and what is different."""
+    """The number of compared leaves, and the differences."""
 
     leaves: int
     differences: tuple[Difference, ...]
@@ -52,7 +52,7 @@ def compare(expected: Node, actual: Node, *, text_keys: bool = False) -> Compari
 
 
 def leaves(node: Node) -> int:
-    """Leaves of a description: what is neither a dict nor a list."""
+    """Return the number of leaves of a description: nodes that are neither a dict nor a list."""
     if node["kind"] == "dict":
         return sum(leaves(value) for _, value in node["items"])
     if node["kind"] == "list":
@@ -81,7 +81,7 @@ def _walk(expected: Node, actual: Node, path: str, text_keys: bool) -> Iterator[
 def _mapping(
     expected: Node, actual: Node, path: str, text_keys: bool
 ) -> Iterator[Difference | None]:
-    """The mapping's own class is the caller's or the checkpoint's affair: only items count."""
+    """Compare the items of mappings; their classes may differ."""
     have = {_key(key, text_keys): value for key, value in actual["items"]}
     for key, want in expected["items"]:
         here = f"{path}[{_shown(key)}]"
@@ -125,14 +125,14 @@ def _same(expected: Node, actual: Node) -> bool:
 
 
 def _same_pair(want: Any, have: Any) -> bool:
-    """Items of a sequence, or pairs of key and value of a mapping."""
+    """Return the items of a sequence, or the pairs of key and value of a mapping."""
     if isinstance(want, list):
         return _same(want[0], have[0]) and _same(want[1], have[1])
     return _same(want, have)
 
 
 def _array(node: Node) -> tuple[str, list[int], bytes]:
-    """Byte order is how an array lies, not what it holds: numpy swaps it while unpickling."""
+    """Return bytes without regard to byte order, which numpy may swap while unpickling."""
     dtype = np.dtype(node["dtype"])
     little = dtype.newbyteorder("<")
     data = np.frombuffer(base64.b64decode(node["data"]), dtype).astype(little).tobytes()
@@ -140,7 +140,7 @@ def _array(node: Node) -> tuple[str, list[int], bytes]:
 
 
 def _shown(node: Node) -> str:
-    """A node in a few words."""
+    """Return a short text of a node."""
     if node["kind"] == "value":
         return repr(node["value"])
     if node["kind"] == "tensor":

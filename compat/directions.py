@@ -1,4 +1,4 @@
-"""The ways from a writer to a reader, and what each of them compares."""
+"""The directions from a writer to a reader, and what each of them compares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ SRC = {"PYTHONPATH": str(ROOT / "src")}
 
 NOT_THERE = ("NotInThisReleaseError", "ImportError", "AttributeError", "ModuleNotFoundError")
 REFUSED = "cut a dimension twice"
-"""Before 2.5, a DTensor does not say how two mesh dimensions cut one of its own: a stated limit."""
+"""A documented limit: before 2.5, a DTensor does not say how two mesh dimensions cut one of its
+own."""
 
 FIRST_TO_RUN_ON = (2, 4)
 """The oldest torch that Shardkeep itself runs on."""
@@ -41,7 +42,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A release to be checked."""
+    """The check of one release."""
 
     environment: Environment
     scratch: Path
@@ -57,7 +58,7 @@ class Job:
 
 
 def write_states(out: Path, seed: int, python: Path | str = sys.executable) -> dict[str, str]:
-    """Have Shardkeep save all states; the reasons for those that can't be made here."""
+    """Save all states with Shardkeep; return the reasons for those that can't be made here."""
     reasons: dict[str, str] = {}
     for ranks in (1, 4):
         arguments = [out, "--seed", str(seed)]
@@ -68,10 +69,10 @@ def write_states(out: Path, seed: int, python: Path | str = sys.executable) -> d
 
 
 def torch_reads(job: Job) -> Iterator[Direction]:
-    """That release reads what Shardkeep wrote."""
+    """Compare what the release reads of Shardkeep's checkpoints."""
     python, script = job.environment.python, HERE / "read_with_torch.py"
     out = job.scratch / "read_by_torch"
-    # Below 2.3 there is no converter.
+    # Releases before 2.3 have no converter.
     convert = ["--torch-save"] if job.minor >= (2, 3) else []
     try:
         run_ranks(python, script, [job.written, out, *convert])
@@ -97,12 +98,12 @@ def torch_reads(job: Job) -> Iterator[Direction]:
 
 
 def spreads(name: str) -> bool:
-    """Whether a case has tensors that can be spread over ranks, and is not about something else."""
+    """Return whether a case has tensors that can be sharded, and tests nothing else."""
     return not name.startswith(("dtype", "more_dtypes", "no_flatten", "objects", "empty"))
 
 
 def failed(key: str, error: BaseException) -> Direction:
-    """A direction that could not be tried to its end: a difference, too."""
+    """Return a direction that could not be completed, which counts as a difference."""
     return Direction(key, (Outcome("all", 1, (f": {type(error).__name__}: {error}",)),))
 
 
@@ -128,7 +129,7 @@ def judge(
 
 
 def judge_case(name: str, answer: Path, text_keys: bool = False) -> Outcome:
-    """Compare one answer. The reader prunes what it cannot hold, and says so."""
+    """Compare one answer. The reader leaves out what it cannot hold, and says so."""
     if not answer.exists():
         return Outcome(name, 1, (": no answer",))
     content = json.loads(answer.read_text(encoding="utf-8"))
@@ -148,7 +149,7 @@ def judge_case(name: str, answer: Path, text_keys: bool = False) -> Outcome:
 
 
 def shardkeep_reads(job: Job) -> Iterator[Direction]:
-    """Shardkeep reads what that release wrote."""
+    """Compare what Shardkeep reads of the release's checkpoints."""
     golden = job.scratch / "golden"
     script = ROOT / "tests" / "golden" / "make.py"
     try:
@@ -161,7 +162,7 @@ def shardkeep_reads(job: Job) -> Iterator[Direction]:
 
 
 def shardkeep_runs(job: Job) -> Iterator[Direction]:
-    """Shardkeep itself on that release: save, and load on other numbers of ranks."""
+    """Run Shardkeep on the release: save, and load on other numbers of ranks."""
     if job.minor < FIRST_TO_RUN_ON:
         return
     python, written = job.environment.python, job.scratch / "written_there"
@@ -190,7 +191,7 @@ def shardkeep_runs(job: Job) -> Iterator[Direction]:
 
 
 def not_written(reasons: Mapping[str, str], prefix: str = "") -> Iterator[Outcome]:
-    """States that could not be saved: by the nature of the release, or else a difference."""
+    """Yield states that could not be saved; a difference, unless the release lacks a feature."""
     for name, why in reasons.items():
         if REFUSED in why:
             yield Outcome(name, absent="refused: a DTensor does not say how it is cut twice there")

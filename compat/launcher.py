@@ -1,4 +1,4 @@
-"""Run a script once a rank, and wait for all of them."""
+"""Run a script once on each rank, and wait for all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["RanksFailedError", "run_ranks"]
 
 
 class RanksFailedError(Exception):
-    """A rank ended with an error, or they took too long; what it wrote is in the message."""
+    """A rank ended with an error or took too long; the message has its output."""
 
 
 def run_ranks(

@@ -28,12 +28,18 @@ from typing import Any
 STOCK, OURS = "torch.distributed.checkpoint", "shardkeep.dcp"
 RECORDS = Path(__file__).with_suffix("")
 USED = ("_consolidate_hf_safetensors", "_extension", "_fsspec_filesystem")
-"""Private by name, but imported by users."""
+"""Modules that are private by name but imported by users."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """A public name: what it is, and how it is called. Members: methods of a class, of an enum."""
+    """A public name.
+
+    Attributes:
+        kind: "class", "function" or "value".
+        signature: the parameters as text.
+        members: methods of a class, or members of an enumeration, with their signatures.
+    """
 
     kind: str
     signature: str = ""
@@ -42,7 +48,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Record:
-    """What one release offers. The package itself is the module "" (`modules[""]`)."""
+    """The names of one release. The package itself is the module "" (`modules[""]`)."""
 
     torch: str
     python: str
@@ -51,7 +57,7 @@ class Record:
 
 
 def record() -> Record:
-    """What the installed release offers."""
+    """Return the names of the installed release."""
     import torch
 
     found = [one.name for one in pkgutil.iter_modules(importlib.import_module(STOCK).__path__)]
@@ -65,7 +71,7 @@ def record() -> Record:
 
 
 def recorded() -> tuple[Record, ...]:
-    """What releases offer, as it was written down; oldest first."""
+    """Return the recorded names of all releases, oldest first."""
     files = sorted(RECORDS.glob("*.json"), key=lambda file: [*map(int, file.stem.split("."))])
     return tuple(_read(json.loads(file.read_text())) for file in files)
 
@@ -86,23 +92,26 @@ def write(made: Record) -> Path:
 
 
 def module(package: str, name: str) -> ModuleType:
-    """A module of either package; "" is the package. Raises ImportError."""
+    """Import a module of either package; "" is the package itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return importlib.import_module(f"{package}.{name}" if name else package)
 
 
 def names_of(module: ModuleType) -> dict[str, Name]:
-    """The public names of one of torch's modules."""
+    """Return the public names of one of torch's modules."""
     return {name: describe(getattr(module, name)) for name in sorted(_public(module))}
 
 
 _NO_NAMES = (ModuleType, logging.Logger, typing.TypeVar)
-"""What nobody imports from a module, although it bears no underscore."""
+"""Values without an underscore that are no part of a module's interface."""
 
 
 def _public(module: ModuleType) -> Iterator[str]:
-    """`__all__`, and what else is defined there without an underscore. Of the package: all."""
+    """Yield the public names of a module: `__all__` and what it defines without an underscore.
+
+    Of the package itself, all names without an underscore.
+    """
     declared, assigned = getattr(module, "__all__", ()), _assigned(module)
     for name, value in vars(module).items():
         here = getattr(value, "__module__", None) == module.__name__ or module.__name__ == STOCK
@@ -112,7 +121,7 @@ def _public(module: ModuleType) -> Iterator[str]:
 
 
 def _assigned(module: ModuleType) -> set[str]:
-    """Names of the module's own constants and aliases: values do not say where they are from."""
+    """Return the names that a module assigns: constants don't say where they are defined."""
     names = set()
     for node in ast.parse(inspect.getsource(module)).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -121,7 +130,7 @@ def _assigned(module: ModuleType) -> set[str]:
 
 
 def describe(value: Any) -> Name:
-    """What a name is, with the signature as text: equal texts, equal calls."""
+    """Describe a value. Equal descriptions mean that it is called in the same way."""
     if inspect.isclass(value):
         if issubclass(value, enum.Enum):
             return Name("enum", members={one.name: "" for one in value})
@@ -133,7 +142,7 @@ def describe(value: Any) -> Name:
 
 
 def _members(kind: type) -> set[str]:
-    """Public methods and properties that torch's classes define, inherited ones included."""
+    """Return the public methods and properties of a class, inherited ones included."""
     of_torch = [
         one for one in kind.__mro__ if one.__module__.split(".")[0] in ("torch", "shardkeep")
     ]
@@ -153,7 +162,7 @@ def describe_member(kind: type, name: str) -> str:
 
 
 def signature(value: Any) -> str:
-    """Names, kinds and defaults of the parameters: `(state_dict, *, checkpoint_id=None)`."""
+    """Return the parameters as text, such as `(state_dict, *, checkpoint_id=None)`."""
     try:
         found = inspect.signature(value)
     except (TypeError, ValueError):
@@ -169,7 +178,7 @@ def signature(value: Any) -> str:
 
 
 class _Text:
-    """A default as text that is the same in every process and Python release."""
+    """A default, printed in the same way in every process and release of Python."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -28,7 +28,16 @@ EARLY = "also where torch is older and has none"
 
 @dataclass(frozen=True)
 class Row:
-    """A name, or a member of a class (`Class.member`), and what is said of it."""
+    """A name or a member of a class (`Class.member`), and its verdict.
+
+    Attributes:
+        module: the module in torch's package; "" is the package itself.
+        name: the name in the module.
+        releases: the releases of torch that have it.
+        verdict: one of OWN, SAME, IMPROVED, ABSENT.
+        how: what is better, or why it is missing.
+        key: the place in `shardkeep.dcp` where the object is defined, as in the tables.
+    """
 
     module: str
     name: str
@@ -36,7 +45,6 @@ class Row:
     verdict: str
     how: str = ""
     key: str = ""
-    """Where the object is defined in `shardkeep.dcp`, as the tables name it."""
 
     @property
     def place(self) -> str:
@@ -45,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and what nobody explained."""
+    """All rows, and the differences that nothing explains."""
 
     records: tuple[Record, ...]
     rows: tuple[Row, ...]
@@ -53,7 +61,7 @@ class Comparison:
 
 
 def compare(records: tuple[Record, ...] | None = None) -> Comparison:
-    """Hold what is installed against what the releases offer."""
+    """Compare what is installed with what the releases offer."""
     records = recorded() if records is None else records
     rows: list[Row] = []
     problems: list[str] = []
@@ -75,7 +83,7 @@ def minor(record: Record) -> str:
 
 
 def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], list[str]]:
-    """The rows of a name and its members."""
+    """Return the rows of a name and its members, and what is unexplained."""
     place = f"{where}.{name}" if where else name
     row = functools.partial(Row, where, name, tuple(offers))
     try:
@@ -83,7 +91,7 @@ def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], l
     except (ImportError, AttributeError):
         why = MISSING.get(place, "")
         return [row(ABSENT, why, place)], [] if why else [
-            f"{place} is missing, and no reason given"
+            f"{place} is missing, and compat/differences.py does not say why"
         ]
     theirs = _attribute(where, name)
     if ours is theirs:
@@ -104,7 +112,7 @@ def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], l
 
 
 def _attribute(where: str, name: str) -> Any:
-    """Torch's own object of the installed release; None if it has none."""
+    """Return torch's object in the installed release, or None."""
     try:
         return getattr(module(STOCK, where), name, None)
     except ImportError:
@@ -147,12 +155,12 @@ def _wrong_members(place: str, ours: Any, offers: dict[str, Name]) -> Iterator[s
 
 
 def _of_torch(member: Any) -> bool:
-    """Whether a method is inherited from torch's classes (of another module, or release)."""
+    """Return whether a method is inherited from a class of torch's."""
     return _home(member)[0].startswith("torch.")
 
 
 def _key(value: Any) -> str:
-    """Where something is defined, below `shardkeep.dcp`; torch's and values have none."""
+    """Return where an object is defined below `shardkeep.dcp`, or "" for other objects."""
     home, name = _home(value)
     inner = home.removeprefix(f"{OURS}.")
     return "" if inner == home else f"{inner}.{name}"
@@ -166,7 +174,7 @@ def _home(value: Any) -> tuple[str, str]:
 
 
 def _unused(rows: Iterable[Row]) -> list[str]:
-    """Entries of the tables that no name needs."""
+    """Return the errors for entries of the tables that no name needs."""
     keys = {row.key for row in rows}
     absent = {row.place for row in rows if row.verdict == ABSENT}
     wrong = [key for table in (BETTER, EXPLAINED) for key in table if key not in keys]
@@ -177,9 +185,9 @@ def _unused(rows: Iterable[Row]) -> list[str]:
 
 
 def text(found: Comparison) -> str:
-    """The page."""
+    """Return the page."""
     releases = [minor(record) for record in found.records]
-    # What the package offers is offered by a module as well, and counted there.
+    # Each name of the package is a name of a module as well, and counted there.
     counted = [row for row in found.rows if row.module]
     count = {what: sum(row.verdict == what for row in counted)
              for what in (OWN, SAME, IMPROVED, ABSENT)}  # fmt: skip
@@ -199,27 +207,27 @@ def text(found: Comparison) -> str:
         since = [minor(record) for record in found.records if name in record.modules]
         only = "" if len(since) == len(releases) else f" ({', '.join(since)})"
         parts += [f"## `{name}`{only}", _table(rows, since) if rows else NOTHING]
-    parts += ["## The rest", _private(found.records)]
+    parts += ["## Private modules", _private(found.records)]
     return "\n\n".join(parts) + "\n"
 
 
 INTRODUCTION = """\
-Each stands at its place: `shardkeep.dcp.filesystem.FileSystemReader` where torch has
+Each name is in the module of the same name: `shardkeep.dcp.filesystem.FileSystemReader` for
 `torch.distributed.checkpoint.filesystem.FileSystemReader`, whatever release is installed.
 
-- **torch's own**: the very object of the installed release. What planners, storage and metadata are
-  made of has to be.
-- **same**: Shardkeep's, called in the same way: names, kinds and defaults of parameters are equal.
-- **better**: the same, and what it does beyond torch's.
+- **torch's own**: the object of the installed release itself. The classes that planners, storage
+  and metadata consist of have to be torch's own.
+- **same**: an object of Shardkeep's with the same names, kinds and defaults of parameters.
+- **better**: the same, with an improvement that is described.
 
-A number in brackets names the releases of torch that have it, if not all of them do. Private names
-are there as well. How to change over: [migrating.md](migrating.md)."""
+Numbers in brackets are the releases of torch that have the name, if not all of them do. Private
+names are available as well. How to change over: [migrating.md](migrating.md)."""
 
 NOTHING = "No public names."
 
 
 def _package(rows: Sequence[Row], releases: Sequence[str]) -> str:
-    """The names in the package itself. They are described where they are from."""
+    """Return the table of the names in the package, which are described in their modules."""
     names = {row.name for row in rows if not row.module}
     homes: dict[str, str] = {}
     for row in rows:
@@ -274,13 +282,11 @@ def _said(row: Row) -> str:
 
 def _private(records: Sequence[Record]) -> str:
     names = sorted({name for record in records for name in record.private})
-    return (
-        f"Handed on, too, for those who reach so far: {', '.join(f'`{name}`' for name in names)}."
-    )
+    return f"Private modules, re-exported as well: {', '.join(f'`{name}`' for name in names)}."
 
 
 def main() -> int:
-    """Write the page, or say what is unexplained, and return 1."""
+    """Write the page; if something is unexplained, say so and return 1."""
     found = compare()
     for problem in found.problems:
         print(problem, file=sys.stderr)

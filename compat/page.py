@@ -18,11 +18,11 @@ Stored = Mapping[str, Any]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 SHOWN = 20
-"""Differences that are listed; the results hold all."""
+"""The number of differences that are printed; the results have all."""
 
 
 def show(result: Result, console: Console) -> None:
-    """The table of one release, and what differs."""
+    """Print the table of one release and its differences."""
     table = Table(title=f"torch {result.release}", title_justify="left")
     table.add_column("Direction")
     for title in ("cases", "leaves", "equal", "spread", "not in it", "left out"):
@@ -47,7 +47,7 @@ def write(results: Sequence[Stored], path: Path = PAGE) -> None:
 
 
 def text(results: Sequence[Stored]) -> str:
-    """The page. Every figure in it comes from the results."""
+    """Return the page. All of its figures are taken from the results."""
     dates = sorted({one["date"] for one in results})
     writers = sorted({one["writer"] for one in results})
     differing = sum(len(d["differences"]) for d in directions(results))
@@ -76,45 +76,45 @@ def text(results: Sequence[Stored]) -> str:
 INTRODUCTION = """\
 ## How to read it
 
-A *case* is one checkpoint. A *leaf* is a tensor or a value in it. "874 / 874 (61)" means: 874 of
-874 compared leaves came back as they were saved, in 61 cases. Tensors are compared in dtype,
-shape and every bit, values in type and value, containers in their keys and the type of these.
-Before a load, every bit of the template's tensors is the opposite of what has to come.
+A *case* is one checkpoint. A *leaf* is a tensor or a value in it. "874 / 874 (61)" means that 874
+of 874 compared leaves were loaded as they were saved, in 61 cases. Tensors are compared by dtype,
+shape and every bit, values by type and value, containers by their keys and the types of these.
+Before a load, every bit of the template's tensors is the inverse of the expected one.
 
-What a release cannot have by its nature is not counted as compared: cases that need a dtype or a
-feature that it lacks, each with its reason below."""
+Cases that need a dtype or a feature that a release lacks are not counted as compared; each is
+listed below with the reason."""
 
 READS = """\
-The release alone reads, by its own `dcp.load` (where that is newer, `load_state_dict`), in one
-process; into DTensors or ShardedTensors on two ranks; and, where there is one, by
-`dcp_to_torch_save`. Shardkeep was asked for nothing special when it saved. The states: every
+Only the release reads, without Shardkeep: by its own `dcp.load` (`load_state_dict` before `load`
+existed) in one process; into DTensors or ShardedTensors on two ranks; and by
+`dcp_to_torch_save` where it exists. Shardkeep saved without any special option. The states: every
 dtype in a checkpoint of its own; scalars and empty tensors; views, transposed, tied and oversized
 storages; a model with AdamW and a scheduler; nested states with lists, tuples, mappings and lists
 without tensors, empty containers, integer keys, names in unicode, with dots, slashes and `..`;
 DTensors on meshes of one and two dimensions, FSDP2, HSDP, FSDP2 with tensor parallelism,
-ShardedTensors, uneven boxes on two dimensions by hand, tensors and objects that only some ranks
+ShardedTensors, uneven hand-made boxes on two dimensions, tensors and objects that only some ranks
 have, written by four ranks, real and simulated; checkpoints that replaced others.
 
-Releases up to 2.3 keep plain values of the top level from the caller; there, values are taken from
-the planner. Stock torch puts a value that stands beside tensors, under a key that is no string, at
-that key's text (at `"0"`, next to `0`); such values are compared where they land.
-`dcp_to_torch_save` builds containers from names, so keys are compared as text there. The class of a
-mapping is its template's."""
+Releases up to 2.3 do not return plain values at the top level to the caller; these are taken from
+the planner. If a value beside tensors has a key that is not a string, stock torch loads it under
+the text of the key (`"0"` next to `0`); such values are compared there. `dcp_to_torch_save` builds
+containers from names, so keys are compared as text. The class of a mapping is that of its
+template."""
 
 WRITES = """\
-The release writes the golden cases (`tests/golden/make.py`) with values of another seed than the
-archives in `tests/golden`. They are read by `shardkeep.open`, as numpy arrays and values, with
+The release writes the golden cases (`tests/golden/make.py`) with another seed for their values than
+the archives in `tests/golden`. They are read by `shardkeep.open`, as numpy arrays and values, with
 all checksums, and by `shardkeep.dcp.load`. From 2.4 on, Shardkeep itself runs on the release: it
 saves the states on 1 and on 4 ranks, and loads them on 1, on 2 and on 4 ranks in other placements
 (uneven, empty, replicated, on meshes of one and two dimensions, strided shards of FSDP2 with
 tensor parallelism)."""
 
 ABSENT = """\
-Some dtypes are in a release by name only: tensors of it can neither be copied nor saved there. A
-checkpoint is left out only where the release has no tensor of that dtype to load it into, or fails
-both on it and on saving such a tensor itself. (In 2.4 and 2.5 that is `uint16` to `uint64`: the
-restricted unpickler of these two does not know their names.) What a release could not write itself
-stands in `tests/golden/README.md`."""
+Some dtypes exist in a release by name only: their tensors can be neither copied nor saved there. A
+checkpoint is left out only if the release can't create a tensor of the dtype, or fails both on the
+checkpoint and on saving such a tensor itself. (In 2.4 and 2.5 these are `uint16` to `uint64`, whose
+names the restricted unpickler of these releases does not know.) `tests/golden/README.md` lists what
+a release could not write itself."""
 
 DIFFERENT = "## Differences"
 
@@ -127,10 +127,9 @@ $ make compat                 # all of them, one after the other, and this page
 $ SHARDKEEP_COMPAT_KEEP=DIR make compat   # keeps the environments, about 1 GB each, for next time
 ```
 
-It needs `python3.11`, for which every release has a wheel, and a package index; a release takes
-about a minute once its environment is there. The exit code is 1 if anything differs.
-`compat/results/` holds the last run's figures with every reason and, if there are any, every
-difference."""
+This needs `python3.11`, for which every release has a wheel, and a package index. A release takes
+about a minute once its environment exists. The exit code is 1 if anything differs.
+`compat/results/` holds the figures of the last run with every reason and every difference."""
 
 HEADS = {
     "load": "1 process",
@@ -150,7 +149,7 @@ def directions(results: Sequence[Stored]) -> list[Stored]:
 
 
 def figures(results: Sequence[Stored], keys: Sequence[str]) -> str:
-    """A row a release, a column a direction."""
+    """Return a table with a row for each release and a column for each direction."""
     lines = [
         "| torch | " + " | ".join(HEADS[key] for key in keys) + " |",
         "|---|" + "---|" * len(keys),
@@ -169,7 +168,7 @@ def cell(direction: Stored | None) -> str:
 
 
 def reasons(results: Sequence[Stored]) -> str:
-    """What was left out, why, and in which releases; what goes together on one line."""
+    """Return a table of what was left out, why, and in which releases."""
     releases_of: dict[tuple[str, str, str], set[str]] = {}
     for result in results:
         for key, direction in result["directions"].items():
@@ -190,7 +189,7 @@ def reasons(results: Sequence[Stored]) -> str:
 
 
 def reason(case: str, why: str) -> tuple[str, str]:
-    """Why something was left out, and what: a dtype, an object or a case."""
+    """Return why something was left out, and what it is: a dtype, an object or a case."""
     why = why.removeprefix("NotInThisReleaseError: ")
     if trust := re.fullmatch(r"(\S+) needs trust \((.*)\)", why):
         return f"needs trust: {trust[2]}", f"{case}: {trust[1]}"
@@ -213,7 +212,7 @@ def escaped(reason: str) -> str:
 
 
 def spans(releases: Iterable[str], results: Sequence[Stored]) -> str:
-    """Neighbouring releases together: "2.0 to 2.3, 2.9"."""
+    """Return releases as text, neighbours as a range: "2.0 to 2.3, 2.9"."""
     everyone = [one["release"] for one in results]
     rows = sorted(everyone.index(release) for release in releases)
     runs: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Read what a release wrote with Shardkeep: opened without a template, and through the drop-in."""
+"""Read what a release wrote: by `shardkeep.open` without a template, and by the drop-in."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_all(folder: Path, read: Callable[[str, Path, Node], Outcome]) -> tuple[
 
 
 def opened(name: str, path: Path, expected: Node) -> Outcome:
-    """`shardkeep.open`: every tensor as a numpy array, every value, and all checksums."""
+    """Read all tensors and values by `shardkeep.open`, as numpy arrays; verify all checksums."""
     checkpoint = sk.open(path)
     done = compare(expected, contents(checkpoint))
     report = checkpoint.verify()
@@ -47,7 +47,7 @@ def opened(name: str, path: Path, expected: Node) -> Outcome:
 
 
 def loaded(name: str, path: Path, expected: Node) -> Outcome:
-    """`shardkeep.dcp.load` into a template; what needs trust is left out, by name."""
+    """Read by `shardkeep.dcp.load` into a template, without the objects that need trust."""
     import shardkeep.dcp as dcp
 
     left_out: list[str] = []
@@ -71,7 +71,7 @@ def loaded(name: str, path: Path, expected: Node) -> Outcome:
 def _outcome(
     name: str, leaves: int, differences: tuple[str, ...], left_out: tuple[str, ...]
 ) -> Outcome:
-    # Each rank stored its own value under one name, which the case does not expect.
+    # Each rank has stored its own value under one name; the case expects only one of them.
     each_rank = name == "no_collectives"
     wrong = tuple(line for line in differences if not (each_rank and "not expected" in line))
     extra = len(differences) - len(wrong)
@@ -80,7 +80,7 @@ def _outcome(
 
 
 def without(node: Node, name: str, prefix: str = "") -> tuple[Node, int]:
-    """A description without what has that flat name, and how much was removed."""
+    """Return a description without a flat name, and the number of leaves removed."""
     if node["kind"] not in ("dict", "list"):
         return node, 0
     pairs = node["items"] if node["kind"] == "dict" else enumerate(node["items"])

@@ -26,20 +26,20 @@ from templates import known as known_here
 import shardkeep as sk
 
 SPREAD = (torch.float32, torch.int64, torch.bfloat16)
-"""What gloo can send in every release; other dtypes stay whole."""
+"""Dtypes that gloo can send in every release; tensors of others are not sharded."""
 
 TRUSTED = ["make.*", "http.HTTPStatus", "builtins.len", "builtins.int"]
 """What the case `objects` holds: classes of its own script, an enumeration, a function, a type."""
 
 
 def load(state: Any, path: pathlib.Path, flatten: bool) -> Any:
-    """Fill the state in place; anything that is missing or refused is an error."""
+    """Fill the state in place; missing or refused values are an error."""
     sk.load(state, path, trust=TRUSTED)
     return state
 
 
 def known(name: str) -> str | None:
-    """Why Shardkeep gives no tensor of that dtype."""
+    """Return why Shardkeep can't load a tensor of a dtype, or None."""
     if name in ("quint4x2", "quint2x4"):
         return f"torch.{name} comes back as a stand-in"
     return known_here(name)

@@ -1,4 +1,4 @@
-"""What was compared and what came out, as values and as JSON."""
+"""Results of comparisons, as values and as JSON."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-"""One file a release, from its last run."""
+"""The folder of the results: one file for each release, from its last run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case of one direction.
+    """The result of one case in one direction.
 
     Attributes:
         case: its name.
@@ -35,14 +35,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Direction:
-    """All cases of one way from a writer to a reader."""
+    """The results of all cases from one writer to one reader."""
 
     key: str
     outcomes: tuple[Outcome, ...]
 
     @property
     def cases(self) -> int:
-        """Cases that were compared."""
+        """The number of cases that were compared."""
         return sum(not one.absent for one in self.outcomes)
 
     @property
@@ -55,7 +55,7 @@ class Direction:
 
     @property
     def equal(self) -> int:
-        """Leaves that are as they were saved."""
+        """The number of leaves that were loaded as they were saved."""
         return sum(max(0, one.leaves - len(one.differences)) for one in self.outcomes)
 
     @property
@@ -73,7 +73,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Result:
-    """One release, in all directions."""
+    """The results of one release, in all directions."""
 
     release: str
     python: str
@@ -92,7 +92,7 @@ class Result:
         return next((one for one in self.directions if one.key == key), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The counts, and of the cases only what a reader can't derive from them."""
+        """Return the result as JSON: the counts, and of the cases what the counts don't say."""
         fields = asdict(self) | {"same": self.same}
         fields["directions"] = {
             one.key: {
@@ -117,7 +117,7 @@ def store(result: Result, folder: Path = RESULTS) -> None:
 
 
 def stored(folder: Path = RESULTS) -> list[Mapping[str, Any]]:
-    """The results in the folder, oldest release first."""
+    """Return the stored results, oldest release first."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     return sorted(found, key=lambda one: tuple(map(int, one["release"].split("."))))
 

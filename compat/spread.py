@@ -18,8 +18,8 @@ from templates import Node, Spread, Template, golden
 
 
 def spreader(kind: str, ranks: int) -> Spread:
-    """Spread whole tensors as `kind` says: "dtensor" or "sharded_tensor"."""
-    # What gloo can send.
+    """Shard whole tensors as "dtensor" or "sharded_tensor"."""
+    # Dtypes that gloo can send.
     sent = {torch.float32} if golden.RELEASE < (2, 3) else {torch.float32, torch.int64}
 
     def dtensor(path: str, tensor: torch.Tensor) -> Any:
@@ -43,14 +43,14 @@ def spreader(kind: str, ranks: int) -> Spread:
 
 
 def local_parts(value: Any) -> list[torch.Tensor]:
-    """What this rank holds of a spread tensor."""
+    """Return the part of a sharded tensor that this rank holds."""
     if hasattr(value, "local_shards"):
         return [shard.tensor for shard in value.local_shards()]
     return [value.to_local()]
 
 
 def gather(made: Template, state: Any) -> Any:
-    """Put a description in the place of each spread tensor: whole, if no rank's part is wrong."""
+    """Replace each sharded tensor by a description: of the whole, if no rank's part is wrong."""
     mine = [
         [golden.bytes_of(part) for part in local_parts(blank)]
         == [golden.bytes_of(part) for part in local_parts(truth)]
@@ -66,16 +66,16 @@ def gather(made: Template, state: Any) -> Any:
 
 
 def agree(node: Node) -> None:
-    """Rank 0 answers for all, so that all must have got the same."""
+    """Check that all ranks have loaded the same, since only rank 0 reports it."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, zlib.crc32(json.dumps(node).encode()))
     if len(set(everyone)) > 1:
-        raise AssertionError("the ranks came back with different values")
+        raise AssertionError("the ranks have loaded different values")
 
 
 @dataclass(frozen=True)
 class Described:
-    """A node that is known already."""
+    """A value whose description is known already."""
 
     node: Node
 
@@ -89,7 +89,7 @@ def _replace(state: Any, nodes: dict[int, Node]) -> Any:
 
 
 def describe(state: Any) -> Node:
-    """Like the golden checkpoints' own description, which knows no `Described`."""
+    """Describe a value as the golden checkpoints do, and `Described` values as well."""
     if isinstance(state, Described):
         return state.node
     if isinstance(state, dict):

@@ -32,8 +32,8 @@ try:
     import fcntl as _fcntl  # noqa: F401 - commits rely on what only POSIX systems have
 except ModuleNotFoundError:
     raise ImportError(
-        "Shardkeep runs on Linux and, as best effort, on macOS, but not on Windows: its commits "
-        "rely on POSIX file locks and atomic renames. On Windows, use it inside WSL."
+        "Shardkeep runs on Linux, and untested on macOS, but not on Windows: its commits rely on "
+        "POSIX file locks and atomic renames. On Windows, use it inside WSL."
     ) from None
 
 if TYPE_CHECKING:
@@ -58,12 +58,9 @@ if TYPE_CHECKING:
         WaitingForRanks,
         WorkFailed,
     )
-    from shardkeep.engine.async_save import async_save, release_memory
-    from shardkeep.engine.handles import SaveHandle
+    from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
     from shardkeep.engine.load import LoadReport, load
-    from shardkeep.engine.options import AsyncSaveOptions, SaveOptions
-    from shardkeep.engine.reports import SaveReport
-    from shardkeep.engine.save import save
+    from shardkeep.engine.save import SaveReport, save
     from shardkeep.errors import (
         AlreadyExists,
         AsyncSaveFailed,
@@ -118,12 +115,9 @@ _NAMES_BY_MODULE = {
         "WaitingForRanks",
         "WorkFailed",
     ),
-    "engine.async_save": ("async_save", "release_memory"),
-    "engine.handles": ("SaveHandle",),
-    "engine.options": ("AsyncSaveOptions", "SaveOptions"),
-    "engine.reports": ("SaveReport",),
+    "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
     "engine.load": ("LoadReport", "load"),
-    "engine.save": ("save",),
+    "engine.save": ("SaveReport", "save"),
     "errors": (
         "AlreadyExists",
         "AsyncSaveFailed",
@@ -164,7 +158,6 @@ _MODULES = {
 __all__ = [
     "AlreadyExists",
     "AsyncSaveFailed",
-    "AsyncSaveOptions",
     "Box",
     "ByteRange",
     "Checkpoint",
@@ -202,7 +195,6 @@ __all__ = [
     "SaveBegan",
     "SaveCommitted",
     "SaveHandle",
-    "SaveOptions",
     "SaveReport",
     "ShardkeepError",
     "Shards",

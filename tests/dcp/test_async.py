@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 import sys
 import threading
@@ -295,8 +294,7 @@ def test_errors_are_those_of_save_and_leave_a_line_in_the_log(tmp_path, caplog, 
     assert list(caught.value.failures) == [0]
     assert caught.value.filename.startswith(str(tmp_path / "file"))
     (line,) = [record.getMessage() for record in caplog.records if "shardkeep" in record.name]
-    by = "the save of .* failed on rank 0" if kind == TYPES[0] else "An asynchronous save failed"
-    assert re.match(rf"{by}: NotADirectoryError: \[Errno 20\]", line)
+    assert line.startswith("An asynchronous save failed: NotADirectoryError: [Errno 20]")
     with pytest.raises(RuntimeError, match="give `checkpoint_id`, or a `storage_writer`"):
         dcp.async_save({"n": 1}, async_checkpointer_type=kind).result(20)
 
@@ -317,14 +315,10 @@ def test_what_cannot_be_pickled_is_refused_by_name(tmp_path, kind):
 
 
 def quiet() -> tuple[list[str], int]:
-    """Return the threads and descriptors of this process, once those that end have ended.
-
-    The thread that saves stays, and the one that renews leases does so for a while.
-    """
+    """Threads and descriptors of this process, once what ends has ended."""
     end = time.monotonic() + PROMPT_SECONDS
     while time.monotonic() < end:
         names = [one.name for one in threading.enumerate()]
-        names = [name for name in names if name not in ("shardkeep-save", "shardkeep-lease")]
         if not any(name.startswith("shardkeep") for name in names):
             break
         time.sleep(0.01)

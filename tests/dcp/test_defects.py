@@ -237,7 +237,7 @@ def test_files_are_filled_by_what_is_written(tmp_path, base):
     writer.set_up_storage_writer(True)
     (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(list(ITEMS)))])
     results = writer.write_data(plan, Planner()).wait()
-    let_go(writer, base, tmp_path)
+    release_lease(writer, base, tmp_path)
     held = {one.index.fqn: one.tensor_data.chunk.sizes[0] for one in ITEMS}
     loads: dict[str, int] = {}
     for result in results:
@@ -249,12 +249,12 @@ def test_files_are_filled_by_what_is_written(tmp_path, base):
 # 6 -----------------------------------------------------------------------------------------------
 
 
-def let_go(writer, base, folder: Path) -> None:
+def release_lease(writer, base, folder: Path) -> None:
     """End a save that is not finished: ours says meanwhile that it is alive, in a file."""
     leases = [file.name for file in folder.iterdir() if file.name.startswith(".")]
     assert len(leases) == (0 if base is stock else 1)
     if base is dcp:
-        writer.let_go()
+        writer.release_lease()
     assert {file.suffix for file in folder.iterdir()} <= {".distcp", ".safetensors"}
 
 
@@ -283,7 +283,7 @@ def test_two_shards_of_a_tensor_both_reach_safetensors(tmp_path, base):
     writer.set_up_storage_writer(True)
     (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(two_shards())])
     writer.write_data(plan, Planner()).wait()
-    let_go(writer, base, tmp_path)
+    release_lease(writer, base, tmp_path)
     kept = [
         number
         for file in tmp_path.iterdir()

@@ -306,7 +306,7 @@ def test_a_file_into_a_template_without_a_job(tmp_path):
             dcp.load({"model": wrong}, checkpoint_id=tmp_path / "file.pt", **options)
     with pytest.raises(RuntimeError, match=r"Missing key in checkpoint state_dict: model\.x"):
         dcp.load({"model": {"x": torch.zeros(1)}}, checkpoint_id=tmp_path / "file.pt", **options)
-    with pytest.raises(ValueError, match="give the path of the file"):
+    with pytest.raises(ValueError, match="checkpoint_id must be the path of the file"):
         dcp.load(
             {"w": torch.zeros(1)}, **options | {"storage_reader": BroadcastingTorchSaveReader()}
         )

@@ -182,7 +182,7 @@ def test_stock_torch_loses_parts(tmp_path):
 
 
 def test_values_that_are_no_tensors_are_named(tmp_path):
-    with pytest.raises(sk.Conflict, match="hold tensors only, and these are none: epoch, list; "):
+    with pytest.raises(sk.Conflict, match="can hold only tensors, not epoch, list: "):
         dcp.save({"w": torch.ones(1), "epoch": 3, "list": [1]}, storage_writer=Writer(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -191,9 +191,9 @@ def test_what_safetensors_can_not_hold_is_named(tmp_path):
     wide = {"w": torch.ones(2, dtype=torch.complex128)}
     with pytest.raises(sk.Conflict, match=r"tensor 'w': safetensors files can't hold complex128"):
         dcp.save(wide, storage_writer=Writer(tmp_path))
-    with pytest.raises(sk.Conflict, match="tensor 'w' is not in fqn_to_index_mapping"):
+    with pytest.raises(sk.Conflict, match="fqn_to_index_mapping has no entry for tensor 'w'"):
         dcp.save({"w": torch.ones(2)}, storage_writer=Writer(tmp_path, {"v": 1}))
-    with pytest.raises(sk.Conflict, match="tensor 'rows' is in parts: use save_distributed=True"):
+    with pytest.raises(sk.Conflict, match="tensor 'rows' is sharded: pass save_distributed=True"):
         dcp.save(in_parts(), storage_writer=Writer(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
@@ -467,7 +467,7 @@ def test_refused_on_all_ranks(gloo, tmp_path):
     assert "these are none: epoch, name; " in told[0]
     assert told[0].endswith("| []")
     told = gloo.run(dcp_hf.parts_without_distributed, str(tmp_path))
-    assert all("is in parts: use save_distributed=True" in one for one in told)
+    assert all("is sharded: pass save_distributed=True" in one for one in told)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -127,7 +127,7 @@ def test_a_missing_name_is_an_error_until_a_reason_is_given(monkeypatch):
 
     monkeypatch.delattr(state_dict_loader, "load")
     monkeypatch.setattr(state_dict_loader, "__getattr__", lambda name: getattr(None, name))
-    wrong = "state_dict_loader.load is missing, and no reason given"
+    wrong = "state_dict_loader.load is missing, and compat/differences.py does not say why"
     assert wrong in names_page.compare().problems
     monkeypatch.setitem(differences.MISSING, "state_dict_loader.load", "for a test")
     found = names_page.compare()

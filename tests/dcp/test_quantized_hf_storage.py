@@ -99,7 +99,7 @@ CUTS = [
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("step", [1, 1 << 22])
 def test_any_part_of_float8(tmp_path, cuts, step, monkeypatch):
-    monkeypatch.setattr("shardkeep.dcp.quantized_hf_storage._STEP", step)
+    monkeypatch.setattr("shardkeep.dcp.quantized_hf_storage._VALUES_PER_STEP", step)
     tensors, meaning = float8(11, 10, 4)
     write(tmp_path, tensors)
     wanted, expected = part(meaning, *cuts)
@@ -112,7 +112,7 @@ def test_any_part_of_float8(tmp_path, cuts, step, monkeypatch):
 @pytest.mark.parametrize("last", [slice(None), slice(0, 8), slice(5, 19), slice(23, 24)])
 @pytest.mark.parametrize("step", [1, 1 << 22])
 def test_any_part_of_mxfp4(tmp_path, outer, last, step, monkeypatch):
-    monkeypatch.setattr("shardkeep.dcp.quantized_hf_storage._STEP", step)
+    monkeypatch.setattr("shardkeep.dcp.quantized_hf_storage._VALUES_PER_STEP", step)
     tensors, meaning = mxfp4(*outer)
     write(tmp_path, tensors)
     wanted, expected = part(meaning, slice(1, 2), *[slice(None)] * (len(outer) - 1), last)
@@ -159,11 +159,11 @@ def test_what_has_no_scales_stays_as_it_is(tmp_path):
          r"'m.weight' has the shape \[200, 200\]: its scales should be \[2, 2\], one for "
          r"each block of 128 x 128, but 'm.weight_scale_inv' is \[1, 2\]"),
         ({"m.weight": torch.ones(2, 3, 4)},
-         r"'m.weight': don't know how torch.float32\[2, 3, 4\] is quantized"),
+         r"'m.weight': torch.float32\[2, 3, 4\] is not a known quantized format"),
         ({"m_scales": torch.zeros(2, 3, 4, dtype=torch.uint8)},
          r"'m_blocks' has .* should be \[2, 3, 3\], one for each group, but "
          r"'m_scales' is \[2, 3, 4\]"),
-        ({"m_blocks": torch.zeros(2, 3, 3, 4)}, "'m_blocks': don't know how torch.float32"),
+        ({"m_blocks": torch.zeros(2, 3, 3, 4)}, "'m_blocks': torch.float32.* is not a known"),
     ],
 )  # fmt: skip
 def test_scales_that_do_not_fit(tmp_path, change, told):
@@ -179,6 +179,6 @@ def test_quantized_tensors_in_parts(tmp_path):
     writer = dcp.HuggingFaceStorageWriter(tmp_path, save_distributed=True)
     dcp.save(state, storage_writer=writer)
     with pytest.raises(
-        sk.FormatError, match=r"'m\.weight' is in 2 parts: quantized tensors must be"
+        sk.FormatError, match=r"'m\.weight' is sharded into 2 parts; quantized tensors must be"
     ):
         dcp.load({"m.weight": torch.zeros(4, 4)}, storage_reader=Reader(tmp_path))

@@ -299,7 +299,9 @@ def test_ranks_that_read_different_metadata_are_told(tmp_path):
 
     def one(ranks):
         planner, reader = job.loaders[ranks.rank]
-        with pytest.raises(CheckpointException, match=r"ranks \[2\] found metadata of their own"):
+        with pytest.raises(
+            CheckpointException, match=r"ranks \[2\] found only metadata that they have saved alone"
+        ):
             load_with_planner(lambda: cleared(ranks.rank), Same(reader), planner, ranks)
 
     simulated_ranks.run(4, one, timeouts=Timeouts(10.0, 0.0, 5))

@@ -55,12 +55,12 @@ CALLS = [
     *_of(
         "over",
         [
-            ("assign", "openat", "new lease"),
-            ("assign", "write", "new lease"),
-            ("assign", "fsync", "new lease"),
-            ("assign", "fsync", "folder above"),
-            ("assign", "rename", "new lease"),
-            ("assign", "fsync", "folder"),
+            ("own", "openat", "new lease"),
+            ("own", "write", "new lease"),
+            ("own", "fsync", "new lease"),
+            ("own", "fsync", "folder above"),
+            ("own", "rename", "new lease"),
+            ("own", "fsync", "folder"),
             ("write", "openat", "data"),
             ("write", "fallocate", "data"),
             ("write", "pwritev2", "data"),
@@ -86,11 +86,11 @@ CALLS = [
     *_of(
         "new",
         [
-            ("assign", "mkdir", "folder"),
-            ("assign", "fsync", "folder above"),
-            ("assign", "rename", "new lease"),
-            ("assign", "fsync", "folder"),
-            ("assign", "fsync", "folder above", 2),
+            ("own", "mkdir", "folder"),
+            ("own", "fsync", "folder above"),
+            ("own", "rename", "new lease"),
+            ("own", "fsync", "folder"),
+            ("own", "fsync", "folder above", 2),
             ("write", "pwritev2", "data"),
             ("sync", "fsync", "data"),
             ("sync", "fsync", "folder", 2),
@@ -114,7 +114,7 @@ CALLS = [
     *_of(
         "manager",
         [
-            ("assign", "mkdir", "folder"),
+            ("own", "mkdir", "folder"),
             ("write", "pwritev2", "data"),
             ("commit", "rename", "new .metadata"),
             ("commit", "fsync", "folder", 4),
@@ -333,7 +333,7 @@ class Place(NamedTuple):
 
 _NEVER = {
     ("after", "unlink", "old .metadata"),  # the rest of the step would go
-    ("assign", "fsync", "folder"),  # the lease would be written again, and rank 1 meet it
+    ("own", "fsync", "folder"),  # the lease would be written again, and rank 1 meet it
 }
 """No disk says ENOENT of what is there, and these would not be understood."""
 

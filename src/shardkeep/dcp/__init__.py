@@ -1,8 +1,13 @@
-"""The drop-in: `import shardkeep.dcp as dcp` where `torch.distributed.checkpoint` was imported.
+"""A drop-in replacement for `torch.distributed.checkpoint`.
 
-Names and signatures are torch's. Where nothing is customised, the engine does the work alone; what
-users derive from torch's planners and storage is called in the order that torch documents
-(`bridge/steps.py`). Modules that have no file here are torch's own (`handed.py`).
+Names and signatures are torch's, so it is enough to change the import. If nothing is customised,
+the engine saves and loads alone. Planners and storage that users derive from torch's classes are
+called in the order that torch documents. Modules of torch's that Shardkeep does not replace are
+re-exported.
+
+Example:
+    >>> import shardkeep.dcp as dcp    # was: import torch.distributed.checkpoint as dcp
+    >>> dcp.save({"model": model.state_dict()}, checkpoint_id="run/step_100")
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names that torch's Hugging Face storage is made of, for releases that lack them, too."""
+"""Names that Hugging Face storage uses, also for releases of torch that lack them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _metadata_fn = INDEX
 
 
 def _gen_file_name(index: int, largest_index: int, shard_index: int | None = None) -> str:
-    """The name of a file of a set, as torch's function gives it."""
+    """Return the name of a file of a set, as torch's function does."""
     return file_name(index, largest_index, shard_index)
 
 
 @dataclass
 class _StorageInfo:
-    """Where a part of a tensor is: the file's path, the part's shape, its dtype."""
+    """The location of a part of a tensor: path of the file, shape and dtype of the part."""
 
     relative_path: str
     shape: torch.Size

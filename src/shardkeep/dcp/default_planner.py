@@ -1,7 +1,7 @@
-"""The default planners: torch's own, for those who build on them, without their defects.
+"""The default planners: subclasses of torch's, without some of their defects.
 
-Where nothing is overridden they only carry options, and the engine plans. A class that derives from
-them has everything that torch's have, called in the order that torch documents.
+If nothing is overridden, they only hold options, and the engine plans. Subclasses have all methods
+of torch's planners, which are called in the order that torch documents.
 """
 
 from __future__ import annotations
@@ -58,9 +58,22 @@ _CACHES_PLANS = "enable_plan_caching" in inspect.signature(stock.DefaultSavePlan
 
 
 class DefaultSavePlanner(stock.DefaultSavePlanner):
-    """Torch's default planner; see there for the options.
+    """Plans a save; a subclass of torch's default planner.
 
     Replicas are balanced over the ranks by the bytes of their shards, not of their whole tensors.
+
+    Args:
+        flatten_state_dict: save each leaf of the nested state under a name of its own. False saves
+            each top-level value as one item.
+        flatten_sharded_tensors: save the inner tensors of nested ShardedTensors.
+        dedup_replicated_tensors: accepted as in torch, and ignored: replicas are saved once.
+        dedup_save_to_lowest_rank: the lowest rank that holds a replica writes it; otherwise the
+            ranks that hold replicas share them.
+        enable_plan_caching: reuse plans from save to save, if a subclass makes plans.
+
+    Example:
+        >>> planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        >>> dcp.save(state, checkpoint_id="run/step_100", planner=planner)
     """
 
     def __init__(
@@ -71,7 +84,7 @@ class DefaultSavePlanner(stock.DefaultSavePlanner):
         dedup_save_to_lowest_rank: bool = False,
         enable_plan_caching: bool = False,
     ) -> None:
-        # Releases that keep no plans plan each time: slower, with the same outcome.
+        # Older releases have no such option: they plan every save, with the same result.
         options: dict[str, Any] = {"enable_plan_caching": enable_plan_caching}
         super().__init__(
             flatten_state_dict,
@@ -87,24 +100,40 @@ class DefaultSavePlanner(stock.DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state to save."""
+        """Take the state to save.
+
+        Args:
+            state_dict: the state.
+            storage_meta: what the writer says of the save.
+            is_coordinator: whether this rank combines the plans.
+        """
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         if not self.flatten_state_dict:
-            self.state_dict = _as_it_is(state_dict, self.state_dict)
+            self.state_dict = _unflattened(state_dict, self.state_dict)
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's plan; an unusable one where the coordinator has it from an earlier save."""
+        """Return this rank's plan.
+
+        If the coordinator has kept an equal plan from an earlier save, an empty one that says so.
+        """
         plan = super().create_local_plan()
         if getattr(plan, "usable", True):
             return plan
         kept = self._cached_save_plan
-        if kept[self._cached_plans_key] != self.plan:  # Torch compares no dtypes, and no paths.
+        if kept[self._cached_plans_key] != self.plan:  # Torch compares neither dtypes nor paths.
             del kept[self._cached_plans_key]
             plan = super().create_local_plan()
         return plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """What each rank writes, and the metadata. ValueError if plans are missing or clash."""
+        """Return what each rank writes, and the metadata.
+
+        Args:
+            all_plans: the plans of all ranks.
+
+        Raises:
+            ValueError: plans contradict each other, or a plan that was to be kept is missing.
+        """
         if not hasattr(stock.DefaultSavePlanner, "_dedup_save_plans"):  # Older releases.
             all_plans = self._dedup_save_plans(all_plans)
         return super().create_global_plan(all_plans)
@@ -113,9 +142,9 @@ class DefaultSavePlanner(stock.DefaultSavePlanner):
         known = self._cached_all_plans.get(self._cached_plans_key, [])
         if len(known) != len(all_plans) and not all(plan.usable for plan in all_plans):
             raise ValueError(
-                f"{len(known)} plans of {self._cached_plans_key} were kept, and {len(all_plans)} "
-                "ranks save: give each group of ranks a planner class of its own, or turn "
-                "enable_plan_caching off"
+                f"{self._cached_plans_key} has kept {len(known)} plans of an earlier save, but "
+                f"{len(all_plans)} ranks save now: use a planner class of its own for each group "
+                "of ranks, or turn enable_plan_caching off"
             )
         return super()._create_global_plan_with_caching(all_plans)
 
@@ -123,23 +152,35 @@ class DefaultSavePlanner(stock.DefaultSavePlanner):
         finished = super()._finish_plan_with_caching(new_plan)
         if new_plan.usable or new_plan.storage_data is None:
             return finished
-        # What to write is kept, but where to is the writer's to say, for each save anew.
+        # The items of a kept plan are valid, but the writer names the files of each save anew.
         return replace(finished, storage_data=new_plan.storage_data)
 
     def _dedup_save_plans(self, all_plans: list[SavePlan]) -> list[SavePlan]:
-        return _without_repeats(all_plans, to_lowest=self.dedup_save_to_lowest_rank)
+        return _deduplicated(all_plans, to_lowest=self.dedup_save_to_lowest_rank)
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
-        """An object as it is stored. Raises Conflict, naming it, if it can't be."""
+        """Return an object as the bytes to store.
+
+        Args:
+            write_item: the item of the plan.
+            object: the object; a tensor is returned as it is.
+
+        Raises:
+            Conflict: the object can't be stored; the message names it.
+        """
         if write_item.type.name == "BYTE_IO":
             return io.BytesIO(to_bytes(object, name=write_item.index.fqn))
         return object
 
 
-def _as_it_is(state: Mapping[Any, Any], made: Mapping[Any, Any]) -> dict[str, Any]:
-    """The values at the top of a state, but the tensors that torch made of them.
+def _unflattened(state: Mapping[Any, Any], made: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the top-level values of a state, with the tensors that torch has made of some.
 
-    It copies all containers, for the sake of nested ShardedTensors: with other keys and types.
+    Torch copies all containers to flatten nested ShardedTensors, and changes their keys and types.
+
+    Args:
+        state: the caller's state.
+        made: what torch has made of it.
     """
     named = {str(key): value for key, value in made.items()}
     return {
@@ -149,11 +190,15 @@ def _as_it_is(state: Mapping[Any, Any], made: Mapping[Any, Any]) -> dict[str, An
     }
 
 
-def _without_repeats(plans: list[SavePlan], *, to_lowest: bool) -> list[SavePlan]:
-    """The plans with each item in one of them only: by load, or in the first that has it.
+def _deduplicated(plans: list[SavePlan], *, to_lowest: bool) -> list[SavePlan]:
+    """Return the plans with each item in only one of them.
 
-    Items are the same if they have one index; shards, if they have one size, too: an empty one
-    may claim the offsets of another.
+    Items are equal if their indices are; shards only if their sizes are equal, too, since an empty
+    shard may have the offsets of another one.
+
+    Args:
+        plans: the plans of all ranks.
+        to_lowest: keep an item in the first plan that has it, instead of balancing the bytes.
     """
     items = [item for plan in plans for item in plan.items]
     counts = [len(plan.items) for plan in plans]
@@ -179,7 +224,7 @@ def _identity(item: WriteItem) -> Any:
 
 
 def _nbytes(item: WriteItem) -> int:
-    """Bytes of an item's own shard; of an object, what the plan says of it, or 0."""
+    """Return the bytes of an item's shard; of an object, as the plan says, or 0."""
     data = item.tensor_data
     if data is None:
         return int(getattr(getattr(item, "bytes_io_data", None), "nbytes", 0))
@@ -187,10 +232,20 @@ def _nbytes(item: WriteItem) -> int:
 
 
 class DefaultLoadPlanner(stock.DefaultLoadPlanner):
-    """Torch's default planner; see there for the options.
+    """Plans a load; a subclass of torch's default planner.
 
-    Objects of classes that are not known to be safe raise `Untrusted`. Values go under the very
-    keys that the state has, flattened or not.
+    Objects of classes that are neither safe nor trusted raise `Untrusted`. Keys of the state that
+    are not strings are kept.
+
+    Args:
+        flatten_state_dict: load each leaf of the nested state by a name of its own, as saved.
+        flatten_sharded_tensors: load the inner tensors of nested ShardedTensors.
+        allow_partial_load: leave values unchanged whose names the checkpoint lacks, instead of
+            raising an error.
+
+    Example:
+        >>> planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+        >>> dcp.load(state, checkpoint_id="run/step_100", planner=planner)
     """
 
     _reader: StorageReader
@@ -203,15 +258,15 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
     ) -> None:
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
         self._keys: dict[int, dict[str, Any]] = {}
-        """Of containers, by their `id`: the keys that are not strings, by what they are as such."""
+        """`id` of a container -> its keys that are not strings, by their text."""
 
-    @cached_property  # Set, in steps, as an attribute: mypy takes it for a property without setter.
+    @cached_property  # `set_up_planner` sets it, which mypy does not expect of a property.
     def metadata(self) -> Metadata | None:  # type: ignore[override]
-        """What the checkpoint holds: where the engine loads, read when it is asked for."""
+        """The metadata of the checkpoint; after a load by the engine, read on first use."""
         return self._reader.read_metadata()
 
     def read_from(self, reader: StorageReader) -> None:
-        """Say whose metadata `metadata` is, without reading it."""
+        """Take the reader that `metadata` is read with when it is first used."""
         vars(self).pop("metadata", None)
         self._reader = reader
 
@@ -221,7 +276,13 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state to fill, and what the checkpoint holds."""
+        """Take the state to fill, and what the checkpoint holds.
+
+        Args:
+            state_dict: the state.
+            metadata: of the checkpoint.
+            is_coordinator: whether this rank combines the plans.
+        """
         if metadata is not None and self.flatten_state_dict:
             metadata = without_legacy_duplicates(metadata)
         allocate_meta_tensors(state_dict)
@@ -229,22 +290,34 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
         self.original_state_dict = state_dict
         self.metadata = metadata
         self.is_coordinator = is_coordinator
-        if self.flatten_sharded_tensors:
-            state_dict = _flatten_sharded_tensors(state_dict)
+        inner = _flatten_sharded_tensors(state_dict) if self.flatten_sharded_tensors else state_dict
         if self.flatten_state_dict:
-            self.state_dict, self.mappings = flatten_state_dict(state_dict)
+            self.state_dict, self.mappings = flatten_state_dict(inner)
         else:
-            self.state_dict = _as_it_is(self.original_state_dict, state_dict)
+            self.state_dict = _unflattened(state_dict, inner)
 
     def create_local_plan(self) -> LoadPlan:
-        """What this rank reads. RuntimeError or ValueError if names or sizes do not match."""
+        """Return what this rank reads.
+
+        Raises:
+            RuntimeError: the checkpoint lacks a name.
+            ValueError: a tensor has another size there.
+        """
         metadata = self.metadata
         if metadata is None or not all(n in metadata.state_dict_metadata for n in self.state_dict):
-            return super().create_local_plan()  # Looks for the names of torch 2.3, too.
+            return super().create_local_plan()  # Tries the names of torch 2.3, too.
         return create_default_local_load_plan(self.state_dict, metadata)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put an object where the state has it."""
+        """Put an object into the state.
+
+        Args:
+            read_item: the item of the plan.
+            value: the bytes of the object.
+
+        Raises:
+            Untrusted: it needs a class that is not trusted.
+        """
         name = read_item.dest_index.fqn
         value.seek(0)
         loaded = from_bytes(value.read(), name=name, trust=trusted())
@@ -252,20 +325,20 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
             self._put(self.mappings[name], loaded)
             return
         self.state_dict[name] = loaded
-        # Torch's own leaves the caller's state as it was.
+        # Torch's planner does not change the caller's state here.
         (key,) = self._path((name,))
         held = self.original_state_dict.get(key)
-        self.original_state_dict[key] = _poured(loaded, held)
+        self.original_state_dict[key] = _copied_into(loaded, held)
 
     def _put(self, path: Path, value: Any) -> None:
         typed = self._path(path)
-        if isinstance(value, Mapping):  # Whole, as torch 2.3 has those without tensors.
+        if isinstance(value, Mapping):  # Torch 2.3 saves mappings without tensors as one object.
             with suppress(Mismatch):
-                value = _poured(value, flatten.get(self.original_state_dict, typed))
+                value = _copied_into(value, flatten.get(self.original_state_dict, typed))
         flatten.put(self.original_state_dict, typed, value)
 
     def _path(self, path: Path) -> Path:
-        """A path of torch's, where keys are strings, with the keys that the state has."""
+        """Return a path of torch's, whose keys are all strings, with the keys of the state."""
         found, holder = [], self.original_state_dict
         for part in path:
             key = part
@@ -276,15 +349,15 @@ class DefaultLoadPlanner(stock.DefaultLoadPlanner):
             found.append(key)
             try:
                 holder = holder[key]
-            except (LookupError, TypeError):  # Nothing is there yet: `put` makes it, or says so.
+            except (LookupError, TypeError):  # Not in the state; `put` creates it or raises.
                 holder = {}
         return tuple(found)
 
 
-def _poured(value: Any, held: Any) -> Any:
-    """`value`, in the containers and tensors of `held` where they are alike.
+def _copied_into(value: Any, held: Any) -> Any:
+    """Return `value`, copied into the containers and tensors of `held` where they are alike.
 
-    A model's tensors are filled so, as they are where the state is flattened.
+    So the tensors of a model are filled in place, as they are in a flattened state.
     """
     if isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor):
         if (held.shape, held.layout) != (value.shape, value.layout):
@@ -292,20 +365,25 @@ def _poured(value: Any, held: Any) -> Any:
         with torch.no_grad():
             held.copy_(value)
     elif isinstance(held, MutableMapping) and isinstance(value, Mapping):
-        named = {str(key): inner for key, inner in value.items()}  # Torch makes strings of them.
+        named = {
+            str(key): inner for key, inner in value.items()
+        }  # Torch has turned them into strings.
         if {str(key) for key in held} != named.keys():
             return value
         for key in held:
-            held[key] = _poured(named[str(key)], held[key])
+            held[key] = _copied_into(named[str(key)], held[key])
     elif type(held) is type(value) is list and len(held) == len(value):
-        held[:] = [_poured(new, old) for new, old in zip(value, held, strict=True)]
+        held[:] = [_copied_into(new, old) for new, old in zip(value, held, strict=True)]
     else:
         return value
     return held
 
 
 def without_legacy_duplicates(metadata: Metadata) -> Metadata:
-    """The metadata without the objects whose leaves are there as well, for torch 2.3 and older."""
+    """Return metadata without the duplicate entries for torch 2.3 and older.
+
+    Such an entry is an object whose leaves have entries of their own.
+    """
     paths = _paths(metadata)
     outer = {path[:depth] for path in paths.values() for depth in range(1, len(path))}
     entries = metadata.state_dict_metadata
@@ -318,24 +396,24 @@ def without_legacy_duplicates(metadata: Metadata) -> Metadata:
 
 
 def _paths(metadata: Metadata) -> Mapping[str, Path]:
-    """Where names were in the state, if a default planner has saved it."""
+    """Return the path of each name in the state, if a default planner has saved it."""
     paths = metadata.planner_data
     return paths if isinstance(paths, Mapping) else {}
 
 
 class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
-    """Fills an empty state with all that the checkpoint holds, nested as it was saved.
+    """Fills an empty state with what the checkpoint holds, nested as it was saved.
 
-    Tensors come whole, on the CPU. Metadata does not tell which keys were integers: they are
-    strings.
+    Tensors are loaded in full, to the CPU. Integer keys become strings, as metadata does not
+    distinguish them.
 
     Args:
-        keys: flat names to load, or those of containers around them; by default all.
+        keys: flat names, or names of containers; by default all.
     """
 
     def __init__(self, keys: Collection[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        self.keys = keys
         super().__init__(*args, **kwargs)
+        self.keys = keys
 
     def _should_include_key(self, key: str, metadata: Metadata) -> bool:
         path = _paths(metadata).get(key, (key,))
@@ -348,30 +426,32 @@ class _EmptyStateDictLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Make room in the state for all that is to be loaded.
+        """Allocate tensors in the state for all that is to be loaded.
 
         Raises:
-            ValueError: the state is not empty, or there is no metadata.
+            ValueError: the state is not empty, or `metadata` is None.
         """
         if state_dict:
-            raise ValueError("give an empty state: it is made from what the checkpoint holds")
+            raise ValueError("the state must be empty: it is filled with what the checkpoint holds")
         if metadata is None:
-            raise ValueError("without metadata nothing says what the checkpoint holds")
+            raise ValueError("metadata must not be None: it says what the checkpoint holds")
         if self.flatten_state_dict:
             metadata = without_legacy_duplicates(metadata)
         paths = _paths(metadata) if self.flatten_state_dict else {}
         wanted = metadata.state_dict_metadata.items()
-        flat = {name: _room(e) for name, e in wanted if self._should_include_key(name, metadata)}
+        flat = {
+            name: _allocated(e) for name, e in wanted if self._should_include_key(name, metadata)
+        }
         mappings = {name: paths.get(name, (name,)) for name in flat}
         for name, path in mappings.items():
             set_element(state_dict, path, flat[name])
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        # Not as flattened again: a list that has lost its tensors to `keys` would be one leaf.
+        # Flattening again would make one leaf of a list whose tensors are not among `keys`.
         self.state_dict, self.mappings = flat, mappings
 
 
-def _room(entry: Any) -> Any:
-    """Memory for a tensor. An object's place has to be taken, by anything."""
+def _allocated(entry: Any) -> Any:
+    """Return memory for a tensor, or None as a placeholder for an object."""
     if isinstance(entry, TensorStorageMetadata):
         return torch.empty(entry.size, dtype=entry.properties.dtype)
     return None

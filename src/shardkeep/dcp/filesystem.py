@@ -1,8 +1,8 @@
-"""Readers and writers of folders: torch's classes, with Shardkeep's bytes.
+"""Readers and writers of folders: subclasses of torch's that write Shardkeep's files.
 
-Where nothing is customised the engine does a save or load alone, and only takes the options from
-here. These methods are for planners and subclasses of the user's own, in the order that torch
-documents; they write and read the very same checkpoints.
+If nothing is customised, the engine saves and loads alone, and only takes its options from these
+objects. Their methods are called for planners and subclasses of the user's own, in the order that
+torch documents. Both ways write and read the same checkpoints.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.chunk_locations import ChunkLocations
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.checkpoint.reader import CheckpointReader
-from shardkeep.dcp.bridge.commit import commit_one_rank, publish
+from shardkeep.dcp.bridge.commit import commit_all_ranks, commit_one_rank
 from shardkeep.dcp.bridge.items import write_containers
 from shardkeep.dcp.bridge.metadata import VERSION, index_of, metadata_of
 from shardkeep.dcp.bridge.metadata_file import metadata_in
 from shardkeep.dcp.bridge.plan_reader import PlanReader
 from shardkeep.dcp.bridge.tensor_files import write_tensor_files
 from shardkeep.dcp.bridge.torch_filesystem import store_of
+from shardkeep.dcp.bridge.torch_messages import CHECKPOINT_EXISTS
 from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.errors import AlreadyExists, FormatError, NotACheckpoint, ShardkeepError
 from shardkeep.filenames import of_ranks
@@ -46,22 +47,22 @@ _SUFFIX = getattr(stock, "DEFAULT_SUFFIX", ".distcp")
 
 
 class CheckpointExists(AlreadyExists, RuntimeError):
-    """What torch raises is a RuntimeError."""
+    """A checkpoint that must not be overwritten; a RuntimeError, as in torch."""
 
 
 class _Missing(NotACheckpoint, FileNotFoundError):
-    """What torch raises is a FileNotFoundError."""
+    """No committed checkpoint; a FileNotFoundError, as in torch."""
 
 
 @dataclass
 class _Prefix(stock._StoragePrefix):
-    """What the names of a rank's files begin with, and the id that makes them new."""
+    """The start of the names of a rank's files, and the id that makes them unique."""
 
     save_id: str
 
 
 class _Paths:
-    """What early releases do not have; later ones' own comes first."""
+    """Methods that early releases lack; in later ones torch's own come first."""
 
     fs: Any
     path: Any
@@ -72,10 +73,23 @@ class _Paths:
 
 
 class FileSystemWriter(stock.FileSystemWriter, _Paths):
-    """Torch's writer; see there for the options.
+    """Writes checkpoints to a folder; a subclass of torch's writer, with its options.
 
-    An overwritten checkpoint stays whole until the new one is, files have names that were never
-    used before, and a manifest with checksums of all bytes stands beside `.metadata`.
+    A checkpoint that is replaced can be loaded until the new one is durable: new files have names
+    that were never used before. A manifest beside `.metadata` has checksums of all bytes.
+
+    Args:
+        path: the folder.
+        single_file_per_rank: whether each rank writes `thread_count` files, or one per item.
+        sync_files: accepted as in torch; local files are always synced.
+        thread_count: the number of files that each rank writes at the same time.
+        per_thread_copy_ahead: accepted as in torch.
+        cache_staged_state_dict: whether `async_save` keeps its staging memory between saves.
+        overwrite: whether a checkpoint at the same path is replaced.
+
+    Example:
+        >>> writer = dcp.FileSystemWriter("run/step_100", thread_count=4, overwrite=False)
+        >>> dcp.save(state, storage_writer=writer)
     """
 
     @wraps(stock.FileSystemWriter.__init__)  # type: ignore[misc]
@@ -86,35 +100,45 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         self._lease: Lease | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another save, elsewhere if that is said."""
+        """Prepare for another save, to `checkpoint_id` if it is given."""
         super().reset(checkpoint_id)
         self.save_id = commit.new_id()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Begin a save, as `rank`, with metadata of this rank's own if not `use_collectives`."""
-        self.let_go()
+        """Start a save.
+
+        Args:
+            is_coordinator: whether this rank commits.
+            args: ignored.
+            kwargs: `rank`, and `use_collectives`: False to commit what this rank holds alone.
+        """
+        self.release_lease()
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
-        if self._begun == self.save_id:  # A second save without a reset.
+        if self._begun == self.save_id:  # A second save without a reset needs an id of its own.
             self.save_id = commit.new_id()
         self._begun = self.save_id
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Make the folder. Raises AlreadyExists if a checkpoint is there that is to stay."""
+        """Create the folder.
+
+        Raises:
+            CheckpointExists: it holds a checkpoint, and `overwrite` is False.
+        """
         self.fs.mkdir(self.path)
         if not getattr(self, "overwrite", True) and self.fs.exists(
             self._get_metadata_path(self._own_rank)
         ):
             raise CheckpointExists(
-                f"Checkpoint already exists and self.overwrite=False: {os.fspath(self.path)} "
-                "already holds a checkpoint; pass overwrite=True to replace it"
+                f"{CHECKPOINT_EXISTS}: {os.fspath(self.path)} already holds a checkpoint; pass "
+                "overwrite=True to replace it"
             )
         if self._own_rank is None:
             return plan
         return replace(plan, storage_data=_Prefix(f"__{self._own_rank}_", self._take_lease()))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank what its files are called by."""
+        """Return the plans with the prefix of each rank's file names."""
         if all(plan.storage_data is not None for plan in plans):
             return plans
         new_id = self._take_lease()
@@ -126,16 +150,16 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write a plan's items, durably; the planner is asked for each when its turn comes.
+        """Write a plan's items durably, asking the planner for each item when it is written.
 
         Raises:
-            OSError: from the file system. Nothing stays of what was written.
-            Conflict: something can't be saved; it is named.
+            OSError: from the file system. The files that were written are removed.
+            Conflict: an object can't be saved; the message names it.
         """
         own = getattr(type(self), "_write_data", None)
         if own is not getattr(stock.FileSystemWriter, "_write_data", None):
-            theirs: Future[list[WriteResult]] = super().write_data(plan, planner)
-            return theirs
+            written: Future[list[WriteResult]] = super().write_data(plan, planner)
+            return written
         store = store_of(self)
         count = max(1, self.thread_count) if self.single_file_per_rank else len(plan.items)
         prefix = plan.storage_data.prefix
@@ -147,21 +171,21 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
             store.sync()
         except BaseException:
             for file in files:
-                with suppress(OSError):  # it must not hide what went wrong
+                with suppress(OSError):  # The first error is the one to raise.
                     store.delete(file)
-            self.let_go()
+            self.release_lease()
             raise
         return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit, then remove the checkpoint that was there before."""
+        """Commit the checkpoint, then remove the files of the one that it replaces."""
         if VERSION is not None:
             metadata.version = VERSION
-        written = {one.index: one for listed in results for one in listed}
-        metadata.storage_data = {index: one.storage_data for index, one in written.items()}
+        written = {result.index: result for of_rank in results for result in of_rank}
+        metadata.storage_data = {index: r.storage_data for index, r in written.items()}
         metadata.storage_meta = self.storage_meta()
         store, name = store_of(self), self._metadata_name
-        if self._lease is None:  # a subclass has named the files
+        if self._lease is None:  # A subclass has chosen the names of the files.
             self._take_lease()
         lease, self._lease = self._lease, None
         assert lease is not None
@@ -170,21 +194,21 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
             if self._own_rank is not None:
                 commit_one_rank(store, metadata, written, rank=self._own_rank, name=name)
             else:
-                publish(store, metadata, written, lease, ranks=len(results), name=name)
+                commit_all_ranks(store, metadata, written, lease, ranks=len(results), name=name)
 
-    def let_go(self) -> None:
-        """End the lease of a save that will not be finished."""
+    def release_lease(self) -> None:
+        """Release the lease of a save that was finished or given up."""
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release()
 
     def _take_lease(self) -> str:
-        """Say that this save is alive, before any of its files is made; what they are called by.
+        """Take the lease of this save, before it creates files; return the id in their names.
 
-        Under another name than `.metadata` nobody else finds the commit record. Files that it
-        names are then called so that nobody takes them for what a dead save left.
+        A commit record under another name than `.metadata` is found only by this writer. Its files
+        then get names by which they are not mistaken for what a dead save has left behind.
         """
-        self.let_go()
+        self.release_lease()
         self._lease = Lease(store_of(self), self._new_id)
         self._lease.take()
         standard = self._metadata_name in (commit.METADATA, f"__{self._own_rank}.metadata")
@@ -192,12 +216,12 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
 
     @property
     def _own_rank(self) -> int | None:
-        """This rank, if it has metadata of its own."""
+        """This rank, if it commits alone; otherwise None."""
         return None if getattr(self, "use_collectives", True) else self.rank
 
     @property
     def _new_id(self) -> str:
-        """The save's id; another one if the user's own is not of the kind."""
+        """The id of the save; a new one if a subclass has set one of another form."""
         return self.save_id if re.fullmatch("[0-9a-f]{32}", self.save_id) else commit.new_id()
 
     @property
@@ -216,15 +240,26 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
                 store, files, plan.items, planner, transforms=transforms, threads=threads
             )
         if getattr(transforms, "extensions", ()):
-            raise ValueError("a safetensors file can't hold streams: give no extensions with it")
+            raise ValueError(
+                "serialization_format SAFETENSORS can't be combined with stream extensions: pass "
+                "no _extensions, or use TORCH_SAVE"
+            )
         return write_tensor_files(store, files, plan.items, planner, threads=threads)
 
 
 class FileSystemReader(stock.FileSystemReader, _Paths):
-    """Torch's reader; see there for the options.
+    """Reads checkpoints from a folder; a subclass of torch's reader.
 
-    Metadata is never unpickled, only the bytes that are needed are read, and all of them are
-    checked that have a digest.
+    Only the bytes that are needed are read, and each is checked if the checkpoint has a checksum
+    of it. The pickle of the metadata is interpreted without executing anything.
+
+    Args:
+        path: the folder.
+
+    Example:
+        >>> reader = dcp.FileSystemReader("run/step_100")
+        >>> list(reader.read_metadata().state_dict_metadata)
+        ['model.weight', 'step']
     """
 
     @wraps(stock.FileSystemReader.__init__)  # type: ignore[misc]
@@ -236,22 +271,23 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Begin another load, from elsewhere if that is said."""
+        """Prepare for another load, from `checkpoint_id` if it is given."""
         super().reset(checkpoint_id)
         self._source = self._metadata = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """What the checkpoint holds.
+        """Return the metadata of the checkpoint.
 
         Args:
-            args, kwargs: with `rank=`, what that rank saved for itself (`use_collectives=False`);
-                if it did not, what all ranks saved so.
+            args: ignored.
+            kwargs: `rank`, for what that rank has committed alone (`use_collectives=False`). If it
+                has not, what all ranks have committed alone is returned as one.
 
         Raises:
             NotACheckpoint: there is no such metadata. It is a FileNotFoundError, too.
-            Untrusted: it holds classes of the user's own, and the job does not trust them.
-            FormatError: it is broken or hostile.
-            Damaged: it does not match its digest.
+            Untrusted: it holds classes of the user's own that the job does not trust.
+            FormatError: it is malformed or hostile.
+            Damaged: it does not match its checksum.
         """
         store, rank = store_of(self), kwargs.get("rank")
         metadata: Any
@@ -262,29 +298,34 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
             metadata = self._stored_metadata(store, rank)
         else:
             metadata = metadata_of(self._source, self.path)
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        about = getattr(metadata, "storage_meta", None) or StorageMeta()
+        about.load_id, metadata.storage_meta = self.load_id, about
         return metadata
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Take the places of all items from metadata that was read."""
-        self.storage_data = metadata.storage_data
-        self.rank = kwargs.get("rank")
+        """Take the locations of all items from metadata that was read.
+
+        Args:
+            metadata: what `read_metadata` has returned.
+            is_coordinator: ignored.
+            args: ignored.
+            kwargs: `rank`, and `use_collectives`, as the ranks saved.
+        """
+        if metadata.storage_data is None:
+            raise AssertionError("the metadata has no storage_data, so items can't be located")
+        self._metadata, self.storage_data = metadata, metadata.storage_data
         self.use_collectives = kwargs.get("use_collectives", True)
-        self._metadata = metadata
-        if self.storage_data is None:
-            raise AssertionError("metadata without storage_data: nothing says where items are")
+        self.rank = kwargs.get("rank")
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read a plan's items into the planner's memory.
 
         Raises:
-            FormatError: an item is broken, or its path leaves the checkpoint.
-            Damaged: bytes are missing or do not match their digest.
-            Mismatch: what is stored does not go into the memory.
+            FormatError: an item is malformed, or its path leaves the checkpoint.
+            Damaged: bytes are missing or do not match their checksum.
+            Mismatch: a stored value does not fit into the planner's memory.
         """
         store = store_of(self)
         cut = type(self)._slice_file is not stock.FileSystemReader._slice_file
@@ -307,7 +348,7 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
 
     @property
     def _unpack(self) -> Any:
-        """How streams are undone, where that is the user's own."""
+        """The function that undoes stream transforms, if it is the user's own."""
         transforms: Any = getattr(self, "transforms", None)
         usual = type(transforms) is getattr(stock, "_StorageReaderTransforms", None)
         if transforms is None or (usual and self._extension_registry is None):
@@ -320,14 +361,14 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
             return bytes(self._slice_file(stream, place).read(-1))
 
     def _with_manifest(self, store: Store) -> CheckpointReader | None:
-        """The checkpoint, if Shardkeep wrote it."""
+        """Return the checkpoint if Shardkeep wrote it, otherwise None."""
         if not commit.exists(store, commit.METADATA):
             return None
         found = commit.find(store)
         return CheckpointReader(store, found) if found.kind == "shardkeep" else None
 
     def _stored_metadata(self, store: Store, rank: int | None) -> Any:
-        """The metadata in a file of torch's, as it is; or those of all ranks, in one."""
+        """Return the metadata in a file of torch's, or that of all ranks as one."""
         path = self._get_metadata_path(rank)
         try:
             with self.fs.create_stream(path, "rb") as stream:
@@ -337,7 +378,9 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
                 raise
             parts = [] if rank is None else [name for _, name in of_ranks(store.list().files)]
             if not parts:
-                raise _Missing(f"there is no {path}: no checkpoint is committed there") from error
+                raise _Missing(
+                    f"{path} does not exist: no checkpoint is committed there"
+                ) from error
             index = merge_metadata(
                 [(name, store.get_range(name, 0, store.head(name).size)) for name in parts]
             )
@@ -345,9 +388,9 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
         return metadata_in(data, file=os.fspath(path))
 
     def _sources(self, store: Store) -> ChunkLocations | None:
-        """Where the chunks are that the checkpoint's index knows, with their checksums if any."""
+        """Return the locations of chunks by the checkpoint's index, or None without an index."""
         if self._source is None and self._has_usual_paths:
-            with suppress(ShardkeepError):  # What was read as metadata may be another file.
+            with suppress(ShardkeepError):  # The metadata may have been read from another file.
                 self._source = self._with_manifest(store)
         if self._source is not None:
             return self._source.locations
@@ -356,4 +399,4 @@ class FileSystemReader(stock.FileSystemReader, _Paths):
                 None if self._metadata is None else ChunkLocations(store, index_of(self._metadata))
             )
         except (FormatError, AttributeError, TypeError):
-            return None  # Storage of the user's own: each item says itself what it is.
+            return None  # Storage of the user's own: each item is read by what it holds.

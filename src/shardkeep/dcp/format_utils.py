@@ -1,4 +1,7 @@
-"""Checkpoints to files of `torch.save` and back: `python -m shardkeep.dcp.format_utils`."""
+"""Conversion between checkpoints and files of `torch.save`.
+
+As a command: `python -m shardkeep.dcp.format_utils`.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from shardkeep.checkpoint import commit, reader
 from shardkeep.coordination.solo import Solo
 from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.bridge.full_state import read_full_state
+from shardkeep.dcp.bridge.torch_messages import missing_key, not_a_tensor, size_mismatch
 from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.dcp.bridge.trust import trusted
 from shardkeep.dcp.default_planner import (
@@ -60,20 +64,23 @@ _save_state_dict = save_state
 def dcp_to_torch_save(
     dcp_checkpoint_dir: str | os.PathLike[str], torch_save_path: str | os.PathLike[str]
 ) -> None:
-    """Make one file, as of `torch.save`, of a checkpoint; it appears when it is complete.
+    """Convert a checkpoint to a single file in the format of `torch.save`.
 
-    The state comes back as it was saved: containers, integer keys, tied tensors. All of it has to
-    fit into memory.
+    The state is as it was saved: containers, integer keys, tied tensors. All of it must fit into
+    memory. The file appears under its name when it is complete.
 
     Args:
         dcp_checkpoint_dir: the checkpoint's folder.
-        torch_save_path: the file to write, or to replace.
+        torch_save_path: the file to write; an existing one is replaced.
 
     Raises:
-        CheckpointException: there is nothing whole to read. It is of the engine's class as well:
-            NotACheckpoint, Damaged, FormatError; Untrusted for an object of a class that the job
-            does not trust.
+        CheckpointException: the checkpoint can't be read. It is also a `NotACheckpoint`,
+            `Damaged`, `FormatError`, or `Untrusted` for a class that the job does not trust.
         OSError: the file can't be written.
+
+    Example:
+        >>> dcp_to_torch_save("run/step_100", "model.pt")
+        >>> state = torch.load("model.pt")
     """
     with as_torch(0):
         state = read_full_state(reader.open_reader(dcp_checkpoint_dir), trust=trusted())
@@ -94,16 +101,19 @@ def dcp_to_torch_save(
 def torch_save_to_dcp(
     torch_save_path: str | os.PathLike[str], dcp_checkpoint_dir: str | os.PathLike[str]
 ) -> None:
-    """Make a checkpoint of a file of `torch.save`. Nothing in the file is executed.
+    """Convert a file of `torch.save` to a checkpoint. Nothing in the file is executed.
 
     Args:
-        torch_save_path: the file; it holds a mapping.
-        dcp_checkpoint_dir: the folder; a checkpoint there is replaced.
+        torch_save_path: the file, which must hold a mapping.
+        dcp_checkpoint_dir: the folder; a checkpoint in it is replaced.
 
     Raises:
-        CheckpointException: the file can't be read, or the state can't be saved. It is of the
-            engine's class as well: FormatError; Mismatch if it holds no mapping; Untrusted for a
+        CheckpointException: the file can't be read, or the state can't be saved. It is also an
+            instance of `FormatError`, `Mismatch` if the file holds no mapping, or `Untrusted` for a
             class that the job does not trust.
+
+    Example:
+        >>> torch_save_to_dcp("model.pt", "run/step_0")
     """
     with as_torch(0):
         state = _read(torch_save_path)
@@ -111,11 +121,11 @@ def torch_save_to_dcp(
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
-    """The state in a file of `torch.save`, on the CPU."""
+    """Return the state in a file of `torch.save`, on the CPU."""
     name = os.fspath(path)
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        # Read where it lies: only the tensors take memory.
+        # Mapped, so that only the tensors take memory.
         data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     state = from_bytes(data, name=name, trust=trusted())
     if not isinstance(state, Mapping):
@@ -124,23 +134,30 @@ def _read(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
 
 
 class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
-    """Reads a file of `torch.save` on one rank, and sends each tensor to all of the job's.
+    """Reads a file of `torch.save` on one rank and broadcasts its tensors to all ranks of the job.
 
-    For `DynamicMetaLoadPlanner`. Only the coordinator needs to see the file. All that can be wrong
-    with it, or with the state, is raised on every rank before anything is sent.
+    To be used with `DynamicMetaLoadPlanner`. Only the coordinator needs access to the file. Errors
+    in the file or in the state are raised on every rank before anything is sent.
+
+    Example:
+        >>> reader = BroadcastingTorchSaveReader()
+        >>> dcp.load(state, checkpoint_id="model.pt", storage_reader=reader,
+        ...          planner=DynamicMetaLoadPlanner())
     """
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
         """Read the file, on the coordinator.
 
         Raises:
-            ValueError: there is no `checkpoint_id`, or another rank coordinates than was said.
+            ValueError: `checkpoint_id` is missing, or the coordinator is not `coordinator_rank`.
         """
         if self.checkpoint_id is None:
-            raise ValueError("give the path of the file as checkpoint_id")
+            raise ValueError("checkpoint_id must be the path of the file")
         rank = dist.get_rank() if dist.is_initialized() else 0
         if is_coordinator and rank != self.coordinator_rank:
-            raise ValueError(f"rank {rank} coordinates, not rank {self.coordinator_rank}")
+            raise ValueError(
+                f"coordinator_rank is {self.coordinator_rank}, but rank {rank} is the coordinator"
+            )
         self.is_coordinator = is_coordinator
         self._held: dict[str, torch.Tensor] = {}
         if is_coordinator:
@@ -148,11 +165,11 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
             self._held = {leaf.name: leaf.value for leaf in leaves if is_any_tensor(leaf.value)}
 
     def prepare_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Have each rank know what will be sent, in which order.
+        """Return plans that tell each rank what will be sent, in which order.
 
         Raises:
             RuntimeError: a tensor is missing from the file.
-            ValueError: one has another size there.
+            ValueError: a tensor has another size in the file.
         """
         ends: dict[str, list[int]] = {}
         for item in (item for plan in global_plan for item in plan.items):
@@ -161,17 +178,15 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
             known[:] = map(max, known, reached)
         for name, reached in ends.items():
             if name not in self._held:
-                raise RuntimeError(f"Missing key in checkpoint state_dict: {name}.")
+                raise RuntimeError(missing_key(name))
             saved, current = self._held[name].shape, torch.Size(reached)
             if saved != current:
-                raise ValueError(
-                    f"Size mismatch between saved {saved} and current: {current} for {name}"
-                )
+                raise ValueError(size_mismatch(name, saved, current))
         sent = {name: (self._held[name].shape, self._held[name].dtype) for name in ends}
         return [LoadPlan(plan.items, sent, plan.planner_data) for plan in global_plan]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Take part in sending all tensors; keep what this rank's plan needs."""
+        """Take part in the broadcast of all tensors, and keep what this rank's plan reads."""
         wanted: dict[str, list[Any]] = {}
         for item in plan.items:
             wanted.setdefault(item.storage_index.fqn, []).append(item)
@@ -189,7 +204,7 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
         return done
 
     def _sent(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor, whole, on every rank."""
+        """Return a whole tensor on every rank."""
         if not dist.is_initialized():
             return self._held[name]
         device = dist.distributed_c10d._get_pg_default_device()
@@ -197,15 +212,15 @@ class BroadcastingTorchSaveReader(stock.BroadcastingTorchSaveReader):
             tensor = self._held[name].detach().contiguous().to(device)
         else:
             tensor = torch.empty(shape, dtype=dtype, device=device)
-        # As bytes: backends don't know every dtype.
+        # Sent as bytes, since backends do not support every dtype.
         dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=self.coordinator_rank)
         return tensor
 
 
 def _box(item: ReadItem) -> list[tuple[int, int]]:
-    """Where a tensor's part starts in it, and how long it is, by dimension.
+    """Return (start, length) of an item in its tensor, for each dimension.
 
-    An item counts from the start of its chunk.
+    The offsets of an item are relative to its chunk.
     """
     starts = item.storage_index.offset or [0] * len(item.lengths)
     return [
@@ -215,7 +230,12 @@ def _box(item: ReadItem) -> list[tuple[int, int]]:
 
 
 class DynamicMetaLoadPlanner(DefaultLoadPlanner):
-    """Takes names, sizes and dtypes from the state itself, where storage has no metadata."""
+    """Plans a load by the names, sizes and dtypes of the state, for storage without metadata.
+
+    Example:
+        >>> planner = DynamicMetaLoadPlanner()
+        >>> dcp.load(state, checkpoint_id="model.pt", storage_reader=reader, planner=planner)
+    """
 
     def set_up_planner(
         self,
@@ -223,13 +243,18 @@ class DynamicMetaLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state to fill. RuntimeError if it holds anything but tensors."""
+        """Take the state to fill.
+
+        Raises:
+            RuntimeError: it holds anything but tensors.
+        """
         super().set_up_planner(state_dict, metadata, is_coordinator)
         entries: dict[str, Any] = {}
         for name, tensor in self.state_dict.items():
             if not isinstance(tensor, torch.Tensor):
                 raise RuntimeError(
-                    f"Non-tensor value identified at {name}: {type(self).__name__} loads tensors"
+                    f"{not_a_tensor(name)}: {type(self).__name__} loads only tensors, and this is "
+                    f"a {type(tensor).__name__}"
                 )
             properties = TensorProperties(dtype=tensor.dtype)
             chunks = _create_chunk_list(tensor)
@@ -238,17 +263,17 @@ class DynamicMetaLoadPlanner(DefaultLoadPlanner):
 
 
 class FormatMode(Enum):
-    """What the command does."""
+    """The direction of a conversion."""
 
     TORCH_TO_DCP = "torch_to_dcp"
     DCP_TO_TORCH = "dcp_to_torch"
 
 
 def _main(arguments: list[str]) -> int:
-    """The command; its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m shardkeep.dcp.format_utils")
     modes = [mode.value for mode in FormatMode]
-    parser.add_argument("mode", choices=modes, help="what to make of what")
+    parser.add_argument("mode", choices=modes, help="the direction of the conversion")
     parser.add_argument("src", help="the file, or the checkpoint's folder, to read")
     parser.add_argument("dst", help="the checkpoint's folder, or the file, to write")
     given = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Readers and writers of whatever fsspec reaches: torch's classes, with Shardkeep's bytes."""
+"""Readers and writers of URLs that fsspec supports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _stock: Any = torch_module("fsspec_filesystem", "_fsspec_filesystem")
 
 
 class _Absent:
-    """Stands for torch's classes where fsspec is not installed."""
+    """Takes the place of torch's classes if fsspec is not installed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise ModuleNotFoundError("fsspec is not installed: pip install fsspec", name="fsspec")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Nothing can be reached."""
+        """Return False: no URL is supported."""
         return False
 
 
@@ -31,7 +31,18 @@ _Writer: Any = getattr(_stock, "FsspecWriter", _Absent)
 
 
 class FsspecWriter(FileSystemWriter, _Writer):  # type: ignore[misc]
-    """Torch's writer for URLs; see `FileSystemWriter`. More options go to fsspec."""
+    """Writes checkpoints to a URL that fsspec supports; a subclass of torch's writer.
+
+    A checkpoint that is replaced can be loaded until the new one is committed.
+
+    Args:
+        args: the URL, and the options of `FileSystemWriter`.
+        kwargs: the options of `FileSystemWriter`; others are passed to fsspec.
+
+    Example:
+        >>> writer = dcp.FsspecWriter("s3://bucket/run/step_100", thread_count=4)
+        >>> dcp.save(state, storage_writer=writer)
+    """
 
     @wraps(_Writer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +50,16 @@ class FsspecWriter(FileSystemWriter, _Writer):  # type: ignore[misc]
 
 
 class FsspecReader(FileSystemReader, _Reader):  # type: ignore[misc]
-    """Torch's reader for URLs; see `FileSystemReader`. More options go to fsspec."""
+    """Reads checkpoints from a URL that fsspec supports; a subclass of torch's reader.
+
+    Args:
+        args: the URL.
+        kwargs: passed to fsspec.
+
+    Example:
+        >>> reader = dcp.FsspecReader("s3://bucket/run/step_100")
+        >>> dcp.load(state, storage_reader=reader)
+    """
 
     @wraps(_Reader.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: folders of safetensors files, whole or sharded by ranks."""
+"""Hugging Face checkpoints: folders of safetensors files, with whole or sharded tensors."""
 
 from __future__ import annotations
 
@@ -54,21 +54,26 @@ _Id = str | os.PathLike[str]
 
 
 class HuggingFaceStorageWriter(FileSystemWriter):
-    """Writes a state of tensors as safetensors files, and the index of the set.
+    """Writes a state of tensors as a set of safetensors files with an index.
 
-    A file appears under its name when it is complete and durable, and the index comes last. Files
-    of an earlier save are removed then.
+    A file appears under its name when it is complete and durable. The index is written last, and
+    then the files of an earlier save are removed.
 
     Args:
-        path: a folder, or a URL that fsspec knows.
-        fqn_to_index_mapping: tensor -> which file it goes to, counted from 1; by default one file,
-            or one for each rank that has something to write.
-        thread_count: files that are written at a time, at least.
-        save_distributed: each rank writes the parts that it holds, to files of its own. Otherwise
-            tensors are written whole, each by the rank that holds it.
-        enable_consolidation: join the ranks' files at the end: they are in the sub-folder
-            "sharded" then, and the whole tensors in `path`.
-        thread_count_consolidation: files that are written at a time there.
+        path: a folder, or a URL that fsspec supports.
+        fqn_to_index_mapping: tensor -> number of its file, from 1; by default one file, or one for
+            each rank that writes tensors.
+        thread_count: the minimum number of files that are written at the same time.
+        save_distributed: each rank writes the parts that it holds to files of its own. Otherwise
+            each tensor is written in full by the rank that holds it.
+        enable_consolidation: join the ranks' files at the end. These are then in the sub-folder
+            "sharded", and the files of whole tensors in `path`.
+        thread_count_consolidation: the number of files that are written at the same time there.
+
+    Example:
+        >>> writer = dcp.HuggingFaceStorageWriter("out", save_distributed=True,
+        ...                                       enable_consolidation=True)
+        >>> dcp.save(model.state_dict(), storage_writer=writer)
     """
 
     def __init__(
@@ -80,8 +85,8 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         enable_consolidation: bool = False,
         thread_count_consolidation: int = 1,
     ) -> None:
-        begin: Any = super().__init__
-        begin(path=path, thread_count=thread_count)
+        initialise: Any = super().__init__  # Its parameters differ between releases of torch.
+        initialise(path=path, thread_count=thread_count)
         formats = getattr(stock, "SerializationFormat", None)
         if formats is not None:
             self.serialization_format = formats.SAFETENSORS
@@ -92,9 +97,9 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         self.consolidated_output_path: str | None = None
         self.rank: int | None = None
         self.use_collectives = True
-        self._go_to(path)
+        self._set_path(path)
 
-    def _go_to(self, path: _Id) -> None:
+    def _set_path(self, path: _Id) -> None:
         self.fs = file_system(path)
         self.path = self.fs.init_path(path)
         if self.save_distributed and self.enable_consolidation:
@@ -102,38 +107,54 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             self.path = self.fs.concat_path(self.path, SHARDED_DIR_NAME)
 
     def reset(self, checkpoint_id: _Id | None = None) -> None:
-        """Begin another save, to `checkpoint_id` if there is one."""
+        """Prepare for another save, to `checkpoint_id` if it is given."""
         super().reset(None)
         if checkpoint_id:
-            self._go_to(checkpoint_id)
+            self._set_path(checkpoint_id)
 
     @property
     def metadata_path(self) -> str:
         return _metadata_fn
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError where ranks save for themselves and files should be consolidated."""
+        """Start a save.
+
+        Args:
+            is_coordinator: whether this rank commits.
+            args: ignored.
+            kwargs: `rank`, and `use_collectives`.
+
+        Raises:
+            ValueError: `enable_consolidation` is combined with `use_collectives=False`.
+        """
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
         if not self.use_collectives and self.consolidated_output_path is not None:
             raise ValueError("enable_consolidation needs use_collectives=True")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Raises Conflict if there are values that are not tensors, naming them."""
+        """Return the plan as it is.
+
+        Raises:
+            Conflict: it has values that are not tensors; the message names them.
+        """
         _only_tensors(plan.items)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell every rank where its items go.
+        """Return the plans with the file of each item.
 
         Raises:
-            Conflict: without `save_distributed`, a tensor is in parts, or two ranks would write
+            Conflict: without `save_distributed`, a tensor is sharded, or two ranks would write to
                 one file.
         """
         mapping = self.fqn_to_index_mapping
         if not self.save_distributed:
             if not self.use_collectives and self.rank and any(plan.items for plan in plans):
-                raise Conflict("ranks that save for themselves need save_distributed=True")
+                raise Conflict(
+                    f"rank {self.rank} writes tensors with use_collectives=False: pass "
+                    "save_distributed=True"
+                )
             mapping = _without_shards(plans, mapping)
         first = 1 if self.use_collectives else 1 + (self.rank or 0)
         made = []
@@ -145,7 +166,12 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return made
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files. Raises Conflict for what safetensors can't hold, and OSError."""
+        """Write this rank's files.
+
+        Raises:
+            Conflict: a tensor can't be stored in a safetensors file; the message names it.
+            OSError: from the file system.
+        """
         _only_tensors(plan.items)
         files: dict[str, list[Part]] = {}
         results = []
@@ -165,9 +191,11 @@ class HuggingFaceStorageWriter(FileSystemWriter):
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Remove the files of earlier saves; consolidate, or write the index, as it was asked for.
+        """Write the index or consolidate the files; remove the files of earlier saves.
 
-        Raises as `consolidate_safetensors_files` does.
+        Raises:
+            FormatError: files to consolidate are missing a part or contradict each other.
+            ValueError: `fqn_to_index_mapping` lacks a tensor.
         """
         written = [result for of_rank in results for result in of_rank]
         folder = Folder(self.path, self.fs)
@@ -177,14 +205,14 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             nbytes = sum(result.storage_data.length for result in written)
             folder.store.put(_metadata_fn, listing(weights, nbytes), mode="replace")
         if not self.use_collectives:
-            return  # Other ranks' files are not known here.
+            return  # The files of other ranks are unknown, so none can be removed.
         folder.remove_replaced(files, shards=self.save_distributed)
         if not self.save_distributed:
             folder.remove_replaced(set(), shards=True)
         elif self.consolidated_output_path is not None:
             self._consolidate(folder, metadata)
         else:
-            # What an index of an earlier save says is no longer so.
+            # The index of an earlier save would name files that are replaced.
             folder.store.delete(_metadata_fn)
             folder.remove_replaced(set(), shards=False)
 
@@ -201,21 +229,29 @@ def _only_tensors(items: Sequence[WriteItem]) -> None:
     objects = [item.index.fqn for item in items if item.type == WriteItemType.BYTE_IO]
     if objects:
         raise Conflict(
-            f"safetensors files hold tensors only, and these are none: {', '.join(objects)}; "
-            "save them elsewhere, or as tensors"
+            f"safetensors files can hold only tensors, not {', '.join(objects)}: save these values "
+            "elsewhere, or as tensors"
         )
 
 
 def _without_shards(
     plans: Sequence[SavePlan], mapping: dict[str, int] | None
 ) -> dict[str, int] | None:
-    """Which file each tensor goes to, where tensors are whole, and a file is one rank's."""
+    """Return the file number of each tensor if tensors are whole and each file has one writer.
+
+    Args:
+        plans: the plans of all ranks.
+        mapping: the caller's; by default each rank that has tensors writes one file.
+
+    Raises:
+        Conflict: a tensor is sharded, or two ranks would write to one file.
+    """
     busy = [rank for rank, plan in enumerate(plans) if plan.items]
     ranks: dict[str, int] = {}
     for rank in busy:
         for item in plans[rank].items:
             if tuple(_data(item).chunk.sizes) != tuple(_data(item).size):
-                raise Conflict(f"tensor {item.index.fqn!r} is in parts: use save_distributed=True")
+                raise Conflict(f"tensor {item.index.fqn!r} is sharded: pass save_distributed=True")
             ranks[item.index.fqn] = rank
     if mapping is None:
         if len(busy) < 2:
@@ -227,7 +263,7 @@ def _without_shards(
         if other != rank:
             raise Conflict(
                 f"file {mapping[name]} of fqn_to_index_mapping holds tensors of rank {other} and "
-                f"rank {rank}: use save_distributed=True, enable_consolidation=True, or "
+                f"rank {rank}: pass save_distributed=True, enable_consolidation=True, or "
                 "DefaultSavePlanner(dedup_save_to_lowest_rank=True)"
             )
     return mapping
@@ -235,12 +271,12 @@ def _without_shards(
 
 def _number(name: str, mapping: dict[str, int]) -> int:
     if name not in mapping:
-        raise Conflict(f"tensor {name!r} is not in fqn_to_index_mapping")
+        raise Conflict(f"fqn_to_index_mapping has no entry for tensor {name!r}")
     return mapping[name]
 
 
 def _places(plan: SavePlan) -> Iterator[tuple[WriteItem, str]]:
-    """The items, and the file that each goes to: a file has one part of a tensor at most."""
+    """Yield each item with its file. A file has at most one part of a tensor."""
     data: dict[str, Any] = plan.storage_data or {}
     mapping = data.get("fqn_to_index_mapping")
     last = max(mapping.values()) if mapping else 1
@@ -253,7 +289,7 @@ def _places(plan: SavePlan) -> Iterator[tuple[WriteItem, str]]:
 
 
 def _is_empty(item: WriteItem) -> bool:
-    """Whether it is a part without elements of a tensor that has some."""
+    """Return whether an item is an empty part of a tensor that is not empty."""
     data = _data(item)
     return not prod(data.chunk.sizes) and bool(prod(data.size))
 
@@ -273,35 +309,39 @@ def _done(value: Any) -> Future[Any]:
 
 
 class HuggingFaceStorageReader(FileSystemReader):
-    """Reads a folder of safetensors files; what ranks wrote in parts is put together again.
+    """Reads a folder of safetensors files, including tensors that ranks have written in parts.
 
     Args:
-        path: a folder, or a URL that fsspec knows.
-        thread_count: threads that read, at least.
+        path: a folder, or a URL that fsspec supports.
+        thread_count: the minimum number of threads that read.
+
+    Example:
+        >>> reader = dcp.HuggingFaceStorageReader("Llama-3.1-8B")
+        >>> dcp.load(state, storage_reader=reader)
     """
 
     def __init__(self, path: str, thread_count: int = 1) -> None:
-        begin: Any = super().__init__
-        begin(path)
+        initialise: Any = super().__init__  # Its parameters differ between releases of torch.
+        initialise(path)
         self.thread_count = thread_count
-        self._go_to(path)
+        self._set_path(path)
 
-    def _go_to(self, path: _Id) -> None:
+    def _set_path(self, path: _Id) -> None:
         self.fs = file_system(path)
         self.path = self.fs.init_path(path)
         self._source: CheckpointReader | None = None
 
     def reset(self, checkpoint_id: _Id | None = None) -> None:
-        """Begin another load, from `checkpoint_id` if there is one."""
+        """Prepare for another load, from `checkpoint_id` if it is given."""
         super().reset(None)
-        self._go_to(checkpoint_id or self.path)
+        self._set_path(checkpoint_id or self.path)
 
     def read_metadata(self) -> Metadata:
-        """What the files hold, by their headers.
+        """Return the metadata of the tensors in the files, by the headers of these.
 
         Raises:
-            NotACheckpoint: there are none.
-            FormatError: one is broken or hostile, or they contradict each other.
+            NotACheckpoint: the folder has no safetensors file.
+            FormatError: a file is malformed or hostile, or files contradict each other.
         """
         self._source = self._open()
         metadata = metadata_of(self._source)
@@ -329,11 +369,11 @@ class HuggingFaceStorageReader(FileSystemReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what a plan asks for, and no more.
+        """Read the items of a plan, and no other bytes.
 
         Raises:
-            Mismatch: the planner's tensors are not as its plan says.
-            FormatError: the files do not hold all of a tensor.
+            Mismatch: a tensor of the planner's has another shape than its item.
+            FormatError: the files hold only a part of a tensor.
             Damaged: bytes are missing.
         """
         source = self._source or self._open()
@@ -363,12 +403,12 @@ class HuggingFaceStorageReader(FileSystemReader):
         return Folder(self.path, self.fs).store
 
     def _reads_alone(self, item: ReadItem) -> bool:
-        """Whether an item goes through `_process_read_request`: if that is a user's own."""
-        mine = HuggingFaceStorageReader._process_read_request
-        return type(self)._process_read_request is not mine
+        """Return whether an item is read by `_process_read_request`: if a subclass overrides it."""
+        default = HuggingFaceStorageReader._process_read_request
+        return type(self)._process_read_request is not default
 
     def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
-        """Read one item out of an open file, one like safetensors' own."""
+        """Read one item from an open file that has the methods of safetensors' `safe_open`."""
         ranges = zip(req.storage_offsets, req.lengths, strict=False)
         slices = tuple(slice(begin, begin + length) for begin, length in ranges)
         tensor = f.get_slice(req.storage_index.fqn)[slices]

@@ -1,4 +1,4 @@
-"""The state of an optimizer under FSDP1, laid out over the ranks without a template."""
+"""Loading of an optimizer's state under FSDP1, without a template."""
 
 from __future__ import annotations
 
@@ -37,23 +37,30 @@ def load_sharded_optimizer_state_dict(
     storage_reader: StorageReader,
     planner: LoadPlanner | None = None,
 ) -> dict[str, Any]:
-    """Load an optimizer's state, sharded as FSDP1 has it; every rank of the job calls this.
+    """Load an optimizer's state, sharded as FSDP1 expects; every rank of the job must call this.
 
-    Tensors are cut into rows, a chunk for each rank; of a model with tensor parallelism as well,
-    the part that this rank's slice of the parameter has is cut so, over its data-parallel group.
-    Tensors of one element come whole. Without a process group all do.
+    Each tensor is cut into chunks of rows, one for each rank. With tensor parallelism, each rank's
+    slice of a parameter is cut in this way over its data-parallel group. Tensors of one element are
+    loaded in full, and so is everything if there is no process group.
 
     Args:
-        model_state_dict: of the model as it is now, of the kind SHARDED_STATE_DICT.
-        optimizer_key: where the optimizer was in the state that was saved.
-        storage_reader: where to load from.
+        model_state_dict: the present state of the model, of the kind SHARDED_STATE_DICT.
+        optimizer_key: the key of the optimizer in the saved state.
+        storage_reader: reads the checkpoint.
         planner: for models without tensor parallelism; by default `DefaultLoadPlanner`.
 
     Returns:
-        A state with that key, for `FSDP.optim_state_dict_to_load`.
+        A state with that key, to be passed to `FSDP.optim_state_dict_to_load`.
 
     Raises:
-        CheckpointException: as `load`.
+        CheckpointException: the load failed, or the checkpoint holds no optimizer under that key.
+
+    Example:
+        >>> state = dcp.load_sharded_optimizer_state_dict(
+        ...     model_state_dict=model.state_dict(),
+        ...     optimizer_key="optim",
+        ...     storage_reader=dcp.FileSystemReader("run/step_100"),
+        ... )
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     with as_torch(rank):
@@ -66,7 +73,7 @@ def load_sharded_optimizer_state_dict(
             entry = metadata.state_dict_metadata[name]
             parameter = path[2] if len(path) > 2 else ""
             offset, size = slices.get(parameter, (None, ()))
-            state[name] = _room(entry, size, group)
+            state[name] = _allocated(entry, size, group)
             if offset is not None and isinstance(state[name], ShardedTensor):
                 moved[name] = offset
     if group is not None:
@@ -76,29 +83,36 @@ def load_sharded_optimizer_state_dict(
 
 
 def _paths_below(key: str, metadata: Metadata) -> dict[str, Path]:
-    """Where the optimizer's names were in the state. Mismatch if there are none."""
+    """Return the paths of the optimizer's names in the saved state.
+
+    Raises:
+        Mismatch: there are none.
+    """
     known = metadata.planner_data or {}
     names = [name for name in metadata.state_dict_metadata if name in known]
     paths = {name: known[name] for name in names if known[name][0] == key}
     if not paths:
-        raise Mismatch(f"the checkpoint holds no state under {key!r} that was saved flattened")
+        raise Mismatch(
+            f"the checkpoint has no flattened state under {key!r}; its top-level keys are "
+            f"{sorted({str(path[0]) for path in known.values()})}"
+        )
     return paths
 
 
-def _room(entry: Any, part: Sequence[int], group: dist.ProcessGroup | None) -> Any:
-    """This rank's share of a tensor. An object's place has to be taken, by anything.
+def _allocated(entry: Any, part: Sequence[int], group: dist.ProcessGroup | None) -> Any:
+    """Return memory for this rank's share of a tensor, or None as a placeholder for an object.
 
     Args:
         entry: of the metadata.
-        part: the size of what the group shares of it, if that is not all.
-        group: over which it is shared; by default the job's.
+        part: the size of the part that the group shares; empty for the whole tensor.
+        group: the group that shares it; by default the job's.
     """
     if not isinstance(entry, TensorStorageMetadata):
         return None
     if entry.size.numel() == 1 or not dist.is_initialized():
         return torch.empty(entry.size, dtype=entry.properties.dtype, device=_device(group))
     if group is None:
-        # One element, seen as a whole tensor: of that only a chunk is taken.
+        # One element, expanded to the whole size: only this rank's chunk of it is allocated.
         one = torch.empty((), dtype=entry.properties.dtype, device=_device(group))
         return _create_chunk_sharded_tensor(
             one.expand(entry.size),

@@ -1,4 +1,4 @@
-"""How a plain tensor says which part of a global one it is: torch 2.15's, for every release."""
+"""The protocol of plain tensors that are parts of a global one: torch 2.15's, for all releases."""
 
 from __future__ import annotations
 

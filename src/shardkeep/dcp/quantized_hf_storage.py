@@ -21,29 +21,35 @@ __all__ = ["QuantizedHuggingFaceStorageReader"]
 __getattr__ = forward_to_torch("quantized_hf_storage")
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What the lower three bits of a 4-bit float mean; the fourth is its sign."""
+"""The values of the lower three bits of a 4-bit float (E2M1); the fourth bit is the sign."""
 
 _BIAS = 127
-"""A scale of mxfp4 is a power of two, stored as an exponent with this bias."""
+"""The bias of the exponents that mxfp4 stores as scales, which are powers of two."""
 
-_STEP = 1 << 22
-"""Values that are dequantized at a time: what they need in between is a few times as many words."""
+_VALUES_PER_STEP = 1 << 22
+"""Values that are dequantized at a time; temporary arrays take a few words for each."""
 
-_PAIRS = ((".weight_scale_inv", ".weight"), ("_scales", "_blocks"))
+_SCALE_ENDINGS = ((".weight_scale_inv", ".weight"), ("_scales", "_blocks"))
 
 
 class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
-    """Reads quantized weights as what they mean; any other tensor as it is.
+    """Reads quantized weights and dequantizes them; other tensors are read as they are.
 
-    `x.weight` with a scale for each square block in `x.weight_scale_inv` (float8), and `x_blocks`,
-    [..., G, B] bytes of two 4-bit floats each, with the exponents of their groups in `x_scales`,
-    [..., G] (mxfp4): the latter is a tensor [..., G * B * 2] to the planner.
+    Two formats are recognised by the names of tensors. float8: `x.weight`, with a scale for each
+    square block in `x.weight_scale_inv`. mxfp4: `x_blocks` of shape [..., G, B], whose bytes hold
+    two 4-bit floats each, with the exponents of the G groups in `x_scales` of shape [..., G]; it is
+    loaded as a tensor of shape [..., G * B * 2].
 
     Args:
-        path: a folder, or a URL that fsspec knows.
-        thread_count: threads that read, at least; files whose tensors are dequantized at a time.
-        target_dtype: what quantized tensors become.
-        block_size: rows and columns of a block of `x.weight`.
+        path: a folder, or a URL that fsspec supports.
+        thread_count: the minimum number of threads that read, and the number of files whose tensors
+            are dequantized at the same time.
+        target_dtype: the dtype of dequantized tensors.
+        block_size: the number of rows, and of columns, of a block of `x.weight`.
+
+    Example:
+        >>> reader = dcp.QuantizedHuggingFaceStorageReader("DeepSeek-V3")
+        >>> dcp.load(state, storage_reader=reader)
     """
 
     def __init__(
@@ -61,11 +67,12 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         self._tensor_full_shapes: dict[str, torch.Size] = {}
 
     def read_metadata(self) -> Metadata:
-        """What the files hold, quantized tensors with the shape and dtype that they will have.
+        """Return the metadata of the tensors, with shape and dtype after dequantization.
 
         Raises:
-            NotACheckpoint, FormatError: as in the base class; and a quantized tensor is in parts,
-                or its scales do not fit it.
+            NotACheckpoint: the folder has no safetensors file.
+            FormatError: a file is malformed, files contradict each other, a quantized tensor is
+                sharded, or its scales do not fit its shape.
         """
         metadata = super().read_metadata()
         places: Any = metadata.storage_data
@@ -90,23 +97,23 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         return metadata
 
     def _build_weight_scale_mapping(self, weight_map: dict[str, str]) -> None:
-        """Pair the quantized tensors with their scales, by their names."""
+        """Find the scales of the quantized tensors by their names."""
         self._weight_map = weight_map
         self._weight_scale_mapping = {
             weight: scale
             for scale in weight_map
-            for ending, quantized in _PAIRS
+            for ending, quantized in _SCALE_ENDINGS
             if scale.endswith(ending)
             and (weight := scale.removesuffix(ending) + quantized) in weight_map
         }
 
     def _check(self, name: str, entry: Any, scale: str, scales: Any) -> None:
-        """Refuse what would be dequantized wrongly."""
+        """Refuse a tensor that would be dequantized wrongly."""
         shape = tuple(entry.size)
         for part, held in ((name, entry), (scale, scales)):
             if len(held.chunks) != 1:
-                what = f"{part!r} is in {len(held.chunks)} parts: quantized tensors must be whole"
-                raise FormatError(what)
+                what = f"{part!r} is sharded into {len(held.chunks)} parts"
+                raise FormatError(f"{what}; quantized tensors must be in one piece")
         if name.endswith("_blocks"):
             needed = shape[:-1]
             what = "one for each group"
@@ -117,7 +124,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
             kind = len(shape) == 2
         if not kind or len(shape) < 2:
             raise FormatError(
-                f"{name!r}: don't know how {entry.properties.dtype}{list(shape)} is quantized"
+                f"{name!r}: {entry.properties.dtype}{list(shape)} is not a known quantized format"
             )
         if tuple(scales.size) != needed:
             raise FormatError(
@@ -129,12 +136,12 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         return tensor_fqn in self._weight_scale_mapping
 
     def _reads_alone(self, item: ReadItem) -> bool:
-        mine = QuantizedHuggingFaceStorageReader._process_read_request
+        default = QuantizedHuggingFaceStorageReader._process_read_request
         quantized = self._is_tensor_quantized(item.storage_index.fqn)
-        return quantized or type(self)._process_read_request is not mine
+        return quantized or type(self)._process_read_request is not default
 
     def _process_read_request(self, f: Any, req: ReadItem, planner: LoadPlanner) -> None:
-        """Read one item out of an open file, one like safetensors' own."""
+        """Read one item from an open file that has the methods of safetensors' `safe_open`."""
         name = req.storage_index.fqn
         if not self._is_tensor_quantized(name):
             super()._process_read_request(f, req, planner)
@@ -148,16 +155,16 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         planner.commit_tensor(req, target)
 
     def _scales(self, f: Any, name: str, read: Callable[[Any, str], torch.Tensor]) -> torch.Tensor:
-        """What `read` takes from the file with a tensor's scales: the open one, or another."""
+        """Return what `read` reads from the file that has the scales of a tensor."""
         scale = self._weight_scale_mapping[name]
         file = self._weight_map.get(scale)
         if file is None:
-            raise FormatError(f"{name!r}: its scales {scale!r} are nowhere")
+            raise FormatError(f"{name!r}: no file has its scales, {scale!r}")
         if file == self._weight_map.get(name):
             return read(f, scale)
         if isinstance(f, SafetensorsFile):
             return read(SafetensorsFile(self._store(), file), scale)
-        from safetensors import safe_open  # Who opens one file so reads all of them so.
+        from safetensors import safe_open  # As the caller opened the other file.
 
         with safe_open(self.fs.concat_path(self.path, file), framework="pt") as opened:
             return read(opened, scale)
@@ -165,7 +172,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     def _read_blocks(
         self, f: Any, name: str, begin: list[int], sizes: list[int], target: torch.Tensor
     ) -> None:
-        """A part of a matrix with a scale for each square block of it."""
+        """Read a part of a matrix that has a scale for each of its square blocks."""
         if not target.numel():
             return
         scales = self._scales(f, name, lambda file, scale: file.get_tensor(scale))
@@ -173,7 +180,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         weight = f.get_slice(name)[slice(top, top + height), slice(left, left + width)]
         columns = torch.arange(left, left + width) // edge
         rows = torch.arange(top, top + height) // edge
-        step = max(1, _STEP // width)
+        step = max(1, _VALUES_PER_STEP // width)
         for row in range(0, height, step):
             band = slice(row, row + step)
             scale = scales[rows[band]].to(torch.float32)[:, columns]
@@ -183,7 +190,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
     def _read_groups(
         self, f: Any, name: str, begin: list[int], sizes: list[int], target: torch.Tensor
     ) -> None:
-        """A part of a tensor of 4-bit floats, in groups along the last dimension."""
+        """Read a part of a tensor of 4-bit floats, scaled in groups along the last dimension."""
         if not target.numel():
             return
         each = 2 * self._tensor_full_shapes[name + "_quantized"][-1]
@@ -197,7 +204,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         rows = prod(sizes[:-1])
         flat = blocks.reshape(rows, end - first, each // 2)
         exponents = scales.reshape(rows, end - first).to(torch.int32) - _BIAS
-        step = max(1, _STEP // ((end - first) * each))
+        step = max(1, _VALUES_PER_STEP // ((end - first) * each))
         made = torch.empty(rows, sizes[-1], dtype=self.target_dtype)
         for row in range(0, rows, step):
             values = _from_e2m1(flat[row : row + step])
@@ -208,7 +215,7 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
 
 
 def _from_e2m1(packed: torch.Tensor) -> torch.Tensor:
-    """Two floats for each byte along the last dimension, the one in the lower bits first."""
+    """Return two floats for each byte along the last dimension, that of the lower bits first."""
     table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
     return table[pairs.flatten(-2).to(torch.int32)]

@@ -1,4 +1,4 @@
-"""Pauses of Python's cyclic garbage collector while many objects are created at once."""
+"""Python's cyclic garbage collector, out of the way while many values are made at once."""
 
 from __future__ import annotations
 
@@ -12,49 +12,45 @@ from shardkeep.util.forking import after_fork_in_child
 __all__ = ["paused"]
 
 
-class _PauseCount:
-    """Counts the pauses of all threads: the first one stops the collector, the last one starts it.
+class _Pauses:
+    """Those of all threads: the first one stops the collector, the last one lets it go on.
 
-    If each pause acted for itself, a second one would find the collector off and leave it off after
-    the first one had turned it on. Or it would turn it off for good, between the check of the first
-    one and its action.
+    Each for itself, the second would find it off, and leave it so after the first has turned it on;
+    or turn it off for good, between the question of the first and its act.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._depth = 0
-        self._was_enabled = False
+        self._was = False
 
     def begin(self) -> None:
         with self._lock:
             if not self._depth:
-                self._was_enabled = gc.isenabled()
+                self._was = gc.isenabled()
                 gc.disable()
             self._depth += 1
 
     def end(self) -> None:
         with self._lock:
             self._depth -= 1
-            if not self._depth and self._was_enabled:
+            if not self._depth and self._was:
                 gc.enable()
 
     def forget(self) -> None:
-        """Turn the collector on again in a forked process, which lacks the threads that paused."""
-        if self._depth and self._was_enabled:
+        """The threads of the pauses are not there any more."""
+        if self._depth and self._was:
             gc.enable()
 
 
-_pauses = _PauseCount()
+_pauses = _Pauses()
 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause the garbage collector of the process inside the block.
+    """No collections inside: each one goes through all values again, and finds them in use.
 
-    Each collection would examine all new objects again, and find them in use. With a few objects
-    for each of 100,000 tensors, that takes longer than the work itself.
-
-    Don't wait for other ranks inside the block: the collector is off for all threads.
+    With some values for each of 100,000 tensors, they would take longer than the work itself.
     """
     pauses = _pauses
     pauses.begin()
@@ -65,10 +61,10 @@ def paused() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Start anew in a forked process: the pauses belong to threads of its parent."""
+    """In a forked process: the pauses are those of its parent's threads."""
     global _pauses  # noqa: PLW0603
     _pauses.forget()
-    _pauses = _PauseCount()
+    _pauses = _Pauses()
 
 
 after_fork_in_child(_forget)

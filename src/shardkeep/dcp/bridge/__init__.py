@@ -1,1 +1,1 @@
-"""Between torch's protocol of planners and storage, and the engine."""
+"""Conversion between torch's planners, storage and metadata and those of the engine."""

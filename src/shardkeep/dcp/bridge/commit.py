@@ -1,4 +1,4 @@
-"""The commit of what a plan wrote: torch's metadata, with Shardkeep's manifest where it can be."""
+"""The commit of what a plan wrote: torch's metadata, with Shardkeep's manifest where possible."""
 
 from __future__ import annotations
 
@@ -11,52 +11,60 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.dcp.bridge.metadata import index_of, is_whole, pickled, says_no_more
-from shardkeep.engine.committing import manifest_header, remove_replaced
+from shardkeep.engine import save
 from shardkeep.errors import FormatError
 from shardkeep.format.dcp.metadata_read import read_metadata
 from shardkeep.format.dcp.metadata_write import metadata_bytes
 from shardkeep.stores.contract import Store
 from shardkeep.types import Index
 
-__all__ = ["commit_one_rank", "publish"]
+__all__ = ["commit_all_ranks", "commit_one_rank"]
 
 Results = Mapping[MetadataIndex, WriteResult]
 
 
-def publish(
+def commit_all_ranks(
     store: Store, metadata: Any, results: Results, lease: Lease, *, ranks: int, name: str
 ) -> None:
-    """Commit what all ranks wrote, in one step, then remove what it replaced.
+    """Commit what all ranks wrote in one step, then remove the files that it replaces.
 
-    Every release of torch from 2.0 on can read it. What no index can say (classes or attributes of
-    the user's own) is pickled as it is: nothing is lost, but only torch that has them reads it.
+    Every release of torch from 2.0 on can read the result. Metadata that an index can't express
+    (classes or attributes of the user's own) is pickled as it is, without a manifest; reading it
+    takes a torch that has these classes.
 
     Args:
-        store: where everything is already, durably.
+        store: where all data files are durable already.
         metadata: with `storage_data`.
         results: those of all ranks.
-        lease: the save's.
-        ranks: how many wrote.
-        name: the file, `.metadata` unless a writer of the user's own says otherwise.
+        lease: of this save.
+        ranks: the number of ranks that wrote.
+        name: the name of the commit record: `.metadata`, unless a writer has another.
     """
     old = commit.files_of(store)
     index = _index(metadata, results)
     if index is not None and is_whole(index) and name == commit.METADATA:
         with commit.undone_on_failure(store, lease.save_id):
-            commit.publish(store, lease.save_id, index, manifest_header(ranks))
+            commit.publish(store, lease.save_id, index, save.header(ranks))
     else:
         store.put(
             name, pickled(metadata) if index is None else metadata_bytes(index), mode="replace"
         )
     if index is not None or commit.files_of(store):
-        remove_replaced(store, old - {name}, lease, stacklevel=4)
+        save.remove_replaced(store, old - {name}, lease)
 
 
 def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:
-    """Commit what one rank wrote for itself (`use_collectives=False`); see `publish`.
+    """Commit what one rank wrote (`use_collectives=False`), then remove what it replaces.
 
-    There is no moment at which all ranks' files are there: they are as many commits. A `.metadata`
-    of an earlier save would hide them all: the lowest rank removes it.
+    Each rank commits alone, so there is no single moment at which all ranks' files are committed.
+    Rank 0 removes a `.metadata` of an earlier save, which would take precedence over all of them.
+
+    Args:
+        store: where the rank's data files are durable already.
+        metadata: with `storage_data`.
+        results: those of this rank.
+        rank: this rank.
+        name: the name of the rank's commit record.
     """
     old = _files(store, name)
     index = _index(metadata, results)
@@ -71,11 +79,11 @@ def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int,
 
 
 def _index(metadata: Any, results: Results) -> Index | None:
-    """The metadata as an index; None if that would lose something."""
+    """Return the metadata as an index, or None if an index would lose something."""
     try:
         index = index_of(metadata, results)
         return index if says_no_more(metadata, index) else None
-    except (FormatError, AttributeError, TypeError):  # classes of the user's own
+    except (FormatError, AttributeError, TypeError):  # Raised by classes of the user's own.
         return None
 
 

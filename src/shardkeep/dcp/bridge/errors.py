@@ -1,4 +1,4 @@
-"""The engine's errors as torch's: what is caught today as either goes on being caught."""
+"""The engine's errors as `CheckpointException`s, so that handlers for either catch them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from shardkeep.dcp.bridge.torch_messages import missing_key, size_mismatch
 from shardkeep.dcp.bridge.trust import how_to_trust
 from shardkeep.errors import Mismatch, RankFailed, Untrusted
 
 __all__ = ["Failures", "as_torch", "failed", "portable", "together", "wrapped"]
 
 Failures = Mapping[int, tuple[BaseException, StackSummary]]
-"""Rank -> what it raised, and where."""
+"""Rank -> the error that it raised, and its traceback."""
 
-_SHOWN = 40
+_MAX_NAMES_SHOWN = 40
 _SHAPES = re.compile(r"shape: (\[.*\]) in the checkpoint, (\[.*\]) in the template")
 
 
 class as_torch:
-    """Raise every error in a block as a `CheckpointException` of the error's own class, too.
+    """A context in which every error is raised as a `CheckpointException` of its own class, too.
 
     Args:
-        rank: this rank, under which its own errors stand in `failures`.
+        rank: this rank, under which its errors are listed in `failures`.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
 
     def __enter__(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""
 
     def __exit__(
         self,
@@ -51,39 +52,45 @@ class as_torch:
 
 
 def wrapped(error: BaseException) -> tuple[BaseException, StackSummary]:
-    """An error, in torch's words where it has some, and where it was raised; both can travel."""
+    """Return an error and its traceback, as other ranks can unpickle them.
+
+    The text of the error has torch's own message where torch has one for the case.
+    """
     if isinstance(error, Untrusted):
         error.args = Untrusted(error.name, error.classes, how_to_trust(error.classes)).args
     elif isinstance(error, Mismatch):
-        error.args = ("\n".join(dict.fromkeys([str(error), *_torchs_words(error)])),)
-    # Frames of their own: those of Python 3.13 carry code, which can't be pickled.
+        error.args = ("\n".join(dict.fromkeys([str(error), *_torch_messages(error)])),)
+    # The frames are made anew: those of Python 3.13 refer to code, which can't be pickled.
     frames = traceback.extract_tb(error.__traceback__)
     plain = [(frame.filename, frame.lineno or 0, frame.name, frame.line) for frame in frames]
     if isinstance(error, RankFailed):
-        error = copy(error)  # Python shows its note below the whole: here it would hide who failed.
+        # Python prints notes below all ranks' tracebacks, where this one would hide who failed.
+        error = copy(error)
         error.__dict__.pop("__notes__", None)
     return error, StackSummary.from_list(plain)
 
 
-def _torchs_words(error: Mismatch) -> list[str]:
-    """What torch says of the same names: there are programs that look for it."""
+def _torch_messages(error: Mismatch) -> list[str]:
+    """Return torch's messages for the names that do not match; programs look for them."""
     refused: Mapping[str, str] = getattr(error.report, "refused", {})
     lines = []
-    for name, why in list(refused.items())[:_SHOWN]:
+    for name, why in list(refused.items())[:_MAX_NAMES_SHOWN]:
         if why.startswith("missing: "):
-            lines.append(f"Missing key in checkpoint state_dict: {name}.")
+            lines.append(missing_key(name))
         elif shapes := _SHAPES.fullmatch(why):
             saved, current = (f"torch.Size({shape})" for shape in shapes.groups())
-            lines.append(f"Size mismatch between saved {saved} and current: {current} for {name}")
+            lines.append(size_mismatch(name, saved, current))
     return lines
 
 
 def together(phase: str, failures: Failures) -> CheckpointException:
-    """What all ranks raise of what some of them did; of its class, if all did the same.
+    """Return the error that all ranks raise when some of them have failed.
+
+    If all errors are of one class, it is of that class as well.
 
     Args:
-        phase: what they were doing.
-        failures: of the ranks that failed; at least one.
+        phase: what the ranks were doing.
+        failures: the errors of the ranks that failed; at least one.
     """
     errors = [error for error, _ in failures.values()]
     if len({type(error) for error in errors}) == 1:
@@ -92,16 +99,20 @@ def together(phase: str, failures: Failures) -> CheckpointException:
 
 
 def failed(error: BaseException, failures: Failures) -> CheckpointException:
-    """A `CheckpointException` with these failures that is an instance of `error`'s class as well.
+    """Return a `CheckpointException` that is an instance of the class of `error` as well.
 
-    It has the error's arguments and attributes, and can be pickled. Where the class can't be
-    derived from, it is an `Exception` only.
+    It has the error's arguments and attributes, and can be pickled. If the class does not allow
+    subclasses, it is a plain `CheckpointException`.
+
+    Args:
+        error: the error.
+        failures: the errors of all ranks that failed.
     """
-    if isinstance(error, CheckpointException):  # Of a save or load inside this one.
+    if isinstance(error, CheckpointException):  # Raised by a save or load inside this one.
         error = getattr(error, "_error", error)
     try:
         made = _like(error)
-    except Exception:  # Whatever a class does to those who derive from it.
+    except Exception:  # A class may raise anything when a subclass is made.
         made = _like(Exception(*error.args))
     made._error, made._failures = error, dict(failures)
     assert isinstance(made, CheckpointException)
@@ -109,12 +120,15 @@ def failed(error: BaseException, failures: Failures) -> CheckpointException:
 
 
 def _like(error: BaseException) -> Any:
-    """A copy of the error, of a class that is torch's too. No code of its own class runs."""
+    """Return a copy of an error that is a `CheckpointException`, too.
+
+    No code of the error's own class runs.
+    """
     if not isinstance(error, Exception):
-        raise TypeError("Python's own ways of ending a program are no failures")
+        raise TypeError(f"{type(error).__name__} ends a program; it is not a failure of a rank")
     kind: Any = type(error)
     native: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
-    # Some have more than `args`: the file of an OSError, the bytes of a UnicodeDecodeError.
+    # Some errors have more than `args`, such as the file of an OSError.
     _, args, *state = native.__reduce__(error)
     made = native.__new__(_both(kind), *args)
     native.__init__(made, *args)
@@ -131,19 +145,19 @@ def _both(kind: type[BaseException]) -> type[BaseException]:
 
 
 def _reduce(self: Any) -> Any:
-    """The class can't be found by its name: it is made again from what it is made of."""
-    return failed, (_travelling(self._error), portable(self._failures))
+    """Pickle what the error is made from, as its class can't be found by name."""
+    return failed, (_picklable(self._error), portable(self._failures))
 
 
 def portable(failures: Failures) -> dict[int, tuple[BaseException, StackSummary]]:
-    """The failures, with text in place of exceptions that can't be pickled and come back."""
-    return {rank: (_travelling(error), trace) for rank, (error, trace) in failures.items()}
+    """Return the failures with a RuntimeError in place of each error that can't be pickled."""
+    return {rank: (_picklable(error), trace) for rank, (error, trace) in failures.items()}
 
 
-def _travelling(error: BaseException) -> BaseException:
+def _picklable(error: BaseException) -> BaseException:
     try:
         if type(pickle.loads(pickle.dumps(error))) is type(error):  # noqa: S301 - just made
             return error
-    except Exception:  # noqa: S110 - whatever its class does
+    except Exception:  # noqa: S110 - its class may raise anything
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")

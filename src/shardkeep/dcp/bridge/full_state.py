@@ -1,4 +1,4 @@
-"""A checkpoint's state without a template: whole, on the CPU, nested as it was saved."""
+"""The state of a checkpoint in full, without a template."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ __all__ = ["read_full_state"]
 def read_full_state(
     source: CheckpointReader, *, keys: Collection[str] | None = None, trust: Sequence[str] = ()
 ) -> Any:
-    """Everything that a checkpoint holds, or part of it, with containers and keys as they were.
+    """Return the state of a checkpoint, or a part of it, nested as it was saved, on the CPU.
 
-    Tensors that are one payload in the checkpoint are one tensor.
+    Names that share one payload in the checkpoint share one tensor.
 
     Args:
         source: the checkpoint.
-        keys: flat names to read, or those of containers around them; by default all. Places of
-            lists that are left out become None.
+        keys: flat names, or names of containers; by default all. Elements of lists that are left
+            out become None.
         trust: classes, as "module.Class", that objects may be built of.
 
     Raises:
-        Untrusted: an object holds a class that was not trusted.
-        Mismatch: this torch has no dtype that a tensor is of.
-        Damaged, FormatError: what is wrong with the files.
+        Untrusted: an object holds a class that is not trusted.
+        Mismatch: this release of torch lacks the dtype of a tensor.
+        Damaged, FormatError: bytes are missing, changed or malformed.
     """
     structure = source.structure if keys is None else _part(source.structure, keys)
     made: dict[str, Any] = {}
@@ -47,9 +47,8 @@ def read_full_state(
             continue
         dtype, shape = source.dtype_and_shape(name)
         if dtype.name.startswith(("qint", "quint")):
-            made[name] = decode(
-                source.item_bytes(name)
-            )  # Only the item knows scale and zero point.
+            # Only the item has the scale and the zero point.
+            made[name] = decode(source.item_bytes(name))
             continue
         info = source.tensor(name)
         place = (dtype, shape, info.chunks) if info.chunks else name
@@ -70,7 +69,7 @@ def _empty(name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _part(structure: Structure, keys: Collection[str]) -> Structure:
-    """What is under these names, in the containers that it takes."""
+    """Return the part of a structure that is under these names."""
 
     def wanted(path: Path) -> bool:
         return any(".".join(map(str, path[:end])) in keys for end in range(1, len(path) + 1))

@@ -1,4 +1,4 @@
-"""Torch's own metadata classes, out of an index and into one."""
+"""Conversion between an index and torch's own metadata classes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 VERSION = getattr(filesystem, "CURRENT_DCP_VERSION", None)
-"""What metadata says of itself in the releases that ask; None in others."""
+"""The version in metadata, in releases that check it; None in others."""
 
 Results = Mapping[MetadataIndex, WriteResult]
 
@@ -81,15 +81,15 @@ def metadata_of_save(index: Index, checkpoint_id: Any, save_id: str) -> Metadata
 
 
 def index_of(metadata: Metadata, results: Results | None = None) -> Index:
-    """What metadata says of names, boxes and places, as an index.
+    """Return the index that is equivalent to torch's metadata.
 
     Args:
         metadata: with `storage_data`.
-        results: what was written for its entries, with checksums if it is `Checksummed`. A tensor
-            is of the dtype that it was written in, whatever its entry says.
+        results: what was written for its entries, with checksums where it is `Checksummed`. A
+            tensor has the dtype in which it was written, even if its entry has another.
 
     Raises:
-        FormatError: it contradicts itself, or is of other classes than torch's own writers use.
+        FormatError: the metadata contradicts itself, or has classes that torch's writers don't use.
     """
     results = results or {}
     files = Files()
@@ -103,7 +103,9 @@ def index_of(metadata: Metadata, results: Results | None = None) -> Index:
             objects[name] = _placed(metadata, MetadataIndex(name))
             continue
         if not isinstance(entry, TensorStorageMetadata):
-            raise FormatError(f"an entry that is a {type(entry).__name__}", place=f"name {name!r}")
+            raise FormatError(
+                f"its entry is of class {type(entry).__name__}", place=f"name {name!r}"
+            )
         boxes = dict.fromkeys((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
         keys = [MetadataIndex(name, box[0]) for box in boxes]
         kept = [
@@ -135,7 +137,7 @@ def index_of(metadata: Metadata, results: Results | None = None) -> Index:
 
 
 def is_whole(index: Index) -> bool:
-    """Whether every byte of an index has a checksum, so that it can stand in a manifest."""
+    """Return whether every byte has a checksum, as a manifest requires."""
     chunks = index.chunks
     filled = (chunks.sizes > 0).all(axis=1) if len(chunks.tensor) else np.zeros(0, bool)
     plain = (chunks.payload >= 0) | (chunks.transform > 0)
@@ -144,9 +146,9 @@ def is_whole(index: Index) -> bool:
 
 
 def says_no_more(metadata: Metadata, index: Index) -> bool:
-    """Whether nothing in metadata would be lost if only its index were kept.
+    """Return whether an index holds all that the metadata holds.
 
-    What torch itself never uses does not count: whether gradients were wanted, and the like.
+    Properties that torch itself never uses, such as `requires_grad`, are ignored.
     """
     return (
         _is_plain(metadata, Metadata)
@@ -161,7 +163,7 @@ def says_no_more(metadata: Metadata, index: Index) -> bool:
 
 
 def pickled(metadata: Any) -> bytes:
-    """The pickle of metadata of any kind; its tensors' properties as all releases read them."""
+    """Return the pickle of metadata of any class, in a form that all releases of torch can read."""
     out = io.BytesIO()
     _Pickler(out, protocol=4).dump(metadata)
     return out.getvalue()
@@ -169,7 +171,7 @@ def pickled(metadata: Any) -> bytes:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """Releases before 2.15 take five properties, not the six that later ones pickle."""
+        """Reduce tensor properties to the five that releases before 2.15 can read, not six."""
         if type(value) is not TensorProperties:
             return NotImplemented
         properties: Any = value
@@ -234,35 +236,36 @@ def _planner_data(index: Index) -> dict[str, tuple[str | int, ...]] | None:
 
 
 def _placed(metadata: Metadata, key: MetadataIndex) -> Placed:
-    """Where an item is; storage of other classes is taken by its attributes."""
+    """Return where an item is stored; locations of other classes are read by their attributes."""
     place = metadata.storage_data.get(key)
     if place is None:
         raise FormatError("it has no storage location", place=f"name {key.fqn!r}")
     try:
         path, offset, length = place.relative_path, int(place.offset), int(place.length)
     except (AttributeError, TypeError, ValueError) as error:
-        what = f"stored at a {type(place).__name__}"
+        what = f"its storage location is a {type(place).__name__} without path, offset or length"
         raise FormatError(what, place=f"name {key.fqn!r}") from error
     return str(path), offset, length, tuple(getattr(place, "transform_descriptors", None) or ())
 
 
 def _dtype(name: str, entry: TensorStorageMetadata, written: list[WriteResult | None]) -> DType:
-    """The dtype that all chunks were written in, or the one that the entry says."""
+    """Return the dtype that all chunks were written in, or else that of the entry."""
     kinds = {one.dtype for one in written if isinstance(one, Checksummed) and one.dtype}
     if len(kinds) > 1:
-        raise FormatError(f"its chunks are of {sorted(kinds)}", place=f"name {name!r}")
+        what = f"its chunks have different dtypes: {', '.join(sorted(kinds))}"
+        raise FormatError(what, place=f"name {name!r}")
     return DType.named(kinds.pop() if kinds else str(entry.properties.dtype))
 
 
 def _checksummed(chunks: Chunks, rows: list[Row], written: list[WriteResult | None]) -> Chunks:
-    """The chunks with what is known of their payloads."""
+    """Return the chunks with the checksums and positions of their payloads, where known."""
     payload = np.full(len(rows), -1, dtype=np.int64)
     checksums: list[np.ndarray[Any, Any]] = []
     for row, one in enumerate(written):
         mine = np.zeros(0, dtype=np.uint32)
         if isinstance(one, Checksummed) and one.dtype:
             if one.sizes != rows[row][2]:
-                what = f"written as {list(one.sizes)}, planned as {list(rows[row][2])}"
+                what = f"written with shape {list(one.sizes)}, planned with {list(rows[row][2])}"
                 raise FormatError(what, place=f"name {one.index.fqn!r}")
             mine = np.frombuffer(one.checksums, "<u4").astype(np.uint32)
             if one.payload >= 0:
@@ -281,7 +284,7 @@ def _with_crcs(objects: Objects, results: Results) -> Objects:
 
 
 def _is_plain(value: Any, kind: Any) -> bool:
-    """Exactly of that class, with no attributes besides its own."""
+    """Return whether a value is exactly of a class, with no attributes but the class's fields."""
     known = _fields(kind)
     return type(value) is kind and vars(value).keys() <= known
 
@@ -305,7 +308,7 @@ def _is_plain_entry(entry: Any) -> bool:
 
 
 def _is_plain_meta(meta: Any) -> bool:
-    """Whether it says where and under which id something was saved, and no more."""
+    """Return whether a `StorageMeta` holds nothing but ids."""
     if meta is None:
         return True
     rest = vars(meta).keys() - {"checkpoint_id", "save_id", "load_id"}

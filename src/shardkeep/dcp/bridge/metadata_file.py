@@ -1,7 +1,7 @@
-"""`.metadata` files as torch's own metadata classes, without running their pickle.
+"""Reading of `.metadata` files into torch's own classes, without executing their pickle.
 
-What comes out is what `pickle.load` would have given, defaults of old releases included. Other
-classes than those that metadata is made of are built if they are trusted, and else refused.
+The result is what `pickle.load` returns, including the defaults of old releases. Classes that
+torch's metadata does not consist of are built if the job trusts them, and refused otherwise.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ _ENCODINGS = [
 _FLAT = frozenset(
     map(type, (None, "", 0, False, torch.Size(), torch.float, torch.strided, *_FORMATS))
 )
-"""Types of values that hold no others but numbers."""
+"""Types of values that contain nothing but numbers."""
 _PROPERTIES = ("dtype", "layout", "requires_grad", "memory_format", "pin_memory", "strides")
 
 
 def metadata_in(data: bytes, *, file: str) -> Any:
-    """The value of a metadata file; mostly a `Metadata`.
+    """Return the value in a metadata file; normally a `Metadata`.
 
     Args:
-        data: the file; what follows the pickle is not looked at.
-        file: names it in errors.
+        data: the bytes of the file; what follows the pickle is ignored.
+        file: its name, for errors.
 
     Raises:
-        Untrusted: it holds classes that metadata is not made of, and that are not trusted.
-        FormatError: it is broken or hostile.
-        Mismatch: a tensor's dtype is one that this torch does not have.
+        Untrusted: it holds classes of the user's own that the job does not trust.
+        FormatError: it is malformed or hostile.
+        Mismatch: this release of torch lacks the dtype of a tensor.
     """
     value, found = _read(data, file, lambda state: state)
     if not found:
@@ -77,34 +77,37 @@ def metadata_in(data: bytes, *, file: str) -> Any:
 def _read(
     data: bytes, file: str, resolve: Callable[[Any], Any], more: Registry | None = None
 ) -> tuple[Any, tuple[str, ...]]:
-    """The value, and the full names of the classes in it that were only stood for."""
+    """Return the value, and the full names of the classes that only have a placeholder in it."""
     found: dict[str, None] = {}
 
     def fill(node: Any, state: Any) -> None:
         if vars(node):
-            raise FormatError("metadata that is filled twice")
+            raise FormatError(f"the pickle sets the attributes of a {type(node).__name__} twice")
         if type(state) is not dict or not set(map(type, state)) <= {str}:
-            raise FormatError(f"a {type(node).__name__} without its attributes")
-        # Metadata is a leaf to whoever looks for nesting and stand-ins: that is done here.
+            raise FormatError(
+                f"the state of a {type(node).__name__} is a {type(state).__name__} instead of a "
+                "dictionary of attributes"
+            )
+        # The reader does not look inside of metadata: nesting and placeholders are checked here.
         if not set(map(type, state.values())) <= flat:
             check_nesting(state, _LIMITS.depth, _LIMITS.parts + 16 * len(data))
             found.update(dict.fromkeys(opaque_classes(state)))
         vars(node).update(resolve(state))
 
     def fill_key(node: Any, state: Any) -> None:
-        """Keys are hashed and compared: only plain names and numbers may be in them."""
+        """Fill a key, which will be hashed: it may hold only plain names and numbers."""
         name, offset, index = map(dict(state).get, ("fqn", "offset", "index"))
         plain = offset is None or (isinstance(offset, tuple) and set(map(type, offset)) <= {int})
         if type(name) is not str or not plain or type(index) not in (int, type(None)):
-            raise FormatError("a key without name or offsets")
+            raise FormatError("a MetadataIndex has no valid name, offset or index")
         fill(node, state)
 
     def fill_properties(node: Any, state: Any) -> None:
-        """Five properties, and a sixth from 2.15 on, whatever this release expects."""
+        """Fill tensor properties: five, or six from 2.15 on, whatever this release expects."""
         if type(state) is tuple and len(state) >= 5:
             state = dict(zip(_PROPERTIES, state, strict=False))
             if state["memory_format"] not in _FORMATS:
-                raise FormatError("a tensor without a memory format")
+                raise FormatError(f"{state['memory_format']!r} is not a memory format")
             if type(state["dtype"]) is DType:
                 raise Mismatch(f"torch {torch.__version__} has no dtype {state['dtype']}")
             if "strides" in state and not hasattr(node, "strides"):
@@ -126,14 +129,14 @@ def _read(
 def _empty(kind: type) -> Callable[..., Any]:
     def new(*args: Any) -> Any:
         if args:
-            raise FormatError(f"a {kind.__name__} that is made of something")
+            raise FormatError(f"the pickle creates a {kind.__name__} with arguments; it has none")
         return object.__new__(kind)
 
     return new
 
 
 def _named() -> Iterator[tuple[str, type]]:
-    """The classes that metadata is made of, by all their names so far."""
+    """Yield the classes that metadata consists of, under all names that they have had."""
     for package in _PACKAGES:
         for name in _CLASSES:
             if hasattr(stock, name):
@@ -144,22 +147,22 @@ def _named() -> Iterator[tuple[str, type]]:
 
 
 def _format(number: Any = 0) -> torch.memory_format:
-    """The pickle has a number for it."""
+    """Return the memory format of a number in a pickle."""
     if type(number) is not int or not 0 <= number < len(_FORMATS):
-        raise FormatError("a memory format that is none")
+        raise FormatError(f"{number!r} is not the number of a memory format")
     return _FORMATS[number]
 
 
 def _path(*parts: Any) -> Any:
     if not all(type(part) is str for part in parts):
-        raise FormatError("a path that is not made of text")
+        raise FormatError("the parts of a path are not all text")
     return pathlib.Path(*parts)
 
 
 _HERE = type(pathlib.Path()).__name__
 _VALUES = {
     **{name: Builder(_format) for name in _ENCODINGS},
-    # Making a path touches no file; those of the other system stay pure.
+    # Creating a path accesses no file. Paths of the other operating system are not created.
     **{
         f"{module}.{_HERE}": Builder(_path, type=type(pathlib.Path()), key=True)
         for module in ("pathlib", "pathlib._local")

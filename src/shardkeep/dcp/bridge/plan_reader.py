@@ -1,4 +1,4 @@
-"""What a plan wants to load, through the planner, by the engine's reads."""
+"""Reading of the items of a plan into the planner's memory, by the engine's reads."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ Unpack = Callable[[ReadItem, Sequence[str], Any], Any]
 
 
 class PlanReader:
-    """One plan being read.
+    """Reads the items of one plan.
 
     Args:
-        store: where from.
-        sources: of the checkpoint's index; None if there is none.
-        places: storage index -> where its item is (a `_StorageInfo`, or the like).
-        planner: gives and takes the memory.
-        unpack: undoes stream transforms (torch's `transform_load_stream`); by default Shardkeep's.
-        cut: gives an item's bytes, where the reader's own way to cut it out of its file is to be
-            used.
+        store: where the files are.
+        sources: locations of the chunks of the checkpoint's index, or None without an index.
+        places: storage index -> where its item is stored (a `_StorageInfo`, or the like).
+        planner: provides the memory.
+        unpack: undoes stream transforms (torch's `transform_load_stream`); by default Shardkeep's
+            own function.
+        cut: returns the bytes of an item, if a subclass has its own way to read them.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class PlanReader:
         self._objects: dict[tuple[str, int, int], list[int]] = {}
 
     def read(self, items: Sequence[ReadItem]) -> None:
-        """Read everything into the planner's memory.
+        """Read all items into the planner's memory.
 
         Raises:
-            FormatError: an item is broken, or its path leaves the checkpoint.
-            Damaged: bytes are missing or do not match their digest.
-            Mismatch: what is stored does not go into the memory.
+            FormatError: an item is malformed, or its path leaves the checkpoint.
+            Damaged: bytes are missing or do not match their checksum.
+            Mismatch: a stored value does not fit into the planner's memory.
         """
         wanted = [(item, self._place(item)) for item in items]
         wanted.sort(key=lambda one: (one[1].file, one[1].offset))
@@ -85,7 +85,7 @@ class PlanReader:
         return ByteRange(safe_file_name(info.relative_path), int(info.offset), int(info.length))
 
     def _look_up(self, places: Sequence[ByteRange]) -> None:
-        """The rows of the index that these items are; those of other items are not listed."""
+        """Find the rows of the index that belong to these items."""
         if self._sources is None:
             return
         files = self._sources.index.files
@@ -111,8 +111,8 @@ class PlanReader:
             box = Box(tuple(item.storage_offsets), tuple(item.lengths))
             if tuple(target.shape) != box.sizes:
                 raise Mismatch(
-                    f"{item.storage_index.fqn}: {list(box.sizes)} of it go into a tensor of "
-                    f"{list(target.shape)}"
+                    f"{item.storage_index.fqn}: the plan reads a part of shape {list(box.sizes)}, "
+                    f"but the planner provides a tensor of shape {list(target.shape)} for it"
                 )
             row = rows[id(item)]
             if row is None or row not in sources or not _is_memory(target):
@@ -127,7 +127,7 @@ class PlanReader:
             done()
 
     def _locate(self, rows: list[int]) -> dict[int, Source]:
-        """The sources of chunks; without those whose items are not what the metadata says."""
+        """Return the sources of chunks, except where the items differ from the metadata."""
         if self._sources is None:
             return {}
         with suppress(FormatError):
@@ -145,7 +145,7 @@ class PlanReader:
         return dtype
 
     def _row(self, item: ReadItem, place: ByteRange) -> int | None:
-        """The chunk that an item is; None if only the item itself says what it holds."""
+        """Return the chunk of an item, or None if only the item itself says what it holds."""
         assert item.storage_index is not None
         rows = self._rows.get((place.file, place.offset, place.length))
         if not rows or self._sources is None or self._cut is not None:
@@ -153,16 +153,16 @@ class PlanReader:
         named = (row for row in rows if self._sources.name(row) == item.storage_index.fqn)
         row = next(named, rows[0])
         if self._dtype(row).name.startswith("q"):
-            return None  # Its scale is in the item.
+            return None  # The scale is stored in the item.
         streamed = self._sources.index.chunks.transform[row] > 0
         return None if streamed and self._unpack is not None else row
 
     def _read_alone(self, item: ReadItem, place: ByteRange, target: torch.Tensor, box: Box) -> None:
-        """An item that no index knows, or that is no plain memory, as its own bytes say."""
+        """Read an item by what it holds: the index lacks it, or its target is not plain memory."""
         name = item.storage_index.fqn
         value = from_bytes(self._bytes(item, place), name=name, trust=trusted())
         if not isinstance(value, torch.Tensor):
-            raise Mismatch(f"{name}: stored as a {type(value).__name__}, not as a tensor")
+            raise Mismatch(f"{name}: stored as a {type(value).__name__}; the plan reads a tensor")
         for dim, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
             if (start, size) != (0, value.shape[dim]):
                 value = value.narrow(dim, start, size)
@@ -170,7 +170,7 @@ class PlanReader:
             target.copy_(value)
 
     def _bytes(self, item: ReadItem, place: ByteRange) -> bytes:
-        """The bytes of an item, checked where a checksum is known, without its transforms."""
+        """Return the bytes of an item without its transforms, checked if a checksum is known."""
         info = self._places[item.storage_index]
         name = item.storage_index.fqn
         data = read_range(self._store, place, name) if self._cut is None else self._cut(info)
@@ -178,10 +178,10 @@ class PlanReader:
         if rows and self._sources is not None and self._cut is None:
             crc = int(self._sources.index.objects.crc[rows[0]])
             if crc >= 0 and crc32(data) != crc:
-                raise Damaged("bytes do not match their digest", file=place.file, name=name)
+                raise Damaged("bytes do not match their checksum", file=place.file, name=name)
         undo = tuple(getattr(info, "transform_descriptors", None) or ())
         if self._unpack is not None:
-            # Torch names the last one first, and undoes them in the order that it is given.
+            # Torch lists the last transform first, and undoes transforms in the given order.
             return bytes(self._unpack(item, undo[::-1], io.BytesIO(data)).read(-1))
         if not undo:
             return data
@@ -190,6 +190,6 @@ class PlanReader:
 
 
 def _is_memory(tensor: torch.Tensor) -> bool:
-    """Whether bytes can be read into it, or copied from a buffer."""
+    """Return whether bytes can be read into a tensor, or copied to it from a buffer."""
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     return plain and tensor.layout is torch.strided and not tensor.is_quantized

@@ -1,4 +1,4 @@
-"""Who takes part, as torch's arguments say it."""
+"""The ranks that take part, by torch's arguments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["members"]
 def members(
     group: dist.ProcessGroup | Ranks | None, coordinator: int, no_dist: bool
 ) -> tuple[int, Sequence[int] | Ranks | None]:
-    """This rank in the group, and what `detect_ranks` is asked for.
+    """Return this rank in the group, and the argument for `detect_ranks`.
 
     Args:
-        group: by default the job's; `Ranks` are who takes part.
-        coordinator: a rank of the group.
-        no_dist: this process takes part alone.
+        group: a process group, by default the job's; or the ranks themselves.
+        coordinator: the rank of the group that coordinates.
+        no_dist: whether this process takes part alone.
     """
     if isinstance(group, Ranks):
         return group.rank, group

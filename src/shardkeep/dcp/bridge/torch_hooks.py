@@ -1,4 +1,4 @@
-"""Torch's own hooks around public functions."""
+"""Torch's own decorators of public functions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def hooked(function: F) -> F:
-    """The function, with torch's log of its start, end and errors; storage may be positional."""
+    """Return a function that torch logs, and that accepts storage as a positional argument."""
     positional: Callable[[F], F] = _api_bc_check
     return cast(F, _dcp_method_logger(log_exceptions=True)(positional(function)))

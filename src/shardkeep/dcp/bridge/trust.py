@@ -1,4 +1,4 @@
-"""Which classes objects may be built of, besides those that are known to be safe."""
+"""The classes that a job trusts, besides those that are safe anyway."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["how_to_trust", "trusted"]
 
 
 def trusted() -> tuple[str, ...]:
-    """Those that the job trusts `torch.load` with: `torch.serialization.add_safe_globals`.
+    """Return the classes that the job has passed to `torch.serialization.add_safe_globals`.
 
-    None, in a release that does not have this.
+    In releases without that function, none are trusted.
     """
     entries: Callable[[], Any] = getattr(torch.serialization, "get_safe_globals", list)
     found = []
@@ -25,5 +25,5 @@ def trusted() -> tuple[str, ...]:
 
 
 def how_to_trust(classes: Sequence[str]) -> str:
-    """What to do to trust these classes, given by their full names."""
+    """Return the call that trusts these classes, for an error message."""
     return f"call torch.serialization.add_safe_globals([{', '.join(classes)}])"

@@ -1,7 +1,8 @@
-"""A save and a load in the steps that torch documents, for planners and storage of the user's own.
+"""Torch's protocol of planners and storage, for planners and storage of the user's own.
 
-Plans travel pickled, as in torch, but over the job's key-value store: no collective is called, and
-what fails on any rank in a step is raised on all of them.
+Methods are called in the order that torch documents. Plans are exchanged as pickles, as in torch,
+but through the job's key-value store: no collective is called, and what fails on any rank in a step
+is raised on all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def save_with_planner(
     rank: int | None = None,
     use_collectives: bool = True,
 ) -> Metadata:
-    """Save by the planner's plans with the writer's writes.
+    """Save a state with a planner and a writer; return torch's metadata.
 
     The order of calls, on every rank unless it says otherwise: `planner.set_up_planner`,
     `writer.set_up_storage_writer`, `planner.create_local_plan`, `writer.prepare_local_plan`; on the
@@ -49,14 +50,18 @@ def save_with_planner(
     does the coordinator's part for itself, and none finishes before all have written.
 
     Args:
-        state: gives what is saved; called once the ranks have met, as it may fail on one of them.
-        job: who takes part, the coordinator first.
-        rank: this rank in the process group, if that counts otherwise than `job`. It orders the
-            plans, and names this rank in `CheckpointException.failures`.
+        state: returns the state. It is called inside of the session, so that its failure on one
+            rank is raised on all.
+        writer: writes the files.
+        planner: plans the save.
+        job: the ranks that save, the coordinator first.
+        rank: this rank in the process group, if that numbers the ranks in another order than
+            `job`. It orders the plans, and names this rank in `CheckpointException.failures`.
+        use_collectives: False has each rank commit alone.
 
     Raises:
-        CheckpointException: a step failed; on every rank, with what each rank raised.
-        RankFailed: a rank is gone.
+        CheckpointException: a step failed. Raised on every rank, with the error of each rank.
+        RankFailed: a rank has ended or does not answer.
     """
     metadata: Any = None
     log = _logger(writer)
@@ -88,7 +93,7 @@ def save_with_planner(
         return saved
 
     session = job.session("save", _where(writer, use_collectives))
-    with _letting_go(writer), _Steps(session, rank) as steps:
+    with _releasing(writer), _Steps(session, rank) as steps:
         lead = steps.session.rank == 0
         if not use_collectives:
             written = steps.each("write", lambda: write(plan_global([plan_local()])[0]))
@@ -98,12 +103,12 @@ def save_with_planner(
 
 
 @contextmanager
-def _letting_go(writer: Any) -> Iterator[None]:
-    """A writer of ours is told when its save is over, well or not; others know no such call."""
+def _releasing(writer: Any) -> Iterator[None]:
+    """Release the lease of a writer of Shardkeep's when its save has ended; others have none."""
     try:
         yield
     finally:
-        getattr(writer, "let_go", lambda: None)()
+        getattr(writer, "release_lease", lambda: None)()
 
 
 def load_with_planner(
@@ -114,15 +119,25 @@ def load_with_planner(
     *,
     rank: int | None = None,
 ) -> None:
-    """Load by the planner's plans with the reader's reads.
+    """Fill a state with a planner and a reader.
 
     The order of calls, on every rank unless it says otherwise: `reader.read_metadata`,
     `planner.set_up_planner`, `reader.set_up_storage_reader`, `planner.create_local_plan`,
     `reader.prepare_local_plan`; on the coordinator `planner.create_global_plan`,
-    `reader.prepare_global_plan`; `planner.finish_plan`, `reader.read_data`. Where ranks have saved
+    `reader.prepare_global_plan`; `planner.finish_plan`, `reader.read_data`. If the ranks have saved
     without collectives, each does the coordinator's part for itself.
 
-    Args and raises: as `save_with_planner`.
+    Args:
+        state: returns the state to fill. It is called inside of the session, so that its failure
+            on one rank is raised on all.
+        reader: reads the files.
+        planner: plans the load.
+        job: the ranks that load, the coordinator first.
+        rank: this rank in the process group, if that numbers the ranks in another order.
+
+    Raises:
+        CheckpointException: a step failed. Raised on every rank, with the error of each rank.
+        RankFailed: a rank has ended or does not answer.
     """
     log = _logger(reader)
 
@@ -143,13 +158,16 @@ def load_with_planner(
         made: list[Any] = reader.prepare_global_plan(planner.create_global_plan(plans))
         return made
 
-    def assign_writers(found: list[tuple[bool, Any]]) -> list[Any]:
+    def combine(found: list[tuple[bool, Any]]) -> list[Any]:
         plans = [plan for _, plan in found]
         if not any(alone for alone, _ in found):
             return plan_global(plans)
         if not all(alone for alone, _ in found):
             some = [number for number, (alone, _) in enumerate(found) if alone]
-            raise RuntimeError(f"ranks {some} found metadata of their own only, others the job's")
+            raise RuntimeError(
+                f"ranks {some} found only metadata that they have saved alone, the other ranks "
+                "metadata of the whole job: is the checkpoint visible to all ranks?"
+            )
         return plans
 
     @log
@@ -157,12 +175,18 @@ def load_with_planner(
         reader.read_data(planner.finish_plan(plan), planner).wait()
 
     with _Steps(job.session("load", _where(reader)), rank) as steps:
-        plan = steps.scatter("plan", plan_local, assign_writers)
+        plan = steps.scatter("plan", plan_local, combine)
         steps.each("read", lambda: read(plan))
 
 
 class _Outcome(NamedTuple):
-    """What a step gave on a rank, or what failed in it, by rank."""
+    """The result of a step on a rank.
+
+    Attributes:
+        rank: the rank.
+        value: what the step returned.
+        failures: errors by rank; empty if the step succeeded.
+    """
 
     rank: int
     value: Any
@@ -170,10 +194,10 @@ class _Outcome(NamedTuple):
 
 
 class _Steps:
-    """Steps that all ranks take: what any of them raises in one is raised on all of them.
+    """Steps that all ranks take together: an error on any rank is raised on all of them.
 
-    A context manager around the session. What all ranks have agreed to raise does not end the
-    session as a failure of one of them: the others would hear of that in place of what failed.
+    A context manager around the session. An error that all ranks have agreed to raise does not end
+    the session as a failure of this rank, which the other ranks would raise in its place.
     """
 
     def __init__(self, session: Session, rank: int | None) -> None:
@@ -194,15 +218,19 @@ class _Steps:
         if error is None or error is not self._agreed:
             self.session.__exit__(kind, error, trace)
             return
-        with suppress(RankFailed):  # A rank went without a farewell; what is raised says more.
+        with suppress(RankFailed):  # The agreed error says more than the end of a rank.
             self.session.__exit__(None, None, None)
 
     def scatter(
         self, phase: str, local: Callable[[], T], combine: Callable[[list[T]], Sequence[Any]]
     ) -> Any:
-        """This rank's part of what `combine`, on the coordinator, makes of what `local` gives.
+        """Combine the values of all ranks on the coordinator; return this rank's part.
 
-        `combine` is given, and gives, one value for each rank, in the order of their ranks.
+        Args:
+            phase: the name of the step, for errors.
+            local: returns this rank's value.
+            combine: called on the coordinator with the values of all ranks in the order of their
+                numbers; returns one part for each rank in the same order.
         """
         outcomes = self._gather(phase, local)
         if outcomes is None:
@@ -221,7 +249,14 @@ class _Steps:
         return self._take(phase, self._read(self.session.scatter(messages)))
 
     def share(self, phase: str, local: Callable[[], Any], combine: Callable[[list[Any]], T]) -> T:
-        """What `combine`, on the coordinator, makes for all ranks of what `local` gives on each."""
+        """Combine the values of all ranks on the coordinator; return the result on every rank.
+
+        Args:
+            phase: the name of the step, for errors.
+            local: returns this rank's value.
+            combine: called on the coordinator with the values of all ranks in the order of their
+                numbers.
+        """
         outcomes = self._gather(phase, local)
         if outcomes is None:
             received: T = self._take(phase, self._read(self.session.broadcast(None)))
@@ -238,17 +273,17 @@ class _Steps:
         return made
 
     def each(self, phase: str, local: Callable[[], T]) -> T:
-        """What `local` gives on this rank, when it has come to its end on all."""
+        """Return what `local` returns on this rank, once it has returned on all ranks."""
         kept: list[T] = []
         self.share(phase, lambda: kept.append(local()), lambda _: None)
         return kept[0]
 
     def _gather(self, phase: str, local: Callable[[], Any]) -> list[_Outcome] | None:
-        """Of all ranks, in the session's order, on the coordinator; None elsewhere."""
+        """Return the outcomes of all ranks on the coordinator, None elsewhere."""
         self.session.phase(phase)
         own = self._try(local)
         if self.session.size == 1:
-            return [own]  # What stays in one process need not be picklable, as in torch.
+            return [own]  # As in torch, plans of a single process need not be picklable.
         try:
             message = _packed(own)
         except Exception as error:
@@ -288,7 +323,10 @@ def _packed(outcome: _Outcome) -> bytes:
 
 
 def _where(storage: Any, together: bool = True) -> str:
-    """What all ranks call this work: storage may have no id, or one that differs between them."""
+    """Return the name of the session, which must be the same on all ranks.
+
+    Storage of the user's own may have no id, or a different one on each rank.
+    """
     place = getattr(storage, "checkpoint_id", None) if together else None
     return os.fspath(place) if isinstance(place, str | os.PathLike) else type(storage).__qualname__
 
@@ -303,15 +341,15 @@ def _set_up_planner(planner: Any, state: Any, writer: StorageWriter, lead: bool)
         planner.set_up_planner(state_dict=state, storage_meta=meta, is_coordinator=lead)
         return
     warnings.warn(
-        f"{type(planner).__qualname__}.set_up_planner takes no storage_meta: planners written for "
-        "torch 2.3 and older go on working, but add the parameter",
+        f"{type(planner).__qualname__}.set_up_planner has no parameter storage_meta; add it: "
+        "planners for torch 2.3 and older still work, but are not given the storage's metadata",
         stacklevel=2,
     )
     planner.set_up_planner(state, lead)
 
 
 def _metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
-    """The checkpoint's metadata, and whether it is this rank's own."""
+    """Return the checkpoint's metadata, and whether this rank has committed it alone."""
     try:
         return reader.read_metadata(), False
     except Exception as error:
@@ -320,7 +358,7 @@ def _metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
         try:
             return reader.read_metadata(rank=rank), True
         except (NotACheckpoint, FileNotFoundError):
-            pass  # What the first try says is about the checkpoint; this is about one file.
+            pass  # The first error is about the checkpoint, this one about a single file.
         except Exception as own:
             if isinstance(error, NotACheckpoint | FileNotFoundError):
                 raise own from None
@@ -328,7 +366,7 @@ def _metadata(reader: StorageReader, rank: int) -> tuple[Metadata, bool]:
 
 
 def _logger(storage: Any) -> Callable[[F], F]:
-    """Torch's hook around each step: `torch.distributed.checkpoint.logger`."""
+    """Return torch's decorator that logs each step (`torch.distributed.checkpoint.logger`)."""
     place = getattr(storage, "checkpoint_id", None)
     hook = _dcp_method_logger(**({} if place is None else {"checkpoint_id": place}))
     return cast("Callable[[F], F]", hook)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from shardkeep.dcp import filesystem, fsspec_filesystem
+from shardkeep.dcp.bridge.torch_messages import CANNOT_DETECT
 
 __all__ = ["reader_for", "writer_for"]
 
@@ -48,4 +49,5 @@ def _storage_for(given: Any, checkpoint_id: _Id, argument: str, kinds: tuple[Any
             made = kind(checkpoint_id)
             made.reset(checkpoint_id)
             return made
-    raise RuntimeError(f"Cannot detect a `{argument}` for {os.fspath(checkpoint_id)!r}: give one")
+    place = os.fspath(checkpoint_id)
+    raise RuntimeError(f"{CANNOT_DETECT} a `{argument}` for {place!r}: give one")
