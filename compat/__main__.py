@@ -3,8 +3,8 @@
     python -m compat 2.3.1
     python -m compat --all
 
-Exit code 1 if anything differs. Each release gets an environment of its own, which is removed at
-the end unless `--keep` (or SHARDKEEP_COMPAT_KEEP) names a folder for it.
+The exit code is 1 if anything differs. Each release has an environment of its own, which is removed
+at the end unless `--keep` (or SHARDKEEP_COMPAT_KEEP) names a folder for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from compat.environments import environment, parse, releases
 from compat.results import Direction, Result, store, stored
 
 RUNTIME = ("isal",)
-"""What Shardkeep's core needs beside the packages that every environment has."""
+"""Packages that Shardkeep's core needs, besides those of every environment."""
 
 HUB = "huggingface_hub"
 """2.7 alone imports it before it writes safetensors, even to a local path."""
@@ -67,9 +67,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("releases", nargs="*", help='such as "2.3.1"')
     parser.add_argument("--all", action="store_true", help="every minor release, and the page")
     parser.add_argument("--keep", default=os.environ.get("SHARDKEEP_COMPAT_KEEP"), metavar="DIR")
-    parser.add_argument("--seed", type=int, default=7, help="of the states that are saved")
+    parser.add_argument("--seed", type=int, default=7, help="seed for the values of the states")
     parser.add_argument(
-        "--parts", default="ABC", help="A: it reads, B: is read, C: Shardkeep on it"
+        "--parts",
+        default="ABC",
+        help="A: the release reads, B: Shardkeep reads, C: Shardkeep runs on the release",
     )
     parser.add_argument("--scratch", type=Path, help="keep the checkpoints here")
     parser.add_argument("--page", action="store_true", help="write the page from stored results")
@@ -84,7 +86,7 @@ def main() -> int:
     wanted = releases(sys.executable) if chosen.all else tuple(chosen.releases)
     for release in wanted:
         if not re.fullmatch(r"\d+\.\d+\.\d+", release):
-            raise SystemExit(f"{release!r} is no release: it has three numbers, such as 2.3.1")
+            raise SystemExit(f"{release!r} is not a release: give three numbers, such as 2.3.1")
     fine = True
     with tempfile.TemporaryDirectory(prefix="compat-") as temporary:
         scratch = chosen.scratch or Path(temporary)

@@ -43,9 +43,9 @@ def compare(expected: Node, actual: Node, *, text_keys: bool = False) -> Compari
 
     Args:
         expected: what was saved.
-        actual: what came back.
-        text_keys: what came back was nested by the checkpoint's own paths, not by a template:
-            there, stock torch has turned keys into text and dropped what holds nothing.
+        actual: what was loaded.
+        text_keys: whether the loaded state was nested by the checkpoint's own paths, not by a
+            template: stock torch then turns keys into text and drops empty containers.
     """
     found = list(_walk(expected, actual, "", text_keys))
     return Comparison(len(found), tuple(one for one in found if one is not None))

@@ -73,8 +73,8 @@ def _walk(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[str
 def _mapping(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[str]:
     items = [(plain(key), value) for key, value in expected["items"]]
     if not isinstance(actual, Mapping):
-        # DCP drops empty mappings, so a container of nothing may be missing altogether.
-        yield "" if actual is MISSING and not items else f"{path}: {actual!r} is no mapping"
+        # DCP drops empty mappings, so an empty container may be missing altogether.
+        yield "" if actual is MISSING and not items else f"{path}: {actual!r} is not a mapping"
         return
     for key, value in items:
         here = f"{path}[{key!r}]"
@@ -91,7 +91,7 @@ def _mapping(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[
 def _sequence(expected: Node, actual: Any, path: str, lenient: bool) -> Iterator[str]:
     want: type[Any] = list if expected["kind"] == "list" else tuple
     if not isinstance(actual, want) or len(actual) != len(expected["items"]):
-        yield f"{path}: {actual!r} is no {want.__name__} of {len(expected['items'])}"
+        yield f"{path}: {actual!r} is not a {want.__name__} of {len(expected['items'])}"
         return
     yield ""
     for i, (node, value) in enumerate(zip(expected["items"], actual, strict=True)):

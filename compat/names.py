@@ -104,7 +104,7 @@ def names_of(module: ModuleType) -> dict[str, Name]:
 
 
 _NO_NAMES = (ModuleType, logging.Logger, typing.TypeVar)
-"""Values without an underscore that are no part of a module's interface."""
+"""Values without an underscore that do not belong to a module's interface."""
 
 
 def _public(module: ModuleType) -> Iterator[str]:

@@ -1,13 +1,13 @@
-"""Load checkpoints with the torch that runs this script, and describe what came back.
+"""Load checkpoints with the torch that runs this script, and describe the result.
 
     python read_with_torch.py CHECKPOINTS OUT [--torch-save] [--cases NAME ...]
 
-Stands alone: any torch from 2.0 on, numpy, and no shardkeep. `CHECKPOINTS/<case>/` holds `ckpt` and
-`expected.json`; for each case, `OUT/<case>.json` says what this release's own loader made of it,
-in the words of `expected.json`. Nothing is judged here.
+Needs only numpy and any torch from 2.0 on, not shardkeep. `CHECKPOINTS/<case>/` holds `ckpt` and
+`expected.json`; for each case, `OUT/<case>.json` describes what this release's own loader returned,
+in the form of `expected.json`. The comparison is made elsewhere.
 
-Started once a rank (RANK, WORLD_SIZE and MASTER_PORT are set), tensors are loaded into DTensors or
-ShardedTensors that spread over the ranks.
+If it is started once on each rank (with RANK, WORLD_SIZE and MASTER_PORT set), tensors are loaded
+into DTensors or ShardedTensors over the ranks.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ UNFLATTENED = "no_flatten"
 
 
 def stock_load(state: Any, path: pathlib.Path, flatten: bool) -> Any:
-    """Fill a state; returns where this release has put what it loaded."""
+    """Fill a state; return the object into which this release has loaded it."""
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=flatten)
     reader = dcp.FileSystemReader(str(path))
     alone = not dist.is_initialized()
-    # The `load` of 2.2 wants a group even with no_dist; the older function, beside it, does not.
+    # The `load` of 2.2 needs a group even with no_dist; the older function does not.
     if hasattr(dcp, "load") and not (alone and golden.RELEASE < (2, 3)):
         dcp.load(state, storage_reader=reader, planner=planner)
     else:
         dcp.load_state_dict(state, reader, planner=planner, no_dist=alone)
     if not flatten:
-        # Nested objects reach the planner, but not the caller.
+        # Nested objects are in the planner's state, but not in the caller's.
         return {key: planner.state_dict[key] for key in state}
     if golden.RELEASE < (2, 4):
-        # Top-level values that are no containers stay in the planner's own copy.
+        # Top-level values other than containers are only in the planner's own copy.
         return {key: planner.original_state_dict[key] for key in _keys(planner, state)}
     return state
 
@@ -78,9 +78,9 @@ def read_case(
     load: Loader = stock_load,
     judges: Sequence[Judge] = (known, storable),
 ) -> Node:
-    """Load one case; the answer has `state` (what came back), `why` it did not, or `absent`.
+    """Load one case; return its `state`, or `why` it failed, or what is `absent` in the release.
 
-    What only has a name in this release is tried as well, and left out if it fails.
+    Tensors of dtypes that only have a name in this release are tried, and left out if they fail.
     """
     content: Node = {}
     for judge in judges:
@@ -113,7 +113,7 @@ def _read_case(folder: pathlib.Path, judge: Judge, spread: Spread | None, load: 
             "spread": len(made.truths),
             "beside": moved,
         }
-    except BaseException as error:  # the checkpoint package's own error is no Exception
+    except BaseException as error:  # CheckpointException is a BaseException
         return _failed(error, expected)
 
 
@@ -127,7 +127,7 @@ def _failed(error: BaseException, expected: Node) -> Node:
 
 
 def read_through_torch_save(folder: pathlib.Path) -> Node:
-    """Convert to a torch.save file, as this release does it, and load that."""
+    """Convert to a torch.save file by this release's function, and load that file."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     try:
         convert = golden.first_of("torch.distributed.checkpoint.format_utils:dcp_to_torch_save")
@@ -137,13 +137,13 @@ def read_through_torch_save(folder: pathlib.Path) -> Node:
             state = torch.load(file, weights_only=False)
             return {"state": describe(state), "expected": expected}
     except BaseException as error:
-        # The converter takes all or nothing.
+        # The converter can't leave out a tensor.
         reason = unreadable(expected, storable) or lacks(expected, storable)
         return {"absent": reason} if reason else _failed(error, expected)
 
 
 def join() -> tuple[int, int]:
-    """This process's rank and the number of ranks; with several, the group is there afterwards."""
+    """Return this rank and the number of ranks; with several, form the process group."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         dist.init_process_group(
@@ -153,14 +153,14 @@ def join() -> tuple[int, int]:
 
 
 def leave() -> None:
-    """Taking a process group down hangs in some releases."""
+    """Exit without ending the process group, which hangs in some releases."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def answer(out: pathlib.Path, name: str, content: Node) -> None:
-    """Write one answer, whole or not at all."""
+    """Write one answer in one atomic step."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -180,7 +180,9 @@ def cases(checkpoints: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]
 
 def main() -> None:
     parser = arguments((__doc__ or "").partition("\n")[0])
-    parser.add_argument("--torch-save", action="store_true", help="also through torch.save files")
+    parser.add_argument(
+        "--torch-save", action="store_true", help="load through torch.save files as well"
+    )
     parser.add_argument("--spread", nargs="+", default=["dtensor", "sharded_tensor"])
     chosen = parser.parse_args()
     rank, ranks = join()

@@ -41,14 +41,14 @@ CASES: dict[str, Any] = {name: c for name, c in golden.CASES.items() if name not
 
 
 def save(state: Any, *, planner: Any = None, process_group: Any = None, **_: Any) -> None:
-    """Takes the place of the golden script's own `save`."""
+    """Replaces the golden script's own `save`."""
     ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
     flatten = planner is None or planner.flatten_state_dict
     sk.save(state, golden.CHECKPOINT, overwrite=True, flatten=flatten, ranks=ranks)
 
 
 def case(ranks: int = 1, name: str = "") -> Callable[[Callable[[Run], State]], Any]:
-    """Enter a function as a case under its own name."""
+    """Register a function as a case under its name."""
 
     def enter(write: Callable[[Run], State]) -> Callable[[Run], State]:
         chosen = name or write.__name__
@@ -84,7 +84,7 @@ for dtype_name in DTYPES:
 
 @case()
 def top_values(run: Run) -> State:
-    """Plain values on the top level, where releases up to 2.3 keep them from the caller."""
+    """Plain values at the top level, which releases up to 2.3 do not return to the caller."""
     state = {
         "int": 12,
         "float": 0.1,
@@ -102,7 +102,7 @@ def top_values(run: Run) -> State:
 
 @case()
 def containers(run: Run) -> State:
-    """Containers that hold no tensor, or nothing at all, in every place."""
+    """Containers without tensors, and empty containers, in every position."""
     state = {
         "w": run.tensor("w", 2, 3),
         "empty": {"dict": {}, "list": [], "tuple": ()},
@@ -118,7 +118,7 @@ def containers(run: Run) -> State:
 
 @case()
 def odd_names(run: Run) -> State:
-    """Names that are no file names, above mappings and values as well."""
+    """Names that would be invalid or dangerous as file names."""
     state = {
         "..": {"../../up": run.tensor("up", 2), "": run.tensor("empty", 1)},
         "a.b": {"c.d": run.tensor("dots", 2), "/": {"//x": 1}},
@@ -140,7 +140,7 @@ def overwritten(run: Run) -> State:
 
 @case()
 def many(run: Run) -> State:
-    """Enough for several blocks and reads: a tensor above a mebibyte beside small ones."""
+    """Enough for several blocks and reads: a tensor above 1 MiB beside small ones."""
     large = run.tensor("large", 700, 517)
     state: State = {"large": large, "large_t": large.t(), "rows": large[100:300]}
     state |= {f"small.{i}": run.tensor(f"s{i}", i % 7, 3) for i in range(150)}
@@ -158,7 +158,7 @@ UNEVEN = {
 
 
 def shards(full: torch.Tensor, place: Any) -> sk.Shards:
-    """A rank's own boxes of a whole tensor."""
+    """Return a rank's boxes of a whole tensor."""
     if place is None:
         return sk.Shards(full.shape, [], full.dtype)
     box = Box(*place)
@@ -166,7 +166,7 @@ def shards(full: torch.Tensor, place: Any) -> sk.Shards:
 
 
 def per_rank_state(run: Run, rank: int) -> tuple[State, State]:
-    """What a rank passes to `save`, and what the checkpoint holds then."""
+    """Return what a rank passes to `save`, and what the checkpoint holds afterwards."""
     whole: State = {name: run.tensor(name, *shape) for name, (shape, _) in UNEVEN.items()}
     whole["half"] = run.tensor("half", 6, 4, dtype=torch.bfloat16)
     tied = run.tensor("tied", 5, 3)

@@ -37,18 +37,18 @@ __all__ = [
 
 Node = dict[str, Any]
 Spread = Callable[[str, torch.Tensor], Any]
-"""Name and true value of a tensor -> the same as this rank holds it; None leaves it whole."""
+"""Name and value of a tensor -> its shard on this rank, or None for a whole tensor."""
 
 Judge = Callable[[str], str | None]
 """A dtype's name -> why this release cannot have tensors of it; None if it can."""
 
 
 SENTINEL = "to be replaced"
-"""Stands in templates where a plain value is to come."""
+"""The placeholder for a plain value in templates."""
 
 
 class _Absent:
-    """What this release cannot hold."""
+    """The names of what this release cannot hold."""
 
 
 ABSENT = _Absent()
@@ -56,7 +56,7 @@ ABSENT = _Absent()
 
 @dataclass
 class Template:
-    """A state to be filled, and what is known about it."""
+    """A state to be filled, with the values that are expected."""
 
     state: Any
     expected: Node
@@ -67,7 +67,7 @@ class Template:
 
 
 def template(expected: Node, judge: Judge, spread: Spread | None = None) -> Template:
-    """A template for a whole state; every bit of its tensors is wrong."""
+    """Return a template for a whole state; every bit of its tensors is wrong."""
     made = Template(None, {}, [], [])
     state, pruned = _template(expected, "", made, judge, spread)
     made.state, made.expected = state, pruned
@@ -113,12 +113,12 @@ def _is_walked(node: Node) -> bool:
 
 
 def known(name: str) -> str | None:
-    """The dtype exists."""
+    """Return None if the dtype exists in this release, otherwise the reason."""
     return None if hasattr(torch, name) else f"no torch.{name}"
 
 
 def storable(name: str) -> str | None:
-    """The release can itself save and load it, not only name it."""
+    """Return None if this release can save and load the dtype, otherwise the reason."""
     if not hasattr(torch, name) or name.startswith("q"):
         return known(name)  # quantized ones are objects: every release saves those that it has
     file = io.BytesIO()
@@ -132,7 +132,7 @@ def storable(name: str) -> str | None:
 
 
 def lacks(node: Any, judge: Judge) -> str | None:
-    """Why this release cannot have some tensor of a node."""
+    """Return why this release can't have some tensor of a node, or None."""
     if isinstance(node, dict):
         if node.get("kind") == "tensor":
             return judge(node["dtype"])
@@ -143,7 +143,7 @@ def lacks(node: Any, judge: Judge) -> str | None:
 
 
 def tensor_of(node: Node) -> torch.Tensor:
-    """The tensor that a node describes."""
+    """Return the tensor that a node describes."""
     data = bytearray(base64.b64decode(node["data"]))
     dtype = getattr(torch, node["dtype"])
     if not data:
@@ -158,7 +158,7 @@ def tensor_of(node: Node) -> torch.Tensor:
 
 
 def inverted(tensor: torch.Tensor) -> torch.Tensor:
-    """The same with every bit wrong: what a load forgets to write is found."""
+    """Return a tensor with every bit inverted, so that unwritten elements are found."""
     if tensor.dtype == torch.bool:
         return ~tensor
     if not tensor.numel():
@@ -168,7 +168,7 @@ def inverted(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain(node: Node) -> Any:
-    """The Python value of a node that is a key."""
+    """Return the Python value of a node that is a key."""
     if node["kind"] == "tuple":
         return tuple(plain(item) for item in node["items"])
     return base64.b64decode(node["data"]) if node["kind"] == "bytes" else node["value"]
@@ -179,10 +179,10 @@ def _text(node: Node) -> str:
 
 
 def unreadable(expected: Node, judge: Judge) -> str | None:
-    """Why no checkpoint can give this release some tensor, by that tensor's dtype.
+    """Return why this release can't load some tensor of a checkpoint, or None.
 
-    A dtype that is unknown stands in the checkpoint's one metadata pickle, which then opens nowhere
-    in this release; inside an object, it spoils that object only.
+    A dtype that the release lacks makes the checkpoint's metadata unreadable for it. In an object,
+    only the object can't be loaded.
     """
     if expected["kind"] in ("dict", "list"):
         items = expected["items"]
@@ -194,7 +194,7 @@ def unreadable(expected: Node, judge: Judge) -> str | None:
 
 
 def cannot_copy(name: str) -> str | None:
-    """Loading copies tensors. Some dtypes are only names: nothing is implemented for them."""
+    """Return why tensors of a dtype can't be copied, which a load needs, or None."""
     dtype = getattr(torch, name)
     try:
         torch.empty(2, dtype=dtype).copy_(torch.empty(2, dtype=dtype))
@@ -204,7 +204,7 @@ def cannot_copy(name: str) -> str | None:
 
 
 def settle(blank: Any, loaded: Any) -> tuple[Any, int]:
-    """Stock torch puts objects under integer keys beside the key ("0" next to 0): move them back.
+    """Move objects that stock torch has loaded under the text of an integer key to the key.
 
     Args:
         blank: the template, as it was before the load.
@@ -232,7 +232,7 @@ def settle(blank: Any, loaded: Any) -> tuple[Any, int]:
 
 
 def _merge(at_key: Any, beside: Any) -> Any:
-    """What the key holds, its sentinels replaced by what has come to lie beside it."""
+    """Return the value of a key, with its placeholders replaced by what was loaded beside it."""
     if isinstance(at_key, str) and at_key == SENTINEL:
         return beside
     if isinstance(at_key, dict) and isinstance(beside, dict):

@@ -211,7 +211,7 @@ part of the format. They are not listed.
 AFTERWARDS = """
 ## Names of other releases
 
-Looked up by `getattr`, so that their absence is no error.
+Looked up by `getattr`, so that their absence does not raise an error.
 
 | Name | Why |
 |---|---|"""

@@ -98,7 +98,7 @@ def stagers(path) -> dict:
 @pytest.mark.parametrize(
     "stager", ["none", "blocking", "the writer", "torch's writer", "kept", "default", "later"]
 )
-def test_what_changes_later_does_not_change_what_is_saved(tmp_path, kind, stager):
+def test_later_changes_are_not_saved(tmp_path, kind, stager):
     if stager not in (found := stagers(tmp_path)):
         pytest.skip("this torch has no DefaultStager")
     made, expected = state(), state()
@@ -166,7 +166,7 @@ class Counter:
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def test_statefuls_are_asked_on_the_callers_thread(tmp_path):
+def test_state_dicts_are_called_on_the_callers_thread(tmp_path):
     counter = Counter()
     with held(tmp_path / "before"):
         done = dcp.async_save({"counter": counter}, checkpoint_id=tmp_path)
@@ -384,7 +384,7 @@ def test_a_program_that_ends_loses_no_save_and_leaves_no_process(tmp_path, how):
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_group_for_gpus_only_will_do(tmp_path):
+def test_a_process_group_without_cpu_backend_suffices(tmp_path):
     dist.init_process_group("cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert torch.device("cpu") not in dist.group.WORLD._device_types
@@ -403,7 +403,7 @@ def test_names_are_torchs():
 
 
 @pytest.mark.gloo
-def test_on_ranks_beside_collectives(gloo, tmp_path):
+def test_saves_run_beside_collectives_of_the_training(gloo, tmp_path):
     ran = gloo.run(dcp_async.everything, str(tmp_path), env=dcp_async.ENV)
     assert ran == ["fine"] * 4
 

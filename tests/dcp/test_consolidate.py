@@ -144,7 +144,7 @@ def test_any_parts_are_put_together(made):
 
 
 @given(st.lists(st.integers(0, 7), max_size=4).map(tuple), st.integers(1, 60))
-def test_pieces_follow_each_other(shape, most):
+def test_pieces_cover_a_tensor_in_order(shape, most):
     numbers = np.arange(prod(shape)).reshape(shape)
     cut = [numbers[box.slices].ravel() for box in _pieces(shape, most)]
     assert all(0 < len(piece) <= most for piece in cut)
@@ -245,7 +245,7 @@ def test_what_stock_torch_wrote_on_ranks(gloo, tmp_path):
 
 
 @pytest.mark.gloo
-def test_one_ranks_failure_is_everyones(gloo, tmp_path):
+def test_a_failure_on_one_rank_is_raised_on_all(gloo, tmp_path):
     halves(tmp_path)
     told = gloo.run(dcp_hf.every_rank_fails, str(tmp_path))
     assert told[2].startswith("ValueError: fqn_to_index_mapping lacks 1 tensors: c")

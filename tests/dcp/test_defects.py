@@ -89,7 +89,7 @@ class Evil:
 
 @pytest.mark.parametrize("base", BOTH)
 @pytest.mark.parametrize("how", ["load", "read_metadata", "by steps"])
-def test_metadata_runs_no_code(tmp_path, base, how):
+def test_metadata_executes_no_code(tmp_path, base, how):
     base.save({"a": torch.ones(2)}, checkpoint_id=tmp_path)
     metadata = stock.FileSystemReader(tmp_path).read_metadata()
     metadata.planner_data = {"a": Evil(tmp_path / "ran")}
@@ -376,7 +376,7 @@ def test_plain_values_are_loaded(tmp_path, base):
         pytest.param("ours", True, id="by steps"),
     ],
 )
-def test_all_ranks_hear_at_once_why_one_failed(gloo, tmp_path, base, steps):
+def test_all_ranks_raise_the_cause_of_one_ranks_failure_at_once(gloo, tmp_path, base, steps):
     ends = gloo.run(dcp_defects.lost_cause, base, str(tmp_path), steps, size=4)
     for rank, (said, took) in enumerate(ends):
         if rank == 1 or base == "ours":

@@ -155,7 +155,7 @@ class Upward(stock.DefaultLoadPlanner):
         self.state_dict = self.wide
 
 
-def test_a_planner_of_torchs_does_not_take_our_checkpoints_for_old_ones(tmp_path):
+def test_torchs_planner_does_not_mistake_our_checkpoints_for_old_ones(tmp_path):
     w = values("w", (3, 4), torch.float32)
     dcp.save({"w": w, "n": {"x": 1}}, checkpoint_id=tmp_path)
     assert open_reader(tmp_path).index.legacy_duplicates  # by which torch's planner knows old ones
@@ -189,7 +189,7 @@ def test_our_unflattened_checkpoints_load_in_stock_torch(tmp_path):
     assert equal(loaded["w"], saved["w"])  # values, stock torch does not bring back in this form
 
 
-def test_integer_keys_keep_their_own_key(tmp_path):
+def test_integer_keys_stay_integers(tmp_path):
     stock.save({"per": {0: {"a": 1}, 7: torch.ones(1)}}, checkpoint_id=tmp_path)
     loaded = {"per": {0: {"a": 0}, 7: torch.zeros(1)}}
     dcp.load(loaded, checkpoint_id=tmp_path)
@@ -229,7 +229,7 @@ def test_another_dtype_is_cast_with_a_warning(tmp_path):
     assert loaded["w"].tolist() == [0, 1, 2]
 
 
-def test_what_is_missing_is_refused_or_left_alone(tmp_path):
+def test_missing_names_are_refused_or_skipped(tmp_path):
     dcp.save({"w": torch.ones(3)}, checkpoint_id=tmp_path)
     loaded = {"w": torch.zeros(3), "new": torch.full((1,), 7.0), "epoch": 9}
     with pytest.raises(sk.Mismatch, match="new: missing: not in the checkpoint"):
@@ -248,7 +248,7 @@ def test_overwriting_is_on_as_in_torch_and_can_be_turned_off(tmp_path):
         dcp.save({"n": 3}, storage_writer=dcp.FileSystemWriter(tmp_path, overwrite=False))
 
 
-def test_somebody_has_to_say_where():
+def test_a_path_or_storage_is_required():
     with pytest.raises(RuntimeError, match=r"^give `checkpoint_id`, or a `storage_writer`$"):
         dcp.save({"n": 1})
     with pytest.raises(RuntimeError, match=r"^give `checkpoint_id`, or a `storage_reader`$"):
@@ -257,7 +257,7 @@ def test_somebody_has_to_say_where():
         dcp.save({"n": 1}, checkpoint_id="odd://x")
 
 
-def test_nothing_warns_that_need_not(tmp_path):
+def test_plain_use_raises_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dcp.save(state(), checkpoint_id=tmp_path)
@@ -290,7 +290,7 @@ def test_ranks_on_disks_of_their_own_commit_nothing(gloo, tmp_path):
 
 
 class Listening(dict):
-    """A mapping that hears of what is put into it."""
+    """A mapping that records what is put into it."""
 
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
@@ -298,7 +298,7 @@ class Listening(dict):
 
 
 @pytest.mark.parametrize("module", [stock, dcp], ids=["stock", "ours"])
-def test_what_is_loaded_is_put_under_its_key_and_statefuls_stay(tmp_path, module):
+def test_loaded_values_are_set_and_stateful_objects_are_kept(tmp_path, module):
     module.save({"n": {"w": torch.ones(2)}, "counter": Counter(3)}, checkpoint_id=tmp_path)
     inner, counter = {"w": torch.zeros(2)}, Counter(0)
     state = Listening(n=inner, counter=counter)

@@ -99,7 +99,7 @@ def raised(error: BaseException) -> BaseException:
 
 @pytest.mark.parametrize("again", [False, True], ids=["raised", "pickled"])
 @pytest.mark.parametrize("cause", CAUSES, ids=lambda error: f"{type(error).__name__}")
-def test_an_error_is_torchs_and_its_own(cause, again):
+def test_an_error_is_of_torchs_class_and_of_its_own(cause, again):
     before = (type(cause), cause.args, attributes(cause))
     with pytest.raises(type(cause)) as caught, as_torch(3):
         raise cause
@@ -125,7 +125,7 @@ def test_an_error_is_torchs_and_its_own(cause, again):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["raised", "pickled"])
-def test_what_can_not_be_derived_from_is_an_exception_all_the_same(again):
+def test_an_error_whose_class_allows_no_subclass_is_an_exception(again):
     with pytest.raises(CheckpointException) as caught, as_torch(0):
         raise Final("why")
     error = caught.value
@@ -136,7 +136,7 @@ def test_what_can_not_be_derived_from_is_an_exception_all_the_same(again):
     assert "Final: why" in str(error)
 
 
-def test_what_can_not_be_pickled_travels_as_text():
+def test_an_error_that_cannot_be_pickled_is_sent_as_text():
     for cause in (Odd(3, where="here"), KeyError(lambda: 0)):
         error = pickle.loads(pickle.dumps(failed(cause, {1: wrapped(raised(cause))})))
         assert isinstance(error, CheckpointException)
@@ -198,7 +198,7 @@ def test_all_errors_can_be_pickled(kind):
 
 
 @pytest.mark.parametrize("planner", [dcp.DefaultLoadPlanner, LoadPlanner], ids=["engine", "steps"])
-def test_a_missing_name_in_torchs_words(tmp_path, planner):
+def test_a_missing_name_has_torchs_message(tmp_path, planner):
     dcp.save({"a": {"w": torch.ones(2)}}, checkpoint_id=tmp_path)
     template = {"a": {"w": torch.zeros(2), "more": torch.zeros(1)}}
     with pytest.raises(
@@ -209,7 +209,7 @@ def test_a_missing_name_in_torchs_words(tmp_path, planner):
 
 
 @pytest.mark.parametrize("planner", [dcp.DefaultLoadPlanner, LoadPlanner], ids=["engine", "steps"])
-def test_another_size_in_torchs_words(tmp_path, planner):
+def test_another_size_has_torchs_message(tmp_path, planner):
     dcp.save({"w": torch.ones(2, 3), "n": torch.tensor(1)}, checkpoint_id=tmp_path)
     said = (
         r"Size mismatch between saved torch.Size\(\[2, 3\]\) and current: "
@@ -221,7 +221,7 @@ def test_another_size_in_torchs_words(tmp_path, planner):
     assert isinstance(caught.value, CheckpointException)
 
 
-def test_many_names_make_no_endless_message(tmp_path):
+def test_a_message_lists_a_limited_number_of_names(tmp_path):
     dcp.save({"w": 1}, checkpoint_id=tmp_path)
     with pytest.raises(sk.Mismatch) as caught:
         dcp.load({f"n{n}": 1 for n in range(500)}, checkpoint_id=tmp_path)

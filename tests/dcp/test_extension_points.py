@@ -187,7 +187,7 @@ def test_every_override_is_seen_on_the_class_and_on_the_instance(tmp_path, kind,
         assert not (decide(planner, one) if storage else decide(one, files)), method
 
 
-def test_none_of_the_methods_that_plans_go_through_is_forgotten():
+def test_every_method_of_the_planner_protocol_is_checked_for_overrides():
     """What a release adds to the default planners must be looked at, too."""
     known = {
         *engine_choice._SAVE_PLANNER,
@@ -208,7 +208,7 @@ def test_none_of_the_methods_that_plans_go_through_is_forgotten():
         assert methods - {"_abc_impl"} <= known | harmless | staging, kind
 
 
-def test_a_registry_of_the_users_own_is_asked(tmp_path):
+def test_a_registry_of_the_users_own_is_used(tmp_path):
     registry = ExtensionRegistry()
     reader = stock.FileSystemReader(tmp_path, _extension_registry=registry)
     assert engine_choice.engine_loads(dcp.DefaultLoadPlanner(), reader)
@@ -216,7 +216,7 @@ def test_a_registry_of_the_users_own_is_asked(tmp_path):
     assert not engine_choice.engine_loads(dcp.DefaultLoadPlanner(), reader)
 
 
-def test_a_call_of_nothing_but_names_needs_no_steps(tmp_path, monkeypatch):
+def test_a_call_with_only_a_path_uses_the_engine_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(planner_protocol, "_Steps", None)
     dcp.save({"n": 1}, checkpoint_id=tmp_path)
     loaded = {"n": 0}
@@ -242,7 +242,7 @@ def test_what_stays_in_one_process_need_not_be_picklable(tmp_path):
     assert sk.open(tmp_path).read("w").tolist() == [0, 1, 2]
 
 
-def test_a_planner_for_torch_2_3_is_told_what_to_add(tmp_path):
+def test_a_planner_for_torch_2_3_gets_a_warning_that_says_what_to_add(tmp_path):
     made = knows_only_the_old_signature(stock, str(tmp_path), 0, 1)
     with pytest.warns(UserWarning, match="set_up_planner has no parameter storage_meta; add it"):
         dcp.save(made.state, checkpoint_id=tmp_path, **made.saving)

@@ -62,7 +62,7 @@ TENSORS = ("w", "b", "odd", "scalar", "none", "flags")
 def test_same_files_as_stock_and_each_loads_both(tmp_path, name, planner):
     saved = state()
     safetensors = name.startswith("safetensors")
-    if safetensors:  # Stock puts objects in front, and what comes out is no such file.
+    if safetensors:  # Stock writes objects in front, so its files are invalid.
         saved = {key: saved[key] for key in TENSORS if key != "odd"}
     save(stock, saved, tmp_path / "stock", name)
     save(dcp, saved, tmp_path / "ours", name, planner and planner())
@@ -89,7 +89,7 @@ def test_same_files_on_ranks(gloo, tmp_path, names):
 
 
 @pytest.mark.gloo
-def test_ranks_that_save_for_themselves_get_their_own(gloo, tmp_path):
+def test_ranks_that_commit_alone_load_their_own_values(gloo, tmp_path):
     assert gloo.run(dcp_files.each_its_own, str(tmp_path)) == ["fine"] * 4
 
 
@@ -423,7 +423,7 @@ def test_hostile_metadata_is_refused(tmp_path, data, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == [".metadata"]
 
 
-def test_nothing_there_is_what_either_says(tmp_path):
+def test_a_missing_checkpoint_raises_both_classes(tmp_path):
     for error in (FileNotFoundError, sk.NotACheckpoint):
         with pytest.raises(error, match="no checkpoint is committed there"):
             dcp.FileSystemReader(tmp_path).read_metadata()

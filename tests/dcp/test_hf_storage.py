@@ -181,7 +181,7 @@ def test_stock_torch_loses_parts(tmp_path):
         dcp.load(loaded, storage_reader=Reader(tmp_path))
 
 
-def test_values_that_are_no_tensors_are_named(tmp_path):
+def test_values_other_than_tensors_are_named(tmp_path):
     with pytest.raises(sk.Conflict, match="can hold only tensors, not epoch, list: "):
         dcp.save({"w": torch.ones(1), "epoch": 3, "list": [1]}, storage_writer=Writer(tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -260,7 +260,7 @@ def test_other_dtypes_are_cast_with_one_warning(tmp_path):
     assert all(value.tolist() == [0, 1, 2] for value in loaded.values())
 
 
-def test_a_part_of_a_set_loads(tmp_path):
+def test_part_of_a_set_of_files_can_be_loaded(tmp_path):
     saved = {name: torch.full((2,), float(n)) for n, name in enumerate("abc")}
     dcp.save(saved, storage_writer=Writer(tmp_path, {"a": 1, "b": 2, "c": 3}))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
@@ -464,7 +464,7 @@ def test_replicas_on_ranks(gloo, tmp_path):
 def test_refused_on_all_ranks(gloo, tmp_path):
     told = gloo.run(dcp_hf.refused, str(tmp_path), size=2)
     assert len(set(told)) == 1
-    assert "these are none: epoch, name; " in told[0]
+    assert "can hold only tensors, not epoch, name: " in told[0]
     assert told[0].endswith("| []")
     told = gloo.run(dcp_hf.parts_without_distributed, str(tmp_path))
     assert all("is sharded: pass save_distributed=True" in one for one in told)
@@ -478,6 +478,6 @@ def test_fewer_ranks_later(gloo, tmp_path):
 
 
 @pytest.mark.gloo
-def test_ranks_that_save_for_themselves(gloo, tmp_path):
+def test_ranks_that_commit_alone(gloo, tmp_path):
     assert gloo.run(dcp_hf.for_themselves, str(tmp_path), size=2) == ["fine"] * 2
     assert len(list(tmp_path.iterdir())) == 2

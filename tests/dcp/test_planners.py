@@ -147,7 +147,7 @@ def test_an_empty_shard_does_not_stand_in_for_the_one_at_its_offset():
         assert nbytes(made[0] + made[1]) == 32
 
 
-def test_the_order_of_hashes_is_no_matter(tmp_path):
+def test_plans_do_not_depend_on_the_order_of_hashes(tmp_path):
     """The same in a process with other hashes of strings."""
     import os
     import subprocess
@@ -243,7 +243,7 @@ def blank(value):
 
 @pytest.mark.parametrize("writer", [stock, dcp], ids=["stock", "ours"])
 @pytest.mark.parametrize("flatten", [True, False], ids=["flat", "nested"])
-def test_values_come_under_the_keys_that_the_state_has(tmp_path, writer, flatten):
+def test_values_are_loaded_under_the_keys_of_the_state(tmp_path, writer, flatten):
     saved = state()
     planner = SavePlanner if writer is dcp else stock.DefaultSavePlanner
     writer.save(saved, checkpoint_id=tmp_path, planner=planner(flatten_state_dict=flatten))
@@ -310,7 +310,7 @@ def test_checkpoints_as_of_torch_2_3_load_into_nested_states(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("module", [stock, dcp], ids=["stock", "ours"])
-def test_twins_do_not_disturb_what_the_caller_has(tmp_path, module):
+def test_legacy_duplicates_do_not_change_the_callers_state(tmp_path, module):
     """For torch 2.3 a checkpoint of ours has "config" whole as well: stock's reader shows it."""
     dcp.save({"config": {"a": 1, "b": {"c": 2}}, "w": torch.ones(1)}, checkpoint_id=tmp_path)
     reader = module.FileSystemReader(tmp_path)
@@ -398,7 +398,7 @@ def test_keys_where_torchs_metadata_tells_no_paths(tmp_path):
     assert loaded == {"b": {"c": 2}}
 
 
-def test_an_empty_state_is_asked_for(tmp_path):
+def test_a_state_that_is_not_empty_is_refused(tmp_path):
     dcp.save({"a": 1}, checkpoint_id=tmp_path)
     with pytest.raises(ValueError, match="the state must be empty"):
         dcp.load({"a": 1}, checkpoint_id=tmp_path, planner=_EmptyStateDictLoadPlanner())
@@ -467,7 +467,7 @@ def test_optimizer_state_comes_whole_without_a_process_group(tmp_path):
     assert equal(loaded, {"optim": optim})
 
 
-def test_what_is_handed_on_is_torchs():
+def test_reexported_functions_are_torchs():
     assert default_planner._validate_global_plan is stock_planner._validate_global_plan
     assert default_planner.create_default_local_save_plan is (
         stock_planner.create_default_local_save_plan

@@ -105,7 +105,7 @@ def cleared(rank: int) -> dict:
 
 
 class Job:
-    """Four simulated ranks with planners, readers and writers that fail when they are told to."""
+    """Four simulated ranks with planners, readers and writers that fail on request."""
 
     def __init__(self, path: Path, **more: object) -> None:
         self.path, self.more = path, more
@@ -210,7 +210,7 @@ def test_what_was_saved_before_stays(tmp_path, step):
     ids=["own", "unpicklable", "unreadable", "torch's", "stop"],
 )
 @pytest.mark.parametrize("step", ["create_local_plan", "write_data"])
-def test_errors_travel_as_they_are_or_else_as_text(tmp_path, step, made, kind, text):
+def test_errors_reach_other_ranks_unchanged_or_as_text(tmp_path, step, made, kind, text):
     job = Job(tmp_path)
     job.failing.at(step, (1, 2), made)
     for error in job.save():
@@ -223,7 +223,7 @@ def test_errors_travel_as_they_are_or_else_as_text(tmp_path, step, made, kind, t
     job.works()
 
 
-def test_one_error_that_cannot_travel_leaves_the_others_as_they_are(tmp_path):
+def test_an_error_that_cannot_be_pickled_leaves_the_others_unchanged(tmp_path):
     job = Job(tmp_path)
     job.failing.at(
         "write_data", (1, 2), lambda rank: Unpicklable("x") if rank == 1 else Ours("y", 5)
@@ -233,7 +233,7 @@ def test_one_error_that_cannot_travel_leaves_the_others_as_they_are(tmp_path):
         assert (str(first), second.code) == ("Unpicklable: x", 5)
 
 
-def test_a_plan_that_cannot_travel_names_its_rank(tmp_path):
+def test_a_plan_that_cannot_be_pickled_names_its_rank(tmp_path):
     job = Job(tmp_path)
 
     def lock_in(rank, plan):
@@ -264,7 +264,7 @@ def test_a_global_plan_for_too_few_ranks_is_an_error_not_a_hang(tmp_path):
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_who_interrupts_a_rank_ends_it_as_usual_and_the_others_hear(tmp_path, interrupt):
+def test_an_interrupt_ends_its_rank_and_fails_the_others(tmp_path, interrupt):
     job = Job(tmp_path)
     job.failing.at("write_data", (1,), lambda rank: interrupt("stop"))
     results = job.save()
@@ -290,7 +290,7 @@ def test_without_collectives_a_failure_reaches_the_others(tmp_path, step, who):
     assert len(list(tmp_path.glob("__*.metadata"))) == 4
 
 
-def test_ranks_that_read_different_metadata_are_told(tmp_path):
+def test_ranks_that_read_different_metadata_raise_an_error(tmp_path):
     Job(tmp_path / "each", use_collectives=False).works()
     Job(tmp_path / "all").works()
     job = Job(tmp_path / "all")
@@ -346,7 +346,7 @@ def test_each_ranks_planner_plans_alone_where_ranks_have_saved_alone(tmp_path):
     assert sorted(seen) == [0, 1, 2, 3]
 
 
-def test_what_metadata_is_missing_is_said_of_the_checkpoint(tmp_path):
+def test_missing_metadata_is_reported_for_the_checkpoint(tmp_path):
     Job(tmp_path, use_collectives=False).works()
     job = Job(tmp_path)
     (tmp_path / "__1.metadata").write_bytes(b"broken")

@@ -80,7 +80,7 @@ class OwnPlanner(dcp.DefaultSavePlanner):
 
 
 class OwnWriter(stock.FileSystemWriter):
-    """Dies, or fails, where it is told to; where it writes."""
+    """Dies or fails while it writes, on the rank that `fate` names."""
 
     fate: tuple[int, str] = (-1, "")
 
@@ -222,7 +222,7 @@ def _parts(rank: int, path: str, kind: Any) -> None:
 
 
 def failures(rank: int, size: int, path: str) -> list[str]:
-    """What this rank is told of failures, in the end of what died; and that saving goes on."""
+    """Return the errors of failed saves on this rank, the last of a process that died."""
     with may_have_children():
         told = []
         for name, kind in TYPES.items():

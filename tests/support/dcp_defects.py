@@ -95,7 +95,7 @@ class Broken:
 
 
 def lost_cause(rank: int, size: int, base: str, path: str, steps: bool) -> tuple[str, float]:
-    """What each rank is told when one rank's state can't be taken, and how long that takes."""
+    """Return the error on each rank when one rank's state raises, and how long it takes."""
 
     class Planner(stock.DefaultSavePlanner):
         def create_local_plan(self):

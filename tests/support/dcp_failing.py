@@ -1,4 +1,4 @@
-"""Planners and storage that fail in a step when they are told to."""
+"""Planners and storage that fail in a given step."""
 
 from __future__ import annotations
 
