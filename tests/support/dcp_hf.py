@@ -189,7 +189,7 @@ def replicas(rank: int, size: int, path: str) -> str:
         writer = dcp.HuggingFaceStorageWriter(f"{path}/mapped", fqn_to_index_mapping=given)
         dcp.save(state, storage_writer=writer)
     except dcp.CheckpointException as error:
-        assert "use save_distributed=True, enable_consolidation=True" in str(error)
+        assert "pass save_distributed=True, enable_consolidation=True" in str(error)
     else:
         return "two ranks wrote one file"
     lowest = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
