@@ -1,4 +1,4 @@
-"""What an attack is, and where it is put."""
+"""The description of an attack, and helpers that place it in a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Attack:
     """A malicious checkpoint.
 
     Attributes:
-        build: writes it into an empty folder.
-        error: what a message must match; "" where it opens, inert.
-        what: what it tries, in one sentence.
+        build: writes the checkpoint into an empty folder.
+        error: a pattern of the error message; "" if the checkpoint opens as inert data.
+        what: the attempt, in one sentence.
     """
 
     build: Callable[[Path], None]
@@ -44,7 +44,7 @@ Attacks = Iterator[tuple[str, Attack]]
 
 
 def in_object(pickle: bytes) -> Callable[[Path], None]:
-    """In the pickle of an object."""
+    """Return a builder with this pickle as an object."""
     return lambda folder: p.with_object(folder, p.PROTOCOL + pickle + p.STOP)
 
 
@@ -54,10 +54,10 @@ def in_metadata(data: bytes) -> Callable[[Path], None]:
 
 
 def in_item(item: bytes, entry: bytes = b"", **more: bytes) -> Callable[[Path], None]:
-    """As the item of a tensor."""
+    """Return a builder with these bytes as the item of a tensor."""
     return lambda folder: p.with_tensor(folder, item, entry, **more)
 
 
 def nested(count: int) -> bytes:
-    """A tuple of two of the tuple before it, and so on: 2 ** count items in `count` objects."""
+    """Return a pickle of nested pairs of one tuple: 2 ** count items in `count` objects."""
     return p.NONE + b"2\x86" * count

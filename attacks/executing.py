@@ -142,5 +142,5 @@ def _execution() -> Attacks:
 
 
 def attacks() -> Attacks:
-    """All of them."""
+    """Return all attacks of this module, by name."""
     yield from _execution()

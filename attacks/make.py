@@ -1,7 +1,7 @@
 """Malicious checkpoints. `python -m attacks.make FOLDER` writes each into a folder of its name.
 
-Each one must be refused with an error that names the file and the place, or open inert; within a
-second, in little memory, and with nothing executed. `tests/attacks/test_attacks.py` holds that.
+Each must be refused with an error that names file and place, or open as inert data: within a
+second, in little memory and without executing code. `tests/tools/attacks/test_attacks.py` checks this.
 """
 
 from __future__ import annotations

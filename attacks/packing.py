@@ -1,4 +1,4 @@
-"""Items that lie: zips, storages, strides, streams."""
+"""Items with false information: zips, storages, strides, streams."""
 
 from __future__ import annotations
 
@@ -222,5 +222,5 @@ def _only_object(folder: Path, item: bytes, transforms: bytes = b"](e") -> None:
 
 
 def attacks() -> Attacks:
-    """All of them."""
+    """Return all attacks of this module, by name."""
     yield from _zips()

@@ -215,6 +215,6 @@ def _keys() -> Attacks:
 
 
 def attacks() -> Attacks:
-    """All of them."""
+    """Return all attacks of this module, by name."""
     yield from _pickles()
     yield from _keys()

@@ -1,4 +1,4 @@
-"""Metadata that points where nothing is, or where nothing may be."""
+"""Metadata that points to data that is missing or must not be read."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _names() -> Attacks:
 
 
 def attacks() -> Attacks:
-    """All of them."""
+    """Return all attacks of this module, by name."""
     yield from _paths()
     yield from _places()
     yield from _shapes()

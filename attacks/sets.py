@@ -1,4 +1,4 @@
-"""Safetensors files that lie."""
+"""Safetensors files with false information."""
 
 from __future__ import annotations
 
@@ -81,5 +81,5 @@ def _sets() -> Attacks:
 
 
 def attacks() -> Attacks:
-    """All of them."""
+    """Return all attacks of this module, by name."""
     yield from _sets()

@@ -1,1 +1,1 @@
-"""Broken and hostile bytes for everything that reads a checkpoint. See `fuzz/README.md`."""
+"""Fuzzing of everything that reads a checkpoint. See `fuzz/README.md`."""

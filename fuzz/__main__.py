@@ -1,4 +1,4 @@
-"""`python -m fuzz`: broken and hostile bytes, by the thousand, for everything that reads."""
+"""`python -m fuzz`: pass broken and hostile bytes to everything that reads a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fuzz.targets import SHARES, TARGETS
 
 KEPT = Path("build/fuzz")
 _BATCH = 100_000
-"""Cases of one process."""
+"""The number of cases per process."""
 _SLOW = 0.05
-"""Seconds that a case may take on average before its process counts as hanging."""
+"""Average seconds per case after which a process counts as hanging."""
 
 
 @dataclass
 class Total:
-    """What came out for one target."""
+    """The results of one target."""
 
     cases: int = 0
     values: int = 0
@@ -45,7 +45,7 @@ class Total:
 
 
 def batches(cases: int, targets: list[str], seed: int) -> Iterator[tuple[str, int, int]]:
-    """Target, number of cases and seed of each process; all targets have their turn."""
+    """Yield target, number of cases and seed of each process, for all targets in turn."""
     shares = {target: SHARES.get(target, 3) for target in targets}
     left = {target: -(-cases * share // sum(shares.values())) for target, share in shares.items()}
     number = 0
@@ -58,7 +58,7 @@ def batches(cases: int, targets: list[str], seed: int) -> Iterator[tuple[str, in
 
 
 def run(batch: tuple[str, int, int], seconds: float) -> dict[str, Any]:
-    """One process, so long at most. That it dies or hangs is a finding, too: the case is kept."""
+    """Run one process. Its death or a hang is a finding, too, and the case is kept."""
     target, cases, seed = batch
     with tempfile.TemporaryDirectory() as folder:
         last = Path(folder) / "case"
@@ -85,11 +85,15 @@ def run(batch: tuple[str, int, int], seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=100_000, help="in all (100,000)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="to take for it, about")
-    parser.add_argument("--seed", type=int, default=1, help="other seeds, other cases")
+    parser.add_argument(
+        "--cases", type=int, default=100_000, help="number of cases in all (default: 100,000)"
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="approximate time limit")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the cases (default: 1)")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only these")
-    parser.add_argument("--jobs", type=int, default=cpu_count() or 1, help="processes at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=cpu_count() or 1, help="number of parallel processes"
+    )
     given = parser.parse_args()
     targets = given.target or list(TARGETS)
     if importlib.util.find_spec("torch") is None:

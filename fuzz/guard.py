@@ -1,4 +1,4 @@
-"""Limits of one case: processor time, memory, and nothing that code from a file would do."""
+"""Limits of one case: processor time, memory, and no action that only running code takes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import ClassVar
 __all__ = ["MEMORY", "SECONDS", "Forbidden", "TooLong", "limit_memory", "watch", "within_time"]
 
 SECONDS = 5.0
-"""Of processor time for one case: other work on the machine does not count."""
+"""Seconds of processor time for one case."""
 
 MEMORY = 1 << 30
-"""Bytes of address space that a process may take beyond what it has when it begins."""
+"""Bytes of address space that a process may use beyond those at its start."""
 
 _FORBIDDEN = (
     "os.", "subprocess.", "socket.", "shutil.", "ctypes.dlopen", "exec", "import", "open",
@@ -27,7 +27,7 @@ _HARMLESS = ("os.listdir", "os.scandir", "os.kill", "socket.gethostname")  # of 
 
 
 class Forbidden(BaseException):
-    """A case did what only code can do."""
+    """A case did something that only running code can do."""
 
 
 class TooLong(BaseException):
@@ -35,7 +35,7 @@ class TooLong(BaseException):
 
 
 def limit_memory() -> None:
-    """From now on, more than `MEMORY` bytes more are a MemoryError."""
+    """Limit the memory of this process to `MEMORY` bytes more than now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -47,13 +47,13 @@ class _Watch:
 
 
 def watch() -> None:
-    """Have Python tell of every event that running code needs; see PEP 578."""
+    """Add an audit hook (PEP 578) that notes every event that running code causes."""
 
     def hook(event: str, args: tuple[object, ...]) -> None:
         if not _Watch.active or not event.startswith(_FORBIDDEN) or event in _HARMLESS:
             return
         if event == "open" and str(args[0]).startswith("/proc/") and args[1] == "r":
-            return  # a lease looks at the process
+            return  # a lease checks whether the process runs
         if event == "import" and str(args[0]) in sys.modules:
             return
         _Watch.seen.append(f"{event} {str(args)[:200]}")
@@ -63,7 +63,7 @@ def watch() -> None:
 
 @contextmanager
 def within_time() -> Iterator[None]:
-    """Raises TooLong, or Forbidden for what was done in it."""
+    """Raise `TooLong` or `Forbidden` if the code of the block exceeds a limit."""
     _Watch.seen.clear()
     _Watch.active = True
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)

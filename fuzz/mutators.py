@@ -1,6 +1,6 @@
-"""Bytes that are nearly right: mutated as bytes, pickles, zips or JSON, with checksums mended.
+"""Mutators: nearly valid bytes, changed as bytes, pickles, zips or JSON, with valid checksums.
 
-Random bytes are refused by the first check. What is mended gets past it.
+Random bytes are refused by the first check. Cases with recomputed checksums get past it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shardkeep.format.dcp.trailer import TRAILER_SIZE, Trailer
 __all__ = ["MUTATORS", "Mutator", "pack_files", "unpack_files"]
 
 Mutator = Callable[[bytes, bytes, random.Random], bytes]
-"""(a seed, another one, dice) -> a case."""
+"""Makes a case from a seed, another seed, and a source of random numbers."""
 
 _NUMBERS = (0, 1, -1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1,
             2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63))  # fmt: skip
@@ -39,7 +39,7 @@ _OPS = (
 
 
 def as_bytes(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """Flip, set, cut, repeat, insert, splice."""
+    """Flip, set, cut, repeat, insert or splice bytes."""
     made = bytearray(data)
     for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
         at, kind = dice.randrange(len(made) + 1), dice.randrange(8)
@@ -68,7 +68,7 @@ def as_bytes(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 @lru_cache(maxsize=256)
 def _operations(data: bytes) -> tuple[bytes, ...]:
-    """The operations of a pickle, as far as they can be told apart, and what follows."""
+    """Split a pickle into its operations, as far as it can be parsed, and the rest."""
     starts = []
     try:
         for _, _, at in pickletools.genops(data):
@@ -84,7 +84,7 @@ def _operations(data: bytes) -> tuple[bytes, ...]:
 
 
 def as_pickle(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """Drop, repeat, swap, insert and change whole operations."""
+    """Drop, repeat, swap, insert or change whole operations."""
     ops, more = list(_operations(data)), _operations(other)
     for _ in range(dice.choice((1, 1, 1, 2, 4))):
         if not ops:
@@ -117,7 +117,7 @@ def _integer(value: int) -> bytes:
 
 
 def as_json(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """Put other values, other keys and other numbers into a document."""
+    """Replace values, keys and numbers of a document."""
     try:
         document = json.loads(data)
     except ValueError:
@@ -157,13 +157,13 @@ def _changed(node: Any, dice: random.Random, depth: int) -> Any:
 
 
 def unpack_files(data: bytes) -> dict[str, bytes]:
-    """The files of a stored zip."""
+    """Return the files of a zip that is not compressed."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
 def pack_files(files: dict[str, bytes], dice: random.Random | None = None) -> bytes:
-    """A zip of them, with right checksums; with dice, some are compressed."""
+    """Return a zip of the files with valid checksums; with `dice`, compress some."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, content in files.items():
@@ -182,10 +182,10 @@ def _by_name(name: str, data: bytes, other: bytes, dice: random.Random) -> bytes
 
 
 def as_zip(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """Change, drop, rename and swap records; their checksums are right again."""
+    """Change, drop, rename or swap records, and recompute their checksums."""
     try:
         files, more = unpack_files(data), unpack_files(other)
-    except Exception:  # what zipfile raises for broken ones is anything
+    except Exception:  # zipfile raises many kinds of errors for broken files
         return as_bytes(data, other, dice)
     for _ in range(dice.choice((1, 1, 1, 2))):
         if not files:
@@ -207,7 +207,7 @@ def as_zip(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def with_length(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """A safetensors file: its header as JSON, with the right length before it."""
+    """Change the header of a safetensors file as JSON, and correct its length."""
     size = int.from_bytes(data[:8], "little")
     if 8 + size > len(data):
         return as_bytes(data, other, dice)
@@ -216,7 +216,7 @@ def with_length(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def with_checksum(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """The end of a `.metadata`: fields of its trailer, with a right checksum."""
+    """Change fields of the trailer of `.metadata`, and recompute its checksum."""
     made = bytearray(as_bytes(data[-TRAILER_SIZE:], other, dice))
     if len(made) == TRAILER_SIZE:
         made[-12:-8] = struct.pack("<I", zlib.crc32(made[:-12]))
@@ -224,7 +224,7 @@ def with_checksum(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def as_checkpoint(data: bytes, other: bytes, dice: random.Random) -> bytes:
-    """A zip of the files of a checkpoint: one of them changed, mostly with a right trailer."""
+    """Change one of the files of a checkpoint, mostly with a valid trailer."""
     files, more = unpack_files(data), unpack_files(other)
     name = dice.choice(list(files))
     content = files[name]
@@ -247,7 +247,7 @@ def as_checkpoint(data: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def _parts(metadata: bytes) -> tuple[bytes, bytes]:
-    """The pickle, and the trailer if there is one."""
+    """Split `.metadata` into its pickle and its trailer, which may be empty."""
     ours = metadata.endswith(b"SKTRL\x01\n")
     at = len(metadata) - TRAILER_SIZE if ours else len(metadata)
     return metadata[:at], metadata[at:]
@@ -279,4 +279,4 @@ MUTATORS: dict[str, Sequence[Mutator]] = {
     "lease": (as_json, as_bytes),
     "checkpoint": (as_checkpoint,),
 }
-"""Target -> how its cases are made; one of them is chosen each time."""
+"""The mutators of each target, one of which is chosen for each case."""

@@ -1,6 +1,6 @@
-"""Makes the corpus again: `python -m fuzz.seeds`. Needs torch.
+"""Creates the corpus: `python -m fuzz.seeds`. Needs torch.
 
-Small files of stock releases, out of tests/golden, and what this Shardkeep writes.
+The corpus holds small files of stock releases, from tests/golden, and files written by Shardkeep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shardkeep.checkpoint.reader import open_reader
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 RELEASES = ("2.0.1", "2.3.1", "2.4.1", "2.15.0", "python313")
 _FEW = 3
-"""Cases of a release that are taken, the smallest: those are quick, and as good."""
+"""The number of cases taken from a release: the smallest, which run fastest."""
 
 
 def keep(target: str, name: str, data: bytes) -> None:
@@ -33,7 +33,7 @@ def keep(target: str, name: str, data: bytes) -> None:
 
 
 def golden(release: str) -> None:
-    """Metadata, items and whole checkpoints of one release."""
+    """Keep metadata, items and whole checkpoints of one release."""
     with tarfile.open(GOLDEN / f"{release}.tar.xz") as archive, tempfile.TemporaryDirectory() as to:
         archive.extractall(to, filter="data")
         found = [
@@ -54,7 +54,7 @@ def golden(release: str) -> None:
 
 
 def ours() -> None:
-    """What Shardkeep writes, of a state with some of everything."""
+    """Keep the files that Shardkeep writes for a state with values of all kinds."""
     weight = torch.arange(12.0).reshape(3, 4)
     state = {
         "model": {"w": weight, "tied": weight, "b": torch.ones(2, dtype=torch.bfloat16)},
@@ -89,7 +89,7 @@ def ours() -> None:
 
 
 def items() -> None:
-    """What torch.save writes."""
+    """Keep items written by torch.save."""
     values = {
         "tensor": torch.arange(6.0).reshape(2, 3).T,
         "half": torch.ones(4, dtype=torch.float8_e4m3fn),
@@ -118,7 +118,7 @@ def items() -> None:
 
 
 def others() -> None:
-    """Safetensors, their index, leases."""
+    """Keep safetensors files, their index, and leases."""
     entries = {
         "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
         "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},

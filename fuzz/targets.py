@@ -1,4 +1,4 @@
-"""What is given the bytes. Each target does to them what Shardkeep does, and raises what it may."""
+"""The targets: functions that process the bytes as Shardkeep does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ALLOWED", "TARGETS", "Target"]
 Target = Callable[[bytes], object]
 
 ALLOWED = (FormatError, Damaged, NotACheckpoint, Untrusted, Mismatch)
-"""What a case may raise: an error that says what is wrong, never another one."""
+"""The errors that a case may raise, all of which say what is wrong."""
 
 
 def reader(data: bytes) -> Callable[[int, int], bytes]:
@@ -116,4 +116,4 @@ TARGETS: Mapping[str, Target] = {
 }
 
 SHARES: Mapping[str, int] = {"checkpoint": 1, "lease": 1, "safetensors index": 1, "trailer": 1}
-"""How often a target is chosen, beside 3 for all others: cases of whole checkpoints take long."""
+"""The weights of targets that differ from 3, as cases of whole checkpoints take long."""

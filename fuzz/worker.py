@@ -1,4 +1,4 @@
-"""Runs many cases of one target in a process of its own; what it prints is one line of JSON."""
+"""Runs many cases of one target in a separate process; prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fuzz.mutators import MUTATORS
 from fuzz.targets import ALLOWED, TARGETS
 
 _CODECS = "raw_unicode_escape utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be".split()
-"""What texts of pickles and of JSON may be in: Python imports these when they are met first."""
+"""Codecs of texts in pickles and JSON, imported beforehand as Python imports them on first use."""
 CORPUS = Path(__file__).with_name("corpus")
 _MOST = 64 * 1024
-"""Bytes of a case that is mutated further."""
+"""The largest case in bytes that is mutated further."""
 _POOL = 400
 _WORDS = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+")
 
 
 def seeds(target: str) -> list[bytes]:
-    """The corpus of a target. Names of folders have no spaces."""
+    """Return the corpus of a target."""
     folder = CORPUS / target.replace(" ", "-")
     return [file.read_bytes() for file in sorted(folder.iterdir())]
 
 
 class Fuzzer:
-    """Cases of one target. Those that end in a new way are mutated further."""
+    """The cases of one target. Cases with a new kind of result are mutated further."""
 
     def __init__(self, target: str, seed: int) -> None:
         self.target = target
@@ -46,12 +46,12 @@ class Fuzzer:
 
     def case(self) -> bytes:
         mutate = self.dice.choice(MUTATORS[self.target])
-        # Half of them from the corpus: what is far from it is mostly refused early.
+        # Half of the cases start from the corpus, as others are mostly refused early.
         pool = self.first if self.dice.randrange(2) else self.pool
         return mutate(self.dice.choice(pool), self.dice.choice(self.first), self.dice)
 
     def check(self, data: bytes) -> bool:
-        """Whether the case ended as it may; remembers in what way."""
+        """Run a case; return whether its result is allowed, and record the kind of result."""
         try:
             with guard.within_time():
                 self.run(data)
@@ -68,12 +68,12 @@ class Fuzzer:
 
 
 def main(target: str, cases: int, seed: int, seconds: float, last: str, keep: str) -> None:
-    """Run so many cases, or for so long.
+    """Run that many cases, or until the time limit.
 
-    The one under way is in the file `last`; what fails goes to the folder `keep`.
+    The running case is kept in the file `last`; failing cases are written to the folder `keep`.
     """
     fuzzer = Fuzzer(target, seed)
-    for data in fuzzer.first:  # imports and caches are not a case's doing
+    for data in fuzzer.first:  # so that imports and caches do not count for a case
         fuzzer.run(data)
     for codec in _CODECS:
         codecs.lookup(codec)

@@ -114,7 +114,7 @@ def test_a_fresh_optimizer_gets_its_state(gloo, tmp_path):
 
 
 def test_any_placements_load_into_any_other(gloo, tmp_path):
-    results = gloo.run(layouts.reshard_many, str(tmp_path), 11, 8, 40, limit=100)
+    results = gloo.run(layouts.reshard_many, str(tmp_path), 11, 8, 40)
     assert [result["wrong"] for result in results] == [[]] * 4
     assert results[0]["cases"] >= 300
     assert results[0]["uneven"] > 100

@@ -142,7 +142,6 @@ GONE = [
 
 
 @pytest.mark.gloo
-@pytest.mark.timeout(170)
 def test_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
     """Real processes; most of the time is waiting, so several jobs are under way at once."""
 
@@ -154,7 +153,7 @@ def test_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
         if how == "asleep":
             env["SHARDKEEP_DEADLINE_SECONDS"] = "4"
         args = (work, phase, culprit, how, str(folder / "ckpt"))
-        return forked.run(phases.gone, *args, folder=folder, env=env, limit=80)
+        return forked.run(phases.gone, *args, folder=folder, env=env)
 
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(one, range(len(GONE))))

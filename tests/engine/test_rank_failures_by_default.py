@@ -15,7 +15,6 @@ from support import forked, phases
 from support.waiting import PROMPT_SECONDS
 
 
-@pytest.mark.timeout(90)
 def test_a_killed_rank_is_named_on_all_others_within_ten_seconds(tmp_path):
     """Kill a real process; most of the time is spent waiting for the default heartbeat."""
     if {

@@ -32,7 +32,7 @@ def test_the_calling_thread_works_too():
 
 
 def test_jobs_run_at_the_same_time():
-    barrier, places = threading.Barrier(4, timeout=10), []
+    barrier, places = threading.Barrier(4, timeout=60), []
     parallel(list(range(4)), lambda jobs: places.extend(barrier.wait() for _ in jobs), 4)
     assert sorted(places) == [0, 1, 2, 3]
 
@@ -60,7 +60,7 @@ def test_an_interrupt_is_raised_once_all_have_ended():
     def worker(jobs):
         for _ in jobs:
             if threading.current_thread() is main:
-                assert begun.wait(10)
+                assert begun.wait(60)
                 raise KeyboardInterrupt
             begun.set()
             time.sleep(0.05)

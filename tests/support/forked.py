@@ -24,7 +24,7 @@ def run(
     *args: Any,
     folder: Path,
     size: int = 4,
-    limit: float = 60.0,
+    limit: float = 120.0,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
     """What `function(rank, *args)` returned on each rank; None for those that died or hung.

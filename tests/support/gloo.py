@@ -56,7 +56,7 @@ class Pool:
         function: Callable[..., Any] | str,
         *args: Any,
         size: int = 4,
-        limit: float = 60.0,
+        limit: float = 120.0,
         env: dict[str, str] | None = None,
     ) -> list[Any]:
         """Call `function(rank, size, *args)` on `size` ranks; what each returned, in rank order.
@@ -79,7 +79,7 @@ class Pool:
         function: Callable[..., Any] | str,
         *args: Any,
         size: int = 4,
-        limit: float = 60.0,
+        limit: float = 120.0,
         env: dict[str, str] | None = None,
     ) -> list[Any]:
         """The same for `function(ranks, *args)`, as `simulated_ranks.run` calls it."""

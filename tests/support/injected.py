@@ -429,22 +429,28 @@ def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: 
 
 _HEAD = """## Injected faults
 
-One system call of a save fails, given the error by the kernel (`strace -e inject`), in a save by
-two ranks; data files are those of rank 1. A save goes over an old checkpoint, to a new folder, over
-an old one in the background, or is the second step of a manager that keeps one. `refused` stands
-for all of this, checked in each case: both ranks raised, who met the error as it is, naming the
-file, who did not as `RankFailed` with rank and phase; what was there before loads, every byte of it
-checked; the folder holds the same files as before; no file is left open; the next save works.
-`saved`: the call is not needed, or the file counts as removed, and the new checkpoint is whole.
-`kept`: it is, and an old file, the lease, or something of the old step stayed behind; the next save
-or `shardkeep gc` finds it. `new`: the error came after `.metadata` was replaced; it is raised, and
-the new checkpoint is whole. `-`: can't be, as it is there. `make faults` writes this section.
+One system call of a save by two ranks fails with an error from the kernel (`strace -e inject`).
+Data files are those of rank 1. A save goes over an old checkpoint, to a new folder, over an old one
+in the background, or is the second step of a manager that keeps one. Each result is checked:
+
+- `refused`: both ranks raised. The rank that met the error raised the error itself, which names
+  the file; the other raised `RankFailed` with rank and phase. The old checkpoint loads, with every
+  byte compared. The folder holds the same files as before, no file is left open, and the next save
+  works.
+- `saved`: the call is not needed, or the file counts as removed, and the new checkpoint is whole.
+- `kept`: the new checkpoint is whole, but an old file, the lease or a part of the old step remains.
+  The next save or `shardkeep gc` removes it.
+- `new`: the error came after `.metadata` was replaced. It is raised, and the new checkpoint is
+  whole.
+- `-`: the error is impossible, as the file exists.
+
+`make faults` writes this section.
 """
 
 _LOADS = """
 The same for a load by two ranks, the second of which reads the file of rank 1. `refused`: the rank
-that met the error raised it, naming the file, and the other one the same or `RankFailed`; `loaded`:
-the bytes came in another way, and are right. The next load works in each case.
+that met the error raised it, naming the file, and the other one the same error or `RankFailed`.
+`loaded`: the bytes were read in another way and are right. The next load works in each case.
 """
 
 

@@ -1,4 +1,4 @@
-"""Errors of single operations of a store, and what a save makes of them: a table in
+"""Errors of single store operations and their effect on a save: a table in
 docs/reliability.md, beside that of the system calls.
 """
 
@@ -29,7 +29,7 @@ Files = dict[str, bytes]
 
 
 class Fault(NamedTuple):
-    """An operation that fails: in a save of which kind, its number (from 0), before or after."""
+    """An operation that fails: kind of save, number (from 0), before or after its effect."""
 
     kind: str
     at: int
@@ -40,7 +40,7 @@ class Fault(NamedTuple):
 
 
 class Phased(FaultyStore):
-    """Notes in which phase each operation is."""
+    """A store that notes the phase of each operation."""
 
     def __init__(self, inner: MemoryStore, at: int = -1, **how: Any) -> None:
         super().__init__(inner, at, **how)
@@ -59,7 +59,7 @@ def state(seed: float) -> dict[str, Any]:
 
 
 def save(kind: str, store: Any, seed: int) -> None:
-    """One save; by a manager, a step, which it keeps alone."""
+    """Save once; by a manager, save a step and keep only that one."""
     if kind == "manager":
         with sk.Manager(store, keep=sk.KeepLast(1)) as manager:
             manager.save(seed, state(seed)).result(60)
@@ -74,7 +74,7 @@ def files_of(store: MemoryStore) -> Files:
 
 
 def seed_in(kind: str, store: MemoryStore) -> float:
-    """What the newest checkpoint holds; all that are there are whole."""
+    """Return the content of the newest checkpoint, after checking that all are whole."""
     stores = [store]
     if kind == "manager":
         manager = sk.Manager(store)
@@ -92,7 +92,7 @@ def seed_in(kind: str, store: MemoryStore) -> float:
 
 @cache
 def _begun(kind: str) -> Files:
-    """What is there before."""
+    """Create the state before the save under test."""
     store = MemoryStore()
     if kind != "new":
         save(kind, store, 1)
@@ -107,7 +107,7 @@ def _copy(files: Files) -> MemoryStore:
 
 
 def _tried(kind: str, before: Files, at: int = -1, **how: Any) -> tuple[Phased, Exception | None]:
-    """A save over what was there, that meets an error or not; what it did, and what it raised."""
+    """Run a save, with an error or without; return its operations and what it raised."""
     store, begin = Phased(_copy(before), at, **how), Clock.phase
 
     def phase(clock: Clock, name: str) -> None:
@@ -126,7 +126,7 @@ def _tried(kind: str, before: Files, at: int = -1, **how: Any) -> tuple[Phased, 
 
 
 def faults(kind: str) -> Iterator[Fault]:
-    """All operations of such a save."""
+    """Return all operations of a save of this kind."""
     before = _begun(kind)
     store, error = _tried(kind, before)
     assert error is None
@@ -138,11 +138,11 @@ def faults(kind: str) -> Iterator[Fault]:
 
 
 _LOOKS = ("list", "head", "get_range", "read_into")
-"""They have no effect that an error could come after."""
+"""Operations without an effect after which an error could come."""
 
 
 def _shown(name: str, before: Files) -> str:
-    """What the file is, in a word or two."""
+    """Return a short description of a file."""
     found = re.search(r"\.metadata|\.lease|\.manifest|distcp", name)
     if found is None:
         return "folder"
@@ -151,7 +151,7 @@ def _shown(name: str, before: Files) -> str:
 
 
 def outcome(fault: Fault, error: str) -> str:
-    """What comes of it, in a word of the page's; a save after that works in any case."""
+    """Return the result as a word of the page; check that a save afterwards works."""
     before = _begun(fault.kind)
     number = getattr(errno, error)
     store, raised = _tried(fault.kind, before, fault.at, when=fault.when, error=number)
@@ -174,13 +174,13 @@ def _left_behind(before: Files) -> Callable[[str], bool]:
 
 
 _HEAD = """The same with a store that fails (`tests/support/faults.py`), in saves by one rank: each
-operation of a save, in turn, fails before it has its effect, or after it, as over a network. The
-words are those of above. Where several operations are of one kind, all their ends are named.
+operation of a save fails in turn, before or after it takes effect, as over a network. The results
+are those described above. Where a row stands for several operations, it lists all their results.
 """
 
 
 def rows(kind: str, errors: Sequence[str] = ERRORS) -> Iterator[tuple[str, ...]]:
-    """The rows of the table of one kind of save, with a cell for each error."""
+    """Yield the rows of the table for one kind of save, with a cell per error."""
     same: dict[tuple[str, ...], dict[str, list[Fault]]] = {}
     for fault in faults(kind):
         key = kind, fault.phase, fault.what, fault.of
@@ -195,7 +195,7 @@ def rows(kind: str, errors: Sequence[str] = ERRORS) -> Iterator[tuple[str, ...]]
 
 
 def section() -> Iterator[str]:
-    """The lines of the table, and what is to be said before it."""
+    """Yield the lines of the table and the text before it."""
     yield _HEAD
     yield f"| Save | Phase | Operation | of the | Error comes | {' | '.join(ERRORS)} |"
     yield "|---" * (5 + len(ERRORS)) + "|"

@@ -460,7 +460,7 @@ def command(tmp_path, *names):
 @pytest.mark.torch
 def test_command_writes_results_page_and_picture(tmp_path):
     words, out, scratch = command(tmp_path, "load-1", "slice")
-    done = subprocess.run(words, check=False, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(words, check=False, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     results = stored(out / "results")
     assert set(results) == {"load-1", "slice"}

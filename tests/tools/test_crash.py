@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(300)
 def test_the_newest_committed_step_is_whole_after_a_kill_at_any_moment(tmp_path):
     results = tmp_path / "results.jsonl"
     earlier = Result(2026, 0, "sync", "all", "write", 1, 1, None, [])

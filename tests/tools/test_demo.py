@@ -42,7 +42,6 @@ def assert_gone(some_pids):
 
 @pytest.mark.torch
 @pytest.mark.gloo
-@pytest.mark.timeout(300)
 def test_small_demo_trains_is_killed_resumes_on_one_rank_and_holds_every_claim(tmp_path):
     done = subprocess.run(
         command(tmp_path), check=False, cwd=ROOT, capture_output=True, text=True, timeout=280

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, and whether it would find something."""
+"""A short run of the fuzzer, and that it can find something."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def targets():
 
 
 @pytest.mark.parametrize("target", list(targets()))
-def test_the_corpus_is_whole(target):
+def test_the_corpus_is_valid(target):
     if target == "torch object":
         pytest.importorskip("torch")
     corpus = list(seeds(target))
@@ -35,7 +35,7 @@ def test_the_corpus_is_whole(target):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("case", sorted(REGRESSIONS.glob("*/*")), ids=lambda file: file.name)
-def test_what_was_found_stays_fixed(case):
+def test_earlier_findings_stay_fixed(case):
     with pytest.raises((FormatError, Damaged)):
         TARGETS[case.parent.name.replace("-", " ")](case.read_bytes())
 
@@ -83,7 +83,7 @@ for run in (system, eats, hangs, crashes, fine):
 """
 
 
-def test_what_a_case_must_not_do_is_noticed():
+def test_forbidden_actions_of_a_case_are_detected():
     path = f"{ROOT}:{ROOT / 'src'}"
     done = subprocess.run(
         [sys.executable, "-c", GUARDED],

@@ -1,6 +1,6 @@
-"""Opens every attack below a folder and prints what happened, one JSON line before and after each.
+"""Opens every attack in a folder and prints a line of JSON before and after each.
 
-Runs in a process of its own: a crash of the interpreter must be a failed test, not the end of all.
+It runs in a separate process, so that a crash of the interpreter fails one test only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardkeep.format.pickle.reader import opaque_classes
 
 
 class Watch:
-    """Collects what the steps of one visit raise, and what they find."""
+    """Collects the errors and findings of one visit."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -44,7 +44,7 @@ class Watch:
 
 
 def visit(folder: Path) -> Watch:
-    """Do to a checkpoint whatever one can do without trusting it."""
+    """Do everything with a checkpoint that requires no trust."""
     watch = Watch()
     checkpoint = watch.attempt(lambda: shardkeep.open(folder))
     if checkpoint is None:
@@ -62,7 +62,9 @@ def visit(folder: Path) -> Watch:
 
 
 def reports(root: Path) -> Iterator[dict[str, Any]]:
-    visit(next(iter(sorted(root.iterdir()))))  # imports and caches are not the attack's
+    visit(
+        next(iter(sorted(root.iterdir())))
+    )  # so that imports and caches do not count for an attack
     for folder in sorted(root.iterdir()):
         yield {"name": folder.name}
         start = time.process_time()

@@ -1,4 +1,4 @@
-"""Every malicious checkpoint is refused, or opens inert: quickly, in little memory, unexecuted."""
+"""Every malicious checkpoint is refused or opens as inert data, fast and in little memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ sys.path.insert(0, str(ROOT))
 from attacks.make import ATTACKS, CANARY
 
 SECONDS = 1.0
-"""Of processor time: other work on the machine must not fail the test."""
+"""Processor time, so that other work on the machine does not fail the test."""
 MEMORY = 100 << 20
 
 
 @pytest.fixture(scope="module")
 def visits(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """What happened to each attack, by name; one process for all of them."""
+    """The result of each attack by name, from one process for all attacks."""
     root = tmp_path_factory.mktemp("attacks")
     for name, attack in ATTACKS.items():
         folder = root / "in" / name
@@ -33,7 +33,7 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     (root / "out").mkdir()
     command = [sys.executable, str(Path(__file__).with_name("drive.py")), str(root / "in")]
     done = subprocess.run(
-        command, cwd=root / "out", capture_output=True, text=True, timeout=100, check=False
+        command, cwd=root / "out", capture_output=True, text=True, timeout=280, check=False
     )
     found: dict[str, Any] = {"": {"canary": (root / "out" / CANARY).exists()}}
     for line in done.stdout.splitlines():
@@ -67,7 +67,7 @@ def test_attack_is_refused_or_inert(name: str, visits: Mapping[str, Any]) -> Non
     [name for name, attack in ATTACKS.items() if name.startswith("object_") and not attack.error],
 )
 def test_code_becomes_a_stand_in(name: str, visits: Mapping[str, Any]) -> None:
-    assert visits[name]["opaque"], "the call is nowhere to be seen"
+    assert visits[name]["opaque"], "the refused class is not shown"
 
 
 def test_there_are_enough() -> None:
