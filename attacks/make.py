@@ -1,7 +1,7 @@
 """Malicious checkpoints. `python -m attacks.make FOLDER` writes each into a folder of its name.
 
 Each must be refused with an error that names file and place, or open as inert data: within a
-second, in little memory and without executing code. `tests/tools/attacks/test_attacks.py` checks this.
+second, in little memory and without executing code. `test_attacks.py` in tests/tools checks this.
 """
 
 from __future__ import annotations
