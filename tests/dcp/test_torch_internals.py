@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,12 @@ pytest.importorskip("fsspec")
 pytest.importorskip("safetensors")
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
+import torch.distributed.checkpoint as stock
 from compat import torch_internals
 from compat.torch_internals_table import OTHER_RELEASES, TABLE
 
 import shardkeep.dcp  # noqa: F401 - the scan looks into the modules of torch that it imports
+from shardkeep.dcp.bridge import torch_messages
 
 MADE_WITH = re.search(r"torch==(\d+\.\d+)", (torch_internals.ROOT / "constraints.txt").read_text())[
     1
@@ -111,3 +114,18 @@ def test_a_use_that_is_not_listed_is_named(found):
         "dcp/filesystem.py uses torch._new: add it to TABLE",
         "nothing uses torch._neg_view: remove it from TABLE",
     ]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        torch_messages.missing_key("NAME").partition("NAME")[0],
+        torch_messages.not_a_tensor("NAME").partition("NAME")[0],
+        torch_messages.size_mismatch("NAME", "A", "B").partition("A")[0],
+        torch_messages.CHECKPOINT_EXISTS.partition("self")[0],
+        torch_messages.CANNOT_DETECT,
+    ],
+)
+def test_kept_messages_are_those_of_the_installed_torch(start):
+    folder = Path(stock.__file__).parent
+    assert any(start in file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
