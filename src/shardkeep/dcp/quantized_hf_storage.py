@@ -62,9 +62,9 @@ class QuantizedHuggingFaceStorageReader(HuggingFaceStorageReader):
         super().__init__(path=path, thread_count=thread_count)
         self.target_dtype = target_dtype
         self.block_size = block_size
+        self._tensor_full_shapes: dict[str, torch.Size] = {}
         self._weight_scale_mapping: dict[str, str] = {}
         self._weight_map: dict[str, str] = {}
-        self._tensor_full_shapes: dict[str, torch.Size] = {}
 
     def read_metadata(self) -> Metadata:
         """Return the metadata of the tensors, with shape and dtype after dequantization.
