@@ -13,7 +13,6 @@ import shardkeep as sk
 from shardkeep.util.without_torch import stand_in
 
 NEED_TORCH = {
-    "LoadReport",
     "Restored",
     "SaveHandle",
     "SaveReport",

@@ -59,7 +59,9 @@ if TYPE_CHECKING:
         WorkFailed,
     )
     from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
-    from shardkeep.engine.load import LoadReport, load
+    from shardkeep.engine.load import load
+    from shardkeep.engine.load_options import LoadOptions
+    from shardkeep.engine.load_report import LoadReport
     from shardkeep.engine.save import SaveReport, save
     from shardkeep.errors import (
         AlreadyExists,
@@ -116,7 +118,9 @@ _NAMES_BY_MODULE = {
         "WorkFailed",
     ),
     "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
-    "engine.load": ("LoadReport", "load"),
+    "engine.load": ("load",),
+    "engine.load_options": ("LoadOptions",),
+    "engine.load_report": ("LoadReport",),
     "engine.save": ("SaveReport", "save"),
     "errors": (
         "AlreadyExists",
@@ -175,6 +179,7 @@ __all__ = [
     "KeepLast",
     "KeepPolicy",
     "LeaseLost",
+    "LoadOptions",
     "LoadReport",
     "LocalStore",
     "Manager",

@@ -12,7 +12,7 @@ from shardkeep.filenames import data_file_parts
 from shardkeep.util.escaping import escape, one_line
 
 if TYPE_CHECKING:
-    from shardkeep.engine.load import LoadReport
+    from shardkeep.engine.load_report import LoadReport
 
 __all__ = [
     "AlreadyExists",

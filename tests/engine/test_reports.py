@@ -12,7 +12,7 @@ pytestmark = pytest.mark.torch
 
 import shardkeep as sk
 from shardkeep.coordination.timing import Clock
-from shardkeep.engine.load import LoadReport
+from shardkeep.engine.load_report import LoadReport
 from shardkeep.stores import MemoryStore
 from shardkeep.testing import simulated_ranks
 

@@ -21,7 +21,7 @@ from shardkeep.checkpoint.chunk_locations import inside
 from shardkeep.engine import load, match
 from shardkeep.format.torch_zip import container
 from shardkeep.state.flatten import flatten
-from shardkeep.state.per_rank import OwnValues
+from shardkeep.state.per_rank import PerRankValues
 from shardkeep.stores import MemoryStore
 from support.scenarios import bits, values
 from support.store_files import names_in
@@ -213,9 +213,9 @@ def test_one_more_small_tensor_costs_next_to_no_call():
 
             def load_once(store=store, flat=flat):
                 source = reader.open_reader(store)
-                own = OwnValues(source, 0, 1, str)
+                own = PerRankValues(source, 0, 1, str)
                 matched = match.match(flat, match.Contents(source, ()), own)
-                filling = load._plan(matched.found, source, 1, None)
+                filling = load._plan(matched.pieces, source, 1, None)
                 filling.run(store, verify=True, threads=1, progress=None)
                 load._report(matched, ())
 

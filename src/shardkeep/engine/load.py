@@ -1,15 +1,14 @@
-"""The life of a load, from top to bottom."""
+"""Loading a checkpoint into a template, stage by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from functools import partial
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from shardkeep import settings
 from shardkeep.checkpoint import reader
@@ -17,13 +16,17 @@ from shardkeep.checkpoint.read_plan import ReadPlan
 from shardkeep.checkpoint.reader import CheckpointReader
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks, Session
+from shardkeep.coordination.events import CheckpointLoaded, EventSender, WorkFailed
 from shardkeep.coordination.progress import shown
 from shardkeep.coordination.timing import Clock, slowest
-from shardkeep.engine.match import Contents, Found, Match, match
+from shardkeep.engine.load_options import LoadConfig, LoadOptions
+from shardkeep.engine.load_report import LoadReport
+from shardkeep.engine.match import Contents, Match, MatchedPieces, match
 from shardkeep.errors import Mismatch
-from shardkeep.state.flatten import Leaf, put
+from shardkeep.io.read.copies import ReadStats
+from shardkeep.state.flatten import Flat, put
 from shardkeep.state.markers import Unwrapped, unmarked
-from shardkeep.state.per_rank import Chooser, OwnValues
+from shardkeep.state.per_rank import PerRankValues
 from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.memory import Destinations
@@ -35,243 +38,257 @@ from shardkeep.torch_state.stateful import (
     load_state_dicts,
     materialize_optimizer_state,
 )
-from shardkeep.types import ITEMSIZES, Progress
+from shardkeep.types import ITEMSIZES
 from shardkeep.util import gc_pause
-from shardkeep.util.formatting import count, human_bytes
+from shardkeep.util.formatting import count
 
-__all__ = ["LoadReport", "load"]
+__all__ = ["load", "run_load"]
 
-_SHOWN = 40
-"""Lines of a message about what does not match; the report has them all."""
+_MAX_LINES_SHOWN = 40
+"""Lines of an error about names that do not match; the report has all of them."""
 
-_PARTS = {"open": "plan", "describe": "plan", "match": "plan"}
-"""Phase of an error -> phase of the report."""
-
-Strict = bool | Mapping[str, bool]
-DtypePolicy = str | Mapping[str, str]
-PerRankPolicy = str | Chooser | Mapping[str, str | Chooser]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What a load did, or why it refused to. Names are flat names of the checkpoint.
-
-    Attributes:
-        path: where the checkpoint is.
-        loaded: tensors and objects that now hold what was saved.
-        resharded: those of them that this rank put together from other boxes than its own. Chunks
-            that tile one of its boxes exactly, run after run, are that box: saves cut large ones.
-        missing: wanted by the template, not in the checkpoint (left untouched).
-        unexpected: in the checkpoint, not wanted by the template.
-        cast: loaded tensors whose dtype differs: name -> (stored, wanted).
-        skipped: values of single ranks (`PerRank`) that another number of ranks saved, left as they
-            are, as the caller wanted.
-        refused: name -> why it can't be loaded; empty unless carried by a `Mismatch`.
-        unchecked: tensors of which this rank read something that no checksum covers: all of it, or
-            a part of a payload whose only checksum is one of the whole. It may be damaged or not.
-        nbytes: bytes of tensor data that this rank needed; `read`: bytes that it read for them;
-            `bytes_unchecked`: how many of those that it needed are unchecked.
-        seconds: phase -> seconds that this rank spent in it: "plan" (open the checkpoint, describe
-            the template, match them, decide what to read), "read" (read, check, put in place), and
-            "restore" (cast, replace values, `load_state_dict`).
-        slowest: the rank that took the longest, and its seconds in all.
-    """
-
-    path: str
-    loaded: tuple[str, ...] = ()
-    resharded: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    cast: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
-    unchecked: tuple[str, ...] = ()
-    nbytes: int = 0
-    read: int = 0
-    bytes_unchecked: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    slowest: tuple[int, float] = (0, 0.0)
-
-    @property
-    def rate(self) -> float:
-        """GB (10^9 bytes) of needed data for each second of the phase "read"; 0.0 without any."""
-        seconds = self.seconds.get("read", 0.0)
-        return self.nbytes / seconds / 1e9 if seconds else 0.0
-
-    def __str__(self) -> str:
-        total = sum(self.seconds.values())
-        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.seconds.items())
-        rank, longest = self.slowest
-        return (
-            f"loaded {human_bytes(self.nbytes)} in {total:.2f} s ({self.rate:.1f} GB/s): {phases}; "
-            f"slowest rank {rank}, {longest:.2f} s" + self._doubt()
-        )
-
-    def _doubt(self) -> str:
-        if not self.unchecked:
-            return ""
-        of = count(len(self.unchecked), "tensor")
-        return f"; unchecked: {human_bytes(self.bytes_unchecked)} of {of}"
+_REPORTED_PHASES = {"open": "plan", "describe": "plan", "match": "plan"}
+"""Phase that errors name -> phase of the report."""
 
 
 def load(
     state: MutableMapping[Any, Any],
     path: str | PathLike[str] | Store,
     *,
-    strict: Strict = True,
-    dtype: DtypePolicy = "error",
-    trust: Sequence[str] = (),
-    per_rank: PerRankPolicy = "error",
-    verify: bool = True,
-    max_host_memory: int | None = None,
     ranks: Sequence[int] | Ranks | None = None,
-    progress: Progress | bool | None = None,
+    **options: Unpack[LoadOptions],
 ) -> LoadReport:
-    """Fill `state` in place from a checkpoint; every rank that takes part calls this.
+    """Fill a state in place from a checkpoint. Every rank that takes part calls this.
 
     The number of ranks and the placements may differ from those that saved. Each rank reads only
     the byte ranges that its own boxes need.
 
-    After a `Mismatch` of this rank the template is as it was. Any later error (`Damaged`,
-    `RankFailed`, `OSError`) may leave it filled in part, and wholly on a rank where another one
-    failed: load into it again, or make it anew.
+    If this rank raises `Mismatch`, its template is unchanged. A later error (`Damaged`,
+    `RankFailed`, `OSError`) may leave the template partly filled, or completely filled on a rank
+    where another rank failed: load into it again, or create a new one.
 
     Args:
-        state: the template: tensors are filled, values replaced, under the keys that they have. An
-            optimizer that never made a step gets the state that the checkpoint has for it.
+        state: the template. Tensors are filled, and other values are replaced, under the keys that
+            they have. An optimizer that has not made a step yet gets the state that the checkpoint
+            has for it.
         path: a folder, or a store.
-        strict: whether a name that the checkpoint lacks is an error; also per name pattern, as
-            `{"optim.*": False}`: the first pattern that fits decides, without any it is.
-        dtype: what to do where the stored dtype differs: "error", "cast", or "upcast" (only where
-            no value can change); also per name pattern.
-        trust: classes, as "module.Class", that objects may be built of; otherwise only plain ones.
-        per_rank: what to do with a `PerRank` value that another number of ranks saved: "error",
-            "skip" (leave it as it is), "modulo" (take that of this rank's number modulo theirs), or
-            a function (name, rank, ranks that load, ranks that saved) -> rank or None; also per
-            name pattern.
-        verify: check the checksums of everything that is read.
-        max_host_memory: bytes of memory that the reading may take, besides what objects take; by
-            default `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
-        ranks: global ranks that take part (default: all of the default group, or this process).
-        progress: told how far the reading has come; True shows a bar on standard error, if that is
-            a terminal.
+        ranks: the global ranks that take part. The default is all ranks of the default process
+            group, or this process alone if there is none.
+        options: how to load:
+
+            - `strict`: whether a name that the checkpoint lacks is an error. Also per name pattern,
+              as `{"optim.*": False}`: the first pattern that matches decides, and names without a
+              match are strict. Default True.
+            - `dtype`: what to do with a tensor whose stored dtype differs: "error", "cast", or
+              "upcast" (cast only if no value can change). Also per name pattern. Default "error".
+            - `trust`: classes, as "module.Class", that objects may contain besides plain values.
+            - `per_rank`: what to do with a `PerRank` value that another number of ranks saved:
+              "error", "skip" (leave it as it is), "modulo" (take the value of this rank's number
+              modulo theirs), or a function (name, rank, number of ranks that load, number of ranks
+              that saved) -> rank or None. Also per name pattern. Default "error".
+            - `verify`: check the checksums of everything that is read. Default True.
+            - `max_host_memory`: bytes of host memory that the reading may use, not counting
+              objects. The default is `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
+            - `progress`: a callback for progress, or True for a bar on standard error, if that is a
+              terminal.
+            - `on_event`: a hook that receives the events of the load.
+
+    Returns:
+        What was loaded, and how long it took.
 
     Raises:
-        NotACheckpoint, FormatError, Damaged: there is nothing whole to load.
-        Mismatch: names are missing, shapes or dtypes differ: all of them are listed, and nothing
-            was read. It carries the report.
-        Untrusted: an object holds a class that was not trusted.
+        NotACheckpoint: the path contains no committed checkpoint.
+        FormatError: a file of the checkpoint is malformed.
+        Damaged: a file does not match its checksums, or is missing.
+        Mismatch: names are missing, or shapes or dtypes differ. The error lists all of them and
+            carries the report; nothing was read.
+        Untrusted: an object contains a class that is not trusted.
         RankFailed: another rank failed.
+        TypeError, ValueError: an option is unknown or has a value that is not allowed.
+
+    Example:
+        >>> state = {"model": model, "optim": optimizer, "step": 0}
+        >>> report = shardkeep.load(state, "run/step_100", dtype={"model.*": "upcast"})
+        >>> state["step"]
+        100
     """
-    _check_policies(strict, dtype)
-    job = detect_ranks(ranks)
-    store = open_store(path, budget=max_host_memory)
-    with job.session("load", store.url) as session:
-        clock = Clock(session, _PARTS)
-        with gc_pause.paused():  # what is made for each tensor is gone again when this ends
-            planned = _planned(
-                state, store, session, clock, strict, dtype, trust, per_rank, max_host_memory
-            )
+    config = LoadConfig.of("load", options)
+    store = open_store(path, budget=config.max_host_memory)
+    return run_load(state, store, detect_ranks(ranks), config)
 
-        clock.part("read")
-        with shown(progress, session) as tell:
-            stats = planned.filling.run(
-                store,
-                verify=verify,
-                threads=settings.read_threads(settings.ranks_here(session.size)),
-                budget=max_host_memory,
-                progress=tell,
-            )
 
-        clock.part("restore")
-        for tensor, value in planned.inside:
-            _copy(tensor, value)
-        for leaf, value in planned.values:
-            put(planned.marked.state, leaf.path, value)
-        planned.marked.put_back()
-        load_state_dicts(state, planned.template, planned.statefuls)
+def run_load(
+    state: MutableMapping[Any, Any],
+    store: Store,
+    ranks: Ranks,
+    config: LoadConfig,
+    step: int | None = None,
+) -> LoadReport:
+    """Fill a state from a store: the stages of `load`, in order.
 
-        seconds = clock.seconds()
-        slowest_rank = slowest(session, sum(seconds.values()))
-        session.conclude()
-        return replace(
-            planned.report,
-            nbytes=stats.bytes_needed,
-            read=stats.bytes_read,
-            unchecked=stats.unchecked,
-            bytes_unchecked=stats.bytes_unchecked,
-            seconds=seconds,
-            slowest=slowest_rank,
-        )
+    Args:
+        state: the template.
+        store: the checkpoint.
+        ranks: the ranks that take part.
+        config: how to load.
+        step: the training step that events name.
+
+    Raises: what `load` raises.
+    """
+    send = EventSender(config.on_event, path=store.url, rank=ranks.rank, step=step)
+    try:
+        with ranks.session("load", store.url, events=send) as session:
+            work = _Load(store, session, config, Clock(session, _REPORTED_PHASES))
+            source = _open(work)
+            plain, stateful_objects = _call_state_dicts(work, state)
+            with gc_pause.paused():  # not above: state_dict() may wait for other ranks
+                template = _describe(work, source, plain, stateful_objects)
+                matched = _match(work, source, template)
+                plan = _plan_reads(work, source, matched)
+            stats = _read(work, plan)
+            _restore(work, state, template, matched)
+            report = _report(matched, matched.pieces.names_of(plan.resharded))
+            report = _finished(work, report, template, stats)
+    except Exception as error:
+        send(WorkFailed(work="load", error=error))
+        raise
+    seconds = sum(report.seconds.values())
+    send(CheckpointLoaded(names=len(report.loaded), nbytes=report.nbytes, seconds=seconds))
+    return report
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Planned:
-    """What there is to do: nothing can be refused any more.
+class _Load:
+    """One load on one rank: what all of its stages need."""
+
+    store: Store
+    session: Session
+    config: LoadConfig
+    clock: Clock
+
+    @property
+    def ranks_here(self) -> int:
+        """How many ranks of this load share the host."""
+        return settings.ranks_here(self.session.size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Template:
+    """The state that is filled, as names.
 
     Attributes:
-        template, statefuls: as from `call_state_dicts`; `marked`: the template without its marks.
-        filling: the tensors that are read, and how.
-        inside: tensors that the checkpoint has inside an object, and their values.
-        values: the other leaves, and their values.
-        report: what is known of the load before it is done.
+        plain: the state with the state dictionaries of its stateful objects in their places.
+        stateful_objects: these objects.
+        unmarked: `plain` without its `PerRank` and `Replicated` markers.
+        flat: the flat names of `unmarked`.
+        per_rank: the keys of this rank's `PerRank` values in the checkpoint.
     """
 
-    template: Mapping[Any, Any]
-    statefuls: StatefulObjects
-    marked: Unwrapped
-    filling: ReadPlan
-    inside: list[tuple[TensorDescription, torch.Tensor]]
-    values: list[tuple[Leaf, Any]]
-    report: LoadReport
+    plain: Mapping[Any, Any]
+    stateful_objects: StatefulObjects
+    unmarked: Unwrapped
+    flat: Flat
+    per_rank: PerRankValues
 
 
-def _planned(
-    state: Mapping[Any, Any],
-    store: Store,
-    session: Session,
-    clock: Clock,
-    strict: Strict,
-    dtype: DtypePolicy,
-    trust: Sequence[str],
-    per_rank: PerRankPolicy,
-    budget: int | None,
-) -> _Planned:
-    clock.phase("open")
-    source = reader.open_reader(store, rank=(session.rank, session.size))
-
-    clock.phase("describe")
-    template, statefuls = call_state_dicts(state)
-    materialize_optimizer_state(template, statefuls, _stored(source))
-    policy = partial(_policy, per_rank, default="error")
-    negotiate_writers = OwnValues(source, session.rank, session.size, policy)
-    flat, marked = unmarked(template, is_any_tensor, negotiate_writers.key)
-
-    clock.phase("match")
-    matched = match(flat, Contents(source, tuple(trust)), negotiate_writers)
-    _refuse(matched, strict, dtype)
-
-    clock.phase("read")
-    clock.part("plan")
-    filling = _plan(matched.found, source, settings.ranks_here(session.size), budget)
-    report = _report(matched, matched.found.names_of(filling.resharded))
-    report = replace(report, skipped=tuple(negotiate_writers.skipped))
-    return _Planned(template, statefuls, marked, filling, matched.inside, matched.values, report)
+def _open(work: _Load) -> CheckpointReader:
+    work.clock.phase("open")
+    with gc_pause.paused():
+        return reader.open_reader(work.store, rank=(work.session.rank, work.session.size))
 
 
-def _plan(found: Found, source: CheckpointReader, ranks_here: int, budget: int | None) -> ReadPlan:
-    """Where the pieces of these tensors go, and how to read them; their rows are in order."""
-    codes = source.index.tensors.dtype[found.wanted.tensor]
-    nbytes = found.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
-    destinations = Destinations(found.memory, found.addresses, codes, nbytes)
-    threads, together = settings.read_threads(ranks_here), ranks_here > 1
-    return source.plan(
-        found.wanted, destinations, threads=threads, together=together, budget=budget
+def _call_state_dicts(
+    work: _Load, state: Mapping[Any, Any]
+) -> tuple[Mapping[Any, Any], StatefulObjects]:
+    """Replace the stateful objects of the template by their state dictionaries."""
+    work.clock.phase("describe")
+    return call_state_dicts(state)
+
+
+def _describe(
+    work: _Load,
+    source: CheckpointReader,
+    plain: Mapping[Any, Any],
+    stateful_objects: StatefulObjects,
+) -> _Template:
+    """Name the leaves of the template, and create the optimizer state that it lacks."""
+    materialize_optimizer_state(plain, stateful_objects, _stored_leaves(source))
+    session = work.session
+    per_rank = PerRankValues(source, session.rank, session.size, work.config.per_rank_mode)
+    flat, without_markers = unmarked(plain, is_any_tensor, per_rank.key)
+    return _Template(plain, stateful_objects, without_markers, flat, per_rank)
+
+
+def _match(work: _Load, source: CheckpointReader, template: _Template) -> Match:
+    """Compare the template and the checkpoint, and refuse what the caller does not allow."""
+    work.clock.phase("match")
+    matched = match(template.flat, Contents(source, tuple(work.config.trust)), template.per_rank)
+    _refuse(matched, work.config)
+    return matched
+
+
+def _plan_reads(work: _Load, source: CheckpointReader, matched: Match) -> ReadPlan:
+    work.clock.phase("read")
+    work.clock.part("plan")
+    return _plan(matched.pieces, source, work.ranks_here, work.config.max_host_memory)
+
+
+def _read(work: _Load, plan: ReadPlan) -> ReadStats:
+    """Read, check, and put the tensors in place."""
+    work.clock.part("read")
+    with shown(work.config.progress, work.session) as progress:
+        return plan.run(
+            work.store,
+            verify=work.config.verify,
+            threads=settings.read_threads(work.ranks_here),
+            budget=work.config.max_host_memory,
+            progress=progress,
+        )
+
+
+def _restore(work: _Load, state: Any, template: _Template, matched: Match) -> None:
+    """Put all other values in place, and call `load_state_dict` of stateful objects."""
+    work.clock.part("restore")
+    for tensor, value in matched.inside_objects:
+        _copy(tensor, value)
+    for leaf, value in matched.values:
+        put(template.unmarked.state, leaf.path, value)
+    template.unmarked.put_back()
+    load_state_dicts(state, template.plain, template.stateful_objects)
+
+
+def _finished(work: _Load, report: LoadReport, template: _Template, stats: ReadStats) -> LoadReport:
+    """Complete the report, with the slowest of all ranks: the last messages of the load."""
+    seconds = work.clock.seconds()
+    slowest_rank = slowest(work.session, sum(seconds.values()))
+    work.session.conclude()
+    return replace(
+        report,
+        skipped=tuple(template.per_rank.skipped),
+        nbytes=stats.bytes_needed,
+        read=stats.bytes_read,
+        unchecked=stats.unchecked,
+        bytes_unchecked=stats.bytes_unchecked,
+        seconds=seconds,
+        slowest=slowest_rank,
     )
 
 
-def _stored(source: CheckpointReader) -> Iterator[StoredLeaf]:
-    """The leaves of a checkpoint, by their paths."""
+def _plan(
+    pieces: MatchedPieces, source: CheckpointReader, ranks_here: int, budget: int | None
+) -> ReadPlan:
+    """Plan how the pieces are read into their memory. Their rows are in order."""
+    codes = source.index.tensors.dtype[pieces.wanted.tensor]
+    nbytes = pieces.wanted.sizes.prod(axis=1) * ITEMSIZES[codes]
+    destinations = Destinations(pieces.memory, pieces.addresses, codes, nbytes)
+    threads, together = settings.read_threads(ranks_here), ranks_here > 1
+    return source.plan(
+        pieces.wanted, destinations, threads=threads, together=together, budget=budget
+    )
+
+
+def _stored_leaves(source: CheckpointReader) -> Iterator[StoredLeaf]:
+    """Yield path, dtype and shape of the leaves of a checkpoint; objects have no dtype."""
     kinds = source.dtypes_and_shapes
     for name, path in source.structure.leaves.items():
         if name in kinds:
@@ -280,70 +297,42 @@ def _stored(source: CheckpointReader) -> Iterator[StoredLeaf]:
             yield path, None, ()
 
 
-def _refuse(matched: Match, strict: Strict, dtype: DtypePolicy) -> None:
-    """Raise Mismatch, listing all that the caller does not allow."""
+def _refuse(matched: Match, config: LoadConfig) -> None:
+    """Raise Mismatch with everything that the caller does not allow, if there is anything."""
     refused = {
-        name: "missing: not in the checkpoint"
-        for name in matched.missing
-        if _policy(strict, name, True)
+        name: "missing: not in the checkpoint" for name in matched.missing if config.is_strict(name)
     }
     refused |= matched.refused
     for name, (stored, wanted) in matched.dtypes.items():
-        policy = _policy(dtype, name, "error")
-        if policy == "error" or (policy == "upcast" and not _widens(stored, wanted)):
+        mode = config.dtype_mode(name)
+        if mode == "error" or (mode == "upcast" and not _widens(stored, wanted)):
             refused[name] = f"dtype: {stored} in the checkpoint, {wanted} in the template"
     if not refused:
         return
-    lines = [f"  {name}: {why}" for name, why in list(refused.items())[:_SHOWN]]
+    lines = [f"  {name}: {why}" for name, why in list(refused.items())[:_MAX_LINES_SHOWN]]
     if len(refused) > len(lines):
         lines.append(f"  and {len(refused) - len(lines)} more")
-    many = f"{count(len(refused), 'name')} {'does' if len(refused) == 1 else 'do'} not match"
-    few = f"{matched.path}: {many}; nothing was read"
-    message = "\n".join([few, *lines])
-    raise Mismatch(message, LoadReport(matched.path, **_lists(matched), refused=refused))
+    names = f"{count(len(refused), 'name')} {'does' if len(refused) == 1 else 'do'} not match"
+    message = "\n".join([f"{matched.path}: {names}; nothing was read", *lines])
+    raise Mismatch(message, replace(_report(matched, ()), loaded=(), cast={}, refused=refused))
 
 
 def _report(matched: Match, resharded: tuple[str, ...]) -> LoadReport:
-    loaded = matched.found.names + [tensor.name for tensor, _ in matched.inside]
+    """Return the report of a load that has not been made yet."""
+    loaded = matched.pieces.names + [tensor.name for tensor, _ in matched.inside_objects]
     loaded += [leaf.name for leaf, _ in matched.values]
     return LoadReport(
         matched.path,
         loaded=tuple(loaded),
         resharded=resharded,
+        missing=tuple(matched.missing),
+        unexpected=tuple(matched.unexpected),
         cast=dict(matched.dtypes),
-        **_lists(matched),
     )
 
 
-def _lists(matched: Match) -> dict[str, Any]:
-    return {"missing": tuple(matched.missing), "unexpected": tuple(matched.unexpected)}
-
-
-_POLICIES = ("error", "cast", "upcast")
-
-
-def _policy(policy: Any, name: str, default: Any) -> Any:
-    if not isinstance(policy, Mapping):
-        return policy
-    fitting = (value for pattern, value in policy.items() if fnmatchcase(name, pattern))
-    return next(fitting, default)
-
-
-def _check_policies(strict: Strict, dtype: DtypePolicy) -> None:
-    """Refuse what is none, also where it would not be asked: the next load may ask."""
-    for policy in _each(dtype):
-        if policy not in _POLICIES:
-            raise ValueError(f"dtype policy must be one of {_POLICIES}, not {policy!r}")
-    for policy in _each(strict):
-        if not isinstance(policy, bool):
-            raise ValueError(f"strict must be True or False, not {policy!r}")
-
-
-def _each(policy: Any) -> list[Any]:
-    return list(policy.values()) if isinstance(policy, Mapping) else [policy]
-
-
 def _widens(stored: str, wanted: str) -> bool:
+    """Whether every value of the stored dtype is one of the wanted dtype, too."""
     target: torch.dtype = getattr(torch, wanted)
     return bool(torch.promote_types(getattr(torch, stored), target) == target)
 

@@ -21,6 +21,7 @@ from shardkeep.checkpoint.metrics import finite
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.events import EventSender, guarded
+from shardkeep.engine.load_options import LoadConfig, LoadOptions
 from shardkeep.engine.options import AsyncSaveOptions, SaveConfig
 from shardkeep.engine.save_queue import simulated
 from shardkeep.errors import NotACheckpoint, ShardkeepError
@@ -441,7 +442,7 @@ class Manager:
         *,
         step: int | None = None,
         default: int | None = None,
-        **options: Any,
+        **options: Unpack[LoadOptions],
     ) -> int:
         """Fill a state from the newest readable step. Every rank calls this.
 
@@ -458,7 +459,18 @@ class Manager:
             state: the template. Tensors are filled in place, and other values are replaced.
             step: restore this step and no other.
             default: returned if no step is committed.
-            options: further keyword arguments of `load`, such as `strict`, `dtype` and `trust`.
+            options: how to load:
+
+                - `strict`: whether a name that the step lacks is an error; also per name pattern.
+                - `dtype`: "error", "cast" or "upcast" where the stored dtype differs; also per name
+                  pattern.
+                - `trust`: classes, as "module.Class", that objects may contain.
+                - `per_rank`: "error", "skip", "modulo" or a function, for `PerRank` values of
+                  another number of ranks; also per name pattern.
+                - `verify`: check the checksums of everything that is read. Default True.
+                - `max_host_memory`: bytes of host memory that the reading may use.
+                - `progress`: a callback for progress, or True for a progress bar.
+                - `on_event`: a hook for the events; the default is that of the manager.
 
         Returns:
             The step that was restored.
@@ -482,7 +494,8 @@ class Manager:
         if self._last_save is not None:
             self._last_save.unreported_error()
         self._pruner.finish()
-        found = restore(self._steps, self._job, state, step, options, self._config.on_event)
+        config = LoadConfig.of("Manager.restore", {"on_event": self._config.on_event, **options})
+        found = restore(self._steps, self._job, state, step, config)
         if found is None:
             if default is not None:
                 return default

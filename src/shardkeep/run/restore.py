@@ -9,18 +9,20 @@ from typing import Any
 
 from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.coordination.events import (
-    EventHook,
     EventSender,
     StepPassedOver,
     StepRestored,
     WorkFailed,
 )
-from shardkeep.engine.load import LoadReport, load
+from shardkeep.engine.load import run_load
+from shardkeep.engine.load_options import LoadConfig
+from shardkeep.engine.load_report import LoadReport
 from shardkeep.errors import Damaged, FormatError, Mismatch, NotACheckpoint, RankFailed
 from shardkeep.format.messages import columns
 from shardkeep.run import Steps
 from shardkeep.run.agreement import Severity, worst_outcome
 from shardkeep.run.partial_fills import PartialFills
+from shardkeep.stores import open_store
 
 __all__ = ["Restored", "restore"]
 
@@ -60,8 +62,7 @@ def restore(
     ranks: Ranks,
     state: MutableMapping[Any, Any],
     step: int | None,
-    options: Mapping[str, Any],
-    hook: EventHook | None = None,
+    config: LoadConfig,
 ) -> Restored | None:
     """Fill a state from the newest readable step, or from one step; None if none is committed.
 
@@ -70,16 +71,15 @@ def restore(
         ranks: the ranks that take part.
         state: the template.
         step: restore this step and no other.
-        options: keyword arguments of `load`.
-        hook: receives the events.
+        config: how to load; its hook receives the events.
 
     Raises: what `Manager.restore` raises.
     """
     url, began = steps.root.url, time.perf_counter()
-    events = EventSender(hook, path=url, rank=ranks.rank)
+    events = EventSender(config.on_event, path=url, rank=ranks.rank)
     try:
         with ranks.session("restore", url, events=events) as session:
-            attempts = _Attempts(session, steps, ranks, state, options, hook)
+            attempts = _Attempts(session, steps, ranks, state, config)
             restored = attempts.only(step) if step is not None else attempts.newest_readable()
     except Exception as error:
         events(WorkFailed(work="restore", error=error, step=step))
@@ -102,12 +102,10 @@ class _Attempts:
         steps: Steps,
         ranks: Ranks,
         state: MutableMapping[Any, Any],
-        options: Mapping[str, Any],
-        hook: EventHook | None,
+        config: LoadConfig,
     ) -> None:
         self._session, self._steps, self._ranks = session, steps, ranks
-        self._state, self._options = state, options
-        self._hook = hook
+        self._state, self._config = state, config
         self._partial_fills = PartialFills(session.rank, session.size)
 
     def only(self, step: int) -> Restored:
@@ -160,15 +158,17 @@ class _Attempts:
         if outcome.severity is not Severity.UNREADABLE:
             raise error or outcome.rank_failed("load", store.url)
         self._partial_fills.add(step, store, error)
-        events = EventSender(self._hook, path=store.url, rank=self._session.rank, step=step)
+        events = EventSender(
+            self._config.on_event, path=store.url, rank=self._session.rank, step=step
+        )
         events(StepPassedOver(reason=outcome.error))
         return outcome.error
 
     def _load(self, step: int) -> tuple[Exception | None, LoadReport | None]:
         """Load a step, and return the error of this rank or the report."""
         try:
-            store = self._steps.store(step)
-            return None, load(self._state, store, ranks=self._ranks, **self._options)
+            store = open_store(self._steps.store(step), budget=self._config.max_host_memory)
+            return None, run_load(self._state, store, self._ranks, self._config, step)
         except Exception as error:
             return error, None
 
