@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         Mismatch,
         NotACheckpoint,
         RankFailed,
+        Replaced,
         ShardkeepError,
         Untrusted,
     )
@@ -132,6 +133,7 @@ _NAMES_BY_MODULE = {
         "Mismatch",
         "NotACheckpoint",
         "RankFailed",
+        "Replaced",
         "ShardkeepError",
         "Untrusted",
     ),
@@ -193,6 +195,7 @@ __all__ = [
     "ProgressMade",
     "RankFailed",
     "Ranks",
+    "Replaced",
     "ReplacedFilesRemoved",
     "Replicated",
     "Restored",

@@ -24,6 +24,7 @@ __all__ = [
     "Mismatch",
     "NotACheckpoint",
     "RankFailed",
+    "Replaced",
     "ShardkeepError",
     "Untrusted",
 ]
@@ -181,6 +182,14 @@ class LeaseLost(ShardkeepError):
     """A save did not renew its lease for so long that it may be taken for dead; it was given up.
 
     Nothing was committed. Save again; raise `SHARDKEEP_LEASE_SECONDS` if the storage stalls often.
+    """
+
+
+class Replaced(ShardkeepError):
+    """The checkpoint that was to be overwritten has been replaced or removed by another save.
+
+    Nothing of this save was committed, and what is there now was not changed. Make sure that only
+    one job writes to the path, then save again.
     """
 
 

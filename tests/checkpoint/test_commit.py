@@ -231,8 +231,8 @@ def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, m
             raise ConnectionError("no answer")
         return found
 
-    def published(*args):
-        publish(*args)
+    def published(*args, **options):
+        publish(*args, **options)
         committed.set()
 
     monkeypatch.setattr(save, "report", lost)

@@ -55,6 +55,7 @@ SOME = [
     ("over", "own", "fsync", "folder above", "EIO", "refused"),
     ("over", "own", "rename", "new lease", "EACCES", "refused"),
     ("over", "commit", "rename", "new .metadata", "EROFS", "refused"),
+    ("new", "commit", "renameat2", "new .metadata", "EIO", "refused"),
     ("over", "after", "unlink", "lease", "EIO", "kept"),
     ("new", "own", "mkdir", "folder", "ENOSPC", "refused"),
     ("async", "write", "pwritev2", "data", "ENOSPC", "refused"),

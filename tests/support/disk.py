@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import PurePosixPath
 
-__all__ = ["Folder", "Link", "Operation", "Rename", "Sync", "Truncate", "Unlink", "Write", "states"]
+__all__ = [
+    "Create",
+    "Folder",
+    "HardLink",
+    "Operation",
+    "Rename",
+    "Sync",
+    "Truncate",
+    "Unlink",
+    "Write",
+    "states",
+]
 
 Files = dict[str, bytes]
 """Path -> content, of all files that can be reached."""
@@ -27,7 +38,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Link:
+class Create:
     """open with O_CREAT: a new file, `file`, under a name."""
 
     path: str
@@ -61,11 +72,17 @@ class Rename:
 
 
 @dataclass(frozen=True)
+class HardLink:
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Unlink:
     path: str
 
 
-Operation = Folder | Link | Write | Truncate | Sync | Rename | Unlink
+Operation = Folder | Create | Write | Truncate | Sync | Rename | HardLink | Unlink
 _Entry = int | str | None
 """What a name leads to: a file, a folder (by its path), nothing."""
 _Change = tuple[tuple[str, _Entry], ...]
@@ -92,7 +109,7 @@ class _Disk:
         match operation:
             case Folder(path):
                 self._change(path, ((path, path),))
-            case Link(path, file):
+            case Create(path, file):
                 self.contents[file] = b""
                 self._change(path, ((path, file),))
             case Write(file) | Truncate(file):
@@ -100,6 +117,9 @@ class _Disk:
             case Rename(source, target):
                 assert _folder(source) == _folder(target)
                 self._change(target, ((source, None), (target, self.now[source])))
+            case HardLink(source, target):
+                assert _folder(source) == _folder(target)
+                self._change(target, ((target, self.now[source]),))
             case Unlink(path):
                 self._change(path, ((path, None),))
             case Sync(int(file)):

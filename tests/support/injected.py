@@ -95,7 +95,7 @@ CALLS = [
             ("sync", "fsync", "data"),
             ("sync", "fsync", "folder", 2),
             ("commit", "fsync", "manifest"),
-            ("commit", "rename", "new .metadata"),
+            ("commit", "renameat2", "new .metadata"),
             ("commit", "fsync", "folder", 4),
         ],
     ),
@@ -116,7 +116,7 @@ CALLS = [
         [
             ("own", "mkdir", "folder"),
             ("write", "pwritev2", "data"),
-            ("commit", "rename", "new .metadata"),
+            ("commit", "renameat2", "new .metadata"),
             ("commit", "fsync", "folder", 3),
             ("after", "unlink", "old .metadata"),
             ("after", "fsync", "old folder"),

@@ -8,12 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shardkeep.stores.local import syscalls
 from shardkeep.stores.local.descriptors import Descriptor
-from support.disk import Folder, Link, Operation, Rename, Sync, Truncate, Unlink, Write
+from support.disk import (
+    Create,
+    Folder,
+    HardLink,
+    Operation,
+    Rename,
+    Sync,
+    Truncate,
+    Unlink,
+    Write,
+)
 
 __all__ = ["recorded"]
 
-_CALLS = "open close write pwritev ftruncate fsync mkdir replace rename unlink".split()
+_CALLS = "open close write pwritev ftruncate fsync mkdir replace rename link unlink".split()
 
 
 class _Recorder:
@@ -23,6 +34,7 @@ class _Recorder:
         self.files: dict[int, int | str] = {}
         self.real = {name: getattr(os, name) for name in _CALLS}
         self.real_end = Descriptor.close
+        self.real_rename_new = syscalls.rename_new
         self.count = 0
 
     def inner(self, path: Any) -> str | None:
@@ -41,7 +53,7 @@ class _Recorder:
             assert flags & os.O_EXCL, "a file that may exist is no new file"
             self.count += 1
             self.files[fd] = self.count
-            self.operations.append(Link(inner, self.count))
+            self.operations.append(Create(inner, self.count))
         return fd
 
     def close(self, fd: int) -> None:
@@ -93,6 +105,20 @@ class _Recorder:
         if inner is not None and to is not None:
             self.operations.append(Rename(inner, to))
 
+    def rename_new(self, source: str, target: str) -> bool:
+        """A rename that refuses to replace; it is one step, as a rename is."""
+        done = self.real_rename_new(source, target)
+        inner, to = self.inner(source), self.inner(target)
+        if done and inner is not None and to is not None:
+            self.operations.append(Rename(inner, to))
+        return done
+
+    def link(self, source: Any, target: Any, **kwargs: Any) -> None:
+        self.real["link"](source, target, **kwargs)
+        inner, to = self.inner(source), self.inner(target)
+        if inner is not None and to is not None:
+            self.operations.append(HardLink(inner, to))
+
     def rename(self, source: Any, target: Any, **kwargs: Any) -> None:
         raise AssertionError("a rename that is not `replace`")
 
@@ -116,9 +142,11 @@ def recorded(root: Path) -> Iterator[list[Operation]]:
         recorder.end(file)
 
     Descriptor.close = end
+    syscalls.rename_new = recorder.rename_new
     try:
         yield recorder.operations
     finally:
         del Descriptor.close
+        syscalls.rename_new = recorder.real_rename_new
         for name, call in recorder.real.items():
             setattr(os, name, call)

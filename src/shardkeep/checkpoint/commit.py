@@ -15,11 +15,25 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from shardkeep.errors import Damaged, FormatError, NotACheckpoint, ShardkeepError
+from shardkeep.checkpoint.commit_record import (
+    Admission,
+    put_record,
+    read_trailer,
+    record_version,
+    size_of,
+)
+from shardkeep.errors import (
+    AlreadyExists,
+    Damaged,
+    FormatError,
+    NotACheckpoint,
+    Replaced,
+    ShardkeepError,
+)
 from shardkeep.filenames import METADATA, data_file, data_file_parts, of_ranks
 from shardkeep.format.dcp.metadata_read import merge_metadata, read_metadata
 from shardkeep.format.dcp.metadata_write import metadata_bytes
-from shardkeep.format.dcp.trailer import TRAILER_SIZE, Trailer, manifest_name
+from shardkeep.format.dcp.trailer import Trailer, manifest_name
 from shardkeep.format.manifest.read import (
     Outline,
     read_files,
@@ -34,7 +48,9 @@ from shardkeep.types import Index, YieldGil, never_yield
 
 __all__ = [
     "METADATA",
+    "Admission",
     "Found",
+    "admit",
     "committed_files",
     "data_file",
     "find",
@@ -43,8 +59,11 @@ __all__ = [
     "new_id",
     "parse_manifest",
     "publish",
+    "put_record",
     "rank_of",
+    "record_version",
     "remove_replaced",
+    "removed_if_refused",
     "removed_on_failure",
     "size_of",
     "undone_on_failure",
@@ -110,7 +129,7 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
         NotACheckpoint: nothing.
         FormatError: the commit record is broken.
     """
-    there, trailer = _record(store)
+    there, trailer = read_trailer(store)
     if trailer is not None and manifest:
         return _with_manifest(store, trailer)
     if there:
@@ -135,23 +154,61 @@ def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = 
     raise NotACheckpoint(f"{store.url} {what}: no checkpoint is committed there")
 
 
+def admit(store: Store, *, overwrite: bool) -> Admission:
+    """Check that a checkpoint may be saved, and return what it may replace.
+
+    Args:
+        store: The folder.
+        overwrite: Whether a checkpoint that is there may be replaced.
+
+    Raises:
+        AlreadyExists: There is a checkpoint, and `overwrite` is False.
+    """
+    version = record_version(store)  # first: what changes after this is noticed by the commit
+    try:
+        find(store)
+    except NotACheckpoint:
+        return Admission(overwrite, version)
+    except ShardkeepError as error:
+        if not overwrite:
+            raise AlreadyExists(
+                f"{store.url} holds a checkpoint that can't be read: {error}"
+            ) from None
+    if not overwrite:
+        raise AlreadyExists(
+            f"{store.url} already holds a checkpoint; pass overwrite=True to replace it"
+        )
+    return Admission(overwrite, version, files_of(store))
+
+
 def publish(
     store: Store,
     save_id: str,
     index: Index,
     header: Mapping[str, Any],
     yield_gil: YieldGil = never_yield,
+    *,
+    admission: Admission = Admission(),  # noqa: B008 - frozen
+    confirm: Callable[[], None] | None = None,
 ) -> None:
-    """Commit: the manifest, then `.metadata` with its trailer in one atomic step.
+    """Commit: write the manifest, then `.metadata` with its trailer in one atomic step.
 
-    The data files that `index` names are durable already, names and all. To be called inside of
+    The data files that `index` names are already durable, names and all. To be called inside of
     `undone_on_failure`.
 
     Args:
-        store: where to.
-        save_id, index: the save, and what it saved.
-        header: what else the manifest says of it.
-        yield_gil: called between pieces of work.
+        store: The folder.
+        save_id: The id of the save.
+        index: What was saved.
+        header: What else the manifest says about it.
+        yield_gil: Called between pieces of work.
+        admission: What may be replaced; by default nothing.
+        confirm: Called just before the commit; what it raises prevents that.
+
+    Raises:
+        AlreadyExists: Another save has committed meanwhile, and may not be replaced.
+        Replaced: The checkpoint that was to be replaced has been replaced or removed meanwhile.
+        OSError: The store failed.
     """
     paths = paths_of(index.structure, names_of(index)) if index.structure else None
     manifest = write_manifest(index, {"save_id": save_id, **header}, paths, yield_gil)
@@ -163,7 +220,9 @@ def publish(
     yield_gil()
     store.sync()
     yield_gil()
-    store.put(METADATA, pickle + trailer.to_bytes(), mode="replace")
+    if confirm is not None:
+        confirm()
+    put_record(store, pickle + trailer.to_bytes(), admission)
 
 
 @contextmanager
@@ -200,10 +259,30 @@ def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iter
         raise
 
 
+@contextmanager
+def removed_if_refused(store: Store, save_id: str, *, rank: int | None = None) -> Iterator[None]:
+    """Remove the files of a save that lost the commit to another one.
+
+    Other errors tell nothing about the commit, so after them the files stay: who collects garbage
+    decides.
+
+    Args:
+        store: The folder.
+        save_id: The id of the save.
+        rank: The rank whose files are removed; by default those of all ranks.
+    """
+    try:
+        yield
+    except (AlreadyExists, Replaced):
+        with suppress(OSError):
+            _remove_files(store, save_id, rank)
+        raise
+
+
 def _is_committed(store: Store, save_id: str) -> bool:
     """Whether the commit record is that save's. One that is broken is an older one's."""
     try:
-        trailer = _record(store)[1]
+        trailer = read_trailer(store)[1]
     except FormatError:
         return False
     return trailer is not None and trailer.save_id == save_id
@@ -328,39 +407,9 @@ def _manifest(store: Store, trailer: Trailer) -> bytes:
     return data
 
 
-def _record(store: Store) -> tuple[bool, Trailer | None]:
-    """Whether there is a commit record, and what ends it, if it is one of ours.
-
-    Without a whole trailer it is looked at again, until it stays the same: one of ours that comes
-    meanwhile would be taken for stock torch's, and read without its digests.
-    """
-    size = size_of(store, METADATA)
-    while size is not None:
-        start = max(0, size - TRAILER_SIZE)
-        trailer, wrong = None, None
-        try:
-            trailer = Trailer.parse(store.get_range(METADATA, start, size - start), size)
-        except FormatError as error:
-            wrong = error
-        before, size = size, size_of(store, METADATA) if trailer is None else size
-        if size == before:
-            if wrong is not None:
-                raise wrong
-            return True, trailer
-    return False, None
-
-
 def exists(store: Store, name: str) -> bool:
     """Whether there is a file of that name."""
     return size_of(store, name) is not None
-
-
-def size_of(store: Store, name: str) -> int | None:
-    """Bytes of a file; None if there is none."""
-    try:
-        return store.head(name).size
-    except FileNotFoundError:
-        return None
 
 
 def _whole(store: Store, name: str) -> bytes:

@@ -98,6 +98,8 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         self.save_id = commit.new_id()
         self._begun = ""
         self._lease: Lease | None = None
+        self._commits = False
+        self._admission: commit.Admission | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Prepare for another save, to `checkpoint_id` if it is given."""
@@ -115,6 +117,8 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         self.release_lease()
         self.rank = kwargs.get("rank")
         self.use_collectives = kwargs.get("use_collectives", True)
+        self._commits = is_coordinator or not self.use_collectives
+        self._admission = None
         if self._begun == self.save_id:  # A second save without a reset needs an id of its own.
             self.save_id = commit.new_id()
         self._begun = self.save_id
@@ -133,6 +137,8 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
                 f"{CHECKPOINT_EXISTS}: {os.fspath(self.path)} already holds a checkpoint; pass "
                 "overwrite=True to replace it"
             )
+        if self._commits:
+            self._admission = self._admit()
         if self._own_rank is None:
             return plan
         return replace(plan, storage_data=_Prefix(f"__{self._own_rank}_", self._take_lease()))
@@ -185,16 +191,26 @@ class FileSystemWriter(stock.FileSystemWriter, _Paths):
         metadata.storage_data = {index: r.storage_data for index, r in written.items()}
         metadata.storage_meta = self.storage_meta()
         store, name = store_of(self), self._metadata_name
+        admission = self._admission or self._admit()
         if self._lease is None:  # A subclass has chosen the names of the files.
             self._take_lease()
         lease, self._lease = self._lease, None
         assert lease is not None
-        with lease:
-            lease.confirm()
-            if self._own_rank is not None:
-                commit_one_rank(store, metadata, written, rank=self._own_rank, name=name)
-            else:
-                commit_all_ranks(store, metadata, written, lease, ranks=len(results), name=name)
+        rank = self._own_rank
+        options: dict[str, Any] = {"name": name, "admission": admission}
+        try:
+            with lease:
+                if rank is not None:
+                    commit_one_rank(store, metadata, written, lease, rank=rank, **options)
+                else:
+                    commit_all_ranks(store, metadata, written, lease, ranks=len(results), **options)
+        except AlreadyExists as error:
+            raise CheckpointExists(str(error)) from error
+
+    def _admit(self) -> commit.Admission:
+        """Note which commit record this save may replace."""
+        version = commit.record_version(store_of(self), self._metadata_name)
+        return commit.Admission(getattr(self, "overwrite", True), version)
 
     def release_lease(self) -> None:
         """Release the lease of a save that was finished or given up."""

@@ -31,7 +31,7 @@ from shardkeep.coordination.timing import Clock, slowest
 from shardkeep.engine.negotiate import WriteAssignment, negotiate_writers, report
 from shardkeep.engine.options import SaveConfig, SaveOptions
 from shardkeep.engine.save_queue import Behind, line_of, simulated
-from shardkeep.errors import AlreadyExists, LeaseLost, NotACheckpoint, ShardkeepError
+from shardkeep.errors import LeaseLost, NotACheckpoint
 from shardkeep.format.messages import columns
 from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.io.arena import Arena, roomy
@@ -194,7 +194,7 @@ def life(
         _closing(store),
     ):
         clock = Clock(session, _PARTS)
-        old: list[frozenset[str]] = []
+        old: list[commit.Admission] = []
         # The collector is one for all threads, as the interpreter is: a training loop needs them.
         quiet = gc_pause.paused if behind is None else contextlib.nullcontext
         yield_gil = never_yield if behind is None else behind.yield_gil
@@ -208,7 +208,7 @@ def life(
             order = negotiate_writers(
                 session,
                 local.claim,
-                lambda: old.append(_admit(store, config.overwrite)),
+                lambda: old.append(commit.admit(store, overwrite=config.overwrite)),
                 begin=lease.take,
                 save_id=lease.save_id,
                 balance_replicas=config.balance_replicas,
@@ -248,14 +248,21 @@ def life(
 
             clock.phase("commit")
             if index is not None:
-                lease.confirm()
                 about = header(session.size, config.metrics)
                 with quiet():
-                    commit.publish(store, lease.save_id, index, about, yield_gil)
+                    commit.publish(
+                        store,
+                        lease.save_id,
+                        index,
+                        about,
+                        yield_gil,
+                        admission=old[0],
+                        confirm=lease.confirm,
+                    )
         totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
         if session.rank == 0:
             yield_gil()
-            remove_replaced(store, old[0], lease)
+            remove_replaced(store, old[0].files, lease)
         return SaveReport(
             path=store.url,
             save_id=order.save_id,
@@ -398,24 +405,6 @@ class _Payloads:
                 in_place=self.lasting,
                 checksums=self._checksums,
             )
-
-
-def _admit(store: Store, overwrite: bool) -> frozenset[str]:
-    """The files that an overwritten checkpoint is made of. Raises AlreadyExists."""
-    try:
-        commit.find(store)
-    except NotACheckpoint:
-        return frozenset()
-    except ShardkeepError as error:
-        if not overwrite:
-            raise AlreadyExists(
-                f"{store.url} holds a checkpoint that can't be read: {error}"
-            ) from None
-    if not overwrite:
-        raise AlreadyExists(
-            f"{store.url} already holds a checkpoint; pass overwrite=True to replace it"
-        )
-    return commit.files_of(store)
 
 
 def _check_there(store: Store, index: Index, session: Session) -> None:

@@ -16,12 +16,12 @@ class FileInfo:
 
     Attributes:
         size: Its length in bytes.
-        version: A text that changes whenever the file is replaced (an ETag); None if unknown.
+        version: A text that changes whenever the file is replaced (an ETag).
         modified: Seconds since the epoch by the store's own clock; None if unknown.
     """
 
     size: int
-    version: str | None = None
+    version: str
     modified: float | None = None
 
 

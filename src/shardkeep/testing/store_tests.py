@@ -411,9 +411,7 @@ def _names(store: Store) -> list[str]:
 
 
 def _version(store: Store, name: str) -> str:
-    version = store.head(name).version
-    assert version is not None, "a commit needs the version of the commit record"
-    return version
+    return store.head(name).version
 
 
 def _write(store: Store, name: str, data: bytes) -> None:

@@ -24,7 +24,14 @@ Results = Mapping[MetadataIndex, WriteResult]
 
 
 def commit_all_ranks(
-    store: Store, metadata: Any, results: Results, lease: Lease, *, ranks: int, name: str
+    store: Store,
+    metadata: Any,
+    results: Results,
+    lease: Lease,
+    *,
+    ranks: int,
+    name: str,
+    admission: commit.Admission,
 ) -> None:
     """Commit what all ranks wrote in one step, then remove the files that it replaces.
 
@@ -39,21 +46,43 @@ def commit_all_ranks(
         lease: of this save.
         ranks: the number of ranks that wrote.
         name: the name of the commit record: `.metadata`, unless a writer has another.
+        admission: the commit record that the save may replace.
+
+    Raises:
+        AlreadyExists, Replaced: another save has committed meanwhile. The files of this save have
+            been removed.
     """
     old = commit.files_of(store)
     index = _index(metadata, results)
     if index is not None and is_whole(index) and name == commit.METADATA:
         with commit.undone_on_failure(store, lease.save_id):
-            commit.publish(store, lease.save_id, index, save.header(ranks))
+            commit.publish(
+                store,
+                lease.save_id,
+                index,
+                save.header(ranks),
+                admission=admission,
+                confirm=lease.confirm,
+            )
     else:
-        store.put(
-            name, pickled(metadata) if index is None else metadata_bytes(index), mode="replace"
-        )
+        data = pickled(metadata) if index is None else metadata_bytes(index)
+        with commit.removed_if_refused(store, lease.save_id):
+            lease.confirm()
+            commit.put_record(store, data, admission, name=name)
     if index is not None or commit.files_of(store):
         save.remove_replaced(store, old - {name}, lease)
 
 
-def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int, name: str) -> None:
+def commit_one_rank(
+    store: Store,
+    metadata: Any,
+    results: Results,
+    lease: Lease,
+    *,
+    rank: int,
+    name: str,
+    admission: commit.Admission,
+) -> None:
     """Commit what one rank wrote (`use_collectives=False`), then remove what it replaces.
 
     Each rank commits alone, so there is no single moment at which all ranks' files are committed.
@@ -64,11 +93,20 @@ def commit_one_rank(store: Store, metadata: Any, results: Results, *, rank: int,
         metadata: with `storage_data`.
         results: those of this rank.
         rank: this rank.
+        lease: of this save.
         name: the name of the rank's commit record.
+        admission: the commit record that the save may replace.
+
+    Raises:
+        AlreadyExists, Replaced: another save has committed meanwhile. The files of this rank have
+            been removed.
     """
     old = _files(store, name)
     index = _index(metadata, results)
-    store.put(name, pickled(metadata) if index is None else metadata_bytes(index), mode="replace")
+    data = pickled(metadata) if index is None else metadata_bytes(index)
+    with commit.removed_if_refused(store, lease.save_id, rank=rank):
+        lease.confirm()
+        commit.put_record(store, data, admission, name=name)
     for file in sorted(old - _files(store, name)):
         store.delete(file)
     if rank == 0:

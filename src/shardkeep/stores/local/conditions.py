@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from shardkeep.stores.errors import file_exists, version_changed
 from shardkeep.stores.local import syscalls
@@ -57,7 +56,7 @@ def rename_if_new(source: str, target: str) -> None:
         os.link(source, target)
     except FileExistsError:
         # An answer of a server that got lost: the call was repeated, and met its own result.
-        if not Path(source).samefile(target):
+        if not _is_one_file(source, target):
             raise file_exists(target) from None
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
@@ -68,6 +67,12 @@ def rename_if_new(source: str, target: str) -> None:
         os.replace(source, target)  # noqa: PTH105
         return
     os.unlink(source)  # noqa: PTH108
+
+
+def _is_one_file(source: str, target: str) -> bool:
+    """Return whether two names lead to one file; a link that leads to it does not count."""
+    found = [os.stat(path, follow_symlinks=False) for path in (source, target)]  # noqa: PTH116
+    return found[0].st_ino == found[1].st_ino and found[0].st_dev == found[1].st_dev
 
 
 def rename_if_matching(source: str, target: str, version: str) -> None:
