@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
 from numpy.typing import NDArray
@@ -71,11 +70,7 @@ class SyncedPending:
 
 
 class Shardkeep:
-    """Shardkeep. A version that lacks a method or an option fails with its own error.
-
-    Args:
-        mapped: whether to load with `SHARDKEEP_MMAP` set.
-    """
+    """Shardkeep. A version that lacks a method or an option fails with its own error."""
 
     def __init__(
         self,
@@ -84,19 +79,17 @@ class Shardkeep:
         *,
         verify: bool = True,
         low_priority: bool = False,
-        mapped: bool = False,
     ) -> None:
         import shardkeep
 
-        self.engine, self.verify, self.mapped = shardkeep, verify, mapped
+        self.engine, self.verify = shardkeep, verify
         self.options = {"low_priority": True} if low_priority else {}
 
     def save(self, state: State, path: Path) -> None:
         self.engine.save(state, path, overwrite=True)
 
     def load(self, state: State, path: Path) -> Figures:
-        with patch.dict(os.environ, {"SHARDKEEP_MMAP": str(int(self.mapped))}):
-            report = self.engine.load(state, path, verify=self.verify)
+        report = self.engine.load(state, path, verify=self.verify)
         return {"bytes_read": report.read, "bytes_needed": report.nbytes}
 
     def begin(self, state: State, path: Path) -> Pending:

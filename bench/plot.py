@@ -22,16 +22,12 @@ __all__ = ["draw"]
 COLORS = {
     "shardkeep": "#2a5d9f",
     "unverified": "#8db4e2",
-    "mapped": "#2a5d9f",
-    "mapped_unverified": "#8db4e2",
     "stock": "#d9731a",
 }
 OTHER, LIMIT = "#b9b9b9", "#c0202a"
 NAMES = {
     "shardkeep": "Shardkeep",
     "unverified": "Shardkeep,\nunverified",
-    "mapped": "Shardkeep,\nmapped",
-    "mapped_unverified": "Shardkeep,\nmapped, unv.",
     "stock": "stock DCP",
     "torch": "torch.save",
     "safetensors": "safetensors",

@@ -119,8 +119,6 @@ def _targets() -> Iterator[Target]:
     for key, bound, how in (
         ("unverified", 1.8, "unverified"),
         ("shardkeep", 2.75, "verified"),
-        ("mapped_unverified", 1.8, "unverified, SHARDKEEP_MMAP=1"),
-        ("mapped", 2.75, "verified, SHARDKEEP_MMAP=1"),
     ):
         figure = f"{straight}, {how}"
         yield Target(work, figure, bound, _of("reshard", key, "straight"), False)

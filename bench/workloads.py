@@ -26,20 +26,6 @@ UNVERIFIED = Entry(
     role="ours",
     variants=({"verify": False},),
 )
-MAPPED = Entry(
-    "mapped",
-    "Shardkeep, SHARDKEEP_MMAP=1",
-    who="shardkeep",
-    role="ours",
-    variants=({"mapped": True},),
-)
-MAPPED_UNVERIFIED = Entry(
-    "mapped_unverified",
-    "Shardkeep, SHARDKEEP_MMAP=1, verify=False",
-    who="shardkeep",
-    role="ours",
-    variants=({"mapped": True, "verify": False},),
-)
 BACKGROUND = Entry("async", "Shardkeep, async_save", who="shardkeep", role="ours")
 STOCK = Entry("stock", "stock DCP", role="stock")
 TORCH = Entry("torch", "torch.save, one file a rank")
@@ -153,7 +139,7 @@ def reshard(bench: Bench) -> Iterator[Result]:
         state="rows",
         variants=UNVERIFIED.variants,
     )
-    entries = (OURS, UNVERIFIED, MAPPED, MAPPED_UNVERIFIED, STOCK, RESHARDING, straight)
+    entries = (OURS, UNVERIFIED, STOCK, RESHARDING, straight)
     with RankPool(bench.ranks, bench.folder) as pool:
         title = f"Load rows as columns, {bench.ranks} ranks, cached"
         result = started(

@@ -4,7 +4,7 @@
     python -m compat --all
 
 The exit code is 1 if anything differs. Each release has an environment of its own, which is removed
-at the end unless `--keep` (or SHARDKEEP_COMPAT_KEEP) names a folder for it.
+at the end unless `--keep` (or COMPAT_KEEP) names a folder for it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("releases", nargs="*", help='such as "2.3.1"')
     parser.add_argument("--all", action="store_true", help="every minor release, and the page")
-    parser.add_argument("--keep", default=os.environ.get("SHARDKEEP_COMPAT_KEEP"), metavar="DIR")
+    parser.add_argument("--keep", default=os.environ.get("COMPAT_KEEP"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=7, help="seed for the values of the states")
     parser.add_argument(
         "--parts",

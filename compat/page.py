@@ -124,7 +124,7 @@ REPEAT = """\
 ```console
 $ make compat TORCH=2.3.1     # one release, in an environment that is removed afterwards
 $ make compat                 # all of them, one after the other, and this page
-$ SHARDKEEP_COMPAT_KEEP=DIR make compat   # keeps the environments, about 1 GB each, for next time
+$ COMPAT_KEEP=DIR make compat   # keeps the environments, about 1 GB each, for next time
 ```
 
 This needs `python3.11`, for which every release has a wheel, and a package index. A release takes

@@ -15,7 +15,7 @@ import shardkeep as sk
 from shardkeep.checkpoint.reader import open_reader
 from support import damage
 
-ALL = bool(os.environ.get("SHARDKEEP_EVERY_BYTE"))
+ALL = bool(os.environ.get("TEST_EVERY_BYTE"))
 """Every byte but those of large payloads; it takes half an hour."""
 
 

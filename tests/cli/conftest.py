@@ -15,10 +15,10 @@ import pytest
 from shardkeep.checkpoint import commit
 from shardkeep.cli import main
 from shardkeep.format import values
-from shardkeep.format.torch_zip.container_write import TensorItem
-from shardkeep.io.write.items import Item, write_items
+from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.stores import LocalStore
 from shardkeep.types import DTYPES, Box, Chunks, DType, Index, Objects, Structure, Tensors
+from support.written_items import write_items
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-@dataclass(frozen=True)
-class Bare:
-    """An item without anything around its payload."""
-
-    def head(self, position: int) -> bytes:
-        return b""
-
-    def tail(self, position: int, crc: int) -> bytes:
-        return b""
-
-
 def write(
     path: Path,
     tensors: Mapping[str, tuple[str, np.ndarray, Sequence[Box]]],
@@ -77,21 +66,21 @@ def write(
     """A checkpoint of Shardkeep's: one data file for each place in a tensor's list of boxes."""
     store, save_id = LocalStore(path), commit.new_id()
     width = max((array.ndim for _, array, _ in tensors.values()), default=0)
-    files: dict[str, list[Item]] = {}
+    files: dict[str, list[tuple[TensorFraming | None, memoryview]]] = {}
     placed: list[tuple[str, int, Box]] = []
     for row, (dtype, array, boxes) in enumerate(tensors.values()):
         for rank, box in enumerate(boxes or [Box.whole(array.shape)]):
             part = np.ascontiguousarray(array[box.slices])
             raw = part.reshape(-1).view(np.uint8) if part.size else np.zeros(0, np.uint8)
             file = commit.data_file(rank, 0, save_id)
-            item = Item(TensorItem(DType.named(dtype), box.sizes), raw)
+            item = (TensorFraming(DType.named(dtype), box.sizes), raw.data)
             files.setdefault(file, []).append(item)
             placed.append((file, row, box))
     first = commit.data_file(0, 0, save_id)
     for value in objects.values():
-        files.setdefault(first, []).append(Item(Bare(), memoryview(repr(value).encode())))
+        files.setdefault(first, []).append((None, memoryview(repr(value).encode())))
         placed.append((first, -1, Box((), ())))
-    written = write_items(store, files, threads=1)
+    written = write_items(store, files)
     store.sync()
     names = list(files)
     order = sorted(range(len(placed)), key=lambda i: names.index(placed[i][0]))

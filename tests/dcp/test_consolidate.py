@@ -29,7 +29,7 @@ from shardkeep.dcp._consolidate_hf_safetensors import (
 from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.format.safetensors.parse import KINDS
 from shardkeep.format.safetensors.write import file_name, layout, of_parts
-from shardkeep.stores.local.store import LocalWriter
+from shardkeep.stores.local.store import LocalPositionedWriter
 from shardkeep.types import DType
 from support import dcp_hf
 from support.scenarios import same, values
@@ -127,7 +127,7 @@ def test_any_parts_are_put_together(made):
                 shards.append(free := {})
             free[name] = part, tuple(low for low, _ in box)
     mapping = {name: 1 + n % numbers for n, name in enumerate(whole)}
-    with TemporaryDirectory() as path, patch.object(module, "_SLAB", slab):
+    with TemporaryDirectory() as path, patch.object(module, "_MAX_SLAB_BYTES", slab):
         source, output = Path(path) / "in", Path(path) / "out"
         write_shards(source, shards)
         consolidate_safetensors_files(str(source), str(output), mapping, num_threads=2)
@@ -208,16 +208,16 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     halves(tmp_path / "in", rows=8)
     written = []
-    write = LocalWriter.write
+    write_at = LocalPositionedWriter.write_at
 
-    def full(self, data) -> None:
-        written.append(data)
+    def full(self, offset, parts) -> None:
+        written.append(offset)
         if len(written) > 1:
             raise OSError(28, "No space left on device")
-        write(self, data)
+        write_at(self, offset, parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalWriter, "write", full)
+        patched.setattr(LocalPositionedWriter, "write_at", full)
         with pytest.raises(OSError, match="No space left"):
             consolidate_safetensors_files(*paths, mapping)
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint.filesystem as stock_files
 import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.checkpoint.reader import open_reader
-from shardkeep.dcp.bridge.safetensors import Folder, Part, part_items
+from shardkeep.dcp.bridge.safetensors import Folder, Part, part_content
 from shardkeep.dcp.bridge.torch_filesystem import FsspecStore, StreamStore, store_of
 from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.dcp.fsspec_filesystem import FsspecReader, FsspecWriter
@@ -281,7 +281,9 @@ def test_safetensors_are_never_gone_while_they_are_replaced():
 
     def write(number: float) -> None:
         part = Part("w", torch.full((3,), number), (0,))
-        folder.write({"model.safetensors": part_items([part])}, threads=1)
+        folder.write(
+            {"model.safetensors": part_content([part])}, threads=1, max_window_bytes=1 << 20
+        )
 
     fs = Failing()
     folder = Folder("place", fs)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import shardkeep as sk
 import shardkeep.dcp as dcp
-from shardkeep.stores.local.store import LocalStore, LocalWriter
+from shardkeep.stores.local.store import LocalPositionedWriter, LocalStore
 from support import dcp_hf
 from support.dcp_hf import Parts, dtypes
 from support.scenarios import same, values
@@ -205,11 +205,11 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
     save(1)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def full(self, data) -> None:
+    def full(self, offset, parts) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(LocalWriter, "write", full)
+        patched.setattr(LocalPositionedWriter, "write_at", full)
         with pytest.raises(OSError, match="No space left"):
             save(2)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +10,11 @@ import pytest
 import shardkeep as sk
 from shardkeep.checkpoint import commit
 from shardkeep.engine.negotiate import negotiate_writers, report
-from shardkeep.format.torch_zip.container_write import TensorItem
-from shardkeep.io.write.items import Item, write_items
+from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.stores import MemoryStore
 from shardkeep.testing import simulated_ranks
 from shardkeep.types import Box, Claim, DType, Structure, Tensors
+from support.written_items import write_items
 
 SHAPE = (64, 48)
 WHOLE = np.arange(64 * 48, dtype=np.float32).reshape(SHAPE)
@@ -71,31 +70,20 @@ def save(ranks, store, **options) -> str:
         mine = claim(ranks.rank, ranks.size, **options)
         order = negotiate_writers(session, mine, admit=lambda: None)
         items = [
-            Item(
-                TensorItem(DType.named("float32"), shape(mine, row)),
-                partial(memoryview, data(mine, ranks.rank, row)),
+            (
+                TensorFraming(DType.named("float32"), shape(mine, row)),
+                memoryview(data(mine, ranks.rank, row)),
             )
             for row in order.pieces.tolist()
         ]
-        items += [Item(Bare(len(name)), memoryview(name.encode())) for name in order.objects]
+        items += [(None, memoryview(name.encode())) for name in order.objects]
         file = commit.data_file(ranks.rank, 0, order.save_id)
-        written = write_items(store, {file: items} if items else {}, threads=1)
+        written = write_items(store, {file: items} if items else {})
         index = report(session, order, written)
         if index is not None:
             commit.publish(store, order.save_id, index, {})
         session.broadcast(b"" if index is not None else None)
     return order.save_id
-
-
-class Bare:
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-
-    def head(self, position: int) -> bytes:
-        return b""
-
-    def tail(self, position: int, crc: int) -> bytes:
-        return b""
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64])

@@ -9,11 +9,11 @@ import weakref
 import numpy as np
 
 from shardkeep.io import arena as module
-from shardkeep.io.arena import Arena, aligned, roomy
+from shardkeep.io.arena import Arena, allocate_huge_pages, allocate_pages
 
 
 def pinned(nbytes):
-    return aligned(nbytes)
+    return allocate_pages(nbytes)
 
 
 def test_memory_is_kept_until_it_is_too_small_or_given_back():
@@ -34,7 +34,7 @@ def test_what_it_held_is_gone_before_more_is_made():
     def watched(nbytes):
         gc.collect()
         held.extend(known() is not None for known in made)
-        memory = aligned(nbytes)
+        memory = allocate_pages(nbytes)
         made.append(weakref.ref(memory))
         return memory
 
@@ -56,7 +56,9 @@ def test_memory_that_is_not_pinned_does_not_do_where_pinned_is_wanted():
     arena.take(100, pin)
     assert asked == [100]
     address = arena.take(80, pin).ctypes.data
-    assert arena.take(90, roomy).ctypes.data == address, "pinned memory does for anything"
+    assert arena.take(90, allocate_huge_pages).ctypes.data == address, (
+        "pinned memory does for anything"
+    )
     assert arena.take(0, pinned).nbytes == 0
     assert arena.take(100, pin).ctypes.data == address
     assert asked == [100]
@@ -88,6 +90,6 @@ def test_large_memory_is_usable(monkeypatch):
             raise OSError("not here")
 
     monkeypatch.setattr(module.mmap, "mmap", NoHugePages)
-    memory = roomy(10_000)
+    memory = allocate_huge_pages(10_000)
     memory[:] = 7
     assert np.all(memory == 7)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from shardkeep.io import pool
-from shardkeep.io.pool import Meter, parallel
+from shardkeep.io.pool import ProgressMeter, parallel
 
 
 @pytest.fixture(autouse=True)
@@ -73,11 +73,11 @@ def test_an_interrupt_is_raised_once_all_have_ended():
 
 def test_the_meter_adds_up():
     told = []
-    meter = Meter(lambda *what: told.append(what), "read", 10)
+    meter = ProgressMeter(lambda *what: told.append(what), "read", 10)
     meter.add(4)
     meter.add(6)
     assert told == [("read", 4, 10), ("read", 10, 10)]
-    Meter(None, "read", 10).add(4)
+    ProgressMeter(None, "read", 10).add(4)
 
 
 class Refused(threading.Thread):

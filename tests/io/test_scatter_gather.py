@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.io import scatter_gather
-from shardkeep.io.scatter_gather import pick_up, put
+from shardkeep.io.scatter_gather import gather_bytes, scatter_bytes
 
 
 @st.composite
@@ -43,7 +43,7 @@ def test_what_is_picked_up_is_what_lies_there(size, count, step, seed):
     wanted = space.copy()
     for row in np.flatnonzero(~nowhere).tolist():
         wanted[row, :size] = here[starts[row] : starts[row] + size]
-    pick_up(np.where(nowhere, 0, starts + here.ctypes.data), space[:, :size])
+    gather_bytes(np.where(nowhere, 0, starts + here.ctypes.data), space[:, :size])
     assert np.array_equal(space, wanted)
 
 
@@ -57,7 +57,7 @@ def test_what_is_put_down_touches_nothing_else(lying, seed):
     wanted = there.copy()
     for at, start, size in zip(places, starts, sizes, strict=True):
         wanted[at : at + size] = source[start : start + size]
-    put(source, starts, sizes, places + there.ctypes.data)
+    scatter_bytes(source, starts, sizes, places + there.ctypes.data)
     assert np.array_equal(there, wanted)
 
 
@@ -69,7 +69,7 @@ def test_things_alike_are_moved_at_once(monkeypatch):
     here, there = memory(64 * 1000), memory(64 * 1000, 1)
     starts, sizes = np.arange(1000) * 64, np.where(np.arange(1000) % 3, 24, 64)
     sizes[7] = 13
-    pick_up(starts + here.ctypes.data, there.reshape(1000, 64)[:, :24])
+    gather_bytes(starts + here.ctypes.data, there.reshape(1000, 64)[:, :24])
     assert not calls
-    put(here, starts, sizes, starts + there.ctypes.data)
+    scatter_bytes(here, starts, sizes, starts + there.ctypes.data)
     assert len(calls) == 1

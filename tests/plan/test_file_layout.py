@@ -50,8 +50,9 @@ def frame_of(layout, row):
         max_size=60,
     ),
     st.sampled_from([4, 5, 8, 16]),
+    st.sampled_from([0, 0, 64, 1000, 3 * BLOCK + 1, 40 * BLOCK]),
 )
-def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks):
+def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks, start):
     window = blocks * BLOCK
     items = [
         (size, which % len(kinds), at)
@@ -63,8 +64,8 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks):
     past[nbytes < MIN_IN_PLACE_BYTES] = 0
     kind = np.array([which for _, which, _ in items], dtype=np.int64)
     items = [(size, kinds[which]) for size, which, _ in items]
-    layout = lay_out(nbytes, kind, kinds, past, window)
-    position = 0
+    layout = lay_out(nbytes, kind, kinds, past, window, start)
+    position = start
     for row in layout.order.tolist():
         size, framing = items[row]
         frame = frame_of(layout, row)
@@ -84,7 +85,7 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks):
     assert sorted(layout.order.tolist()) == list(range(len(items)))
 
     cuts = layout.cuts.tolist()
-    assert cuts[0] == 0 and cuts[-1] == position
+    assert cuts[0] == start and cuts[-1] == position
     spans = np.diff(layout.cuts)
     assert (spans > 0).all() and (spans <= window).all()
     for cut in cuts[1:-1]:
@@ -133,11 +134,13 @@ def test_what_is_alike_is_framed_once_or_twice():
 
 def test_a_window_too_small_to_cut_is_refused():
     none = np.zeros(0, np.int64)
-    with pytest.raises(ValueError, match="a window of 4096 bytes is less than 1048576"):
+    with pytest.raises(ValueError, match="limited to 1048576 bytes or more, not 4096"):
         lay_out(none, none, [], none, 4096)
 
 
 def test_a_payload_without_a_place_to_cut_starts_at_a_page():
     nbytes, past = np.array([MIN_IN_PLACE_BYTES, MIN_IN_PLACE_BYTES - 1]), np.array([64, 64])
-    with pytest.raises(ValueError, match="a payload of less than 524288 bytes has no place to cut"):
+    with pytest.raises(
+        ValueError, match="a payload of less than 524288 bytes must start at a multiple of 4096"
+    ):
         lay_out(nbytes, np.zeros(2, np.int64), [Framing(10, 10)], past, MIN_WINDOW_BYTES)

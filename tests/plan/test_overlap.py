@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep.plan.overlap as module
-from shardkeep.plan.overlap import Boxes, each_once, first_element, one_run, overlap
+from shardkeep.plan.overlap import Boxes, first_element, one_run, overlap, sorted_unique
 from shardkeep.types import Box
 
 
@@ -146,4 +146,4 @@ def test_runs_and_places_are_those_of_numpy(data, ndim):
 
 @given(st.lists(st.integers(-5, 5)))
 def test_each_number_once(numbers):
-    assert each_once(np.array(numbers, dtype=np.int64)).tolist() == sorted(set(numbers))
+    assert sorted_unique(np.array(numbers, dtype=np.int64)).tolist() == sorted(set(numbers))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.errors import FormatError
-from shardkeep.plan.reads import Source, block_range, runs, split
+from shardkeep.plan.reads import ChunkSource, block_range, byte_runs, split
 from shardkeep.types import Box
 
 
@@ -33,7 +33,7 @@ def stored(draw):
     payload = (first, before + extent + after)
     offsets = tuple(draw(st.integers(0, n - 1)) for n in sizes)
     wanted = tuple(draw(st.integers(1, n - o)) for n, o in zip(sizes, offsets, strict=True))
-    source = Source("f", first + before, tuple(strides), sizes, itemsize, payload)
+    source = ChunkSource("f", first + before, tuple(strides), sizes, itemsize, payload)
     return source, Box(offsets, wanted)
 
 
@@ -62,7 +62,7 @@ def test_runs_bring_the_box(chunk, gap, limit):
     end = sum(source.payload)
     file = np.random.default_rng(0).integers(0, 256, end, dtype=np.uint8)
     expected = view(source, file)[box.slices].tobytes()
-    found = runs(source, box, gap)
+    found = byte_runs(source, box, gap)
     into = np.zeros(box.sizes, f"V{source.itemsize}")
     put(found, file, into)
     assert into.tobytes() == expected
@@ -85,7 +85,7 @@ def test_parts_fit_with_their_blocks(chunk, gap, block, blocks):
     file = np.random.default_rng(0).integers(0, 256, sum(source.payload), dtype=np.uint8)
     into = np.zeros(box.sizes, f"V{source.itemsize}")
     for part, found in split(source, box, gap, block * blocks, block):
-        assert found.gapless == runs(source, part, 1 << 30).gapless or found.outer
+        assert found.gapless == byte_runs(source, part, 1 << 30).gapless or found.outer
         for start in found.starts.tolist():
             low, high = block_range(start, start + found.span, source.payload, block)
             assert high - low <= block * blocks or found.span == source.itemsize
@@ -101,7 +101,7 @@ def test_no_block_is_read_twice_where_rows_and_blocks_fall_together(first, width
         (data.draw(st.integers(0, rows - 1)), low), (1, data.draw(st.integers(1, width - low)))
     )
     box = Box(box.offsets, (rows - box.offsets[0], box.sizes[1]))
-    matrix = Source("f", first, (width, 1), (rows, width), 1, (first, rows * width))
+    matrix = ChunkSource("f", first, (width, 1), (rows, width), 1, (first, rows * width))
     touched = []
     for _, found in split(matrix, box, 64, 256, 64):
         start, stop = block_range(
@@ -112,24 +112,24 @@ def test_no_block_is_read_twice_where_rows_and_blocks_fall_together(first, width
 
 
 def source(sizes, strides, start=0, nbytes=10_000, itemsize=4):
-    return Source("f", start, strides, sizes, itemsize, (0, nbytes))
+    return ChunkSource("f", start, strides, sizes, itemsize, (0, nbytes))
 
 
 def test_neighbours_merge_and_gaps_part():
     rows = source((10, 100), (400, 4))
-    whole = runs(rows, Box((2, 0), (5, 100)), 0)
+    whole = byte_runs(rows, Box((2, 0), (5, 100)), 0)
     assert (whole.starts.tolist(), whole.span, whole.outer) == ([800], 2000, ())
     assert whole.gapless
     columns = Box((2, 10), (5, 50))
-    apart = runs(rows, columns, 199)
+    apart = byte_runs(rows, columns, 199)
     assert (apart.starts.tolist(), apart.span) == ([840, 1240, 1640, 2040, 2440], 200)
     assert apart.gapless and apart.outer == (0,)
-    joined = runs(rows, columns, 200)
+    joined = byte_runs(rows, columns, 200)
     assert (joined.starts.tolist(), joined.span, joined.gapless) == ([840], 1800, False)
 
 
 def test_expanded_memory_is_read_once():
-    found = runs(source((1000, 8), (0, 4)), Box((5, 1), (900, 6)), 0)
+    found = byte_runs(source((1000, 8), (0, 4)), Box((5, 1), (900, 6)), 0)
     assert (found.starts.tolist(), found.span, found.outer) == ([4], 24, ())
 
 
@@ -163,7 +163,7 @@ def test_split_parts_are_as_large_as_the_limit_allows():
 )
 def test_what_contradicts_itself_is_refused(chunk, box, message):
     with pytest.raises(FormatError) as caught:
-        runs(chunk, box, 64)
+        byte_runs(chunk, box, 64)
     assert str(caught.value).startswith(message)
 
 

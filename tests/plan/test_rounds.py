@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.plan import rounds as module
-from shardkeep.plan.rounds import in_rounds
+from shardkeep.plan.rounds import plan_rounds
 from shardkeep.settings import ALIGNMENT
 from shardkeep.types import Box
 
@@ -27,7 +27,7 @@ def test_parts_tile_boxes_and_fit_into_half_of_the_room(given_boxes, units, most
     asked = [(row, box, itemsize) for row, (box, itemsize) in enumerate(given_boxes)]
     before, module._MOST = module._MOST, most
     try:
-        rounds = in_rounds(asked, room)
+        rounds = plan_rounds(asked, room)
     finally:
         module._MOST = before
     seen = [np.zeros(box.sizes, int) for _, box, _ in asked]
@@ -48,6 +48,6 @@ def test_parts_tile_boxes_and_fit_into_half_of_the_room(given_boxes, units, most
 
 def test_a_round_takes_all_that_fits():
     small = [(row, Box.whole((100,)), 1) for row in range(20)]
-    rounds = in_rounds(small, 2048)
+    rounds = plan_rounds(small, 2048)
     assert [len(parts) for parts in rounds] == [8, 8, 4]
     assert [parts[0].start for parts in rounds] == [0, 1024, 0]

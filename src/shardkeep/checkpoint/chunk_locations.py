@@ -17,13 +17,13 @@ from shardkeep.errors import Damaged, FormatError, ShardkeepError
 from shardkeep.format.dcp import transforms
 from shardkeep.format.torch_zip import container
 from shardkeep.io.checksums import crc32
-from shardkeep.io.read.ranges import Read, Want, gather, mismatch
-from shardkeep.plan.reads import Source
+from shardkeep.io.read.ranges import MergedRead, WantedRange, describe_mismatch, merge_ranges
+from shardkeep.plan.reads import ChunkSource
 from shardkeep.settings import BLOCK
 from shardkeep.stores.contract import Store
 from shardkeep.types import DTYPES, I64, ITEMSIZES, ByteRange, DType, Index
 
-__all__ = ["ChunkLocations", "Plain", "inside", "read_range", "unpacked_limit", "window"]
+__all__ = ["ChunkLocations", "PlainChunks", "inside", "read_range", "unpacked_limit", "window"]
 
 _WHOLE = 64 * 1024
 """Items up to this many bytes are read in one piece when their header is asked for."""
@@ -49,8 +49,8 @@ _OVERHEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plain:
-    """K chunks that may be read whole, without a `Source`: their elements lie in C order.
+class PlainChunks:
+    """K chunks that may be read whole, without a `ChunkSource`: their elements lie in C order.
 
     Attributes:
         start: [K] first byte in the file; -1 where there is more to say.
@@ -62,9 +62,9 @@ class Plain:
     nbytes: I64
     crc: I64
 
-    def take(self, rows: I64) -> Plain:
+    def take(self, rows: I64) -> PlainChunks:
         """Those rows, in that order."""
-        return Plain(self.start[rows], self.nbytes[rows], self.crc[rows])
+        return PlainChunks(self.start[rows], self.nbytes[rows], self.crc[rows])
 
 
 class ChunkLocations:
@@ -73,11 +73,11 @@ class ChunkLocations:
     def __init__(self, store: Store, index: Index) -> None:
         self.store = store
         self.index = index
-        self._known: dict[int, Source] = {}
+        self._known: dict[int, ChunkSource] = {}
         self._alike: container.Known = {}
         self._size = lru_cache(maxsize=None)(lambda file: store.head(file).size)
 
-    def locate(self, rows: Iterable[int], *, threads: int | None = None) -> dict[int, Source]:
+    def locate(self, rows: Iterable[int], *, threads: int | None = None) -> dict[int, ChunkSource]:
         """The sources of these chunks. Reads item headers where the index does not say enough.
 
         Raises:
@@ -95,30 +95,30 @@ class ChunkLocations:
             self._known[row] = found
         return {row: self._known[row] for row in wanted}
 
-    def _ask(self, rows: list[int], threads: int) -> dict[int, Source | ShardkeepError]:
+    def _ask(self, rows: list[int], threads: int) -> dict[int, ChunkSource | ShardkeepError]:
         """The sources of chunks by the headers of their items, or what is wrong with those.
 
         Small items that are near one another are read at once.
         """
         wants = [
-            Want(item.file, item.offset, item.offset + item.length, row)
+            WantedRange(item.file, item.offset, item.offset + item.length, row)
             for row, item in zip(rows, map(self.item, rows), strict=True)
         ]
         small = [want for want in wants if want.high - want.low <= _WHOLE]
-        reads = list(gather(small, settings.read_gap_bytes(), _TOGETHER))
-        reads += [Read(*want[:3], [want]) for want in wants if want.high - want.low > _WHOLE]
-        found: dict[int, Source | ShardkeepError] = {}
+        reads = list(merge_ranges(small, settings.read_gap_bytes(), _TOGETHER))
+        reads += [MergedRead(*want[:3], [want]) for want in wants if want.high - want.low > _WHOLE]
+        found: dict[int, ChunkSource | ShardkeepError] = {}
         with ThreadPoolExecutor(threads) as pool:
             for some in pool.map(self._headers, reads):
                 found |= some
         return found
 
-    def _headers(self, read: Read) -> dict[int, Source | ShardkeepError]:
+    def _headers(self, read: MergedRead) -> dict[int, ChunkSource | ShardkeepError]:
         data = b""
         if len(read.wants) > 1 and 0 <= read.low < read.high <= self._size_or_none(read.file):
             with suppress(OSError):  # what is wrong is found out item by item
                 data = self.store.get_range(read.file, read.low, read.high - read.low)
-        found: dict[int, Source | ShardkeepError] = {}
+        found: dict[int, ChunkSource | ShardkeepError] = {}
         for _, low, high, row in read.wants:
             item = data[low - read.low : high - read.low]
             try:
@@ -127,7 +127,7 @@ class ChunkLocations:
                 found[row] = error
         return found
 
-    def plain(self, rows: I64, *, limit: int, threads: int | None = None) -> Plain:
+    def plain(self, rows: I64, *, limit: int, threads: int | None = None) -> PlainChunks:
         """What is simple about these chunks, if they are small; all others are located.
 
         Args:
@@ -154,7 +154,7 @@ class ChunkLocations:
             if _is_plain(source := found[int(rows[k])]):
                 start[k] = source.start
                 crc[k] = -1 if source.checksums is None else source.checksums[0]
-        return Plain(start, nbytes, crc)
+        return PlainChunks(start, nbytes, crc)
 
     def _simple(self, rows: I64, nbytes: I64) -> NDArray[np.bool_]:
         """Whether the index says where these payloads are, inside their items, inside their files.
@@ -213,7 +213,7 @@ class ChunkLocations:
         file = self.index.files[int(objects.file[row])]
         return ByteRange(file, int(objects.item[row]), int(objects.length[row]))
 
-    def _locate(self, row: int, data: bytes | None = None) -> Source:
+    def _locate(self, row: int, data: bytes | None = None) -> ChunkSource:
         """The source of a chunk; `data` are its item's bytes, where they are known."""
         chunks, item, name = self.index.chunks, self.item(row), self.name(row)
         tensor = int(chunks.tensor[row])
@@ -265,12 +265,12 @@ class ChunkLocations:
 
     def _from_index(
         self, row: int, item: ByteRange, dtype: DType, sizes: tuple[int, ...], start: int
-    ) -> Source:
+    ) -> ChunkSource:
         nbytes = prod(sizes) * dtype.itemsize
         if start < item.offset or start + nbytes > item.offset + item.length:
             place = f"tensor {self.name(row)!r}"
             raise FormatError("its payload leaves its item", file=item.file, place=place)
-        return Source(
+        return ChunkSource(
             file=item.file,
             start=start,
             strides=_c_strides(sizes, dtype.itemsize),
@@ -295,7 +295,7 @@ def _source(
     name: str,
     *,
     data: memoryview | None = None,
-) -> Source:
+) -> ChunkSource:
     """A source from an item's own header, which must say the same as the index."""
     place = f"tensor {name!r}"
     if stored.dtype.name not in (dtype.name, _CARRIERS.get(dtype.name)) or stored.shape != sizes:
@@ -312,7 +312,7 @@ def _source(
             file=item.file,
             place=place,
         )
-    return Source(
+    return ChunkSource(
         file=item.file,
         start=item.offset + stored.start,
         strides=tuple(stride * dtype.itemsize for stride in stored.strides),
@@ -325,21 +325,25 @@ def _source(
     )
 
 
-def _checksummed(source: Source) -> Source:
+def _checksummed(source: ChunkSource) -> ChunkSource:
     """The CRC-32 of a payload that is not larger than a block is that block's digest."""
     if source.crc is None or not 0 < source.payload[1] <= BLOCK:
         return source
     return replace(source, checksums=np.array([source.crc], dtype=np.uint32))
 
 
-def _check_record(stored: container.StoredTensor, source: Source, record: bytes, name: str) -> None:
+def _check_record(
+    stored: container.StoredTensor, source: ChunkSource, record: bytes, name: str
+) -> None:
     """Compare the bytes of a record, which are in memory, with its CRC-32."""
     found = crc32(record)
     if found != stored.record.crc32:
-        raise Damaged(mismatch(found, stored.record.crc32), file=source.file, name=name)
+        raise Damaged(describe_mismatch(found, stored.record.crc32), file=source.file, name=name)
 
 
-def _resolved(stored: container.StoredTensor, source: Source, record: bytes, name: str) -> Source:
+def _resolved(
+    stored: container.StoredTensor, source: ChunkSource, record: bytes, name: str
+) -> ChunkSource:
     """A source whose elements are stored conjugated or negated: what they mean, in memory."""
     _check_record(stored, source, record, name)
     array = container.array(stored, memoryview(record))
@@ -348,7 +352,7 @@ def _resolved(stored: container.StoredTensor, source: Source, record: bytes, nam
     return replace(source, start=0, strides=strides, payload=(0, len(data)), data=data)
 
 
-def _is_plain(source: Source) -> bool:
+def _is_plain(source: ChunkSource) -> bool:
     """Whether a small chunk is its payload's elements in C order, where one checksum covers
     those."""
     if source.data is not None or source.strides != _c_strides(source.sizes, source.itemsize):

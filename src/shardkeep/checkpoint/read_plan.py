@@ -16,12 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import settings
-from shardkeep.checkpoint.chunk_locations import ChunkLocations, Plain
-from shardkeep.io.arena import aligned
-from shardkeep.io.read.copies import Copy, ReadStats, Round, read_copies
-from shardkeep.io.read.small import Batch, Small, batches, by_place, read_small
-from shardkeep.plan.overlap import Boxes, Overlap, each_once, first_element, one_run, overlap
-from shardkeep.plan.rounds import Part, in_rounds
+from shardkeep.checkpoint.chunk_locations import ChunkLocations, PlainChunks
+from shardkeep.io.arena import allocate_pages
+from shardkeep.io.read.copies import ChunkCopy, ReadRound, ReadStats, read_copies
+from shardkeep.io.read.small import (
+    SmallPayloads,
+    SmallRead,
+    merge_small_reads,
+    read_small,
+    sorted_by_place,
+)
+from shardkeep.plan.memory_budget import MemoryBudget
+from shardkeep.plan.overlap import Boxes, Overlap, first_element, one_run, overlap, sorted_unique
+from shardkeep.plan.rounds import RoundPart, plan_rounds
 from shardkeep.stores.contract import Store
 from shardkeep.types import I64, ITEMSIZES, Box, Chunks, Index, Progress
 
@@ -71,10 +78,10 @@ class ReadPlan:
         memory: kept alive by this.
     """
 
-    small: Small
-    reads: list[Batch]
-    copies: list[Copy]
-    rounds: list[Round]
+    small: SmallPayloads
+    reads: list[SmallRead]
+    copies: list[ChunkCopy]
+    rounds: list[ReadRound]
     room: int
     resharded: Mask
     memory: Memory
@@ -90,14 +97,13 @@ class ReadPlan:
     ) -> ReadStats:
         """Read everything, as `io.read.read_copies` does; it raises what that does."""
         told = _Told(progress, sum(read.high - read.low for read in self.reads))
-        budget = settings.max_host_memory_bytes() if budget is None else budget
         stats = read_copies(
             store,
             self.copies,
             self.rounds,
             verify=verify,
             threads=threads,
-            budget=max(0, budget - 2 * self.room),  # of which the store has half
+            budget=MemoryBudget.of(budget).after_rounds(self.room).nbytes,
             progress=told.copies,
         )
         nbytes = read_small(
@@ -168,12 +174,12 @@ def plan(
     rows, place = np.unique(found.right, return_inverse=True)
     plain = sources.plain(rows, limit=settings.small_tensor_bytes(), threads=threads).take(place)
     fast = whole & (plain.start >= 0)
-    asked = each_once(found.left[fast])
+    asked = sorted_unique(found.left[fast])
     address = np.zeros(len(wanted.tensor), dtype=np.int64)
     address[asked] = memory.addresses(asked)
     fast &= address[found.left] > 0
 
-    small = by_place(_small(sources, wanted, found, plain, address, np.flatnonzero(fast)))
+    small = sorted_by_place(_small(sources, wanted, found, plain, address, np.flatnonzero(fast)))
     rest = np.flatnonzero(~fast)
     slow = np.ones(len(wanted.tensor), dtype=np.bool_)
     slow[found.left[fast]] = False
@@ -185,12 +191,17 @@ def plan(
     shared = together & (wanted.sizes == shapes).all(axis=1)
     rest = rest[~np.isin(found.left[rest], around)]
     copies = _copies(sources, wanted, found, rest, arrays, shared, threads)
-    room = (settings.max_host_memory_bytes() if budget is None else budget) // 4
-    room = max(1, room // settings.BLOCK) * settings.BLOCK
+    room = MemoryBudget.of(budget).round_bytes()
     rounds = _rounds(sources, wanted, around, memory, shared, threads, room)
     room = room if rounds else 0
     return ReadPlan(
-        small, batches(small, settings.read_gap_bytes()), copies, rounds, room, resharded, memory
+        small,
+        merge_small_reads(small, settings.read_gap_bytes()),
+        copies,
+        rounds,
+        room,
+        resharded,
+        memory,
     )
 
 
@@ -202,13 +213,13 @@ def _rounds(
     shared: Mask,
     threads: int,
     room: int,
-) -> list[Round]:
+) -> list[ReadRound]:
     """These of the wanted boxes, in parts that are read to so many bytes of memory, and put."""
     if not len(rows):
         return []
-    groups = in_rounds(_shapes(sources.index, wanted, rows), room)
+    groups = plan_rounds(_shapes(sources.index, wanted, rows), room)
     parts = [part for group in groups for part in group]
-    space = aligned(max((part.start + part.nbytes for part in parts), default=1))
+    space = allocate_pages(max((part.start + part.nbytes for part in parts), default=1))
     its_bytes = [space[part.start : part.start + part.nbytes] for part in parts]
     of = np.array([part.row for part in parts], dtype=np.int64)
     itemsizes = ITEMSIZES[sources.index.tensors.dtype[wanted.tensor[of]]].tolist()
@@ -227,7 +238,7 @@ def _rounds(
     for group, (first, last), end in zip(groups, pairwise(cuts), ends, strict=True):
         copies = _copies(sources, boxes, found, np.arange(first, last), arrays, shared[of], threads)
         mine = its_bytes[end - len(group) : end]
-        rounds.append(Round(copies, partial(_put, memory, group, mine)))
+        rounds.append(ReadRound(copies, partial(_put, memory, group, mine)))
     return rounds
 
 
@@ -244,7 +255,9 @@ def _shapes(index: Index, wanted: Boxes, rows: I64) -> list[tuple[int, Box, int]
     ]
 
 
-def _put(memory: Memory, parts: Sequence[Part], its_bytes: Sequence[NDArray[np.uint8]]) -> None:
+def _put(
+    memory: Memory, parts: Sequence[RoundPart], its_bytes: Sequence[NDArray[np.uint8]]
+) -> None:
     for part, data in zip(parts, its_bytes, strict=True):
         memory.put(part.row, part.inside, data)
 
@@ -271,14 +284,19 @@ def _meet(wanted: Boxes, chunks: Chunks) -> Overlap:
 
 
 def _small(
-    sources: ChunkLocations, wanted: Boxes, found: Overlap, plain: Plain, address: I64, fast: I64
-) -> Small:
+    sources: ChunkLocations,
+    wanted: Boxes,
+    found: Overlap,
+    plain: PlainChunks,
+    address: I64,
+    fast: I64,
+) -> SmallPayloads:
     """The rows `fast` of `found` as small payloads."""
     index = sources.index
     left, right = found.left[fast], found.right[fast]
     element = first_element(found.offsets[fast] - wanted.offsets[left], wanted.sizes[left])
     itemsize = plain.nbytes[fast] // found.sizes[fast].prod(axis=1)
-    return Small(
+    return SmallPayloads(
         names=index.tensors.names,
         files=index.files,
         tensor=index.chunks.tensor[right],
@@ -298,11 +316,11 @@ def _copies(
     arrays: Mapping[int, NDArray[Any]],
     shared: Mask,
     threads: int,
-) -> list[Copy]:
+) -> list[ChunkCopy]:
     """The given rows of `found` as copies; `shared`: which wanted boxes others want, too."""
     left, right = found.left[rows], found.right[rows]
     index = sources.index
-    known = sources.locate(each_once(right).tolist(), threads=threads)
+    known = sources.locate(sorted_unique(right).tolist(), threads=threads)
     inside = found.offsets[rows] - index.chunks.offsets[right]
     into = found.offsets[rows] - wanted.offsets[left]
     ndims = index.tensors.ndim[wanted.tensor[left]].tolist()
@@ -313,7 +331,7 @@ def _copies(
         target = Box(tuple(into[k, :ndim].tolist()), sizes)
         view: tuple[Any, ...] = (*target.slices, ...)  # not a copy, even of a scalar
         copies.append(
-            Copy(
+            ChunkCopy(
                 name=sources.name(row),
                 source=known[row],
                 box=Box(tuple(inside[k, :ndim].tolist()), sizes),

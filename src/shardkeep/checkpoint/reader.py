@@ -26,9 +26,9 @@ from shardkeep.format.dcp import transforms
 from shardkeep.format.manifest.read import Outline
 from shardkeep.format.torch_zip import container
 from shardkeep.io.checksums import crc32
-from shardkeep.io.read.copies import Copy, ReadStats, read_copies
+from shardkeep.io.read.copies import ChunkCopy, ReadStats, read_copies
 from shardkeep.plan.coverage import coverage
-from shardkeep.plan.overlap import Boxes, each_once
+from shardkeep.plan.overlap import Boxes, sorted_unique
 from shardkeep.state.flatten import unflatten
 from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
@@ -262,7 +262,7 @@ class CheckpointReader:
             view: tuple[Any, ...] = (*target.slices, ...)  # The view of a scalar, not its value.
             source, into = sources[row], array[view]
             if not read_small_part(self.store, name, source, inside, into, verify=verify):
-                copies.append(Copy(name, source, inside, into))
+                copies.append(ChunkCopy(name, source, inside, into))
         if copies:
             read_copies(self.store, copies, verify=verify, threads=settings.read_threads())
         return array
@@ -411,7 +411,7 @@ class CheckpointReader:
             FormatError: the chunks of a tensor do not cover it.
             Damaged: a file that has to be looked at is missing or too short.
         """
-        self._check_coverage(each_once(wanted.tensor))
+        self._check_coverage(sorted_unique(wanted.tensor))
         return read_plan.plan(
             self.locations, wanted, memory, threads=threads, together=together, budget=budget
         )

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from shardkeep.checkpoint.chunk_locations import read_range
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.checksums import crc32
-from shardkeep.io.read.ranges import mismatch
-from shardkeep.plan.reads import Source, block_range, runs
+from shardkeep.io.read.ranges import describe_mismatch
+from shardkeep.plan.reads import ChunkSource, block_range, byte_runs
 from shardkeep.settings import BLOCK
 from shardkeep.stores.contract import Store
 from shardkeep.types import Box, ByteRange
@@ -26,7 +26,7 @@ _MAX_BYTES = 1 << 20
 
 
 def read_small_part(
-    store: Store, name: str, source: Source, box: Box, into: NDArray[Any], *, verify: bool
+    store: Store, name: str, source: ChunkSource, box: Box, into: NDArray[Any], *, verify: bool
 ) -> bool:
     """Read a box of a chunk, if it is one small range of a file whose blocks have checksums.
 
@@ -49,7 +49,7 @@ def read_small_part(
     if source.data is not None or checksums is None or len(checksums) != -(-nbytes // BLOCK):
         return False
     try:
-        found = runs(source, box, 0)
+        found = byte_runs(source, box, 0)
     except FormatError:
         return False
     low = start = int(found.starts[0])
@@ -63,7 +63,7 @@ def read_small_part(
         block = (at - first) // BLOCK
         crc = crc32(data[at - low : at - low + BLOCK])
         if crc != checksums[block]:
-            what = mismatch(crc, int(checksums[block]))
+            what = describe_mismatch(crc, int(checksums[block]))
             raise Damaged(what, file=source.file, name=name, block=block)
     into[...] = np.frombuffer(data, into.dtype, box.numel, start - low).reshape(into.shape)
     return True

@@ -22,7 +22,7 @@ from shardkeep.format.dcp import transforms
 from shardkeep.format.torch_zip import container
 from shardkeep.format.torch_zip.container_write import TensorFraming
 from shardkeep.io.checksums import crc32, whole_crc
-from shardkeep.io.read.copies import Payload, verify_payloads
+from shardkeep.io.read.check import StoredPayload, verify_payloads
 from shardkeep.settings import PAGE
 from shardkeep.types import DTYPES, ByteRange, Progress
 from shardkeep.util.escaping import escape, one_line
@@ -159,7 +159,7 @@ class _Checks:
         self._store = sources.store
         self._index = sources.index
         self._threads = threads
-        self.payloads: list[Payload] = []
+        self.payloads: list[StoredPayload] = []
         self.damaged: list[Damaged] = []
         self.unchecked: dict[str, int] = {}
         """Name of what has no checksum -> its number of bytes."""
@@ -207,10 +207,10 @@ class _Checks:
                 self.damaged.append(Damaged("the file is cut short", file=item.file, name=name))
             self.unchecked[name] = self.unchecked.get(name, 0) + item.length
 
-    def _each(self, check: Callable[..., list[Payload]], things: Iterable[object]) -> None:
+    def _each(self, check: Callable[..., list[StoredPayload]], things: Iterable[object]) -> None:
         """Run a check for each thing, in parallel, and collect payloads and damage in order."""
 
-        def guarded(thing: object) -> list[Payload] | Damaged:
+        def guarded(thing: object) -> list[StoredPayload] | Damaged:
             try:
                 return check(thing)
             except Damaged as error:
@@ -237,7 +237,7 @@ class _Checks:
         except Damaged as error:
             self.damaged.append(error)
 
-    def _framed(self, row: int) -> list[Payload]:
+    def _framed(self, row: int) -> list[StoredPayload]:
         """Check the frame of a chunk that Shardkeep wrote; return its payload.
 
         The frame is known to the byte, and the payload has block checksums.
@@ -249,7 +249,7 @@ class _Checks:
             return self._records((item, (name, undo, row)))
         source = self._sources.locate([row])[row]
         if item.length == self._sources.nbytes(row):  # In a safetensors file, which has no frames.
-            whole = Payload(name, item.file, *source.payload, checksums=source.checksums)
+            whole = StoredPayload(name, item.file, *source.payload, checksums=source.checksums)
             return [whole] if item.length else []
         dtype = DTYPES[self._index.tensors.dtype[int(chunks.tensor[row])]]
         start, nbytes = source.payload
@@ -265,16 +265,16 @@ class _Checks:
         self.checked += len(head) + len(tail)
         if not nbytes:
             return []
-        return [Payload(name, item.file, start, nbytes, checksums=source.checksums)]
+        return [StoredPayload(name, item.file, start, nbytes, checksums=source.checksums)]
 
-    def _checksummed_object(self, row: int) -> list[Payload]:
+    def _checksummed_object(self, row: int) -> list[StoredPayload]:
         objects, where = self._index.objects, self._sources.object(row)
         name, crc = objects.names[row], int(objects.crc[row])
-        return [Payload(name, where.file, where.offset, where.length, crc=crc)]
+        return [StoredPayload(name, where.file, where.offset, where.length, crc=crc)]
 
     def _records(
         self, entry: tuple[ByteRange, tuple[str, tuple[str, ...], int | None]]
-    ) -> list[Payload]:
+    ) -> list[StoredPayload]:
         """Return the records of an item that stock torch wrote: a zip, perhaps compressed."""
         item, (name, undo, row) = entry
         if not undo and row is not None and self._sources.bare(row):
@@ -285,7 +285,7 @@ class _Checks:
                 window(self._store, item, name), item.length, file=item.file, place=name
             )
             return [
-                Payload(
+                StoredPayload(
                     name, item.file, item.offset + record.offset, record.nbytes, crc=record.crc32
                 )
                 for record in found

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from warnings import warn
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from shardkeep import settings
 from shardkeep.checkpoint.reader import CheckpointReader, Request
 from shardkeep.coordination import detect_ranks
 from shardkeep.dcp.bridge.ranks import members
-from shardkeep.dcp.bridge.safetensors import Folder, open_folder
+from shardkeep.dcp.bridge.safetensors import FileContent, Folder, open_folder
 from shardkeep.dcp.bridge.torch_modules import forward_to_torch
 from shardkeep.format.safetensors.parse import INDEX
 from shardkeep.format.safetensors.write import file_name, layout, listing, of_wholes
-from shardkeep.io.write.items import Bare, Item
+from shardkeep.io.arena import copy_memory
+from shardkeep.io.contract import Payloads
+from shardkeep.plan.memory_budget import MemoryBudget
 from shardkeep.plan.packing import pack
 from shardkeep.types import Box
 
@@ -30,7 +32,7 @@ __all__ = [
 
 __getattr__ = forward_to_torch("_consolidate_hf_safetensors")
 
-_SLAB = 16 << 20
+_MAX_SLAB_BYTES = 16 << 20
 """Bytes that a thread reads at a time of what it joins, at most."""
 
 _SHOWN = 5
@@ -137,24 +139,47 @@ def _publish(source: CheckpointReader, output: Folder, files: _Files) -> None:
 def _write(source: CheckpointReader, output: Folder, files: _Files, threads: int) -> None:
     together = max(1, min(threads, len(files)))
     readers = max(1, settings.read_threads() // together)
-    budget = settings.max_host_memory_bytes() // together
+    budget = MemoryBudget.of(None).shared_by(together)
     content = {file: _content(source, names, readers, budget) for file, names in files.items()}
-    output.write(content, threads)
+    output.write(content, threads, budget.slab_window_bytes())
 
 
 def _content(
-    source: CheckpointReader, names: Sequence[str], readers: int, budget: int
-) -> list[Item]:
-    """A file as its header and slabs, which are read when their turn comes.
-
-    While one is read, the one before it may still be there: each takes a quarter of the budget.
-    """
+    source: CheckpointReader, names: Sequence[str], readers: int, budget: MemoryBudget
+) -> FileContent:
+    """Return a file as its header and slabs, which are read when they are written."""
     laid_out = layout({name: source.dtype_and_shape(name) for name in names}, of_wholes())
-    items = [Item(Bare(len(laid_out.header)), memoryview(laid_out.header))]
-    for slab, nbytes in _slabs(source, laid_out.names, max(1, min(_SLAB, budget // 4))):
-        read: Callable[[], memoryview] = partial(_read, source, slab, nbytes, readers, budget // 4)
-        items.append(Item(Bare(nbytes), read))
-    return items
+    slabs = list(_slabs(source, laid_out.names, min(_MAX_SLAB_BYTES, budget.slab_bytes())))
+    nbytes = np.array([len(laid_out.header), *(nbytes for _, nbytes in slabs)], np.int64)
+    payloads = _SlabPayloads(laid_out.header, source, slabs, readers, budget.slab_read_bytes())
+    return FileContent(np.arange(len(nbytes)), nbytes, payloads)
+
+
+class _SlabPayloads(Payloads):
+    """The header of a file, and slabs of which the last one asked for is in memory.
+
+    They must be copied one after the other, by one thread.
+    """
+
+    def __init__(
+        self,
+        header: bytes,
+        source: CheckpointReader,
+        slabs: Sequence[tuple[_Slab, int]],
+        readers: int,
+        budget: int,
+    ) -> None:
+        self.addresses = np.zeros(len(slabs) + 1, np.int64)
+        self._source, self._slabs, self._readers, self._budget = source, slabs, readers, budget
+        self._row, self._data = 0, np.frombuffer(header, np.uint8)
+
+    def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
+        if row != self._row:
+            self._data = np.zeros(0, np.uint8)  # first, or two slabs would take memory
+            slab, size = self._slabs[row - 1]
+            self._data = _read(self._source, slab, size, self._readers, self._budget)
+            self._row = row
+        copy_memory(address, self._data.ctypes.data + start, nbytes)
 
 
 _Slab = list[tuple[str, Box]]
@@ -200,7 +225,7 @@ def _pieces(shape: tuple[int, ...], most: int) -> Iterator[Box]:
 
 def _read(
     source: CheckpointReader, slab: _Slab, nbytes: int, threads: int, budget: int
-) -> memoryview:
+) -> NDArray[np.uint8]:
     space = np.empty(nbytes, dtype=np.uint8)
     requests = []
     at = 0
@@ -210,4 +235,4 @@ def _read(
         requests.append(Request(name, box, into))
         at += into.nbytes
     source.fill(requests, threads=threads, budget=budget)
-    return space.data
+    return space

@@ -35,7 +35,7 @@ from shardkeep.dcp.bridge.safetensors import (
     SafetensorsFile,
     file_system,
     open_folder,
-    part_items,
+    part_content,
     read_items,
     target_of,
 )
@@ -44,6 +44,7 @@ from shardkeep.dcp.filesystem import FileSystemReader, FileSystemWriter
 from shardkeep.errors import Conflict
 from shardkeep.format.safetensors.write import file_name, listing
 from shardkeep.io.pool import parallel
+from shardkeep.plan.memory_budget import MemoryBudget
 from shardkeep.stores.contract import Store
 
 __all__ = ["HuggingFaceStorageReader", "HuggingFaceStorageWriter"]
@@ -185,9 +186,10 @@ class HuggingFaceStorageWriter(FileSystemWriter):
             where = stock._StorageInfo(file, 0, length)
             results.append(WriteResult(item.index, length, where))
         if files:
-            content = {file: part_items(parts) for file, parts in files.items()}
+            content = {file: part_content(parts) for file, parts in files.items()}
             threads = max(self.thread_count, settings.read_threads())
-            Folder(self.path, self.fs).write(content, threads)
+            window = MemoryBudget.of(None).window_bytes(min(threads, len(content)))
+            Folder(self.path, self.fs).write(content, threads, window)
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

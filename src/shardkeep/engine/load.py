@@ -169,7 +169,7 @@ class _Load:
     @property
     def ranks_here(self) -> int:
         """How many ranks of this load share the host."""
-        return settings.ranks_here(self.session.size)
+        return self.session.ranks_on_this_host()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from typing_extensions import Unpack
 
-from shardkeep import settings
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.garbage import collect_garbage
 from shardkeep.checkpoint.leases import Lease
@@ -34,7 +33,7 @@ from shardkeep.engine.save_queue import Behind, line_of, simulated
 from shardkeep.errors import LeaseLost, NotACheckpoint
 from shardkeep.format.messages import columns
 from shardkeep.format.torch_zip.container_write import TensorFraming
-from shardkeep.io.arena import Arena, roomy
+from shardkeep.io.arena import Arena, allocate_huge_pages
 from shardkeep.io.checksums import crc32
 from shardkeep.io.contract import Payloads
 from shardkeep.io.write.files import choose_writers, copy_threads, open_targets, write_windows
@@ -42,7 +41,7 @@ from shardkeep.io.write.staging import StagingLayout, stage_payloads
 from shardkeep.io.write.windows import BlockChecksums, FileWindows, checksum_memory, lay_out_files
 from shardkeep.io.write.written import collect_written
 from shardkeep.plan.distinct import distinct
-from shardkeep.plan.file_layout import MIN_WINDOW_BYTES
+from shardkeep.plan.memory_budget import MemoryBudget
 from shardkeep.stores import LocalStore, open_store
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.describe import LocalState, describe_state
@@ -220,7 +219,7 @@ def life(
             clock.phase("write" if behind is None else "stage")
             payloads = _Payloads(local, order, lasting=behind is None)
             del local
-        here = settings.ranks_here(session.size)
+        here = session.ranks_on_this_host()
         staged = None if behind is None else behind.staged
         if behind is not None and payloads.stage(behind.arena, config.max_host_memory, here):
             _set(staged)
@@ -286,10 +285,9 @@ def _write(
 
     The other ranks wait, and need not know.
     """
-    budget = config.max_host_memory
-    left = settings.max_host_memory_bytes() if budget is None else budget - (payloads.staged or 0)
+    left = MemoryBudget.of(config.max_host_memory).after_staging(payloads.staged or 0)
     beside = payloads.staged is not None
-    threads, window = choose_writers(settings.ranks_here(session.size), left, beside=beside)
+    threads, window = choose_writers(session.ranks_on_this_host(), left, asynchronous=beside)
     images: list[FileWindows] = []
 
     def once(before: int) -> None:
@@ -299,7 +297,7 @@ def _write(
         images[:] = payloads.images(names, window)
         telling = shown(config.progress, session)
         with open_targets(store, images) as targets, telling as tell:
-            write_windows(targets, images, threads=threads, progress=tell, made=made)
+            write_windows(targets, images, threads=threads, progress=tell, on_made=made)
             clock.phase("sync")
         store.sync()
 
@@ -379,9 +377,9 @@ class _Payloads:
     def stage(self, arena: Arena, budget: int | None, ranks_here: int) -> bool:
         """Copy all to memory where it lasts; False if that would take more than the budget."""
         places = StagingLayout(self._bytes, self._nbytes)
-        if budget is not None and places.nbytes + MIN_WINDOW_BYTES > budget:
+        if not MemoryBudget.of(budget).can_stage(places.nbytes):
             return False
-        memory = arena.take(places.nbytes, pinned if self._on_cuda else roomy)
+        memory = arena.take(places.nbytes, pinned if self._on_cuda else allocate_huge_pages)
         staged = stage_payloads(self._bytes, places, memory, threads=copy_threads(ranks_here))
         self._bytes, self._checksums = staged, staged.checksums
         self.lasting, self.staged = True, places.nbytes

@@ -12,12 +12,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Allocate", "Arena", "aligned", "memory_at", "roomy"]
+__all__ = ["Allocate", "Arena", "allocate_huge_pages", "allocate_pages", "copy_memory", "memory_at"]
 
 _view: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _view.restype = ctypes.py_object
 _READ, _WRITE = 0x100, 0x200  # PyBUF_READ, PyBUF_WRITE
+
+# Called through a library, memcpy releases the interpreter lock; ctypes.memmove does not.
+_memcpy: Any = ctypes.CDLL(None).memcpy
+_memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcpy.restype = None
+
+_SHORT_COPY_BYTES = 64 * 1024
+"""Up to this size, copying with the interpreter lock held is faster than taking it back."""
+
+
+def copy_memory(target: int, source: int, nbytes: int) -> None:
+    """Copy bytes from one address to another. The ranges must not overlap."""
+    if nbytes <= _SHORT_COPY_BYTES:
+        ctypes.memmove(target, source, nbytes)
+    else:
+        _memcpy(target, source, nbytes)
 
 
 def memory_at(address: int, nbytes: int, *, write: bool = False) -> memoryview:
@@ -29,12 +45,12 @@ def memory_at(address: int, nbytes: int, *, write: bool = False) -> memoryview:
     return view
 
 
-def aligned(nbytes: int) -> NDArray[np.uint8]:
+def allocate_pages(nbytes: int) -> NDArray[np.uint8]:
     """New memory that starts at a page, as direct I/O wants it; freed with the array."""
     return np.frombuffer(_mapped(nbytes), dtype=np.uint8, count=nbytes)
 
 
-def roomy(nbytes: int) -> NDArray[np.uint8]:
+def allocate_huge_pages(nbytes: int) -> NDArray[np.uint8]:
     """The same, in huge pages where the system has them: 512 times fewer to touch at first."""
     block = _mapped(nbytes)
     with suppress(OSError, AttributeError):
@@ -59,27 +75,29 @@ class Arena:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._memory: NDArray[np.uint8] = aligned(0)
-        self._made_by: Allocate = roomy
+        self._memory: NDArray[np.uint8] = allocate_pages(0)
+        self._made_by: Allocate = allocate_huge_pages
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
         return self._memory.nbytes
 
-    def take(self, nbytes: int, allocate: Allocate = roomy) -> NDArray[np.uint8]:
+    def take(self, nbytes: int, allocate: Allocate = allocate_huge_pages) -> NDArray[np.uint8]:
         """Page-aligned memory with undefined content; what was taken before is not valid any more.
 
         Args:
             nbytes: how much.
-            allocate: gives new memory where what there is does not suffice: it is too small, or
-                something else than this gave it. What `roomy` gives, any other memory will do for.
+            allocate: allocates new memory if the present block is too small, or was allocated by
+                another function. Any block will do in place of one of `allocate_huge_pages`.
 
         Raises:
             MemoryError, OSError: there is not so much.
         """
         with self._lock:
-            if nbytes > self.nbytes or (nbytes and allocate not in (roomy, self._made_by)):
+            if nbytes > self.nbytes or (
+                nbytes and allocate not in (allocate_huge_pages, self._made_by)
+            ):
                 self._drop()  # first, or both would be there at once
                 self._memory, self._made_by = allocate(nbytes), allocate
             return self._memory[:nbytes]
@@ -90,4 +108,4 @@ class Arena:
             self._drop()
 
     def _drop(self) -> None:
-        self._memory, self._made_by = aligned(0), roomy
+        self._memory, self._made_by = allocate_pages(0), allocate_huge_pages

@@ -1,4 +1,4 @@
-"""What the writing of files needs from its caller: bytes, and the frame around them."""
+"""What the writing of files needs from its caller: the bytes of payloads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from shardkeep.types import I64
 
-__all__ = ["Codec", "Payloads"]
+__all__ = ["Payloads"]
 
 
 class Payloads(Protocol):
@@ -17,16 +17,4 @@ class Payloads(Protocol):
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         """Copy bytes of one payload, one or more, from its byte `start` on, to an address."""
-        ...
-
-
-class Codec(Protocol):
-    """Wraps one payload as an item of the checkpoint's format, in one pass over its bytes."""
-
-    def head(self, position: int) -> bytes:
-        """What goes before the payload, for an item that starts at `position` of its file."""
-        ...
-
-    def tail(self, position: int, crc: int) -> bytes:
-        """What goes after the payload, given its CRC-32."""
         ...

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from shardkeep.types import Progress
 
-__all__ = ["Meter", "parallel"]
+__all__ = ["ProgressMeter", "parallel"]
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def _join(threads: list[Thread], jobs: _Jobs[T]) -> None:
                 jobs.fail(interrupt)
 
 
-class Meter:
+class ProgressMeter:
     """Adds up what several threads have done."""
 
     def __init__(self, progress: Progress | None, phase: str, total: int) -> None:

@@ -14,7 +14,7 @@ from shardkeep.io.arena import memory_at
 from shardkeep.plan.distinct import distinct
 from shardkeep.types import I64
 
-__all__ = ["pick_up", "put"]
+__all__ = ["gather_bytes", "scatter_bytes"]
 
 _WORD = 8
 """Bytes of what is moved at once: things of whole words, that lie at multiples of one."""
@@ -23,7 +23,7 @@ _FEW = 32
 """Things of one size up to which a call for each is as quick."""
 
 
-def pick_up(addresses: I64, into: NDArray[np.uint8]) -> None:
+def gather_bytes(addresses: I64, into: NDArray[np.uint8]) -> None:
     """Copy things alike, by the address of each, into the rows of a table.
 
     The memory must stay as it is meanwhile; of what lies between nothing is looked at.
@@ -44,7 +44,7 @@ def pick_up(addresses: I64, into: NDArray[np.uint8]) -> None:
     deque(map(ctypes.memmove, places.tolist(), there.tolist(), repeat(size)), maxlen=0)
 
 
-def put(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses: I64) -> None:
+def scatter_bytes(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses: I64) -> None:
     """Copy things to these addresses: so many bytes each, from where they start in `source`."""
     left = np.ones(len(sizes), dtype=np.bool_)
     whole = source[: len(source) // _WORD * _WORD].view(np.int64)

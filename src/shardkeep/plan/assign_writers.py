@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardkeep.errors import Conflict
 from shardkeep.plan.coverage import coverage
 from shardkeep.plan.distinct import distinct
-from shardkeep.plan.markers import ranks_text, refuse_marks
+from shardkeep.plan.markers import check_markers, format_ranks
 from shardkeep.plan.merging import merge
 from shardkeep.plan.ownership import lowest, owners
 from shardkeep.types import DTYPES, I64, ITEMSIZES, Box, Claim, Path, Structure, Tensors
@@ -103,7 +103,7 @@ def assign_writers(
         Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes; replicas that
             differ where they are marked. It names the tensor and the ranks.
     """
-    refuse_marks(claims)
+    check_markers(claims)
     structure = merge([claim.structure for claim in claims])
     tensors, rows = _merge_tensors(claims)
     objects, object_rank, values, differing = _merge_objects(claims)
@@ -282,8 +282,8 @@ def _refuse_two_kinds(
     as_tensor = [rank for rank, claim in enumerate(claims) if name in claim.tensors.names]
     as_object = [rank for rank, claim in enumerate(claims) if name in claim.objects]
     raise Conflict(
-        f"{name!r} is a tensor on {ranks_text(as_tensor)} and an object on "
-        f"{ranks_text(as_object)}; nothing was written"
+        f"{name!r} is a tensor on {format_ranks(as_tensor)} and an object on "
+        f"{format_ranks(as_object)}; nothing was written"
     )
 
 
@@ -328,12 +328,14 @@ def _describe(problem: Any, tensors: Tensors, pieces: _Pieces, first: I64) -> st
     if problem.kind == "hole":
         holders = sorted(set(pieces.rank[pieces.tensor == row].tolist()))
         have = (
-            f"{ranks_text(holders)} hold other parts of it" if holders else "no rank has any of it"
+            f"{format_ranks(holders)} hold other parts of it"
+            if holders
+            else "no rank has any of it"
         )
         return f"{name}: no rank holds {box} ({have})"
     ranks = sorted({int(pieces.rank[first[r]]) for r in problem.rows})
     word = "overlap at" if problem.kind == "overlap" else "lie outside of it at"
-    return f"{name}: boxes of {ranks_text(ranks)} {word} {box}"
+    return f"{name}: boxes of {format_ranks(ranks)} {word} {box}"
 
 
 def _share_payloads(key: I64, alias: I64) -> I64:

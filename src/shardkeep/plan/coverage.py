@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.plan._keys import joint_keys
+from shardkeep.plan.sorting import joint_keys
 from shardkeep.types import I64, Box
 
 __all__ = ["Problem", "coverage"]

@@ -8,10 +8,10 @@ from shardkeep.errors import Conflict
 from shardkeep.state.flatten import show
 from shardkeep.types import Claim, Path
 
-__all__ = ["ranks_text", "refuse_marks"]
+__all__ = ["check_markers", "format_ranks"]
 
 
-def refuse_marks(claims: Sequence[Claim]) -> None:
+def check_markers(claims: Sequence[Claim]) -> None:
     """Raise Conflict for what is marked on one rank and not on another, or differs as it must not.
 
     Args:
@@ -55,14 +55,14 @@ def _refuse_different(claims: Sequence[Claim]) -> None:
             holders.setdefault(what, {}).setdefault(digest, []).append(rank)
     for what, groups in holders.items():
         if len(groups) > 1:
-            held = " than on ".join(map(ranks_text, groups.values()))
+            held = " than on ".join(map(format_ranks, groups.values()))
             raise Conflict(
                 f"{what} is Replicated, but has other content on {held}; give each rank's its own "
                 "name (PerRank), or make them equal; nothing was written"
             )
 
 
-def ranks_text(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """Ranks as errors name them: "rank 3", "ranks 0, 1"."""
     few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardkeep.plan._keys import each_once, joint_keys
+from shardkeep.plan.sorting import joint_keys, sorted_unique
 from shardkeep.types import I64
 
-__all__ = ["Boxes", "Overlap", "each_once", "first_element", "one_run", "overlap"]
+__all__ = ["Boxes", "Overlap", "first_element", "one_run", "overlap", "sorted_unique"]
 
 _WORKING_BYTES = 64 << 20
 
@@ -109,7 +109,7 @@ def first_element(offsets: I64, outer: I64) -> I64:
 
 def _sides(left: Boxes, right: Boxes, ndim: int) -> tuple[_Side, _Side]:
     """Both sides without empty boxes and tensors that only one has; tensors counted from 0."""
-    one, other = each_once(left.tensor), each_once(right.tensor)
+    one, other = sorted_unique(left.tensor), sorted_unique(right.tensor)
     shared = np.intersect1d(one, other, assume_unique=True)
     return _side(left, shared, ndim), _side(right, shared, ndim)
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from shardkeep.errors import FormatError
 from shardkeep.types import I64, Box
 
-__all__ = ["Runs", "Source", "block_range", "runs", "split"]
+__all__ = ["ByteRuns", "ChunkSource", "block_range", "byte_runs", "split"]
 
 _MOST_RUNS = 1 << 24
 """Runs of one box at most: hostile strides must not make columns that fill the memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Source:
+class ChunkSource:
     """One stored chunk: where each of its elements lies.
 
     Attributes:
@@ -50,7 +50,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Runs:
+class ByteRuns:
     """R byte ranges of the same make. Each holds the box at one position of the outer dimensions.
 
     Attributes:
@@ -70,7 +70,7 @@ class Runs:
     gapless: bool
 
 
-def runs(source: Source, box: Box, gap: int) -> Runs:
+def byte_runs(source: ChunkSource, box: Box, gap: int) -> ByteRuns:
     """The byte ranges that hold a box of the chunk, neighbours merged.
 
     Args:
@@ -90,11 +90,11 @@ def runs(source: Source, box: Box, gap: int) -> Runs:
     for d in make.outer:
         steps = np.arange(box.sizes[d], dtype=np.int64) * source.strides[d]
         starts = (starts[:, None] + steps).reshape(-1)
-    return Runs(starts, make.span, make.outer, make.sizes, make.strides, make.gapless)
+    return ByteRuns(starts, make.span, make.outer, make.sizes, make.strides, make.gapless)
 
 
 class _Make(NamedTuple):
-    """What the runs of a box have in common; see `Runs`."""
+    """What the runs of a box have in common; see `ByteRuns`."""
 
     span: int
     outer: tuple[int, ...]
@@ -116,8 +116,8 @@ def _make(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: 
 
 
 def split(
-    source: Source, box: Box, gap: int, limit: int, block: int = 1
-) -> Iterator[tuple[Box, Runs]]:
+    source: ChunkSource, box: Box, gap: int, limit: int, block: int = 1
+) -> Iterator[tuple[Box, ByteRuns]]:
     """Parts of a box whose runs span at most `limit` bytes each (or are one element).
 
     The bytes of a run are rounded out to whole blocks of the payload before they are counted, and
@@ -126,7 +126,7 @@ def split(
 
     What goes straight into memory can be cut at any byte, and needs no such parts.
     """
-    found = runs(source, box, gap)
+    found = byte_runs(source, box, gap)
     if found.outer and block > 1:
         # Each run lies in another way to the blocks: there is room for the worst one.
         limit, block = limit - 2 * block, 1
@@ -151,7 +151,7 @@ def split(
             sizes = _with(found.sizes, place, count)
             gapless = _gapless(sizes, found.strides, source.itemsize)
             starts, span = found.starts + at * stride, below + (count - 1) * stride
-            yield part, Runs(starts, span, found.outer, sizes, found.strides, gapless)
+            yield part, ByteRuns(starts, span, found.outer, sizes, found.strides, gapless)
         else:
             yield from split(source, part, gap, limit, block)
         at += count
@@ -183,7 +183,7 @@ def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> 
     return low, min(high, first + nbytes)
 
 
-def _first_byte(source: Source, box: Box) -> int:
+def _first_byte(source: ChunkSource, box: Box) -> int:
     """Where the box starts, once the whole chunk is known to lie inside its payload."""
     if len(box.sizes) != len(source.sizes):
         raise FormatError(f"box {box} is not one of a chunk of {source.sizes}", file=source.file)

@@ -9,14 +9,14 @@ from shardkeep.plan.cutting import cut
 from shardkeep.settings import ALIGNMENT
 from shardkeep.types import Box
 
-__all__ = ["Part", "in_rounds"]
+__all__ = ["RoundPart", "plan_rounds"]
 
 _MOST = 4 << 20
 """Bytes of a part at most: as large as threads can share out a round, and as the two blocks at its
 ends, which its neighbours read as well, hardly count."""
 
 
-class Part(NamedTuple):
+class RoundPart(NamedTuple):
     """Part of a box, and the bytes of the memory that it has for a round.
 
     Attributes:
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     nbytes: int
 
 
-def in_rounds(boxes: Iterable[tuple[int, Box, int]], room: int) -> list[list[Part]]:
+def plan_rounds(boxes: Iterable[tuple[int, Box, int]], room: int) -> list[list[RoundPart]]:
     """Cut boxes into parts, and share them out over as few rounds as their order allows.
 
     Rounds take turns in the two halves of the memory: what is in one is used while the other one is
@@ -42,14 +42,14 @@ def in_rounds(boxes: Iterable[tuple[int, Box, int]], room: int) -> list[list[Par
         room: bytes of the memory, a multiple of 2 * `ALIGNMENT`. No element is larger than half.
     """
     half = room // 2
-    rounds: list[list[Part]] = []
+    rounds: list[list[RoundPart]] = []
     end = half
     for row, inside, nbytes in _cut(boxes, min(_MOST, half)):
         start = -(-end // ALIGNMENT) * ALIGNMENT
         if start + nbytes > half:
             rounds.append([])
             start = 0
-        rounds[-1].append(Part(row, inside, start + (len(rounds) - 1) % 2 * half, nbytes))
+        rounds[-1].append(RoundPart(row, inside, start + (len(rounds) - 1) % 2 * half, nbytes))
         end = start + nbytes
     return rounds
 

@@ -14,7 +14,6 @@ from shardkeep.types import I64
 
 __all__ = [
     "PositionedWriter",
-    "StoreMapped",
     "SupportsFolders",
     "SupportsPositionedWrites",
     "SupportsReadRows",
@@ -105,16 +104,4 @@ class SupportsFolders(Protocol):
 
     def remove_folder(self, folder: str) -> None:
         """Remove a folder if it is empty. Links, files and other folders stay."""
-        ...
-
-
-@runtime_checkable
-class StoreMapped(Store, Protocol):
-    """A store that can show a file as memory."""
-
-    def mapped(self, name: str) -> memoryview | None:
-        """All bytes of the file; None where that can't be done, or would be slower than reading.
-
-        Whoever looks at bytes that were cut off the file meanwhile is killed (SIGBUS).
-        """
         ...

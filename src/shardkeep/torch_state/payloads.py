@@ -6,25 +6,17 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from operator import mul
-from typing import Any
 
 import numpy as np
 import torch
 
+from shardkeep.io.arena import copy_memory
 from shardkeep.io.contract import Payloads
 from shardkeep.torch_state.devices import copy_out, finish_work
 from shardkeep.torch_state.memory import integer_view
 from shardkeep.types import I64
 
 __all__ = ["StatePayloads"]
-
-_MAX_GIL_COPY_BYTES = 64 * 1024
-"""Copies up to this size keep the interpreter lock: taking it back would cost more."""
-
-# Called through a library, memcpy releases the interpreter lock. ctypes.memmove does not.
-_memcpy: Any = ctypes.CDLL(None).memcpy
-_memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memcpy.restype = None
 
 
 class StatePayloads(Payloads):
@@ -59,10 +51,8 @@ class StatePayloads(Payloads):
         source = self._addresses[row]
         if not source:
             _copy_strided(self._tensors[row], start, nbytes, address)
-        elif nbytes <= _MAX_GIL_COPY_BYTES:
-            ctypes.memmove(address, source + start, nbytes)
         else:
-            _memcpy(address, source + start, nbytes)
+            copy_memory(address, source + start, nbytes)
 
 
 def _copy_strided(tensor: torch.Tensor, start: int, nbytes: int, address: int) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.io.checksums import block_checksums
-from shardkeep.io.read.copies import Payload, verify_payloads
+from shardkeep.io.read.check import StoredPayload, verify_payloads
 from shardkeep.settings import BLOCK, PAGE
 from shardkeep.stores.local.store import LocalStore
 from shardkeep.stores.memory import MemoryStore
@@ -35,7 +35,7 @@ def layouts(draw):
         data = rng.bytes(n)
         kind = draw(st.sampled_from(["blocks", "crc", "both"]))
         payloads.append(
-            Payload(
+            StoredPayload(
                 f"t{number}",
                 file,
                 len(files[file]),
@@ -101,12 +101,16 @@ def test_damage_before_the_cut_is_named_as_well():
     crcs = block_checksums(data)
     data[BLOCK + 5] ^= 1
     store = store_of({"f": bytes(data[: 3 * BLOCK + 9])})
-    found = verify_payloads(store, [Payload("t", "f", 0, 4 * BLOCK, crcs)], threads=1)
+    found = verify_payloads(store, [StoredPayload("t", "f", 0, 4 * BLOCK, crcs)], threads=1)
     assert [error.block for error in found] == [1, None]
 
 
 def test_missing_files():
-    payloads = [Payload("a", "f", 0, 9, crc=1), Payload("b", "g", 0, 0), Payload("c", "f", 9, 9)]
+    payloads = [
+        StoredPayload("a", "f", 0, 9, crc=1),
+        StoredPayload("b", "g", 0, 0),
+        StoredPayload("c", "f", 9, 9),
+    ]
     found = verify_payloads(store_of({"g": b""}), payloads, threads=4)
     assert list(map(str, found)) == ["f, 'a': the file is missing", "f, 'c': the file is missing"]
     assert not [t for t in threading.enumerate() if t.name.startswith("shardkeep-io")]
@@ -114,7 +118,7 @@ def test_missing_files():
 
 def test_too_few_digests():
     store = store_of({"f": bytes(2 * BLOCK)})
-    payload = Payload("t", "f", 0, 2 * BLOCK, block_checksums(bytes(BLOCK)))
+    payload = StoredPayload("t", "f", 0, 2 * BLOCK, block_checksums(bytes(BLOCK)))
     (error,) = verify_payloads(store, [payload], threads=1)
     assert str(error) == f"f, 't': 1 block checksums for {2 * BLOCK} bytes"
 
@@ -122,7 +126,7 @@ def test_too_few_digests():
 def test_a_length_out_of_a_hostile_checkpoint_costs_nothing():
     tracemalloc.start()
     (error,) = verify_payloads(
-        store_of({"f": b"abc"}), [Payload("t", "f", 1, 2**60, crc=5)], threads=2
+        store_of({"f": b"abc"}), [StoredPayload("t", "f", 1, 2**60, crc=5)], threads=2
     )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -144,7 +148,7 @@ class Failing(MemoryStore):
 
 
 def test_media_errors_are_damage_and_others_are_not():
-    payloads = [Payload("t", "f", 0, 9, crc=1), Payload("u", "g", 0, 9, crc=1)]
+    payloads = [StoredPayload("t", "f", 0, 9, crc=1), StoredPayload("u", "g", 0, 9, crc=1)]
     store = Failing(OSError(errno.EIO, "Input/output error"))
     found = verify_payloads(store, payloads, threads=1)
     assert [(error.name, "Input/output error" in str(error)) for error in found] == [
@@ -181,7 +185,7 @@ def test_what_lies_beside_a_bad_sector_is_not_named(at, blocks):
     for number, nbytes in enumerate(sizes):
         part = data[first : first + nbytes]
         known = {"checksums": block_checksums(part)} if blocks else {"crc": zlib.crc32(part)}
-        payloads.append(Payload(f"t{number}", "f", first, nbytes, **known))
+        payloads.append(StoredPayload(f"t{number}", "f", first, nbytes, **known))
         first += nbytes
     found = verify_payloads(BadSector(bytes(broken), at), payloads, threads=1)
     (here,) = [p.name for p in payloads if p.offset <= at < p.offset + p.nbytes]
@@ -209,14 +213,14 @@ def test_large_payloads_come_in_few_reads_that_need_no_copy(tmp_path):
     data = np.random.default_rng(0).bytes(33 * BLOCK + 5)
     (tmp_path / "f").write_bytes(b"x" * 777 + data)
     store = Noting(tmp_path)
-    payload = Payload("t", "f", 777, len(data), checksums=block_checksums(data))
+    payload = StoredPayload("t", "f", 777, len(data), checksums=block_checksums(data))
     assert verify_payloads(store, [payload], threads=2) == []
     assert sorted(store.reads) == [BLOCK + 5, 16 * BLOCK, 16 * BLOCK] and store.copied == 0
 
 
 def test_memory_stays_bounded(tmp_path):
     (tmp_path / "f").write_bytes(bytes(24 << 20))
-    payload = Payload("t", "f", 0, 24 << 20, crc=zlib.crc32(bytes(24 << 20)))
+    payload = StoredPayload("t", "f", 0, 24 << 20, crc=zlib.crc32(bytes(24 << 20)))
     tracemalloc.start()
     assert verify_payloads(LocalStore(tmp_path), [payload], threads=2) == []
     _, peak = tracemalloc.get_traced_memory()
@@ -227,6 +231,6 @@ def test_memory_stays_bounded(tmp_path):
 def test_progress_comes_to_the_total():
     told = []
     store = store_of({"f": bytes(9 * BLOCK)})
-    payload = Payload("t", "f", 0, 9 * BLOCK, crc=0)
+    payload = StoredPayload("t", "f", 0, 9 * BLOCK, crc=0)
     verify_payloads(store, [payload], threads=2, progress=lambda *what: told.append(what))
     assert ("verify", 9 * BLOCK, 9 * BLOCK) in told

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from shardkeep.errors import Damaged, FormatError
 from shardkeep.io.checksums import block_checksums
-from shardkeep.io.read.copies import Copy, read_copies
-from shardkeep.plan.reads import Source
+from shardkeep.io.read.copies import ChunkCopy, read_copies
+from shardkeep.plan.reads import ChunkSource
 from shardkeep.settings import BLOCK
 from shardkeep.stores.local.store import LocalStore
 from shardkeep.stores.memory import MemoryStore
@@ -64,13 +64,6 @@ class InSteps(Logging):
             if Logging.read_into(self, name, start, row.data) < len(row):
                 return False
         return True
-
-
-class Mapped(Logging):
-    """Shows files as memory."""
-
-    def mapped(self, name):
-        return memoryview(super().get_range(name, 0, super().head(name).size))
 
 
 FILE = np.random.default_rng(0).bytes(16 * BLOCK)
@@ -125,15 +118,17 @@ def copies(draw):
     if draw(st.integers(0, 4)) == 0:
         data = memoryview(FILE[first : first + nbytes])
         start, payload = before, (0, nbytes)
-    source = Source("f", start, tuple(strides), tuple(sizes), itemsize, payload, crcs, data)
+    source = ChunkSource("f", start, tuple(strides), tuple(sizes), itemsize, payload, crcs, data)
     box = Box(tuple(offsets), tuple(wanted))
-    return Copy("t", source, box, spread(box.sizes, itemsize, draw)), first
+    return ChunkCopy("t", source, box, spread(box.sizes, itemsize, draw)), first
 
 
 def expected(copy, first):
     source = copy.source
     shift = first if source.data is not None else 0
-    plain = Source("f", source.start + shift, source.strides, source.sizes, source.itemsize, (0, 0))
+    plain = ChunkSource(
+        "f", source.start + shift, source.strides, source.sizes, source.itemsize, (0, 0)
+    )
     return stored(plain)[(*copy.box.slices, ...)].tobytes()
 
 
@@ -157,19 +152,8 @@ def test_every_box_arrives(wanted, verify, threads, gap, steps):
     assert found.bytes_needed == sum(copy.into.nbytes for copy, _ in wanted)
 
 
-@settings(max_examples=100)
-@given(st.lists(copies(), max_size=4), st.booleans(), st.integers(1, 3), st.sampled_from([0, 1]))
-def test_every_box_arrives_out_of_a_mapping(wanted, verify, threads, wish):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDKEEP_MMAP", str(wish))
-        store = Mapped(f=FILE)
-        read_copies(store, [copy for copy, _ in wanted], verify=verify, threads=threads)
-    for copy, first in wanted:
-        assert copy.into.tobytes() == expected(copy, first)
-
-
 @settings(max_examples=120)
-@given(copies(), st.integers(1, 3), st.sampled_from(["plain", "steps", "mapped"]), st.data())
+@given(copies(), st.integers(1, 3), st.sampled_from(["plain", "steps"]), st.data())
 def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, kind, data):
     copy, first = wanted
     source, nbytes = copy.source, copy.source.payload[1]
@@ -188,23 +172,22 @@ def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, k
         memory[at] ^= 1 << data.draw(st.integers(0, 7))
     else:
         broken[at] ^= 1 << data.draw(st.integers(0, 7))
-    damaged = Source(
+    damaged = ChunkSource(
         "f", source.start, source.strides, source.sizes, source.itemsize, source.payload, good,
         memoryview(memory) if memory is not None else None,
     )  # fmt: skip
-    stores = {"plain": Logging, "steps": partial(InSteps, 0), "mapped": Mapped}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Damaged) as caught:
-        patch.setenv("SHARDKEEP_MMAP", str(int(kind == "mapped")))
+    stores = {"plain": Logging, "steps": partial(InSteps, 0)}
+    with pytest.raises(Damaged) as caught:
         read_copies(
             stores[kind](f=broken),
-            [Copy("the.name", damaged, copy.box, copy.into)],
+            [ChunkCopy("the.name", damaged, copy.box, copy.into)],
             threads=threads,
         )
     block = (at - source.payload[0]) // BLOCK
     assert (caught.value.file, caught.value.name, caught.value.block) == ("f", "the.name", block)
     assert str(caught.value).startswith(f"f, 'the.name', block {block}: its bytes have CRC-32 ")
     read_copies(
-        Logging(f=broken), [Copy("t", damaged, copy.box, copy.into)], threads=1, verify=False
+        Logging(f=broken), [ChunkCopy("t", damaged, copy.box, copy.into)], threads=1, verify=False
     )
 
 
@@ -213,8 +196,10 @@ def flat(first, count, *, name="t", dtype=np.uint8, checked=True, into=None):
     into = np.zeros(count, dtype) if into is None else into
     nbytes = into.nbytes
     crcs = checksums(first, nbytes) if checked else None
-    source = Source("f", first, (into.itemsize,), (count,), into.itemsize, (first, nbytes), crcs)
-    return Copy(name, source, Box((0,), (count,)), into)
+    source = ChunkSource(
+        "f", first, (into.itemsize,), (count,), into.itemsize, (first, nbytes), crcs
+    )
+    return ChunkCopy(name, source, Box((0,), (count,)), into)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -248,9 +233,11 @@ def test_missing_files(count):
 
 
 def test_memory_that_ends_early():
-    source = Source("f", 0, (1,), (50,), 1, (0, 50), None, memoryview(FILE[:49]))
+    source = ChunkSource("f", 0, (1,), (50,), 1, (0, 50), None, memoryview(FILE[:49]))
     with pytest.raises(Damaged, match="f, 't': the file ends at byte 49, but its data go on to 50"):
-        read_copies(Logging(), [Copy("t", source, Box((0,), (2,)), np.zeros(2, "u1"))], threads=1)
+        read_copies(
+            Logging(), [ChunkCopy("t", source, Box((0,), (2,)), np.zeros(2, "u1"))], threads=1
+        )
 
 
 def test_small_tensors_share_reads():
@@ -288,7 +275,7 @@ def test_parts_of_a_payload_are_read_by_whole_blocks(start, stop, damage):
     if damage:
         data[77 + (stop - 1) // BLOCK * BLOCK] ^= 1
     store = Logging(f=data)
-    part = Copy("t", whole.source, Box((start,), into.shape), into)
+    part = ChunkCopy("t", whole.source, Box((start,), into.shape), into)
     if damage:
         with pytest.raises(Damaged, match=f"block {(stop - 1) // BLOCK}:"):
             read_copies(store, [part], threads=1)
@@ -304,9 +291,9 @@ def test_rows_that_share_blocks_are_read_once(monkeypatch):
     store = Logging(f=FILE)
     sizes = (80, BLOCK // 8)
     nbytes = sizes[0] * sizes[1]
-    source = Source("f", 0, (sizes[1], 1), sizes, 1, (0, nbytes), checksums(0, nbytes))
+    source = ChunkSource("f", 0, (sizes[1], 1), sizes, 1, (0, nbytes), checksums(0, nbytes))
     into = np.zeros((80, 64), np.uint8)
-    found = read_copies(store, [Copy("t", source, Box((0, 0), into.shape), into)], threads=1)
+    found = read_copies(store, [ChunkCopy("t", source, Box((0, 0), into.shape), into)], threads=1)
     assert into.tobytes() == stored(source)[:, :64].tobytes()
     assert nbytes - BLOCK < found.bytes_read <= nbytes + 2 * BLOCK
 
@@ -322,7 +309,7 @@ def test_neighbouring_parts_of_a_payload_check_a_shared_block_once(monkeypatch):
     store = Logging(f=FILE)
     whole = flat(0, 2 * BLOCK)
     wanted = [
-        Copy("t", whole.source, Box((at,), (1000,)), np.zeros(1000, np.uint8))
+        ChunkCopy("t", whole.source, Box((at,), (1000,)), np.zeros(1000, np.uint8))
         for at in range(0, 2 * BLOCK - 1000, 1000)
     ]
     read_copies(store, wanted, threads=1)
@@ -333,9 +320,11 @@ def test_neighbouring_parts_of_a_payload_check_a_shared_block_once(monkeypatch):
 def test_rows_apart_go_straight_to_memory():
     """Half of each row of a wide matrix, into an own array: no buffer in between."""
     store = Logging(f=FILE)
-    source = Source("f", 8, (4 * BLOCK, 1), (3, 4 * BLOCK), 1, (8, 12 * BLOCK))
+    source = ChunkSource("f", 8, (4 * BLOCK, 1), (3, 4 * BLOCK), 1, (8, 12 * BLOCK))
     into = np.zeros((3, 2 * BLOCK), np.uint8)
-    found = read_copies(store, [Copy("t", source, Box((0, BLOCK), into.shape), into)], threads=2)
+    found = read_copies(
+        store, [ChunkCopy("t", source, Box((0, BLOCK), into.shape), into)], threads=2
+    )
     assert into.tobytes() == stored(source)[:, BLOCK : 3 * BLOCK].tobytes()
     assert found.bytes_read == found.bytes_needed == 6 * BLOCK
     assert len(store.reads) == 3
@@ -344,9 +333,9 @@ def test_rows_apart_go_straight_to_memory():
 def columns(rows, width, low, high, *, first=64, checked=True, shared=False):
     """A copy of some columns of a matrix of bytes."""
     crcs = checksums(first, rows * width) if checked else None
-    source = Source("f", first, (width, 1), (rows, width), 1, (first, rows * width), crcs)
+    source = ChunkSource("f", first, (width, 1), (rows, width), 1, (first, rows * width), crcs)
     into = np.zeros((rows, high - low), np.uint8)
-    return Copy("t", source, Box((0, low), into.shape), into, shared)
+    return ChunkCopy("t", source, Box((0, low), into.shape), into, shared)
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -396,8 +385,8 @@ def test_only_bytes_that_others_want_are_to_stay_in_the_cache():
         ([whole], {False}),
         ([half], {False}),
         ([quarter], {True}),
-        ([Copy("t", whole.source, whole.box, whole.into, shared=True)], {True}),
-        ([Copy("t", half.source, half.box, half.into, shared=True)], {True}),
+        ([ChunkCopy("t", whole.source, whole.box, whole.into, shared=True)], {True}),
+        ([ChunkCopy("t", half.source, half.box, half.into, shared=True)], {True}),
     ):
         store = InSteps(0, f=FILE)
         read_copies(store, wanted, threads=1)
@@ -487,47 +476,26 @@ def test_rows_that_are_cold_are_read_with_what_lies_between(tmp_path, monkeypatc
     assert found.bytes_read == 99 * 40_000 + 7000
 
 
-@pytest.mark.parametrize("state", ["cached", "cold", "cut", "gone"])
-def test_columns_come_out_of_a_mapping_if_that_is_wanted(tmp_path, monkeypatch, state):
-    from shardkeep.stores.local import syscalls
-
-    there = 0 if state == "cold" else 1
-    monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: there * length)
-    monkeypatch.setenv("SHARDKEEP_MMAP", "1")
-    copy = columns(100, 4000, 500, 1200)
-    (tmp_path / "f").write_bytes(FILE[: 50 * 4000 if state == "cut" else None])
-    if state == "gone":
-        (tmp_path / "f").unlink()
-    if state in ("cut", "gone"):
-        told = "the file ends at byte 200000, but" if state == "cut" else "the file is missing"
-        with pytest.raises(Damaged, match=told):
-            read_copies(LocalStore(tmp_path), [copy], threads=2)
-        return
-    found = read_copies(LocalStore(tmp_path), [copy], threads=2)
-    assert copy.into.tobytes() == stored(copy.source)[:, 500:1200].tobytes()
-    assert (found.bytes_read == 0) == (state == "cached")
-
-
 def test_items_are_moved_as_they_are():
     """Signalling NaNs and padding bits survive, and foreign dtypes of the same size do."""
     raw = np.array([0x7F81, 0xFF85, 0x0001, 0x8000], np.uint16)
     store = Logging(f=raw.tobytes())
-    source = Source("f", 0, (4, 2), (2, 2), 2, (0, 8))
+    source = ChunkSource("f", 0, (4, 2), (2, 2), 2, (0, 8))
     for dtype in (ml_dtypes.bfloat16, np.float16, np.int16, "V2"):
         into = np.zeros((2, 2), dtype).T
-        read_copies(store, [Copy("t", source, Box((0, 0), (2, 2)), into)], threads=1)
+        read_copies(store, [ChunkCopy("t", source, Box((0, 0), (2, 2)), into)], threads=1)
         assert into.tobytes() == raw.tobytes()
 
 
 def test_scalars_and_empty_boxes():
     store = Logging(f=FILE)
     scalar = np.zeros((), np.int64)
-    source = Source("f", 16, (), (), 8, (16, 8), checksums(16, 8))
-    empty = Source("gone", 0, (4, 4), (0, 3), 4, (0, 0), np.zeros(0, np.uint32))
+    source = ChunkSource("f", 16, (), (), 8, (16, 8), checksums(16, 8))
+    empty = ChunkSource("gone", 0, (4, 4), (0, 3), 4, (0, 0), np.zeros(0, np.uint32))
     nothing = np.zeros((0, 3), np.float32)
     wanted = [
-        Copy("s", source, Box((), ()), scalar),
-        Copy("e", empty, Box((0, 0), (0, 3)), nothing),
+        ChunkCopy("s", source, Box((), ()), scalar),
+        ChunkCopy("e", empty, Box((0, 0), (0, 3)), nothing),
     ]
     found = read_copies(store, wanted, threads=2)
     assert scalar.tobytes() == FILE[16:24]
@@ -549,12 +517,12 @@ def test_nothing_to_read():
             "'t': its destination is read-only",
         ),
         (
-            {"source": Source("f", 0, (1,), (10,), 1, (0, 9))},
+            {"source": ChunkSource("f", 0, (1,), (10,), 1, (0, 9))},
             FormatError,
             "f, tensor 't': elements at bytes 0 to 10 lie outside the payload",
         ),
         (
-            {"source": Source("f", 0, (1,), (10,), 1, (0, 10), np.zeros(2, np.uint32))},
+            {"source": ChunkSource("f", 0, (1,), (10,), 1, (0, 10), np.zeros(2, np.uint32))},
             FormatError,
             "f, tensor 't': 2 block checksums for a payload of 10 bytes",
         ),
@@ -605,10 +573,12 @@ def test_buffers_stay_in_their_budget(tmp_path, monkeypatch):
     data = np.random.default_rng(1).integers(0, 2**32, (rows, columns), dtype=np.uint32)
     (tmp_path / "f").write_bytes(data.tobytes())
     crcs = block_checksums(data.tobytes())
-    source = Source("f", 0, (4, 4 * columns), (columns, rows), 4, (0, data.nbytes), crcs)
+    source = ChunkSource("f", 0, (4, 4 * columns), (columns, rows), 4, (0, data.nbytes), crcs)
     into = np.zeros((columns, rows), np.float32)
     tracemalloc.start()
-    read_copies(LocalStore(tmp_path), [Copy("t", source, Box((0, 0), into.shape), into)], threads=2)
+    read_copies(
+        LocalStore(tmp_path), [ChunkCopy("t", source, Box((0, 0), into.shape), into)], threads=2
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (into.view(np.uint32) == data.T).all()
@@ -618,7 +588,7 @@ def test_buffers_stay_in_their_budget(tmp_path, monkeypatch):
 def test_progress_comes_to_the_total():
     told = []
     store = Logging(f=FILE)
-    memory = Source("f", 0, (1,), (50,), 1, (0, 50), None, memoryview(FILE[:50]))
-    wanted = [flat(0, 9 * BLOCK), Copy("m", memory, Box((0,), (50,)), np.zeros(50, "u1"))]
+    memory = ChunkSource("f", 0, (1,), (50,), 1, (0, 50), None, memoryview(FILE[:50]))
+    wanted = [flat(0, 9 * BLOCK), ChunkCopy("m", memory, Box((0,), (50,)), np.zeros(50, "u1"))]
     read_copies(store, wanted, threads=1, progress=lambda *what: told.append(what))
     assert told[-1] == ("read", 9 * BLOCK + 50, 9 * BLOCK + 50)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from shardkeep.errors import Damaged
 from shardkeep.io.checksums import block_checksums, crc32
-from shardkeep.io.read.copies import Copy, read_copies
-from shardkeep.io.read.small import Small, batches, by_place, read_small
-from shardkeep.plan.reads import Source
+from shardkeep.io.read.copies import ChunkCopy, read_copies
+from shardkeep.io.read.small import SmallPayloads, merge_small_reads, read_small, sorted_by_place
+from shardkeep.plan.reads import ChunkSource
 from shardkeep.settings import BLOCK
 from shardkeep.stores.memory import MemoryStore
 from shardkeep.types import Box
@@ -48,7 +48,7 @@ def columns(wanted, space):
     """The payloads as columns, one after the other into `space`."""
     file, start, nbytes, checksummed = (np.array(column) for column in zip(*wanted, strict=True))
     parts = [FILES[NAMES[f]][s : s + n] for f, s, n, _ in wanted]
-    return Small(
+    return SmallPayloads(
         names=[f"t{i}" for i in range(len(wanted))],
         tensor=np.arange(len(wanted)),
         files=NAMES,
@@ -67,15 +67,15 @@ def copies(wanted, space):
         checksums = (
             block_checksums(FILES[NAMES[f]][start : start + nbytes]) if checksummed else None
         )
-        source = Source(NAMES[f], start, (1,), (nbytes,), 1, (start, nbytes), checksums)
-        found.append(Copy(f"t{row}", source, Box((0,), (nbytes,)), space[at : at + nbytes]))
+        source = ChunkSource(NAMES[f], start, (1,), (nbytes,), 1, (start, nbytes), checksums)
+        found.append(ChunkCopy(f"t{row}", source, Box((0,), (nbytes,)), space[at : at + nbytes]))
         at += nbytes
     return found
 
 
 def fast(store, wanted, space, **options):
-    small = by_place(columns(wanted, space))
-    return read_small(store, small, batches(small, GAP), **options)
+    small = sorted_by_place(columns(wanted, space))
+    return read_small(store, small, merge_small_reads(small, GAP), **options)
 
 
 @settings(max_examples=150)
@@ -136,22 +136,22 @@ def test_neighbours_share_a_read():
 
 def test_reads_end_at_gaps_and_where_a_core_caches_no_more():
     far = [(0, 0, 10, False), (0, 10 + GAP, 10, False), (0, 21 + 2 * GAP, 10, False)]
-    small = by_place(columns(far, np.zeros(30, np.uint8)))
-    assert [read[1:3] for read in batches(small, GAP)] == [
+    small = sorted_by_place(columns(far, np.zeros(30, np.uint8)))
+    assert [read[1:3] for read in merge_small_reads(small, GAP)] == [
         (0, 20 + GAP),
         (21 + 2 * GAP, 31 + 2 * GAP),
     ]
     many = 40
     row = np.arange(many)
     zero = row * 0
-    wide = Small(["t"], ["f"], zero, zero, row * BLOCK, zero + BLOCK, zero - 1, zero)
-    found = batches(wide, GAP)
+    wide = SmallPayloads(["t"], ["f"], zero, zero, row * BLOCK, zero + BLOCK, zero - 1, zero)
+    found = merge_small_reads(wide, GAP)
     assert [read.last for read in found] == list(range(4, many + 1, 4))
     assert all(read.high - read.low == 4 * BLOCK for read in found)
 
 
 def test_nothing_is_nothing():
     none = np.zeros(0, np.int64)
-    small = by_place(Small([], [], none, none, none, none, none, none))
-    assert batches(small, GAP) == []
+    small = sorted_by_place(SmallPayloads([], [], none, none, none, none, none, none))
+    assert merge_small_reads(small, GAP) == []
     assert read_small(MemoryStore(), small, [], threads=2) == 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkeep.io.arena import aligned
+from shardkeep.io.arena import allocate_pages
 from shardkeep.io.write.staging import StagingLayout, stage_payloads
 from shardkeep.io.write.windows import LIGHT_BYTES
 from shardkeep.settings import BLOCK, PAGE
@@ -24,7 +24,7 @@ class Memory:
         rng = np.random.default_rng(len(sizes))
         self.data = []
         for size, at in zip(sizes, past, strict=True):
-            block = aligned(size + PAGE)[at or 0 :][:size]
+            block = allocate_pages(size + PAGE)[at or 0 :][:size]
             block[:] = np.frombuffer(rng.bytes(size), np.uint8)
             self.data.append(block)
         known = zip(self.data, past, strict=True)
@@ -59,7 +59,7 @@ def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_befo
     sizes, past = [size for size, _ in lying], [at for _, at in lying]
     source = Memory(sizes, past)
     places = StagingLayout(source, np.array(sizes, np.int64))
-    memory = aligned(places.nbytes)
+    memory = allocate_pages(places.nbytes)
     staged = stage_payloads(source, places, memory, threads=threads)
     assert source.asked.tolist() == sizes
 
@@ -101,4 +101,4 @@ def test_a_payload_that_can_not_be_had_is_told(monkeypatch):
     monkeypatch.setattr(source, "copy", broken)
     places = StagingLayout(source, np.array([100, 3 * BLOCK, 200], np.int64))
     with pytest.raises(RuntimeError, match="no memory at"):
-        stage_payloads(source, places, aligned(places.nbytes), threads=2)
+        stage_payloads(source, places, allocate_pages(places.nbytes), threads=2)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkeep.format.torch_zip.container_write import TensorFraming
-from shardkeep.io.arena import aligned
+from shardkeep.io.arena import allocate_pages
 from shardkeep.io.write.files import open_targets, write_windows
 from shardkeep.io.write.staging import StagingLayout, stage_payloads
 from shardkeep.io.write.windows import LIGHT_BYTES, lay_out_files
@@ -40,7 +40,7 @@ class Bytes:
     def lie(self, past):
         """Let each payload lie so many bytes past the start of a page; None: nowhere."""
         for row, data in enumerate(self.data):
-            memory = aligned(len(data) + PAGE)[past[row] or 0 :][: len(data)]
+            memory = allocate_pages(len(data) + PAGE)[past[row] or 0 :][: len(data)]
             memory[:] = np.frombuffer(data, np.uint8)
             self.data[row] = memory
             self.addresses[row] = 0 if past[row] is None else memory.ctypes.data
@@ -66,7 +66,7 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
     source, how = payloads, {"in_place": in_place}
     if staged:
         places = StagingLayout(payloads, nbytes)
-        source = stage_payloads(payloads, places, aligned(places.nbytes), threads=staged)
+        source = stage_payloads(payloads, places, allocate_pages(places.nbytes), threads=staged)
         payloads.copy = payloads.addresses = None  # not looked at again
         how = {"in_place": True, "checksums": source.checksums}
     return payloads, lay_out_files(names, nbytes, kind, framings, source, crcs, window, **how)
@@ -201,13 +201,15 @@ def test_memory_is_not_looked_at_after_it_was_taken():
     payloads, images = made([3 * BLOCK, LIGHT_BYTES + 1, 9 * BLOCK])
     calls = []
     with open_targets(MemoryStore(), images) as targets:
-        write_windows(targets, images, threads=2, made=lambda: calls.append(sum(payloads.copied)))
+        write_windows(
+            targets, images, threads=2, on_made=lambda: calls.append(sum(payloads.copied))
+        )
     assert calls == [12 * BLOCK + LIGHT_BYTES + 1]
 
 
 def test_nothing_to_write_is_taken_at_once():
     calls = []
-    write_windows([], [], threads=2, made=lambda: calls.append(1))
+    write_windows([], [], threads=2, on_made=lambda: calls.append(1))
     assert calls == [1]
 
 
@@ -266,7 +268,7 @@ def test_system_calls_are_few(tmp_path, monkeypatch, in_place):
         write_windows(targets, images, threads=2)
     names = [call[0] for call in calls]
     mib = images[0].layout.nbytes / (1 << 20)
-    assert names.count("pwritev") == images[0].windows <= mib / 1.5
+    assert names.count("pwritev") == images[0].count <= mib / 1.5
     assert names.count("ftruncate") == names.count("fsync") == 1
     assert names.count("write") == 0
     for _, parts, offset in (call for call in calls if call[0] == "pwritev"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardkeep.io.arena import aligned
+from shardkeep.io.arena import allocate_pages
 from shardkeep.settings import PAGE
 from shardkeep.stores import LocalStore
 from shardkeep.stores.local import files as module
@@ -49,7 +49,7 @@ def test_who_finds_nothing_to_sync_waits_for_who_syncs_it(tmp_path, monkeypatch)
 
 
 def page(*values: int) -> np.ndarray:
-    made = aligned(PAGE * len(values))
+    made = allocate_pages(PAGE * len(values))
     for at, value in enumerate(values):
         made[at * PAGE : (at + 1) * PAGE] = value
     return made

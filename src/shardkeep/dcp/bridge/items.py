@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardkeep.errors import FormatError
-from shardkeep.format.torch_zip.container_write import TensorItem
-from shardkeep.io.checksums import checksum_payload, whole_crc
-from shardkeep.io.contract import Codec
-from shardkeep.io.write.items import Bare, Item, write_packed
+from shardkeep.format.torch_zip.container_write import TensorFraming
+from shardkeep.io.checksums import checksum_payload
+from shardkeep.io.pool import parallel
+from shardkeep.io.write.append import append_file
+from shardkeep.plan.packing import pack
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.memory import payload_bytes
 from shardkeep.torch_state.objects import to_bytes
@@ -94,77 +95,93 @@ def write_containers(
     transforms: Any = None,
     threads: int = 1,
 ) -> list[WriteResult]:
-    """Write items as torch does: each tensor a `torch.save` container, objects as they are.
+    """Write items as torch does: each tensor as a `torch.save` container, objects as they are.
+
+    The planner is asked for the data of an item right before it is written, so that it may use the
+    same memory for the next one.
 
     Args:
-        store: where to.
-        files: new ones, shared out evenly in bytes; all of them exist then.
-        items: of the plan.
+        store: the store for the files.
+        files: names of new files. The items are distributed over them by size; all are created.
+        items: the items of the plan.
         planner: gives the data.
         transforms: torch's stream transforms (`transform_save_stream`); each item is one stream.
-        threads: how many files are written at a time; the planner is called by them.
+        threads: number of files that are written at a time. Each thread calls the planner.
+
+    Returns:
+        What was written, in the order of `items`.
+
+    Raises:
+        OSError: from the store, naming the file.
     """
-    writing = [_Writing(item, planner, transforms) for item in items]
-    written = write_packed(
-        store, files, [Item(one, one.payload) for one in writing], threads=threads
-    )
+    if items and not files:
+        raise ValueError(f"{len(items)} items need at least one file, but no file is named")
+    place = pack(np.array([nbytes_of(item) for item in items], dtype=np.int64), max(1, len(files)))
+    results: dict[int, WriteResult] = {}
+
+    def worker(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            rows = np.flatnonzero(place == number).tolist()
+            written = _write_container_file(
+                store, files[number], [items[row] for row in rows], planner, transforms
+            )
+            results.update(zip(rows, written, strict=True))
+
+    parallel(range(len(files)), worker, threads)
+    return [results[row] for row in range(len(items))]
+
+
+def _write_container_file(
+    store: Store, name: str, items: Sequence[WriteItem], planner: SavePlanner, transforms: Any
+) -> list[WriteResult]:
+    framings: dict[tuple[DType, tuple[int, ...]], TensorFraming] = {}
+    described: list[dict[str, Any]] = []
+    with append_file(store, name) as file:
+        for item in items:
+            dtype, sizes, data = resolved(item, planner)
+            framing = None
+            if dtype is not None:
+                framing = framings.get((dtype, sizes)) or TensorFraming(dtype, sizes)
+                framings[dtype, sizes] = framing
+            stream, about = _streamed(item, framing, data, transforms)
+            if dtype is not None:
+                about |= {"dtype": dtype.name, "sizes": sizes}
+            described.append(about)
+            file.append(framing if stream is None else None, data if stream is None else stream)
+    written = file.written()
     results: list[WriteResult] = []
-    for row, one in enumerate(writing):
+    for row, (item, about) in enumerate(zip(items, described, strict=True)):
         start, length = int(written.item[row]), int(written.length[row])
-        more: dict[str, Any] = {"transforms": one.transforms}
-        if one.item.type == WriteItemType.BYTE_IO:
-            more["crc"] = int(written.crc[row])
-        elif one.dtype is not None:
-            more |= {"dtype": one.dtype.name, "sizes": one.sizes}
-            if one.transforms:
-                more["checksums"] = one.checksums
-            else:
-                blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
-                more["checksums"] = blocks.astype("<u4").tobytes()
-                more["payload"] = int(written.payload[row]) - start
-        results.append(result(one.item, written.files[written.file[row]], start, length, **more))
+        if item.type == WriteItemType.BYTE_IO:
+            about["crc"] = int(written.crc[row])
+        elif "dtype" in about and not about["transforms"]:
+            blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
+            about["checksums"] = blocks.astype("<u4").tobytes()
+            about["payload"] = int(written.payload[row]) - start
+        results.append(result(item, name, start, length, **about))
     return results
 
 
-class _Writing:
-    """One item: its data is asked for when its head is wanted, and let go with its tail."""
+def _streamed(
+    item: WriteItem, framing: TensorFraming | None, data: memoryview, transforms: Any
+) -> tuple[memoryview | None, dict[str, Any]]:
+    """Return an item as its stream transforms it, or None if no transform applies.
 
-    def __init__(self, item: WriteItem, planner: SavePlanner, transforms: Any) -> None:
-        self.item = item
-        self.nbytes = nbytes_of(item)
-        self.dtype: DType | None = None
-        self.sizes: tuple[int, ...] = ()
-        self.transforms: tuple[str, ...] = ()
-        self.checksums = b""
-        self._planner, self._stream = planner, transforms
-        self._codec: Codec = Bare(0)
-        self._data = memoryview(b"")
-
-    def head(self, position: int) -> bytes:
-        self.dtype, self.sizes, self._data = resolved(self.item, self._planner)
-        if self.dtype is not None:
-            self._codec = TensorItem(self.dtype, self.sizes)
-        if self._stream is not None:
-            self._transform()
-        return self._codec.head(position)
-
-    def payload(self) -> memoryview:
-        return self._data
-
-    def tail(self, position: int, crc: int) -> bytes:
-        self._data = memoryview(b"")
-        return self._codec.tail(position, crc)
-
-    def _transform(self) -> None:
-        """Make the item what its stream makes of its bytes."""
-        raw = io.BytesIO()
-        stream, names = self._stream.transform_save_stream(self.item, raw)
-        if not names:
-            return
-        blocks, _ = checksum_payload(self._data) if self._data else (np.zeros(0, np.uint32), 0)
-        crc = whole_crc(blocks, len(self._data))
-        for part in (self._codec.head(0), self._data, self._codec.tail(0, crc)):
-            stream.write(part)  # What it returns may count what came out of it.
-        stream.close()
-        self.transforms, self.checksums = tuple(names), blocks.astype("<u4").tobytes()
-        self._codec, self._data = Bare(raw.getbuffer().nbytes), raw.getbuffer()
+    Also returns the names of the transforms, and the block checksums of a tensor's payload.
+    """
+    if transforms is None:
+        return None, {"transforms": ()}
+    raw = io.BytesIO()
+    stream, names = transforms.transform_save_stream(item, raw)
+    if not names:
+        return None, {"transforms": ()}
+    blocks, crc = checksum_payload(data) if data else (np.zeros(0, np.uint32), 0)
+    frame = None if framing is None else framing(0, False)
+    parts = (data,) if frame is None else (frame.head, data, frame.tail(crc))
+    for part in parts:
+        stream.write(part)  # Its result may count the bytes that come out, so it is ignored.
+    stream.close()
+    about: dict[str, Any] = {"transforms": tuple(names)}
+    if framing is not None:
+        about["checksums"] = blocks.astype("<u4").tobytes()
+    return raw.getbuffer(), about

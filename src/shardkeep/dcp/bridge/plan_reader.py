@@ -20,8 +20,8 @@ from shardkeep.errors import Damaged, FormatError, Mismatch
 from shardkeep.format.dcp import transforms
 from shardkeep.format.names import safe_file_name
 from shardkeep.io.checksums import crc32
-from shardkeep.io.read.copies import Copy, read_copies
-from shardkeep.plan.reads import Source
+from shardkeep.io.read.copies import ChunkCopy, read_copies
+from shardkeep.plan.reads import ChunkSource
 from shardkeep.stores.contract import Store
 from shardkeep.torch_state.memory import destination
 from shardkeep.torch_state.objects import from_bytes
@@ -102,7 +102,7 @@ class PlanReader:
                 known.setdefault((files[file], start, length), []).append(row)
 
     def _read_batch(self, batch: list[tuple[ReadItem, ByteRange]]) -> None:
-        copies: list[Copy] = []
+        copies: list[ChunkCopy] = []
         finish: list[Callable[[], None]] = []
         rows = {id(item): self._row(item, place) for item, place in batch}
         sources = self._locate([row for row in rows.values() if row is not None])
@@ -119,20 +119,20 @@ class PlanReader:
                 self._read_alone(item, place, target, box)
             else:
                 array, done = destination(target, self._dtype(row))
-                copies.append(Copy(item.storage_index.fqn, sources[row], box, array))
+                copies.append(ChunkCopy(item.storage_index.fqn, sources[row], box, array))
                 finish.append(done)
             finish.append(partial(self._planner.commit_tensor, item, target))
         read_copies(self._store, copies, threads=settings.read_threads())
         for done in finish:
             done()
 
-    def _locate(self, rows: list[int]) -> dict[int, Source]:
+    def _locate(self, rows: list[int]) -> dict[int, ChunkSource]:
         """Return the sources of chunks, except where the items differ from the metadata."""
         if self._sources is None:
             return {}
         with suppress(FormatError):
             return self._sources.locate(rows)
-        found: dict[int, Source] = {}
+        found: dict[int, ChunkSource] = {}
         for row in rows:
             with suppress(FormatError):
                 found |= self._sources.locate([row])

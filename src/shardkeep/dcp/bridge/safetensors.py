@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from secrets import token_hex
 from typing import Any
 from warnings import warn
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint.filesystem as stock_files
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -23,19 +23,23 @@ from shardkeep.dcp.bridge.torch_modules import torch_module
 from shardkeep.errors import Mismatch, NotACheckpoint
 from shardkeep.format.safetensors import parse
 from shardkeep.format.safetensors.write import is_file_name, layout, of_parts
-from shardkeep.io.write.items import Bare, Item, write_items
+from shardkeep.io.contract import Payloads
+from shardkeep.io.pool import parallel
+from shardkeep.io.write.files import write_plain_file
 from shardkeep.stores.contract import Store
-from shardkeep.torch_state.memory import destination, payload_bytes
-from shardkeep.types import Box, DType
+from shardkeep.torch_state.memory import destination, is_contiguous_on_cpu
+from shardkeep.torch_state.payloads import StatePayloads
+from shardkeep.types import I64, Box, DType
 
 __all__ = [
+    "FileContent",
     "Folder",
     "Part",
     "SafetensorsFile",
     "box_of",
     "file_system",
     "open_folder",
-    "part_items",
+    "part_content",
     "read_items",
     "target_of",
     "torch_dtype",
@@ -68,17 +72,35 @@ class Folder:
         self.path = self.fs.init_path(path) if fs is None else path
         self.store: Store = store_of(self)
 
-    def write(self, files: Mapping[str, Sequence[Item]], threads: int) -> None:
-        """Write files, durably. Each appears under its name when all of them are complete.
+    def write(self, files: Mapping[str, FileContent], threads: int, max_window_bytes: int) -> None:
+        """Write files, durably. Each appears under its name once all of them are complete.
+
+        Args:
+            files: name -> content.
+            threads: number of files that are written at a time.
+            max_window_bytes: bytes of memory that each thread may take for its writes.
 
         Raises:
-            OSError: naming the file; nothing is left of those that did not appear.
+            OSError: naming the file. Files that did not appear are removed.
         """
         token = token_hex(8)
         unfinished = {f"{name}.{token}.tmp": name for name in files}
+
+        def worker(names: Iterator[str]) -> None:
+            for temporary in names:
+                content = files[unfinished[temporary]]
+                write_plain_file(
+                    self.store,
+                    temporary,
+                    content.rows,
+                    content.nbytes,
+                    content.payloads,
+                    max_window_bytes=max_window_bytes,
+                    checksums=False,
+                )
+
         try:
-            parts = {temporary: files[name] for temporary, name in unfinished.items()}
-            write_items(self.store, parts, threads=threads)
+            parallel(list(unfinished), worker, threads)
             for temporary, name in unfinished.items():
                 path = self.fs.concat_path
                 replace(self.fs, path(self.path, temporary), path(self.path, name))
@@ -110,18 +132,36 @@ class Part:
         return DType.named(str(self.tensor.dtype))
 
 
-def part_items(parts: Sequence[Part]) -> list[Item]:
-    """The content of a file. Conflict if the format can't hold one of them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class FileContent:
+    """The payloads that a file consists of, one after the other without gaps.
+
+    Attributes:
+        rows: [N] rows of `payloads`, in the order of the file.
+        nbytes: [N] bytes of each payload.
+        payloads: the bytes.
+    """
+
+    rows: I64
+    nbytes: I64
+    payloads: Payloads
+
+
+def part_content(parts: Sequence[Part]) -> FileContent:
+    """Return the content of a file with these tensors. Conflict if the format can't hold one."""
     by_name = {part.name: part for part in parts}
     laid_out = layout(
         {part.name: (part.dtype, tuple(part.tensor.shape)) for part in parts},
         of_parts({part.name: part.begin for part in parts}),
     )
     tensors = [by_name[name].tensor for name in laid_out.names]
-    return [
-        Item(Bare(len(laid_out.header)), memoryview(laid_out.header)),
-        *(Item(Bare(tensor.nbytes), partial(payload_bytes, tensor)) for tensor in tensors),
-    ]
+    addresses = [tensor.data_ptr() if is_contiguous_on_cpu(tensor) else 0 for tensor in tensors]
+    count = len(tensors)
+    return FileContent(
+        rows=np.array([count, *range(count)], np.int64),
+        nbytes=np.array([len(laid_out.header), *(tensor.nbytes for tensor in tensors)], np.int64),
+        payloads=StatePayloads(tensors, np.array(addresses, np.int64), [laid_out.header]),
+    )
 
 
 def open_folder(store: Store, *, listed: bool = True) -> CheckpointReader:

@@ -1,13 +1,12 @@
-"""The items of a plan as safetensors files: whole ones, which any reader of that format opens.
+"""The items of a plan as safetensors files, which any reader of that format opens.
 
-Objects are in them as tensors of bytes. Two shards of one tensor have two names.
+Objects are stored as tensors of bytes. Shards of one tensor in one file have different names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardkeep.dcp.bridge.items import nbytes_of, resolved, result
 from shardkeep.errors import Conflict
 from shardkeep.format.safetensors.write import layout, of_parts
-from shardkeep.io.write.items import Bare, Item, write_items
+from shardkeep.io.memory_payloads import BytesPayloads
+from shardkeep.io.pool import parallel
+from shardkeep.io.write.files import write_plain_file
+from shardkeep.plan.memory_budget import MemoryBudget
 from shardkeep.plan.packing import pack
 from shardkeep.stores.contract import Store
 from shardkeep.types import Box, DType
@@ -35,39 +37,44 @@ def write_tensor_files(
     *,
     threads: int = 1,
 ) -> list[WriteResult]:
-    """Write items to as many safetensors files as are named. Arguments as of `write_containers`.
+    """Write items to safetensors files.
+
+    The header comes first in such a file, so the planner is asked for the data of all items of a
+    file before it is written.
+
+    Args:
+        store: the store for the files.
+        files: names of new files. The items are distributed over them by size; all are created.
+        items: the items of the plan.
+        planner: gives the data.
+        threads: number of files that are written at a time. Each thread calls the planner.
+
+    Returns:
+        What was written.
 
     Raises:
-        Conflict: a tensor that the format does not have; it is named.
+        Conflict: the format cannot hold a tensor; the message names it.
+        OSError: from the store, naming the file.
     """
     sizes = np.array([nbytes_of(item) for item in items], dtype=np.int64)
     place = pack(sizes, max(1, len(files)))
-    shares = {
-        file: _Share([items[row] for row in np.flatnonzero(place == number).tolist()], planner)
-        for number, file in enumerate(files)
-    }
-    content = {file: share.items() for file, share in shares.items()}
-    written = write_items(store, content, threads=threads)
-    results: list[WriteResult] = []
-    row = -1
-    for file, share in shares.items():
-        row += 1  # the header
-        for part in share.parts:
-            row += 1
-            if part.item.type == WriteItemType.BYTE_IO:
-                more: dict[str, Any] = {"crc": int(written.crc[row])}
-            else:
-                blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
-                more = {"dtype": part.dtype.name, "sizes": part.sizes, "payload": 0}
-                more["checksums"] = blocks.astype("<u4").tobytes()
-            start = int(written.payload[row])
-            results.append(result(part.item, file, start, part.data.nbytes, **more))
-    return results
+    results: dict[int, list[WriteResult]] = {}
+    window_bytes = MemoryBudget.of(None).window_bytes(min(threads, len(files)))
+
+    def worker(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            its_items = [items[row] for row in np.flatnonzero(place == number).tolist()]
+            results[number] = _write_tensor_file(
+                store, files[number], its_items, planner, window_bytes
+            )
+
+    parallel(range(len(files)), worker, threads)
+    return [written for number in range(len(files)) for written in results[number]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A tensor of a file, or an object's bytes."""
+class _FileTensor:
+    """A tensor of a file, or the bytes of an object."""
 
     item: WriteItem
     dtype: DType
@@ -75,40 +82,56 @@ class _Part:
     data: memoryview
 
 
-class _Share:
-    """What goes to one file; the codec of its header. Data is asked for when that is wanted."""
+def _write_tensor_file(
+    store: Store,
+    file: str,
+    items: Sequence[WriteItem],
+    planner: SavePlanner,
+    max_window_bytes: int,
+) -> list[WriteResult]:
+    header, tensors = _resolved_tensors(items, planner)
+    payloads = BytesPayloads([memoryview(header), *(tensor.data for tensor in tensors)])
+    rows = np.arange(len(tensors) + 1)
+    written = write_plain_file(
+        store,
+        file,
+        rows,
+        payloads.nbytes,
+        payloads,
+        max_window_bytes=max_window_bytes,
+        checksums=True,
+    )
+    results: list[WriteResult] = []
+    for row, tensor in enumerate(tensors, 1):  # the header is the first payload
+        if tensor.item.type == WriteItemType.BYTE_IO:
+            about: dict[str, Any] = {"crc": int(written.crc[row])}
+        else:
+            blocks = written.checksums[int(written.block[row]) : int(written.block[row + 1])]
+            about = {"dtype": tensor.dtype.name, "sizes": tensor.sizes, "payload": 0}
+            about["checksums"] = blocks.astype("<u4").tobytes()
+        start = int(written.layout.payload[row])
+        results.append(result(tensor.item, file, start, tensor.data.nbytes, **about))
+    return results
 
-    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner) -> None:
-        self._items, self._planner = items, planner
-        self.parts: list[_Part] = []
 
-    def items(self) -> list[Item]:
-        """For the engine: an item that is only a head, the file's, then the parts."""
-        parts = [Item(Bare(0), partial(self._data, number)) for number in range(len(self._items))]
-        return [Item(self, memoryview(b"")), *parts]
-
-    def head(self, position: int) -> bytes:
-        """The header of the file."""
-        parts: dict[str, _Part] = {}
-        begins: dict[str, tuple[int, ...]] = {}
-        for item in self._items:
-            dtype, sizes, data = resolved(item, self._planner)
-            name = item.index.fqn
-            if item.type == WriteItemType.BYTE_IO:
-                dtype, sizes = _BYTES, (data.nbytes,)
-            if dtype is None:
-                raise Conflict(f"tensor {name!r}: safetensors files have none of its kind")
-            chunk = item.tensor_data.chunk if item.tensor_data else None
-            if name in parts and chunk is not None:
-                name = f"{name} {Box(tuple(chunk.offsets), tuple(chunk.sizes))}"
-            parts[name] = _Part(item, dtype, sizes, data)
-            begins[name] = tuple(chunk.offsets) if chunk is not None else (0,)
-        laid_out = layout({n: (p.dtype, p.sizes) for n, p in parts.items()}, of_parts(begins))
-        self.parts = [parts[name] for name in laid_out.names]
-        return laid_out.header
-
-    def tail(self, position: int, crc: int) -> bytes:
-        return b""
-
-    def _data(self, number: int) -> memoryview:
-        return self.parts[number].data
+def _resolved_tensors(
+    items: Sequence[WriteItem], planner: SavePlanner
+) -> tuple[bytes, list[_FileTensor]]:
+    """Return the header of a file with these items, and its tensors in the order of the file."""
+    tensors: dict[str, _FileTensor] = {}
+    begins: dict[str, tuple[int, ...]] = {}
+    for item in items:
+        dtype, sizes, data = resolved(item, planner)
+        name = item.index.fqn
+        if item.type == WriteItemType.BYTE_IO:
+            dtype, sizes = _BYTES, (data.nbytes,)
+        if dtype is None:
+            raise Conflict(f"tensor {name!r}: safetensors files have none of its kind")
+        chunk = item.tensor_data.chunk if item.tensor_data else None
+        if name in tensors and chunk is not None:
+            name = f"{name} {Box(tuple(chunk.offsets), tuple(chunk.sizes))}"
+        tensors[name] = _FileTensor(item, dtype, sizes, data)
+        begins[name] = tuple(chunk.offsets) if chunk is not None else (0,)
+    shapes = {name: (tensor.dtype, tensor.sizes) for name, tensor in tensors.items()}
+    laid_out = layout(shapes, of_parts(begins))
+    return laid_out.header, [tensors[name] for name in laid_out.names]

@@ -12,15 +12,23 @@ from numpy.typing import NDArray
 
 from shardkeep import settings
 from shardkeep.errors import Damaged
-from shardkeep.io.arena import aligned
+from shardkeep.io.arena import allocate_pages
 from shardkeep.io.checksums import combine, crc32_at, crc32_blocks
-from shardkeep.io.pool import Meter, parallel
-from shardkeep.io.read.ranges import MISSING, Read, Want, fetch_steps, gather, mismatch, too_short
+from shardkeep.io.pool import ProgressMeter, parallel
+from shardkeep.io.read.ranges import (
+    MISSING,
+    MergedRead,
+    WantedRange,
+    describe_mismatch,
+    describe_short_file,
+    fetch_steps,
+    merge_ranges,
+)
 from shardkeep.settings import BLOCK, PAGE
 from shardkeep.stores.contract import Store
 from shardkeep.types import Progress
 
-__all__ = ["Payload", "verify_payloads"]
+__all__ = ["StoredPayload", "verify_payloads"]
 
 _PIECE = 4 << 20
 """Bytes of one read at most, and of the memory that each thread takes."""
@@ -30,7 +38,7 @@ _STEP = 8 * BLOCK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Payload:
+class StoredPayload:
     """Stored bytes, and what is known of them: a checksum for each block, or one for all.
 
     Attributes:
@@ -60,7 +68,7 @@ class _Found:
 
 def verify_payloads(
     store: Store,
-    payloads: Sequence[Payload],
+    payloads: Sequence[StoredPayload],
     *,
     threads: int,
     progress: Progress | None = None,
@@ -77,7 +85,7 @@ def verify_payloads(
     """
     found = [_Found({}, {}) for _ in payloads]
     size = lru_cache(maxsize=None)(partial(_size, store))
-    wants: list[Want] = []
+    wants: list[WantedRange] = []
     for row, payload in enumerate(payloads):
         # What a file does not hold is not planned for: a length may be any number.
         end = payload.offset + payload.nbytes
@@ -87,9 +95,9 @@ def verify_payloads(
         elif there < end:
             found[row].end = there
         for at in range(payload.offset, there, _PIECE):
-            wants.append(Want(payload.file, at, min(at + _PIECE, end), row))
-    jobs = list(gather(wants, settings.read_gap_bytes(), _PIECE))
-    meter = Meter(progress, "verify", sum(job.high - job.low for job in jobs))
+            wants.append(WantedRange(payload.file, at, min(at + _PIECE, end), row))
+    jobs = list(merge_ranges(wants, settings.read_gap_bytes(), _PIECE))
+    meter = ProgressMeter(progress, "verify", sum(job.high - job.low for job in jobs))
     parallel(jobs, partial(_work, store, payloads, found, meter), threads)
     return [damage for pair in zip(payloads, found, strict=True) for damage in _damage(*pair)]
 
@@ -104,12 +112,12 @@ def _size(store: Store, file: str) -> int:
 
 def _work(
     store: Store,
-    payloads: Sequence[Payload],
+    payloads: Sequence[StoredPayload],
     found: Sequence[_Found],
-    meter: Meter,
-    jobs: Iterator[Read],
+    meter: ProgressMeter,
+    jobs: Iterator[MergedRead],
 ) -> None:
-    space = aligned(_PIECE + PAGE)
+    space = allocate_pages(_PIECE + PAGE)
     for job in jobs:
         _read(store, payloads, found, job, space)
         meter.add(job.high - job.low)
@@ -117,9 +125,9 @@ def _work(
 
 def _read(
     store: Store,
-    payloads: Sequence[Payload],
+    payloads: Sequence[StoredPayload],
     found: Sequence[_Found],
-    job: Read,
+    job: MergedRead,
     space: NDArray[np.uint8],
 ) -> None:
     """Read once, and checksum what came as soon as it is there."""
@@ -148,7 +156,7 @@ def _read(
         # Only those that lie there can't be read, not all that were to be read with them.
         for want in left:
             found[want.use].crcs.pop(want.low, None)
-            _read(store, payloads, found, Read(job.file, want.low, want.high, [want]), space)
+            _read(store, payloads, found, MergedRead(job.file, want.low, want.high, [want]), space)
         return
     for want in left:
         result = found[want.use]
@@ -158,12 +166,12 @@ def _read(
 
 
 def _take(
-    payloads: Sequence[Payload],
+    payloads: Sequence[StoredPayload],
     found: Sequence[_Found],
     base: int,
     view: memoryview,
     address: int,
-    want: Want,
+    want: WantedRange,
     low: int,
     end: int,
 ) -> int:
@@ -199,21 +207,21 @@ def _take(
     return high
 
 
-def _damage(payload: Payload, found: _Found) -> Iterator[Damaged]:
+def _damage(payload: StoredPayload, found: _Found) -> Iterator[Damaged]:
     damaged = partial(Damaged, file=payload.file, name=payload.name)
     end, checksums = payload.offset + payload.nbytes, payload.checksums
     if checksums is not None:
         if len(checksums) != -(-payload.nbytes // BLOCK):
             yield damaged(f"{len(checksums)} block checksums for {payload.nbytes} bytes")
         for block, crc in sorted(found.bad.items()):
-            yield damaged(mismatch(crc, checksums[block]), block=block)
+            yield damaged(describe_mismatch(crc, checksums[block]), block=block)
     if found.problem is not None:
         yield damaged(found.problem)
     elif found.end is not None:
-        yield damaged(too_short(found.end, end))
+        yield damaged(describe_short_file(found.end, end))
     elif checksums is None and payload.crc is not None:
         crc = 0
         for low in sorted(found.crcs):
             crc = combine(crc, found.crcs[low], min(_PIECE, end - low))
         if crc != payload.crc:
-            yield damaged(mismatch(crc, payload.crc))
+            yield damaged(describe_mismatch(crc, payload.crc))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -12,32 +12,40 @@ from numpy.typing import NDArray
 
 from shardkeep import settings
 from shardkeep.errors import Damaged, FormatError
-from shardkeep.io.arena import aligned
+from shardkeep.io.arena import allocate_pages
 from shardkeep.io.checksums import crc32, crc32_at
-from shardkeep.io.pool import Meter, parallel
-from shardkeep.io.read.check import Payload, verify_payloads
-from shardkeep.io.read.ranges import MISSING, Read, Want, fetch_steps, mismatch, too_short
-from shardkeep.io.read.requests import Copy, Planner, Rows, Straight, Use, uses_in
-from shardkeep.io.read.running_checksums import Sums
-from shardkeep.plan.reads import block_range, runs
+from shardkeep.io.pool import ProgressMeter, parallel
+from shardkeep.io.read.ranges import (
+    MISSING,
+    MergedRead,
+    WantedRange,
+    describe_mismatch,
+    describe_short_file,
+    fetch_steps,
+)
+from shardkeep.io.read.requests import (
+    ChunkCopy,
+    InPlaceRead,
+    RequestPlanner,
+    RowRead,
+    RunTarget,
+    run_targets,
+)
+from shardkeep.io.read.running_checksums import RunningChecksums
+from shardkeep.plan.memory_budget import MemoryBudget
+from shardkeep.plan.reads import block_range, byte_runs
 from shardkeep.settings import BLOCK, PAGE
-from shardkeep.stores.abilities import StoreMapped, SupportsReadRows
+from shardkeep.stores.abilities import SupportsReadRows
 from shardkeep.stores.contract import Store
 from shardkeep.types import Progress
 
-__all__ = ["Copy", "Payload", "ReadStats", "Round", "read_copies", "verify_payloads"]
-
-_MOST = 4 << 20
-"""Bytes of one read into a buffer at most, however large the budget: they should stay cached."""
-
-_LEAST = 4 * BLOCK
-"""And at least: a small run, rounded out to blocks on both sides, fits in."""
+__all__ = ["ChunkCopy", "ReadRound", "ReadStats", "read_copies"]
 
 _STEP = 8 * BLOCK
 """Bytes that are checked at once, soon after they were read: they are in a cache still. With less,
 threads spend more time in waiting for the interpreter than they save in the cache."""
 
-_Job = Straight | Rows | Read | Copy | Callable[[], None]
+_Job = InPlaceRead | RowRead | MergedRead | ChunkCopy | Callable[[], None]
 """A copy is a job of its own if its source's bytes are in memory already."""
 
 
@@ -56,7 +64,7 @@ class ReadStats:
     bytes_unchecked: int = 0
 
 
-class Round(NamedTuple):
+class ReadRound(NamedTuple):
     """Copies that are read before others are.
 
     Attributes:
@@ -65,14 +73,14 @@ class Round(NamedTuple):
             want the same memory.
     """
 
-    copies: Sequence[Copy]
+    copies: Sequence[ChunkCopy]
     done: Callable[[], None]
 
 
 def read_copies(
     store: Store,
-    copies: Sequence[Copy],
-    rounds: Sequence[Round] = (),
+    copies: Sequence[ChunkCopy],
+    rounds: Sequence[ReadRound] = (),
     *,
     verify: bool = True,
     threads: int,
@@ -83,9 +91,8 @@ def read_copies(
 
     Digested payloads are read and checked by whole blocks.
 
-    The buffers take at most half of `budget` bytes in all (but 1 MiB a thread at least), by default
-    `knobs.host_budget()`; the other half is the store's. After an error the content of the
-    destinations is undefined, and no thread goes on.
+    The buffers and the store share `budget` bytes (`plan.memory_budget`). After an error the
+    content of the destinations is undefined, and no thread goes on.
 
     Raises:
         Damaged: a block does not match its checksum, or a payload its CRC-32 where blocks have none
@@ -94,24 +101,21 @@ def read_copies(
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
-    whole = settings.max_host_memory_bytes() if budget is None else budget
-    limit = whole // 2 // max(1, threads) // BLOCK * BLOCK
-    limit = max(_LEAST, min(_MOST, limit))
+    limit = MemoryBudget.of(budget).read_buffer_bytes(threads)
     in_rows = isinstance(store, SupportsReadRows)
-    mapped = cache(store.mapped) if settings.mapping() and isinstance(store, StoreMapped) else None
     every = [*copies, *(copy for later in rounds for copy in later.copies)]
     needed = sum(map(_check, every))
 
-    def planned(some: Sequence[Copy]) -> tuple[list[_Job], list[Use]]:
-        planner = Planner(settings.read_gap_bytes(), limit, verify, in_rows, mapped)
+    def planned(some: Sequence[ChunkCopy]) -> tuple[list[_Job], list[RunTarget]]:
+        planner = RequestPlanner(settings.read_gap_bytes(), limit, verify, in_rows)
         return _jobs(some, planner), planner.uses
 
     work = [planned(copies), *(planned(later.copies) for later in rounds)]
-    meter = Meter(progress, "read", sum(_nbytes(job) for jobs, _ in work for job in jobs))
-    sums = Sums(every, verify)
+    meter = ProgressMeter(progress, "read", sum(_nbytes(job) for jobs, _ in work for job in jobs))
+    sums = RunningChecksums(every, verify)
     read: list[int] = []
 
-    def worker(uses: list[Use], mine: Iterator[_Job]) -> None:
+    def worker(uses: list[RunTarget], mine: Iterator[_Job]) -> None:
         hand = _Worker(store, verify, limit, sums)
         for job in mine:
             read.append(hand.do(job, uses))
@@ -127,7 +131,7 @@ def read_copies(
     return ReadStats(sum(read), needed, names, sum(copy.into.nbytes for copy in left))
 
 
-def _jobs(copies: Sequence[Copy], planner: Planner) -> list[_Job]:
+def _jobs(copies: Sequence[ChunkCopy], planner: RequestPlanner) -> list[_Job]:
     """What there is to read for some copies."""
     jobs: list[_Job] = []
     for copy in copies:
@@ -138,34 +142,34 @@ def _jobs(copies: Sequence[Copy], planner: Planner) -> list[_Job]:
                 planner.add(copy)
             except FormatError as error:
                 raise error.within(place=f"tensor {copy.name!r}") from None
-    return [*jobs, *planner.in_memory, *planner.jobs()]
+    return [*jobs, *planner.jobs()]
 
 
 class _Worker:
     """One thread's work, and its buffer."""
 
-    def __init__(self, store: Store, verify: bool, limit: int, sums: Sums) -> None:
+    def __init__(self, store: Store, verify: bool, limit: int, sums: RunningChecksums) -> None:
         self._store, self._verify, self._limit, self._sums = store, verify, limit, sums
         self._space: NDArray[np.uint8] | None = None
 
-    def do(self, job: _Job, uses: Sequence[Use]) -> int:
+    def do(self, job: _Job, uses: Sequence[RunTarget]) -> int:
         """Do one job; bytes read from the store."""
-        if isinstance(job, Copy):
+        if isinstance(job, ChunkCopy):
             _take_from_memory(job, self._verify)
             return 0
         if callable(job):
             job()
             return 0
-        if isinstance(job, Straight):
+        if isinstance(job, InPlaceRead):
             _read_straight(self._store, job, self._sums)
-        elif isinstance(job, Read):
+        elif isinstance(job, MergedRead):
             space = self._buffer(job.low, job.high)
             _read(self._store, job, uses, space, self._verify, self._sums)
         elif not _read_rows(self._store, job):
-            planner = Planner(settings.read_gap_bytes(), self._limit, self._verify)
+            planner = RequestPlanner(settings.read_gap_bytes(), self._limit, self._verify)
             planner.add(job.copy)
             return sum(self.do(part, planner.uses) for part in planner.jobs())
-        return job.into.nbytes if isinstance(job, Rows) else job.high - job.low
+        return job.into.nbytes if isinstance(job, RowRead) else job.high - job.low
 
     def _buffer(self, low: int, high: int) -> NDArray[np.uint8]:
         """Room for these bytes of a file, in the way in which they lie in its pages.
@@ -174,7 +178,7 @@ class _Worker:
         bytes later in its page than the source does in its own.
         """
         if self._space is None:
-            self._space = aligned(self._limit + PAGE)
+            self._space = allocate_pages(self._limit + PAGE)
         first = low % PAGE
         return self._space[first : first + high - low]
 
@@ -182,10 +186,10 @@ class _Worker:
 def _nbytes(job: _Job) -> int:
     if callable(job):
         return 0
-    return job.into.nbytes if isinstance(job, Copy | Rows) else job.high - job.low
+    return job.into.nbytes if isinstance(job, ChunkCopy | RowRead) else job.high - job.low
 
 
-def _check(copy: Copy) -> int:
+def _check(copy: ChunkCopy) -> int:
     """Bytes of the copy, if its parts fit each other."""
     into, box, source = copy.into, copy.box, copy.source
     if into.shape != box.sizes or into.itemsize != source.itemsize:
@@ -205,7 +209,7 @@ def _check(copy: Copy) -> int:
     return into.nbytes
 
 
-def _read_straight(store: Store, job: Straight, sums: Sums) -> None:
+def _read_straight(store: Store, job: InPlaceRead, sums: RunningChecksums) -> None:
     """Read, and checksum what came as soon as it is there: one CRC over all of the job's bytes.
 
     Only if that is not what their blocks' checksums combine to, these are looked at one by one.
@@ -220,16 +224,16 @@ def _read_straight(store: Store, job: Straight, sums: Sums) -> None:
             crc = crc32_at(address + end, view[end:done], crc)
         end = done
     if end < len(view):
-        what = too_short(job.low + end, job.high)
+        what = describe_short_file(job.low + end, job.high)
         raise Damaged(what, file=job.file, name=copy.name)
     if summed:
         sums.add(copy.source, job.low, job.high, crc)
     if job.crc is not None and job.crc != crc:
         _check_blocks(copy, job.into, job.low, job.low, job.high)
-        raise Damaged(mismatch(crc, job.crc), file=job.file, name=copy.name)
+        raise Damaged(describe_mismatch(crc, job.crc), file=job.file, name=copy.name)
 
 
-def _read_rows(store: Store, job: Rows) -> bool:
+def _read_rows(store: Store, job: RowRead) -> bool:
     """Whether the store could do it in this way."""
     try:
         return cast(SupportsReadRows, store).read_rows(job.file, job.starts, job.into)
@@ -239,15 +243,15 @@ def _read_rows(store: Store, job: Rows) -> bool:
 
 def _read(
     store: Store,
-    job: Read,
-    uses: Sequence[Use],
+    job: MergedRead,
+    uses: Sequence[RunTarget],
     space: NDArray[np.uint8],
     verify: bool,
-    sums: Sums,
+    sums: RunningChecksums,
 ) -> None:
     """Read once, check every block once, as soon as it is there, and hand out the bytes."""
     waiting = iter(job.wants)
-    want: Want | None = next(waiting)
+    want: WantedRange | None = next(waiting)
     checked: dict[tuple[int, int], int] = {}
     end, first = job.low, uses[job.wants[0].use].copy
     step = _STEP if verify and first.source.checksums is not None else len(space)
@@ -272,16 +276,18 @@ def _read(
             _place(use, space, job.low)
             want = next(waiting, None)
     if want is not None:
-        raise Damaged(too_short(end, want.high), file=job.file, name=uses[want.use].copy.name)
+        raise Damaged(
+            describe_short_file(end, want.high), file=job.file, name=uses[want.use].copy.name
+        )
 
 
-def _shared(job: Read, uses: Sequence[Use]) -> bool:
+def _shared(job: MergedRead, uses: Sequence[RunTarget]) -> bool:
     """Whether others will want these bytes: of a read that is mostly gaps, they want the rest."""
     needed = sum(uses[want.use].into.nbytes for want in job.wants)
     return 2 * needed < job.high - job.low or any(uses[want.use].copy.shared for want in job.wants)
 
 
-def _take_from_memory(copy: Copy, verify: bool) -> None:
+def _take_from_memory(copy: ChunkCopy, verify: bool) -> None:
     """Serve a copy whose source's bytes are in memory already."""
     source = copy.source
     if not copy.box.numel:
@@ -289,19 +295,21 @@ def _take_from_memory(copy: Copy, verify: bool) -> None:
     space = np.frombuffer(source.data or b"", dtype=np.uint8)
     end = sum(source.payload)
     if end > len(space):
-        raise Damaged(too_short(len(space), end), file=source.file, name=copy.name)
+        raise Damaged(describe_short_file(len(space), end), file=source.file, name=copy.name)
     try:
-        found = runs(source, copy.box, BLOCK)
+        found = byte_runs(source, copy.box, BLOCK)
     except FormatError as error:
         raise error.within(place=f"tensor {copy.name!r}") from None
-    for use in uses_in(copy, found, copy.into):
+    for use in run_targets(copy, found, copy.into):
         if verify:
             low, high = block_range(use.start, use.start + found.span, source.payload, BLOCK)
             _check_blocks(copy, space, 0, low, high)
         _place(use, space, 0)
 
 
-def _check_blocks(copy: Copy, space: NDArray[np.uint8], base: int, low: int, high: int) -> None:
+def _check_blocks(
+    copy: ChunkCopy, space: NDArray[np.uint8], base: int, low: int, high: int
+) -> None:
     """Check the payload's blocks from byte `low` to `high`; `space` holds the bytes from `base`."""
     source, view = copy.source, space.data
     if source.checksums is None:
@@ -313,11 +321,11 @@ def _check_blocks(copy: Copy, space: NDArray[np.uint8], base: int, low: int, hig
         part = view[start - base : min(start + BLOCK, first + nbytes) - base]
         crc = crc32_at(address + start, part)
         if crc != source.checksums[block]:
-            what = mismatch(crc, int(source.checksums[block]))
+            what = describe_mismatch(crc, int(source.checksums[block]))
             raise Damaged(what, file=source.file, name=copy.name, block=block)
 
 
-def _place(use: Use, space: NDArray[np.uint8], base: int) -> None:
+def _place(use: RunTarget, space: NDArray[np.uint8], base: int) -> None:
     """Put one run where it belongs; `space` holds the bytes from `base` on."""
     at = use.start - base
     if use.shape is None:

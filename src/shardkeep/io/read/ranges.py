@@ -10,19 +10,19 @@ from shardkeep.stores.contract import Store
 
 __all__ = [
     "MISSING",
-    "Read",
-    "Want",
+    "MergedRead",
+    "WantedRange",
+    "describe_mismatch",
+    "describe_short_file",
     "fetch",
     "fetch_steps",
-    "gather",
-    "mismatch",
-    "too_short",
+    "merge_ranges",
 ]
 
 MISSING = "the file is missing"
 
 
-class Want(NamedTuple):
+class WantedRange(NamedTuple):
     """Bytes `low` to `high` of a file, and what they are for: a row of the caller's."""
 
     file: str
@@ -31,33 +31,33 @@ class Want(NamedTuple):
     use: int
 
 
-class Read(NamedTuple):
+class MergedRead(NamedTuple):
     """One read that serves neighbouring wants, sorted by where they begin."""
 
     file: str
     low: int
     high: int
-    wants: list[Want]
+    wants: list[WantedRange]
 
 
-def gather(wants: Iterable[Want], gap: int, limit: int) -> Iterator[Read]:
+def merge_ranges(wants: Iterable[WantedRange], gap: int, limit: int) -> Iterator[MergedRead]:
     """Join wants that are at most `gap` bytes apart, as long as a read stays within `limit`.
 
     Reads come sorted by file and position.
     """
-    current: list[Want] = []
+    current: list[WantedRange] = []
     low = high = 0
     for want in sorted(wants):
         far = want.low - high > gap or want.high - low > limit
         if current and (far or want.file != current[0].file):
-            yield Read(current[0].file, low, high, current)
+            yield MergedRead(current[0].file, low, high, current)
             current = []
         if not current:
             low = high = want.low
         current.append(want)
         high = max(high, want.high)
     if current:
-        yield Read(current[0].file, low, high, current)
+        yield MergedRead(current[0].file, low, high, current)
 
 
 def fetch(store: Store, file: str, offset: int, into: memoryview, name: str | None) -> int:
@@ -94,11 +94,11 @@ def fetch_steps(
         raise Damaged(MISSING, file=file, name=name) from None
 
 
-def mismatch(found: int, expected: int) -> str:
+def describe_mismatch(found: int, expected: int) -> str:
     """What to say of bytes whose CRC-32 is not what it should be."""
     return f"its bytes have CRC-32 {found:08x}, not {expected:08x}"
 
 
-def too_short(end: int, wanted: int) -> str:
+def describe_short_file(end: int, wanted: int) -> str:
     """What to say of a file that ends before its data do."""
     return f"the file ends at byte {end}, but its data go on to {wanted}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from shardkeep.io.checksums import whole_crc
-from shardkeep.io.read.ranges import Read, Want, gather
-from shardkeep.plan.reads import Runs, Source, block_range, runs, split
+from shardkeep.io.read.ranges import MergedRead, WantedRange, merge_ranges
+from shardkeep.plan.reads import ByteRuns, ChunkSource, block_range, byte_runs, split
 from shardkeep.settings import BLOCK
 from shardkeep.types import I64, Box
 
-__all__ = ["Copy", "Planner", "Rows", "Straight", "Use", "uses_in"]
+__all__ = ["ChunkCopy", "InPlaceRead", "RequestPlanner", "RowRead", "RunTarget", "run_targets"]
 
 _PIECE = 16 << 20
 """Bytes of one job that reads straight into memory: enough that its cost in Python does not show,
@@ -34,7 +34,7 @@ _ROWS, _ROWS_BYTES = 512, 4 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Copy:
+class ChunkCopy:
     """A box of one stored chunk, and the memory that it goes to.
 
     Attributes:
@@ -48,26 +48,26 @@ class Copy:
     """
 
     name: str
-    source: Source
+    source: ChunkSource
     box: Box
     into: NDArray[Any]
     shared: bool = False
 
 
-class Use(NamedTuple):
+class RunTarget(NamedTuple):
     """What read bytes are for: one run, which starts at byte `start` and goes to `into`.
 
     `into` is plain bytes if `shape` is None; else the run has that shape, and these strides.
     """
 
-    copy: Copy
+    copy: ChunkCopy
     start: int
     into: NDArray[Any]
     shape: tuple[int, ...] | None
     strides: tuple[int, ...]
 
 
-class Straight(NamedTuple):
+class InPlaceRead(NamedTuple):
     """Bytes that are read right to where they belong: whole blocks, where they are checked.
 
     Attributes:
@@ -81,12 +81,12 @@ class Straight(NamedTuple):
     file: str
     low: int
     high: int
-    copy: Copy
+    copy: ChunkCopy
     into: NDArray[np.uint8]
     crc: int | None = None
 
 
-class Rows(NamedTuple):
+class RowRead(NamedTuple):
     """Many short runs that go right to where they belong, without what lies between them.
 
     Attributes:
@@ -99,15 +99,12 @@ class Rows(NamedTuple):
     file: str
     low: int
     high: int
-    copy: Copy
+    copy: ChunkCopy
     starts: I64
     into: NDArray[np.uint8]
 
 
-Mapped = Callable[[str], memoryview | None]
-
-
-class Planner:
+class RequestPlanner:
     """Collects copies out of files.
 
     Args:
@@ -115,34 +112,29 @@ class Planner:
         limit: bytes of one read into a buffer at most, at least four blocks.
         verify: digested payloads are read by whole blocks.
         rows: the store can read in rows (`stores.abilities.SupportsReadRows`).
-        mapped: a file's bytes as memory (`stores.abilities.StoreMapped`), if that is wanted.
     """
 
-    def __init__(
-        self, gap: int, limit: int, verify: bool, rows: bool = False, mapped: Mapped | None = None
-    ) -> None:
+    def __init__(self, gap: int, limit: int, verify: bool, rows: bool = False) -> None:
         self._gap, self._limit, self._verify, self._rows = gap, limit, verify, rows
-        self._mapped = mapped
-        self._wants: list[Want] = []
-        self._straight: list[Straight] = []
-        self._in_rows: list[Rows] = []
-        self.in_memory: list[Copy] = []
-        self.uses: list[Use] = []
+        self._wants: list[WantedRange] = []
+        self._straight: list[InPlaceRead] = []
+        self._in_rows: list[RowRead] = []
+        self.uses: list[RunTarget] = []
 
-    def jobs(self) -> list[Straight | Rows | Read]:
+    def jobs(self) -> list[InPlaceRead | RowRead | MergedRead]:
         """All reads, sorted by file and position; rows of their wants count in `uses`."""
-        reads = gather(self._wants, self._gap, self._limit)
+        reads = merge_ranges(self._wants, self._gap, self._limit)
         return sorted([*self._straight, *self._in_rows, *reads], key=lambda job: job[:2])
 
-    def add(self, copy: Copy) -> None:
+    def add(self, copy: ChunkCopy) -> None:
         """Plan one copy. Raises FormatError if its source contradicts itself."""
         source, box, into = copy.source, copy.box, copy.into
         checked = self._verify and source.checksums is not None
-        if self._rows and not checked and self._mapped is None and self._add_rows(copy):
+        if self._rows and not checked and self._add_rows(copy):
             return
         # Runs nearer than a block would have to share blocks: they are read as one then.
         gap = max(self._gap, BLOCK) if checked else self._gap
-        found = runs(source, box, gap)
+        found = byte_runs(source, box, gap)
         if found.gapless and _first_part(found, into).flags.c_contiguous:
             for use in _plain_uses(copy, found):
                 if found.span >= _STRAIGHT:
@@ -150,20 +142,15 @@ class Planner:
                 else:
                     self._want(use, found.span, checked)
             return
-        data = self._mapped(source.file) if self._mapped is not None else None
         for part, its_runs in split(source, box, gap, self._limit, BLOCK if checked else 1):
             there = into[part.relative_to(box).slices]
-            if data is not None:
-                memory = replace(source, data=data)
-                self.in_memory.append(replace(copy, source=memory, box=part, into=there))
-                continue
-            for use in uses_in(copy, its_runs, there):
+            for use in run_targets(copy, its_runs, there):
                 self._want(use, its_runs.span, checked)
 
-    def _add_rows(self, copy: Copy) -> bool:
+    def _add_rows(self, copy: ChunkCopy) -> bool:
         """Plan a copy as rows, if it consists of runs that are long and far enough apart."""
         source, box = copy.source, copy.box
-        found = runs(source, box, min(self._gap, _ROW))
+        found = byte_runs(source, box, min(self._gap, _ROW))
         if not found.outer or not found.gapless:
             return False
         first = _first_part(found, copy.into)
@@ -187,18 +174,18 @@ class Planner:
                 low, high = int(its_starts[0]), int(its_starts[-1]) + found.span
                 there = copy.into[part.relative_to(box).slices]
                 same = replace(copy, box=part, into=there)
-                self._in_rows.append(Rows(source.file, low, high, same, its_starts, into))
+                self._in_rows.append(RowRead(source.file, low, high, same, its_starts, into))
         return True
 
-    def _want(self, use: Use, length: int, checked: bool) -> None:
+    def _want(self, use: RunTarget, length: int, checked: bool) -> None:
         source = use.copy.source
         low, high = use.start, use.start + length
         if checked:
             low, high = block_range(low, high, source.payload, BLOCK)
-        self._wants.append(Want(source.file, low, high, len(self.uses)))
+        self._wants.append(WantedRange(source.file, low, high, len(self.uses)))
         self.uses.append(use)
 
-    def _go_straight(self, use: Use, checked: bool) -> None:
+    def _go_straight(self, use: RunTarget, checked: bool) -> None:
         """Whole blocks go straight to memory; what is left at both ends goes through a buffer."""
         source, start, stop = use.copy.source, use.start, use.start + len(use.into)
         low, high = start, stop
@@ -215,32 +202,32 @@ class Planner:
             end = min(begin + _PIECE, high)
             into = use.into[begin - start : end - start]
             crc = _crc(source, begin, end) if checked else None
-            self._straight.append(Straight(source.file, begin, end, use.copy, into, crc))
+            self._straight.append(InPlaceRead(source.file, begin, end, use.copy, into, crc))
 
 
-def _crc(source: Source, low: int, high: int) -> int:
+def _crc(source: ChunkSource, low: int, high: int) -> int:
     """What the checksums of whole blocks, from byte `low` to `high` of the file, combine to."""
     assert source.checksums is not None
     first = (low - source.payload[0]) // BLOCK
     return whole_crc(source.checksums[first : first - (low - high) // BLOCK], high - low)
 
 
-def uses_in(copy: Copy, found: Runs, into: NDArray[Any]) -> Iterator[Use]:
+def run_targets(copy: ChunkCopy, found: ByteRuns, into: NDArray[Any]) -> Iterator[RunTarget]:
     """The runs, each with the part of `into` that is its own."""
     itemsize = copy.source.itemsize
     # As plain words: copying must not interpret what it copies.
     words = into.view(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
     for start, part in _parts(found, words):
-        yield Use(copy, start, part, found.sizes, found.strides)
+        yield RunTarget(copy, start, part, found.sizes, found.strides)
 
 
-def _plain_uses(copy: Copy, found: Runs) -> Iterator[Use]:
+def _plain_uses(copy: ChunkCopy, found: ByteRuns) -> Iterator[RunTarget]:
     """The same for runs that are, here and there, bytes without gaps."""
     for start, part in _parts(found, copy.into):
-        yield Use(copy, start, part.reshape(-1).view(np.uint8), None, ())
+        yield RunTarget(copy, start, part.reshape(-1).view(np.uint8), None, ())
 
 
-def _parts(found: Runs, into: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
+def _parts(found: ByteRuns, into: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
     """Where each run starts, and the part of `into` that is at its outer indices."""
     if not found.outer:
         yield int(found.starts[0]), into
@@ -253,6 +240,6 @@ def _parts(found: Runs, into: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]
         yield start, into[tuple(place)]
 
 
-def _first_part(found: Runs, into: NDArray[Any]) -> NDArray[Any]:
+def _first_part(found: ByteRuns, into: NDArray[Any]) -> NDArray[Any]:
     """Where the first run goes: contiguous if all of them are."""
     return next(_parts(found, into))[1] if found.outer else into

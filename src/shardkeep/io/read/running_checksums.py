@@ -8,17 +8,17 @@ from typing import TypeAlias
 
 from shardkeep.errors import Damaged
 from shardkeep.io.checksums import combine
-from shardkeep.io.read.ranges import mismatch
-from shardkeep.io.read.requests import Copy
-from shardkeep.plan.reads import Source
+from shardkeep.io.read.ranges import describe_mismatch
+from shardkeep.io.read.requests import ChunkCopy
+from shardkeep.plan.reads import ChunkSource
 
-__all__ = ["Sums"]
+__all__ = ["RunningChecksums"]
 
 _Payload: TypeAlias = tuple[str, int, int]
 """File, first byte, bytes."""
 
 
-class Sums:
+class RunningChecksums:
     """What is known of the payloads that some copies read; safe to use from several threads.
 
     Only what is read in full can be compared: of a part of a payload nothing is known.
@@ -28,7 +28,7 @@ class Sums:
         verify: False compares nothing, and so everything is unchecked.
     """
 
-    def __init__(self, copies: Sequence[Copy], verify: bool) -> None:
+    def __init__(self, copies: Sequence[ChunkCopy], verify: bool) -> None:
         self._copies, self._verify = copies, verify
         needed = Counter[_Payload]()
         for copy in copies:
@@ -39,15 +39,15 @@ class Sums:
         }
         """Of each payload that may be read in full: first byte -> length and CRC-32."""
 
-    def wants(self, source: Source) -> bool:
+    def wants(self, source: ChunkSource) -> bool:
         """Whether the CRC-32 of what is read of it is asked for."""
         return bool(self._parts) and _payload(source) in self._parts
 
-    def add(self, source: Source, low: int, high: int, crc: int) -> None:
+    def add(self, source: ChunkSource, low: int, high: int, crc: int) -> None:
         """Bytes `low` to `high` of its file have this CRC-32."""
         self._parts[_payload(source)][low] = high - low, crc
 
-    def compare(self) -> list[Copy]:
+    def compare(self) -> list[ChunkCopy]:
         """After all is read: the copies of which not all was compared with a digest.
 
         Raises:
@@ -60,24 +60,24 @@ class Sums:
             found = whole.get(_payload(source)) if _has_one(source) else None
             if found is not None and source.crc is not None and found != source.crc:
                 first, nbytes = source.payload
-                what = f"its {nbytes} bytes at {first}: {mismatch(found, source.crc)}"
+                what = f"its {nbytes} bytes at {first}: {describe_mismatch(found, source.crc)}"
                 raise Damaged(what, file=source.file, name=copy.name)
             if not self._verify or (found is None and not _has_others(source)):
                 unchecked.append(copy)
         return unchecked
 
 
-def _has_one(source: Source) -> bool:
+def _has_one(source: ChunkSource) -> bool:
     """Whether there is a CRC-32 of its whole payload that is still to be compared."""
     return source.crc is not None and source.checksums is None and source.data is None
 
 
-def _has_others(source: Source) -> bool:
+def _has_others(source: ChunkSource) -> bool:
     """Whether its blocks are checked on reading, or were when its bytes came into memory."""
     return source.checksums is not None or (source.data is not None and source.crc is not None)
 
 
-def _payload(source: Source) -> _Payload:
+def _payload(source: ChunkSource) -> _Payload:
     return (source.file, *source.payload)
 
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from shardkeep.errors import Damaged
 from shardkeep.io.checksums import crc32_each
-from shardkeep.io.pool import Meter, parallel
-from shardkeep.io.read.ranges import fetch, mismatch, too_short
-from shardkeep.io.scatter_gather import put
+from shardkeep.io.pool import ProgressMeter, parallel
+from shardkeep.io.read.ranges import describe_mismatch, describe_short_file, fetch
+from shardkeep.io.scatter_gather import scatter_bytes
 from shardkeep.settings import BLOCK
 from shardkeep.stores.contract import Store
 from shardkeep.types import I64, Progress
 
-__all__ = ["Batch", "Small", "batches", "by_place", "read_small"]
+__all__ = ["SmallPayloads", "SmallRead", "merge_small_reads", "read_small", "sorted_by_place"]
 
 _SPAN = 1 << 20
 """Bytes that the payloads of one read begin in: they stay cached until they are moved."""
@@ -28,7 +28,7 @@ _SHARED = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Small:
+class SmallPayloads:
     """S whole payloads, and the memory that they go to, as columns."""
 
     names: Sequence[str]
@@ -48,7 +48,7 @@ class Small:
     """[S] address of `nbytes` bytes that may be written to; the caller keeps them alive."""
 
 
-class Batch(NamedTuple):
+class SmallRead(NamedTuple):
     """One read, from byte `low` to `high`: for rows `first` to `last`, sorted by place."""
 
     file: str
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     last: int
 
 
-def by_place(small: Small) -> Small:
+def sorted_by_place(small: SmallPayloads) -> SmallPayloads:
     """Sorted by the names of the files and the places there; one place keeps its order."""
     rank = np.empty(len(small.files), dtype=np.int64)
     rank[sorted(range(len(small.files)), key=small.files.__getitem__)] = range(len(small.files))
@@ -70,7 +70,7 @@ def by_place(small: Small) -> Small:
     return replace(small, **columns)
 
 
-def batches(small: Small, gap: int) -> list[Batch]:
+def merge_small_reads(small: SmallPayloads, gap: int) -> list[SmallRead]:
     """The reads for payloads that are sorted by place, neighbours joined.
 
     Args:
@@ -85,15 +85,15 @@ def batches(small: Small, gap: int) -> list[Batch]:
             begin = int(low[first])
             last = first + int(np.searchsorted(low[first:stop], begin + _SPAN))
             end = int(high[first:last].max())
-            found.append(Batch(small.files[file[first]], begin, end, first, last))
+            found.append(SmallRead(small.files[file[first]], begin, end, first, last))
             first = last
     return found
 
 
 def read_small(
     store: Store,
-    small: Small,
-    reads: Sequence[Batch],
+    small: SmallPayloads,
+    reads: Sequence[SmallRead],
     *,
     verify: bool = True,
     threads: int,
@@ -109,9 +109,9 @@ def read_small(
             and no thread goes on.
     """
     total = sum(batch.high - batch.low for batch in reads)
-    meter = Meter(progress, "read", total)
+    meter = ProgressMeter(progress, "read", total)
 
-    def worker(mine: Iterator[Batch]) -> None:
+    def worker(mine: Iterator[SmallRead]) -> None:
         space = np.empty(_SPAN + BLOCK, dtype=np.uint8)
         for batch in mine:
             _read(store, small, batch, space, verify)
@@ -121,7 +121,9 @@ def read_small(
     return total
 
 
-def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], verify: bool) -> None:
+def _read(
+    store: Store, small: SmallPayloads, batch: SmallRead, space: NDArray[np.uint8], verify: bool
+) -> None:
     """Read once, check every payload, and move each to where it belongs."""
     rows = slice(batch.first, batch.last)
     view = space.data[: batch.high - batch.low]
@@ -131,11 +133,11 @@ def _read(store: Store, small: Small, batch: Batch, space: NDArray[np.uint8], ve
     ends = starts + small.nbytes[rows]
     if there < len(view) or verify:
         _check(small, batch, view[:there], starts, ends, verify)
-    put(space, starts, small.nbytes[rows], small.into[rows])
+    scatter_bytes(space, starts, small.nbytes[rows], small.into[rows])
 
 
 def _check(
-    small: Small, batch: Batch, view: memoryview, starts: I64, ends: I64, verify: bool
+    small: SmallPayloads, batch: SmallRead, view: memoryview, starts: I64, ends: I64, verify: bool
 ) -> None:
     """Raise Damaged for the first payload that is not there, or not what its CRC-32 says."""
     wanted = small.crc[batch.first : batch.last]
@@ -150,7 +152,7 @@ def _check(
     row = int(bad[0])
     name = small.names[int(small.tensor[batch.first + row])]
     if cut[row]:
-        what = too_short(batch.low + len(view), batch.low + int(ends[row]))
+        what = describe_short_file(batch.low + len(view), batch.low + int(ends[row]))
         raise Damaged(what, file=batch.file, name=name)
-    what = mismatch(int(found[row]), int(wanted[row]))
+    what = describe_mismatch(int(found[row]), int(wanted[row]))
     raise Damaged(what, file=batch.file, name=name, block=0)

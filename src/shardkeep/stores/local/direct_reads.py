@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardkeep import settings
+from shardkeep.plan.memory_budget import MemoryBudget
 from shardkeep.settings import PAGE
 from shardkeep.stores.local import syscalls
 from shardkeep.stores.local.buffers import after
@@ -162,10 +163,9 @@ class ColdReads:
         with self._lock:
             if self._free:
                 return self._free.pop()
-            limit = settings.max_host_memory_bytes() if self._budget is None else self._budget
-            budget = limit // 2
-            size = min(PIECE, budget // settings.read_threads()) // PAGE * PAGE
-            if size < _LEAST or (self._taken + 1) * size > budget:
+            budget = MemoryBudget.of(self._budget)
+            size = budget.direct_buffer_bytes(settings.read_threads(), PIECE)
+            if size < _LEAST or (self._taken + 1) * size > budget.direct_read_bytes():
                 return None
             self._taken += 1
         # Private: a forked process must not write into its parent's buffers.

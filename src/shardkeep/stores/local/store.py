@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import stat
 from collections import OrderedDict
@@ -44,7 +43,6 @@ class _Open:
     """A file open for reading. Closed with its last reference, so never under a reader's feet."""
 
     def __init__(self, path: str, flags: int) -> None:
-        self._map: mmap.mmap | None = None
         # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
         self._file = opened(path, os.O_RDONLY | os.O_NONBLOCK | flags)
         self.fd = self._file.fileno()
@@ -52,12 +50,6 @@ class _Open:
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
         self._path, self._identity = path, (found.st_dev, found.st_ino)
-
-    def mapped(self) -> memoryview:
-        """Its bytes as memory."""
-        if self._map is None:
-            self._map = mmap.mmap(self.fd, 0, prot=mmap.PROT_READ)
-        return memoryview(self._map)
 
     def replaced(self) -> bool:
         """Whether the name that it was opened by is gone, or leads to another file by now.
@@ -193,14 +185,6 @@ class LocalStore(Store):
                 if os.preadv(file.fd, [row], start) != len(row):
                     return False
         return True
-
-    def mapped(self, name: str) -> memoryview | None:
-        try:
-            file = self._file(self.path_of(name))
-            size = os.fstat(file.fd).st_size
-            return None if self._cold.pays(file.fd, 0, size) else file.mapped()
-        except (OSError, ValueError):  # reading tells what is wrong with it
-            return None
 
     def open_writer(self, name: str) -> LocalWriter:
         return LocalWriter(self._new(name))

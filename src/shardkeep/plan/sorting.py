@@ -26,11 +26,11 @@ def joint_keys(group: I64, *values: I64) -> list[I64]:
     if (int(group.max()) + 1) * span < _ROOM:
         return [group * span + (column - low) for column in values]
     # Products of hostile coordinates would wrap around: ranks are small, whatever the values.
-    every = each_once(np.concatenate(values))
+    every = sorted_unique(np.concatenate(values))
     return [group * len(every) + np.searchsorted(every, column) for column in values]
 
 
-def each_once(column: I64) -> I64:
+def sorted_unique(column: I64) -> I64:
     """Each number once, ascending. Where there are many, sorting beats numpy's hashing `unique`."""
     ordered = np.sort(column)
     fresh = np.ones(len(ordered), dtype=np.bool_)
