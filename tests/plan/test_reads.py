@@ -157,7 +157,7 @@ def test_split_parts_are_as_large_as_the_limit_allows():
         (
             source((5000, 5000), (100_000, 100_000), 0, 10**10),
             Box((0, 0), (5000, 5000)),
-            "f: the chunk lies in too many scattered places",
+            "f: the box has more than 16777216 separate byte ranges",
         ),
     ],
 )

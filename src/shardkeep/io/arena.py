@@ -1,4 +1,4 @@
-"""Memory that is taken once and used again: what async saves are staged in."""
+"""Page-aligned memory, and an arena that asynchronous saves reuse for staging."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def copy_memory(target: int, source: int, nbytes: int) -> None:
 
 
 def memory_at(address: int, nbytes: int, *, write: bool = False) -> memoryview:
-    """What lies there, to be read, or written to. It is for the caller to keep it alive meanwhile.
-
-    Only what is asked of the view is looked at.
-    """
+    """Return a view of memory at an address. The caller must keep the memory alive meanwhile."""
     view: memoryview = _view(address, nbytes, _WRITE if write else _READ)
     return view
 
 
 def allocate_pages(nbytes: int) -> NDArray[np.uint8]:
-    """New memory that starts at a page, as direct I/O wants it; freed with the array."""
+    """Allocate memory that starts at a page, as direct I/O demands; it is freed with the array."""
     return np.frombuffer(_mapped(nbytes), dtype=np.uint8, count=nbytes)
 
 
 def allocate_huge_pages(nbytes: int) -> NDArray[np.uint8]:
-    """The same, in huge pages where the system has them: 512 times fewer to touch at first."""
+    """Allocate page-aligned memory in huge pages, if the system has them.
+
+    The first use of memory costs time for each page, and there are 512 times fewer.
+    """
     block = _mapped(nbytes)
     with suppress(OSError, AttributeError):
         block.madvise(mmap.MADV_HUGEPAGE)
@@ -59,18 +59,19 @@ def allocate_huge_pages(nbytes: int) -> NDArray[np.uint8]:
 
 
 def _mapped(nbytes: int) -> mmap.mmap:
-    # Private: a forked process must not write into it, and only such memory gets huge pages.
+    # Private, so that a forked process cannot write into it. Only such memory gets huge pages.
     return mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 Allocate = Callable[[int], NDArray[np.uint8]]
-"""Gives new page-aligned memory: so many bytes."""
+"""Allocates page-aligned memory of a number of bytes."""
 
 
 class Arena:
-    """One block of memory, for one save at a time. Its pages are touched by its first use only.
+    """One block of memory for one save at a time; only its first use costs time for new pages.
 
-    Threads may take and release at the same time: what was taken is there as long as it is used.
+    Several threads can call `take` and `release` at a time. Memory that was taken stays valid as
+    long as its array exists.
     """
 
     def __init__(self) -> None:
@@ -80,30 +81,30 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds."""
+        """Size of the block."""
         return self._memory.nbytes
 
     def take(self, nbytes: int, allocate: Allocate = allocate_huge_pages) -> NDArray[np.uint8]:
-        """Page-aligned memory with undefined content; what was taken before is not valid any more.
+        """Return page-aligned memory with undefined content: that of the last call, if it fits.
 
         Args:
-            nbytes: how much.
+            nbytes: how many bytes.
             allocate: allocates new memory if the present block is too small, or was allocated by
                 another function. Any block will do in place of one of `allocate_huge_pages`.
 
         Raises:
-            MemoryError, OSError: there is not so much.
+            MemoryError, OSError: there is not enough memory.
         """
         with self._lock:
             if nbytes > self.nbytes or (
                 nbytes and allocate not in (allocate_huge_pages, self._made_by)
             ):
-                self._drop()  # first, or both would be there at once
+                self._drop()  # first, or both would exist at once
                 self._memory, self._made_by = allocate(nbytes), allocate
             return self._memory[:nbytes]
 
     def release(self) -> None:
-        """Give the memory back to the system, as soon as nothing uses it."""
+        """Return the memory to the system as soon as no array uses it."""
         with self._lock:
             self._drop()
 

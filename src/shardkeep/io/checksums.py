@@ -1,4 +1,4 @@
-"""CRC-32: of blocks, of whole payloads, and the one from the other."""
+"""CRC-32 of blocks and of whole payloads, and the latter computed from the former."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ except ImportError:
 
 
 def _libdeflate() -> Any:
-    """libdeflate's `crc32`, called through its library: its Python wrapper keeps others waiting.
+    """Return libdeflate's `crc32`, as a function of its library; None if it is not installed.
+
+    Its Python wrapper does not release the interpreter lock.
 
     Twice as fast as ISA-L's on processors without AVX-512, for bytes that are in the cache
     (docs/decisions, "CRC-32"). None where it is not there.
@@ -38,10 +40,10 @@ def _libdeflate() -> Any:
 
 _at = _libdeflate()
 _WORTH = 32 * 1024
-"""Bytes from which on the faster way makes up for the dearer call."""
+"""Size from which the faster function makes up for its more expensive call."""
 
 _LARGE = 128 * 1024
-"""Bytes from which on the faster way makes up for finding out where they are."""
+"""Size from which the faster function makes up for finding the address, too."""
 
 __all__ = [
     "block_checksums",
@@ -60,7 +62,7 @@ _POLYNOMIAL = 0xEDB88320
 
 
 def crc32(data: Bytes, value: int = 0) -> int:
-    """CRC-32 of contiguous bytes (the one of zip and zlib), going on from `value`."""
+    """Return the CRC-32 of contiguous bytes (that of zip and zlib), continued from `value`."""
     found: int  # no casts: called for every small tensor
     if _at is not None and len(data) >= _LARGE:
         plain = np.frombuffer(data, dtype=np.uint8)
@@ -87,25 +89,25 @@ def crc32_blocks(address: int, nbytes: int) -> list[int]:
 
 
 def crc32_each(small: Sequence[bytes | memoryview]) -> list[int]:
-    """CRC-32 of each of many small things."""
+    """Return the CRC-32 of each of many small buffers."""
     tiny = max(map(len, small), default=0) < _LARGE
     return list(map(_zlib.crc32 if tiny else crc32, small))
 
 
 def checksum_payload(data: Bytes) -> tuple[NDArray[np.uint32], int]:
-    """CRC-32 of each block of `BLOCK` bytes and of the whole, in one pass over contiguous bytes."""
+    """Return the CRC-32 of each block and of all bytes, in one pass over contiguous bytes."""
     array = np.frombuffer(data, dtype=np.uint8)
     blocks = [crc32(array[at : at + BLOCK]) for at in range(0, len(array), BLOCK)]
     return np.array(blocks, dtype=np.uint32), whole_crc(blocks, len(array))
 
 
 def block_checksums(data: Bytes) -> NDArray[np.uint32]:
-    """CRC-32 of each block of `BLOCK` bytes; the last block may be shorter. None for no bytes."""
+    """Return the CRC-32 of each block; the last one may be shorter. Without bytes, it is empty."""
     return checksum_payload(data)[0]
 
 
 def whole_crc(checksums: Sequence[int] | NDArray[np.uint32], nbytes: int) -> int:
-    """CRC-32 of a payload of `nbytes`, given those of its blocks."""
+    """Return the CRC-32 of a payload of `nbytes` bytes from those of its blocks."""
     if not len(checksums):
         return 0
     *full, last = checksums.tolist() if isinstance(checksums, np.ndarray) else checksums
@@ -120,12 +122,12 @@ def _combined(first: int, second: int, length: int) -> int:
 
 
 combine: Callable[[int, int, int], int] = getattr(_zlib, "crc32_combine", _combined)
-"""CRC-32 of two runs of bytes, given those of each and the second one's length in bytes."""
+"""Return the CRC-32 of two adjacent ranges from theirs and the length of the second one."""
 
 
 @lru_cache(maxsize=4096)
 def _shift(nbytes: int) -> int:
-    """x to the power of 8 * nbytes: what appending so many zero bytes multiplies a CRC by."""
+    """Return x ** (8 * nbytes), by which appending `nbytes` zero bytes multiplies a CRC."""
     power, square, result = nbytes * 8, 1 << 30, 1 << 31
     while power:
         if power & 1:
@@ -136,7 +138,10 @@ def _shift(nbytes: int) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    """Product of two polynomials over GF(2), modulo the CRC's; bit 31 is the constant term."""
+    """Return the product of two polynomials over GF(2), modulo that of the CRC.
+
+    Bit 31 is the constant term.
+    """
     product = 0
     while a:
         if a & 0x80000000:

@@ -10,11 +10,11 @@ __all__ = ["Payloads"]
 
 
 class Payloads(Protocol):
-    """The bytes of many payloads, wherever they are. Safe to use from several threads."""
+    """The bytes of many payloads, in any memory. Several threads can use it at a time."""
 
     addresses: I64
-    """[N] where each payload lies in memory, all of it in order; 0 for one that does not."""
+    """[N] address of each payload that is contiguous in CPU memory; 0 for the others."""
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
-        """Copy bytes of one payload, one or more, from its byte `start` on, to an address."""
+        """Copy one or more bytes of a payload, from its byte `start` on, to an address."""
         ...

@@ -1,4 +1,4 @@
-"""Several threads for one call: they end with it, whatever happens."""
+"""Threads that work on the jobs of one call, and have ended when it returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class _Jobs(Generic[T]):
-    """Hands out jobs to threads, in order, until one fails."""
+    """Gives jobs to threads, in order, until one fails."""
 
     def __init__(self, jobs: Sequence[T]) -> None:
         self._jobs = iter(jobs)
@@ -38,10 +38,15 @@ class _Jobs(Generic[T]):
 
 
 def parallel(jobs: Sequence[T], worker: Callable[[Iterator[T]], None], threads: int) -> None:
-    """Let `threads` workers, the calling thread among them, take jobs until there are none.
+    """Run `worker` in several threads, the calling one included, until all jobs are done.
 
-    After the first error no worker gets another job. All threads have ended when this returns or
-    raises that error: also if one of them can't be started, or a Ctrl-C comes while they are.
+    After the first error, no worker gets another job. All threads have ended when this returns or
+    raises that error, even if one cannot be started or Ctrl-C is pressed meanwhile.
+
+    Args:
+        jobs: the jobs, in the order in which they are given out.
+        worker: does the jobs of an iterator, which all workers share.
+        threads: number of threads.
     """
     shared = _Jobs(jobs)
 
@@ -62,14 +67,14 @@ def parallel(jobs: Sequence[T], worker: Callable[[Iterator[T]], None], threads: 
     except BaseException as error:
         shared.fail(error)
     finally:
-        # A start that was interrupted may have started it.
+        # An interrupted call of `start` may have started its thread.
         _join([helper for helper in helpers if helper.ident is not None], shared)
     if shared.errors:
         raise shared.errors[0]
 
 
 def _join(threads: list[Thread], jobs: _Jobs[T]) -> None:
-    """Wait for all threads; a Ctrl-C makes them stop early, but is waited through."""
+    """Wait for all threads; after Ctrl-C, they stop at the end of their present job."""
     for thread in threads:
         while thread.is_alive():
             try:
@@ -79,7 +84,7 @@ def _join(threads: list[Thread], jobs: _Jobs[T]) -> None:
 
 
 class ProgressMeter:
-    """Adds up what several threads have done."""
+    """Adds up the progress of several threads, and reports it."""
 
     def __init__(self, progress: Progress | None, phase: str, total: int) -> None:
         self._progress, self._phase, self._total = progress, phase, total

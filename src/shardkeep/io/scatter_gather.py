@@ -1,4 +1,4 @@
-"""Many small things that lie scattered in memory: picked up, or put where they belong, at once."""
+"""Copies between a table and many scattered places in memory, without a call for each place."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from shardkeep.types import I64
 __all__ = ["gather_bytes", "scatter_bytes"]
 
 _WORD = 8
-"""Bytes of what is moved at once: things of whole words, that lie at multiples of one."""
+"""Unit of a fast copy: sizes and addresses must be multiples of it."""
 
 _FEW = 32
-"""Things of one size up to which a call for each is as quick."""
+"""Up to this many places of one size, a call for each is as fast."""
 
 
 def gather_bytes(addresses: I64, into: NDArray[np.uint8]) -> None:
-    """Copy things alike, by the address of each, into the rows of a table.
+    """Copy bytes from many addresses into the rows of a table.
 
-    The memory must stay as it is meanwhile; of what lies between nothing is looked at.
+    The memory must not change meanwhile. Bytes between the addresses are not read.
 
     Args:
-        addresses: [N] where each lies; 0 leaves the row as it is.
-        into: [N, bytes] whose rows are contiguous, but need not follow each other.
+        addresses: [N] address of the bytes of each row; 0 leaves the row unchanged.
+        into: [N, bytes] a table with contiguous rows, which need not be adjacent.
     """
     rows, size = np.flatnonzero(addresses), into.shape[1]
     if not size or not len(rows):
@@ -45,7 +45,14 @@ def gather_bytes(addresses: I64, into: NDArray[np.uint8]) -> None:
 
 
 def scatter_bytes(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses: I64) -> None:
-    """Copy things to these addresses: so many bytes each, from where they start in `source`."""
+    """Copy ranges of `source` to many addresses.
+
+    Args:
+        source: the bytes to copy.
+        starts: [N] first byte of each range.
+        sizes: [N] bytes of each range.
+        addresses: [N] destination of each range.
+    """
     left = np.ones(len(sizes), dtype=np.bool_)
     whole = source[: len(source) // _WORD * _WORD].view(np.int64)
     for size, rows in _alike(sizes, (addresses % _WORD == 0) & (starts % _WORD == 0)):
@@ -59,7 +66,7 @@ def scatter_bytes(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses:
 
 
 def _alike(sizes: I64, aligned: NDArray[np.bool_]) -> Iterator[tuple[int, I64]]:
-    """Sizes of whole words that many of the aligned things have, and which those are."""
+    """Yield each size in whole words that many aligned ranges have, and their rows."""
     rows = np.flatnonzero(aligned & (sizes % _WORD == 0) & (sizes > 0))
     number, first = distinct([sizes[rows]])
     for kind in np.flatnonzero(np.bincount(number) > _FEW).tolist():
@@ -67,7 +74,7 @@ def _alike(sizes: I64, aligned: NDArray[np.bool_]) -> Iterator[tuple[int, I64]]:
 
 
 def _words(addresses: I64, size: int, *, write: bool = False) -> tuple[NDArray[np.int64], I64]:
-    """Memory from the lowest address on, and which of its words each thing has: [N, words]."""
+    """Return the memory from the lowest address on as words, and [N, words] of each address."""
     base = int(addresses.min())
     memory = memory_at(base, int(addresses.max()) - base + size, write=write)
     return np.frombuffer(memory, dtype=np.int64), _places(addresses - base, size)

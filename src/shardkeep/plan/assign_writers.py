@@ -1,4 +1,4 @@
-"""Who writes what: the claims of all ranks, merged, checked and shared out. Pure arithmetic."""
+"""Assignment of writers: the claims of all ranks are merged, checked and distributed over ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["WritePlan", "assign_writers"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WritePlan:
-    """What the checkpoint will hold, and which rank writes which part of it.
+    """Content of a checkpoint to be saved, and the rank that writes each part of it.
 
     The M chunks are sorted by tensor, then by offsets. Chunks with the same `payload` number are
     aliases: their bytes are written once.
@@ -41,18 +41,18 @@ class WritePlan:
     writer: I64
     """[W] the rank that writes the payload."""
     piece: I64
-    """[W] which piece of that rank's claim it is."""
+    """[W] row of the payload among the pieces of that rank's claim."""
     objects: tuple[str, ...]
     object_writer: I64
     """[K] the rank that writes the object."""
     values: Mapping[str, Any]
     differing: tuple[str, ...]
-    """Objects of which ranks have different values, as far as values are known."""
+    """Objects whose known values differ between ranks."""
     structure: Structure
     legacy_duplicates: Mapping[str, Path]
 
     def orders(self, ranks: int) -> list[tuple[I64, tuple[str, ...]]]:
-        """The pieces (ascending) and the objects that each rank has to write."""
+        """Return the pieces, ascending, and the objects that each rank writes."""
         names = (*self.objects, *self.legacy_duplicates)
         pieces = self.piece[np.lexsort((self.piece, self.writer))]
         objects = np.argsort(self.object_writer, kind="stable")
@@ -67,13 +67,13 @@ class WritePlan:
 
 
 def _bounds(writer: I64, ranks: int) -> I64:
-    """Where the rows of each rank but the first begin, once sorted by writer."""
+    """Return the first row of each rank but rank 0, in rows that are sorted by writer."""
     return np.cumsum(np.bincount(writer, minlength=ranks))[:-1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pieces:
-    """The pieces of all ranks, one under the other; `tensor` counts in the merged names."""
+    """The pieces of all ranks, concatenated; `tensor` is a position in the merged names."""
 
     rank: I64
     row: I64
@@ -81,7 +81,7 @@ class _Pieces:
     offsets: I64
     sizes: I64
     alias: I64
-    """Position in these columns."""
+    """Row of the piece, among these, that shares its memory."""
 
 
 def assign_writers(
@@ -90,18 +90,18 @@ def assign_writers(
     balance_replicas: bool = True,
     require_identical_objects: bool = True,
 ) -> WritePlan:
-    """Merge what the ranks claim, in rank order; one rank writes each thing.
+    """Merge the claims of all ranks, and choose the rank that writes each piece and object.
 
     Args:
-        claims: of each rank.
-        balance_replicas: share replicas out over the ranks that hold them; else the lowest one
-            writes them.
-        require_identical_objects: refuse objects that differ between ranks; else the lowest rank's
-            counts.
+        claims: the claim of each rank, in order.
+        balance_replicas: distribute replicas over the ranks that hold them. Otherwise the lowest
+            rank writes them.
+        require_identical_objects: refuse objects that differ between ranks. Otherwise that of the
+            lowest rank is saved.
 
     Raises:
-        Conflict: one name with two dtypes, shapes, kinds or values; overlaps; holes; replicas that
-            differ where they are marked. It names the tensor and the ranks.
+        Conflict: a name has two dtypes, shapes, kinds or values; boxes overlap, or leave a hole; or
+            marked replicas differ. The error names the tensor and the ranks.
     """
     check_markers(claims)
     structure = merge([claim.structure for claim in claims])
@@ -147,10 +147,10 @@ def assign_writers(
 def _merge_legacy_duplicates(
     structure: Structure, tensors: Sequence[str], claims: Sequence[Claim]
 ) -> tuple[dict[str, Path], list[int]]:
-    """The twins that tell the whole truth, and the lowest rank that has each one.
+    """Return the complete legacy duplicates, and the lowest rank that holds each of them.
 
-    A container that holds more on another rank has no twin: stock torch puts a twin in the place of
-    the leaves when it converts a checkpoint, and would lose what only the other rank had.
+    A container with more leaves on another rank gets no duplicate. When stock torch converts a
+    checkpoint, it replaces the leaves by the duplicate, and would lose those of the other rank.
     """
     wanted = {
         path: name for claim in reversed(claims) for name, path in claim.legacy_duplicates.items()
@@ -180,7 +180,7 @@ def _merge_legacy_duplicates(
 
 
 def _leaves_below(leaves: Iterable[Path], wanted: Mapping[Path, str]) -> Counter[Path]:
-    """How many of the leaves there are below each of the wanted containers, if any."""
+    """Return the number of leaves below each of the wanted containers that has any."""
     found = Counter[Path]()
     for path, count in Counter(leaf[:-1] for leaf in leaves).items():
         for depth in range(1, len(path) + 1):
@@ -190,7 +190,7 @@ def _leaves_below(leaves: Iterable[Path], wanted: Mapping[Path, str]) -> Counter
 
 
 def _merge_tensors(claims: Sequence[Claim]) -> tuple[Tensors, list[I64]]:
-    """All tensors in order of first appearance, and each claim's rows among them."""
+    """Return all tensors in order of first appearance, and their rows for each claim."""
     head = claims[0].tensors if claims else None
     if head is not None and all(claim.tensors is head for claim in claims):
         return head, [np.arange(len(head.names), dtype=np.int64)] * len(claims)
@@ -252,9 +252,9 @@ def _kind(tensors: Tensors, row: int) -> str:
 def _merge_objects(
     claims: Sequence[Claim],
 ) -> tuple[tuple[str, ...], dict[str, int], dict[str, Any], dict[str, int]]:
-    """All objects, the lowest rank that has each one, and the values of it that are known.
+    """Return all objects, the lowest rank that holds each, and their known values.
 
-    Last, for each object that differs between ranks, the lowest rank with another value.
+    Also returns, for each object that differs between ranks, the lowest rank with another value.
     """
     first: dict[str, int] = {}
     values: dict[str, Any] = {}
@@ -339,7 +339,7 @@ def _describe(problem: Any, tensors: Tensors, pieces: _Pieces, first: I64) -> st
 
 
 def _share_payloads(key: I64, alias: I64) -> I64:
-    """Number the payloads from 0: keys that any rank calls aliases get the same one."""
+    """Return the payload of each piece, numbered from 0; aliases on any rank share one."""
     count = int(key.max(initial=-1)) + 1
     root = np.arange(count, dtype=np.int64)
     aliased = np.flatnonzero(alias != np.arange(len(alias)))

@@ -1,4 +1,4 @@
-"""Do the boxes of a tensor cover it exactly once?"""
+"""Check whether the boxes of a tensor cover it exactly once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _ROOM = float(1 << 60)
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one tensor's boxes: one example of each kind.
+    """A problem with the boxes of one tensor.
 
     Attributes:
-        tensor: its row.
-        kind: "hole", "overlap", or "outside" (a box leaves the tensor).
-        rows: the two boxes that overlap, or all that lie outside; none for a hole.
-        box: a box that nothing covers, that two boxes cover, or the first one outside.
+        tensor: row of the tensor.
+        kind: "hole", "overlap", or "outside" if a box exceeds the tensor.
+        rows: the two boxes that overlap, or all boxes that exceed the tensor; empty for a hole.
+        box: a box that no box covers, or that two boxes cover, or the first box that exceeds the
+            tensor.
     """
 
     tensor: int
@@ -37,18 +38,18 @@ class Problem:
 def coverage(tensor: I64, shape: I64, offsets: I64, sizes: I64) -> tuple[Problem, ...]:
     """Check that the distinct boxes of every tensor cover it exactly once.
 
-    Boxes that are the same count once: replicas repeat. Empty boxes count for nothing, so a tensor
-    without elements is always covered. A tensor with boxes outside is not searched for holes, and
-    one with overlaps only where it is short of elements in all.
+    Equal boxes count once, as replicas do. Empty boxes are ignored, so a tensor without elements is
+    always covered. A tensor with boxes that exceed it is not searched for holes. One with overlaps
+    is searched only if its boxes have fewer elements than it has.
 
-    Boxes are set apart by cuts that no box crosses, along one dimension after the other. In a grid,
-    and in anything made by splitting again and again, every box ends up alone after a few sorts;
-    only what cannot be set apart so is compared box by box.
+    Boxes are separated by cuts that no box crosses, along one dimension after the other. In a grid,
+    and in any layout made by repeated splits, each box is separate after a few sorts. Only boxes
+    that cannot be separated are compared pair by pair.
 
     Args:
         tensor: [M] row in `shape` of each box.
-        shape: [N, D] the tensors, filled up with 1.
-        offsets, sizes: [M, D] filled up with 0 and 1.
+        shape: [N, D] shapes of the tensors, padded with 1.
+        offsets, sizes: [M, D] boxes, padded with 0 and 1.
 
     Returns:
         At most one problem of each kind for a tensor, sorted by tensor.
@@ -119,7 +120,7 @@ def _set_apart(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I6
 
 
 def _distinct(rows: I64, tensor: I64, offsets: I64, sizes: I64) -> I64:
-    """One row (the first) of those that are the same box of the same tensor."""
+    """Return the first row of each distinct box of each tensor."""
     columns = [*sizes[rows].T, *offsets[rows].T, tensor[rows]]
     order = np.lexsort((rows, *columns))
     fresh = np.zeros(len(rows), dtype=np.bool_)
@@ -148,7 +149,7 @@ def _overlaps(tensor: I64, offsets: I64, sizes: I64, rows: I64) -> list[Problem]
 
 
 def _crossing(low: I64, high: I64) -> tuple[int, int] | None:
-    """Two boxes that overlap, if any do; by halving space until few boxes share a part of it."""
+    """Return two boxes that overlap, if any do: halve the space until few boxes share a part."""
     parts = [(np.arange(len(low)), low, high)]
     while parts:
         which, lo, hi = parts.pop()
@@ -165,7 +166,7 @@ def _crossing(low: I64, high: I64) -> tuple[int, int] | None:
 
 
 def _halve(low: I64, high: I64) -> tuple[int, int, NDArray[Any], NDArray[Any]] | None:
-    """The dimension and place to cut at, and who lies on each side; None where no cut helps."""
+    """Return dimension and position of a cut, and the boxes of each side; None if no cut helps."""
     best = None
     for d in range(low.shape[1]):
         inner = np.concatenate([low[:, d], high[:, d]])
@@ -189,7 +190,7 @@ def _clip(low: I64, high: I64, d: int, start: int | None, stop: int | None) -> t
 
 
 def _compare(low: I64, high: I64) -> tuple[int, int] | None:
-    """Each box with all later ones, a few at a time, up to the first two that overlap."""
+    """Compare each box with all later ones, and return the first two that overlap."""
     count = len(low)
     step = max(1, (1 << 18) // max(count, 1))
     for start in range(0, count, step):
@@ -206,7 +207,7 @@ def _compare(low: I64, high: I64) -> tuple[int, int] | None:
 
 
 def _holes(shape: I64, tensor: I64, offsets: I64, sizes: I64, skip: I64) -> list[Problem]:
-    """Tensors whose distinct boxes hold fewer elements than they do."""
+    """Return the tensors whose distinct boxes have fewer elements than they have."""
     rough = np.bincount(tensor, sizes.prod(axis=1, dtype=np.float64), len(shape))
     most = np.maximum(rough, shape.prod(axis=1, dtype=np.float64)).max(initial=0)
     exact = bool(most > _ROOM)
@@ -227,13 +228,13 @@ def _holes(shape: I64, tensor: I64, offsets: I64, sizes: I64, skip: I64) -> list
 
 
 def _volumes(sizes: I64, exact: bool) -> NDArray[Any]:
-    """Elements of each box: as Python integers where 64 bits might not hold a sum of them."""
+    """Return the elements of each box, as Python integers if their sum may exceed 64 bits."""
     volumes: NDArray[Any] = (sizes.astype(object) if exact else sizes).prod(axis=1)
     return volumes
 
 
 def _hole(shape: I64, offsets: I64, sizes: I64, exact: bool) -> Box:
-    """Where elements are missing: halve the tensor, and go on in a half that is short of some."""
+    """Return a box that is not covered: halve the tensor, and go on in a half with a gap."""
     low, high = offsets, offsets + sizes
     start, stop = np.zeros_like(shape), shape.copy()
     while len(low):
@@ -251,7 +252,7 @@ def _hole(shape: I64, offsets: I64, sizes: I64, exact: bool) -> Box:
 
 
 def _edge(low: I64, high: I64, start: I64, stop: I64) -> tuple[int, int]:
-    """The middle one of the edges inside, of the dimension that has most of them."""
+    """Return the middle edge of the dimension with the most edges inside the box."""
     most: tuple[int, NDArray[Any]] | None = None
     for d in range(low.shape[1]):
         edges = np.concatenate([low[:, d], high[:, d]])

@@ -1,4 +1,4 @@
-"""Boxes that are too large for one item, cut into several."""
+"""Boxes that are too large for one item, cut into several boxes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ __all__ = ["cut"]
 
 
 def cut(box: Box, itemsize: int, limit: int) -> tuple[Box, ...]:
-    """Boxes that tile `box`, in C order, each of `limit` bytes at most; itself if it is no larger.
+    """Cut a box into boxes of at most `limit` bytes, in C order; a smaller box is returned as is.
 
-    The outermost dimensions are cut, so that each part of memory in C order is one stretch of it;
-    further ones only where a single row is larger. Parts are as even as rows allow. The answer
-    depends on the arguments alone: replicas on other ranks are cut alike.
+    The outermost dimensions are cut, so that each part is contiguous in memory in C order. Further
+    dimensions are cut only if a single row is larger than the limit. Parts are as even as rows
+    allow. The result depends on the arguments alone, so replicas on other ranks are cut alike.
 
     Args:
-        box: what to cut.
-        itemsize: bytes of an element; one element may be larger than the limit.
+        box: the box to cut.
+        itemsize: bytes of an element, which may exceed the limit.
         limit: bytes, at least 1.
+
+    Returns:
+        Boxes that tile `box`.
     """
     if box.numel * itemsize <= limit:
         return (box,)
@@ -40,7 +43,7 @@ def cut(box: Box, itemsize: int, limit: int) -> tuple[Box, ...]:
 
 
 def _stretches(size: int, most: int) -> list[tuple[int, int]]:
-    """(start, length) of as few stretches as can be, even, none longer than `most`."""
+    """Return (start, length) of as few even stretches as possible, none longer than `most`."""
     count = -(-size // most)
     ends = [size * i // count for i in range(count + 1)]
     return [(a, b - a) for a, b in pairwise(ends)]

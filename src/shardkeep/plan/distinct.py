@@ -1,4 +1,4 @@
-"""Which rows of some columns are the same."""
+"""Numbers for rows of columns, the same for equal rows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shardkeep.types import I64
 __all__ = ["distinct"]
 
 _DENSE = 16
-"""Contents that could be, for each row, up to which a table of them all is quicker than sorting."""
+"""Up to this many possible contents per row, a table of all of them is faster than sorting."""
 
 
 def distinct(columns: Sequence[NDArray[Any]]) -> tuple[I64, I64]:
-    """Number the rows by their content, in ascending order; the first column counts most.
+    """Number the rows by their content, in ascending order; the first column is compared first.
 
     Args:
-        columns: of [M], one at least.
+        columns: at least one column of [M].
 
     Returns:
-        [M] each row's number, from 0 on, and for each number the first of its rows.
+        [M] number of each row, from 0 on, and the first row of each number.
     """
     varying = [column for column in columns if (column != column[:1]).any()]
     if not len(columns[0]):
@@ -39,7 +39,7 @@ def distinct(columns: Sequence[NDArray[Any]]) -> tuple[I64, I64]:
 def _counted(
     columns: Sequence[NDArray[Any]], lows: Sequence[int], spans: Sequence[int], count: int
 ) -> tuple[I64, I64]:
-    """Mark all contents that occur, in a table of all that could: no sorting."""
+    """Number rows without sorting, by marking their contents in a table of all possible ones."""
     key = np.zeros(count, dtype=np.int64)
     for column, low, span in zip(columns, lows, spans, strict=True):
         key = key * span + (column.astype(np.int64) - low)
@@ -47,7 +47,7 @@ def _counted(
     there[key] = True
     number = (np.cumsum(there) - 1)[key]
     first = np.empty(int(number.max()) + 1, dtype=np.int64)
-    first[number[::-1]] = np.arange(count)[::-1]  # of several, the last one written stays
+    first[number[::-1]] = np.arange(count)[::-1]  # the last assignment to a number is its first row
     return number, first
 
 

@@ -1,4 +1,4 @@
-"""What ranks mark in their states must agree: see `shardkeep.state.markers`."""
+"""Check that ranks agree on the markers in their states (`shardkeep.state.markers`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ __all__ = ["check_markers", "format_ranks"]
 
 
 def check_markers(claims: Sequence[Claim]) -> None:
-    """Raise Conflict for what is marked on one rank and not on another, or differs as it must not.
+    """Check the markers of all ranks.
 
     Args:
-        claims: of each rank, in order.
+        claims: the claim of each rank, in order.
+
+    Raises:
+        Conflict: a value is marked on one rank and not, or in another way, on another rank that has
+            it; or a `Replicated` value differs between ranks.
     """
     marks: dict[Path, tuple[str, int]] = {}
     for rank, claim in enumerate(claims):
@@ -30,7 +34,7 @@ def check_markers(claims: Sequence[Claim]) -> None:
 def _refuse_unmarked(marks: dict[Path, tuple[str, int]], claims: Sequence[Claim]) -> None:
     checked: set[int] = set()
     for rank, claim in enumerate(claims):
-        if id(claim.structure) in checked:  # of ranks that are alike it is one object
+        if id(claim.structure) in checked:  # equal ranks share one object
             continue
         checked.add(id(claim.structure))
         for path, (kind, first) in marks.items():
@@ -63,6 +67,6 @@ def _refuse_different(claims: Sequence[Claim]) -> None:
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """Ranks as errors name them: "rank 3", "ranks 0, 1"."""
+    """Return ranks as errors name them: "rank 3", "ranks 0, 1"."""
     few = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"

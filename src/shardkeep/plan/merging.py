@@ -1,4 +1,4 @@
-"""What all ranks hold together: the structures of their states, merged."""
+"""Merging of the structures of all ranks' states."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class _Node:
 
 
 def merge(structures: Sequence[Structure]) -> Structure:
-    """What all ranks hold together; `structures` are in rank order.
+    """Merge the structures of all ranks, given in rank order.
 
-    Order is that of first appearance. A dict on one rank may be an OrderedDict on another.
+    The order is that of first appearance. A dict on one rank may be an OrderedDict on another.
 
     Raises:
         Conflict: a path is a leaf on one rank and a container on another, or a mapping here and a
             list there; or one name stands for two paths.
     """
-    # Most ranks of a job have the same structure, and then it is one object: no walk is needed.
+    # Most ranks have the same structure, which is one object then and needs no merging.
     distinct = [
         (rank, structure)
         for rank, structure in enumerate(structures)
@@ -65,7 +65,7 @@ def merge(structures: Sequence[Structure]) -> Structure:
 
 
 def _events(structure: Structure) -> Iterator[tuple[Path, str | None]]:
-    """Leaves (with their names) and empty containers, in the order of the state."""
+    """Yield leaves, with their names, and empty containers, in the order of the state."""
     empties = sorted(structure.empties.items(), key=lambda item: item[1])[::-1]
     for count, (name, path) in enumerate(structure.leaves.items()):
         while empties and empties[-1][1] <= count:
@@ -78,7 +78,7 @@ def _events(structure: Structure) -> Iterator[tuple[Path, str | None]]:
 def _graft(
     nodes: dict[Path, _Node], path: Path, name: str | None, rank: int, kinds: Mapping[Path, str]
 ) -> None:
-    """Add a leaf, or a container (no name), and those around it as far as they are not there."""
+    """Add a leaf, or a container if `name` is None, and the containers around it."""
     node = _Node(rank, kinds[path]) if name is None else _Node(rank, name=name)
     child: Path | None = None
     while True:

@@ -1,4 +1,4 @@
-"""Which boxes meet which, and where: the join that resharding rests on."""
+"""Intersections of two sets of boxes: the join that resharding is based on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Boxes:
     """M boxes as columns, in any order. Coordinates stay below 2**62."""
 
     tensor: I64
-    """[M] which tensor: any number that both sides of a join agree on."""
+    """[M] number of the tensor; both sides of a join must number tensors alike."""
     offsets: I64
-    """[M, D] filled up with 0."""
+    """[M, D] padded with 0."""
     sizes: I64
-    """[M, D] filled up with 1."""
+    """[M, D] padded with 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,14 +37,14 @@ class Overlap:
     right: I64
     """[K] row of the right boxes."""
     offsets: I64
-    """[K, D] global coordinates; D is the larger one of both sides."""
+    """[K, D] in global coordinates; D is that of the side with more dimensions."""
     sizes: I64
     """[K, D]"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
-    """The rows of one side that can meet anything. Coordinates are [D, M]: read by dimension."""
+    """The rows of one side that can intersect anything. Coordinates are [D, M]."""
 
     row: I64
     tensor: I64
@@ -58,8 +58,8 @@ class _Side:
 def overlap(left: Boxes, right: Boxes) -> Overlap:
     """Intersect every left box with every right box of the same tensor.
 
-    Pairs are enumerated along the one dimension, per tensor, in which the fewest pairs meet, so
-    that thousands of chunks on both sides do not cost the full product. Memory beyond the result
+    For each tensor, pairs are enumerated along the dimension in which the fewest pairs intersect,
+    so thousands of chunks on both sides do not cost the full product. Memory beyond the result
     stays near 100 MB.
     """
     ndim = max(left.offsets.shape[1], right.offsets.shape[1])
@@ -82,12 +82,13 @@ def overlap(left: Boxes, right: Boxes) -> Overlap:
 
 
 def one_run(sizes: I64, outer: I64) -> NDArray[np.bool_]:
-    """[K] whether the elements of a box are neighbours in the box around it, in C order.
+    """Return, for each box, whether its elements are contiguous in the outer box, in C order.
 
     Args:
-        sizes: [K, D] of boxes, and `outer`: [K, D] of the boxes around them.
+        sizes: [K, D] sizes of the boxes.
+        outer: [K, D] sizes of the boxes around them.
     """
-    # In all dimensions behind it, it is as wide as the outer one; or it has one place in this one.
+    # Each dimension has size 1, or all dimensions after it are as wide as those of the outer box.
     wide = np.ones(sizes.shape, dtype=np.bool_)
     for d in range(sizes.shape[1] - 1, 0, -1):
         wide[:, d - 1] = wide[:, d] & (sizes[:, d] == outer[:, d])
@@ -96,10 +97,11 @@ def one_run(sizes: I64, outer: I64) -> NDArray[np.bool_]:
 
 
 def first_element(offsets: I64, outer: I64) -> I64:
-    """[K] how many elements of a box come before the place at these offsets, in C order.
+    """Return, for each position, how many elements of its box precede it in C order.
 
     Args:
-        offsets: [K, D] counted from the start of the box, and `outer`: [K, D] its sizes.
+        offsets: [K, D] the position, relative to the box.
+        outer: [K, D] sizes of the box.
     """
     before = np.zeros(len(offsets), dtype=np.int64)
     for d in range(offsets.shape[1]):
@@ -108,7 +110,7 @@ def first_element(offsets: I64, outer: I64) -> I64:
 
 
 def _sides(left: Boxes, right: Boxes, ndim: int) -> tuple[_Side, _Side]:
-    """Both sides without empty boxes and tensors that only one has; tensors counted from 0."""
+    """Return both sides without empty boxes and without tensors that only one side has."""
     one, other = sorted_unique(left.tensor), sorted_unique(right.tensor)
     shared = np.intersect1d(one, other, assume_unique=True)
     return _side(left, shared, ndim), _side(right, shared, ndim)
@@ -125,7 +127,10 @@ def _side(boxes: Boxes, shared: I64, ndim: int) -> _Side:
 
 
 def _candidates(a: _Side, b: _Side) -> Iterator[tuple[I64, I64]]:
-    """Pairs of positions that meet along their tensor's best dimension, in bounded portions."""
+    """Yield pairs of positions that intersect along one dimension, in bounded portions.
+
+    It is the dimension with the fewest pairs for the tensor.
+    """
     if not len(a.row) or not len(b.row):
         return
     first = a.low[:, :1]
@@ -144,10 +149,10 @@ def _candidates(a: _Side, b: _Side) -> Iterator[tuple[I64, I64]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Spans:
-    """Which boxes meet along one dimension, as spans of sorted positions.
+    """Pairs of boxes that intersect along one dimension, as spans of sorted positions.
 
-    Two spans meet where one begins inside the other, so a pair is found exactly once: from the
-    left if the right one begins at or after it, from the right if the left one begins later.
+    Two intervals intersect where one begins inside the other, so each pair is found exactly once:
+    from the left one if the right one begins at or after it, and from the right one otherwise.
     """
 
     a_order: I64
@@ -191,7 +196,7 @@ def _along(a: _Side, b: _Side, d: int) -> Iterator[tuple[I64, I64]]:
 
 
 def _expand(begin: I64, count: I64, limit: int) -> Iterator[tuple[I64, I64]]:
-    """Every (row, begin[row] + k) with k < count[row], at most `limit` of them at a time."""
+    """Yield every (row, begin[row] + k) with k < count[row], at most `limit` of them at a time."""
     ends = np.cumsum(count)
     total = int(ends[-1]) if len(ends) else 0
     for start in range(0, total, limit):
@@ -206,7 +211,7 @@ def _expand(begin: I64, count: I64, limit: int) -> Iterator[tuple[I64, I64]]:
 
 
 def _meet(a: _Side, b: _Side, i: I64, j: I64) -> tuple[I64, I64]:
-    """Those of the pairs that meet in every dimension."""
+    """Return those of the pairs that intersect in every dimension."""
     for low_a, high_a, low_b, high_b in zip(a.low, a.high, b.low, b.high, strict=True):
         keep = np.maximum(low_a[i], low_b[j]) < np.minimum(high_a[i], high_b[j])
         i, j = i[keep], j[keep]

@@ -1,4 +1,4 @@
-"""Which of the ranks that hold the same piece writes it."""
+"""Choice of the rank that writes a piece which several ranks hold."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ def owners(
     *,
     greedy: int = _GREEDY,
 ) -> NDArray[np.bool_]:
-    """Choose one row for each key, so that the bytes are even over the ranks.
+    """Choose one row for each key, so that all ranks write about equally many bytes.
 
-    A key that one rank holds stays there. Small keys go to a holder by hash. The `greedy` largest
-    keys with a choice then go, largest first, to the holder that has least: so, where every rank
-    holds everything and all keys are among them, no rank has more than the largest key above
-    another. The order of the rows does not matter (among rows that agree in key and rank, any one
-    is as good as the other, and one is taken).
+    A key with one holder stays there. Small keys go to a holder by hash. Then the `greedy` largest
+    keys with several holders go, largest first, to the holder with the fewest bytes. If all ranks
+    hold everything and all keys are among these, ranks differ by the largest key at most. The order
+    of the rows does not matter. Of rows with the same key and rank, any one is chosen.
 
     Args:
-        key: [R] what is held: the same number means the same name and box.
-        rank: [R] who holds it, not negative.
-        nbytes: [R] its bytes, the same for all rows of a key.
-        greedy: how many keys are placed by load.
+        key: [R] number of a piece, the same for the same name and box.
+        rank: [R] rank that holds it, not negative.
+        nbytes: [R] bytes of the piece, the same for all rows of a key.
+        greedy: number of keys that are assigned by load.
 
     Returns:
         [R] True for exactly one row of each key.
@@ -70,7 +69,7 @@ def owners(
 
 
 def lowest(key: I64, rank: I64) -> NDArray[np.bool_]:
-    """Choose for each key the lowest rank that holds it, as `owners` does by load."""
+    """Return True for one row of each key: that of the lowest rank which holds it."""
     order = np.lexsort((rank, key))
     chosen = np.zeros(len(key), dtype=np.bool_)
     fresh = np.ones(len(key), dtype=np.bool_)
@@ -80,7 +79,7 @@ def lowest(key: I64, rank: I64) -> NDArray[np.bool_]:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread 64 bits evenly (the finalizer of splitmix64): neighbouring keys part ways."""
+    """Return a hash of each value, so that neighbouring keys differ (finalizer of splitmix64)."""
     mixed: NDArray[np.uint64] = values + np.uint64(0x9E3779B97F4A7C15)
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * multiplier

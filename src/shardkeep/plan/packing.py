@@ -1,4 +1,4 @@
-"""Which file each item goes to."""
+"""Distribution of items over files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ __all__ = ["pack"]
 
 
 def pack(nbytes: I64, files: int) -> I64:
-    """Share items out over files, even in bytes: the largest first, each to the emptiest file.
+    """Distribute items over files of about equal size, largest first, each to the emptiest file.
 
-    The fullest file holds at most the largest item more than the emptiest one. Inside a file, items
-    stay in the given order. The same input gives the same answer everywhere.
+    The fullest file exceeds the emptiest one by the largest item at most. The result depends on the
+    arguments alone.
 
     Args:
         nbytes: [N] bytes of each item.
-        files: how many files there are, at least 1.
+        files: number of files, at least 1.
 
     Returns:
-        [N] the file of each item, 0 to `files` - 1.
+        [N] file of each item, from 0 to `files` - 1.
+
+    Raises:
+        ValueError: there is no file.
     """
     if files < 1:
         raise ValueError(f"files must be at least 1, not {files}")
@@ -36,6 +39,6 @@ def pack(nbytes: I64, files: int) -> I64:
     for item in order:
         load, file = heap[0]
         chosen[item] = file
-        # An empty item weighs a little, or all of them would end in one file.
+        # An empty item counts as one byte, so that not all of them end up in one file.
         heapreplace(heap, (load + max(weights[item], 1), file))
     return chosen

@@ -1,4 +1,4 @@
-"""From a box of a stored chunk to the byte ranges that hold it, and how to place what comes."""
+"""Byte ranges that hold a box of a stored chunk, and their layout."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shardkeep.types import I64, Box
 __all__ = ["ByteRuns", "ChunkSource", "block_range", "byte_runs", "split"]
 
 _MOST_RUNS = 1 << 24
-"""Runs of one box at most: hostile strides must not make columns that fill the memory."""
+"""Limit for the runs of one box: hostile strides must not make columns that fill the memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkSource:
-    """One stored chunk: where each of its elements lies.
+    """Location of one stored chunk and of each of its elements.
 
     Attributes:
         file: the file, relative to the checkpoint.
@@ -32,10 +32,10 @@ class ChunkSource:
         itemsize: bytes of an element.
         payload: first byte and number of bytes of the stored payload that holds the chunk.
         checksums: CRC-32 of each block of the payload, if known.
-        data: bytes that are in memory already (a decompressed item): `start` and `payload` count
-            from their first one then, not from the file's.
-        crc: CRC-32 of the whole payload, if that is known but not those of its blocks; of `data`,
-            it was compared when they came.
+        data: bytes that are in memory already (a decompressed item). Then `start` and `payload`
+            count from the first of them, not from the start of the file.
+        crc: CRC-32 of the whole payload, if it is known but those of its blocks are not. That of
+            `data` has been compared already.
     """
 
     file: str
@@ -51,15 +51,15 @@ class ChunkSource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteRuns:
-    """R byte ranges of the same make. Each holds the box at one position of the outer dimensions.
+    """R byte ranges of the same layout, each for one position in the outer dimensions of a box.
 
     Attributes:
         starts: [R] first byte of each run, in C order of the outer dimensions.
-        span: bytes from a run's first to its last one, gaps included.
+        span: bytes from the first to the last one of a run, gaps included.
         outer: the dimensions that are iterated, ascending.
         sizes: extents of the other dimensions, in their order.
-        strides: bytes between elements in those.
-        gapless: a run is its elements in C order, and nothing else.
+        strides: bytes between elements in those dimensions.
+        gapless: whether a run consists of its elements in C order only.
     """
 
     starts: I64
@@ -71,22 +71,23 @@ class ByteRuns:
 
 
 def byte_runs(source: ChunkSource, box: Box, gap: int) -> ByteRuns:
-    """The byte ranges that hold a box of the chunk, neighbours merged.
+    """Return the byte ranges that hold a box of a chunk, with near neighbours merged.
 
     Args:
         source: the chunk.
-        box: what is wanted of it, relative to the chunk, not empty.
-        gap: bytes between useful ones that are rather read and thrown away than skipped.
+        box: the part that is needed, relative to the chunk, not empty.
+        gap: largest gap between needed bytes that is read and discarded rather than skipped.
 
     Raises:
-        FormatError: the chunk would reach out of its payload, or the box out of the chunk (or it is
-            empty).
+        FormatError: the chunk exceeds its payload, or the box is empty or exceeds the chunk.
     """
     base = _first_byte(source, box)
     starts = np.array([base], dtype=np.int64)
     make = _make(box.sizes, source.strides, source.itemsize, gap)
     if prod(box.sizes[d] for d in make.outer) > _MOST_RUNS:
-        raise FormatError("the chunk lies in too many scattered places", file=source.file)
+        raise FormatError(
+            f"the box has more than {_MOST_RUNS} separate byte ranges", file=source.file
+        )
     for d in make.outer:
         steps = np.arange(box.sizes[d], dtype=np.int64) * source.strides[d]
         starts = (starts[:, None] + steps).reshape(-1)
@@ -94,7 +95,7 @@ def byte_runs(source: ChunkSource, box: Box, gap: int) -> ByteRuns:
 
 
 class _Make(NamedTuple):
-    """What the runs of a box have in common; see `ByteRuns`."""
+    """Layout that all runs of a box share; see `ByteRuns`."""
 
     span: int
     outer: tuple[int, ...]
@@ -105,7 +106,7 @@ class _Make(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _make(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int) -> _Make:
-    """Cached: most boxes of a state have the sizes of others."""
+    """Return the layout of the runs of a box. Cached, since most boxes have the sizes of others."""
     if _gapless(sizes, strides, itemsize):
         return _Make(prod(sizes) * itemsize, (), sizes, strides, True)
     span, inner = _inner(sizes, strides, itemsize, gap)
@@ -118,17 +119,22 @@ def _make(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: 
 def split(
     source: ChunkSource, box: Box, gap: int, limit: int, block: int = 1
 ) -> Iterator[tuple[Box, ByteRuns]]:
-    """Parts of a box whose runs span at most `limit` bytes each (or are one element).
+    """Split a box into parts whose runs span at most `limit` bytes each, or are one element.
 
-    The bytes of a run are rounded out to whole blocks of the payload before they are counted, and
-    parts are cut between blocks where that is possible, so that few blocks are read twice. `limit`
-    is a multiple of `block`, and at least four times as much.
+    Runs are rounded out to whole blocks of the payload before they are measured. Where possible,
+    parts are cut between blocks, so that few blocks are read twice. Requests that read in place can
+    be cut at any byte and need no such parts.
 
-    What goes straight into memory can be cut at any byte, and needs no such parts.
+    Args:
+        source: the chunk.
+        box: the part that is needed, relative to the chunk.
+        gap: largest gap between needed bytes that is read rather than skipped.
+        limit: bytes, a multiple of `block` and at least four times as much.
+        block: size of a block of the payload; 1 if blocks do not matter.
     """
     found = byte_runs(source, box, gap)
     if found.outer and block > 1:
-        # Each run lies in another way to the blocks: there is room for the worst one.
+        # Each run has another offset from the blocks; this leaves space for the worst one.
         limit, block = limit - 2 * block, 1
     start = int(found.starts[0]) - source.payload[0]
     low = start - start % block
@@ -162,9 +168,9 @@ def _with(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
 
 
 def _step(start: int, stride: int, below: int, limit: int, block: int) -> int:
-    """How many ranges of `below` bytes, `stride` apart, are read at once: at least one.
+    """Return how many ranges of `below` bytes, `stride` apart, are read at a time: at least one.
 
-    As many as fit, or a few less if that ends at the end of a block.
+    That is as many as fit, or a few less if they end at the end of a block.
     """
     low = start - start % block
     if block > 1:
@@ -176,7 +182,7 @@ def _step(start: int, stride: int, below: int, limit: int, block: int) -> int:
 
 
 def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> tuple[int, int]:
-    """The bytes from `start` to `stop`, rounded out to whole blocks of the payload they lie in."""
+    """Return the range from `start` to `stop`, rounded out to whole blocks of its payload."""
     first, nbytes = payload
     low = start - (start - first) % block
     high = stop + (first - stop) % block
@@ -184,7 +190,7 @@ def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> 
 
 
 def _first_byte(source: ChunkSource, box: Box) -> int:
-    """Where the box starts, once the whole chunk is known to lie inside its payload."""
+    """Return the first byte of a box, after checking that the chunk is inside its payload."""
     if len(box.sizes) != len(source.sizes):
         raise FormatError(f"box {box} is not one of a chunk of {source.sizes}", file=source.file)
     start, first, last = source.start, source.start, source.start + source.itemsize
@@ -219,7 +225,9 @@ def _gapless(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) ->
 def _inner(
     sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int
 ) -> tuple[int, set[int]]:
-    """The dimensions that one read spans, and its bytes: the closest ones, while gaps are small."""
+    """Return the bytes of a run and the dimensions in it: those with the smallest strides, as long
+    as the gaps are small.
+    """
     span, inner = itemsize, set()
     for d in sorted(range(len(sizes)), key=lambda d: strides[d]):
         if sizes[d] > 1:

@@ -1,4 +1,4 @@
-"""Boxes that pass through memory that is smaller than they are: in parts, round after round."""
+"""Rounds in which boxes pass in parts through memory that is smaller than the boxes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shardkeep.types import Box
 __all__ = ["RoundPart", "plan_rounds"]
 
 _MOST = 4 << 20
-"""Bytes of a part at most: as large as threads can share out a round, and as the two blocks at its
-ends, which its neighbours read as well, hardly count."""
+"""Size limit of a part: small enough that threads can share a round, and large enough that the two
+blocks at its ends, which its neighbours read again, hardly count."""
 
 
 class RoundPart(NamedTuple):
-    """Part of a box, and the bytes of the memory that it has for a round.
+    """Part of a box, and the memory that it takes for a round.
 
     Attributes:
-        row: which box.
-        inside: what of it, relative to it.
-        start, nbytes: its bytes of the memory; `start` is a multiple of `ALIGNMENT`.
+        row: number of the box.
+        inside: the part, relative to the box.
+        start, nbytes: its range in the memory; `start` is a multiple of `ALIGNMENT`.
     """
 
     row: int
@@ -32,14 +32,13 @@ class RoundPart(NamedTuple):
 
 
 def plan_rounds(boxes: Iterable[tuple[int, Box, int]], room: int) -> list[list[RoundPart]]:
-    """Cut boxes into parts, and share them out over as few rounds as their order allows.
+    """Cut boxes into parts, and distribute these over as few rounds as their order allows.
 
-    Rounds take turns in the two halves of the memory: what is in one is used while the other one is
-    filled.
+    Rounds use the two halves of the memory in turn: one is processed while the other is filled.
 
     Args:
-        boxes: which one, the box, and the bytes of one of its elements. Empty ones have no part.
-        room: bytes of the memory, a multiple of 2 * `ALIGNMENT`. No element is larger than half.
+        boxes: number, box and element size of each box. Empty boxes have no part.
+        room: bytes of memory, a multiple of 2 * `ALIGNMENT`. No element may be larger than half.
     """
     half = room // 2
     rounds: list[list[RoundPart]] = []
@@ -55,7 +54,7 @@ def plan_rounds(boxes: Iterable[tuple[int, Box, int]], room: int) -> list[list[R
 
 
 def _cut(boxes: Iterable[tuple[int, Box, int]], most: int) -> Iterator[tuple[int, Box, int]]:
-    """The parts, and their bytes."""
+    """Yield the number of the box, the part and its bytes, for each part."""
     for row, box, itemsize in boxes:
         for inside in cut(Box.whole(box.sizes), itemsize, most) if box.numel else ():
             yield row, inside, inside.numel * itemsize

@@ -1,4 +1,4 @@
-"""Columns of integers, sorted: by two of them at once, or each number once."""
+"""Sort keys for columns of integers, and sorted columns without duplicates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _ROOM = 1 << 62
 
 
 def joint_keys(group: I64, *values: I64) -> list[I64]:
-    """One integer for each (group, value), ordered by group first and then by value.
+    """Return an integer key for each (group, value), ordered by group and then by value.
 
     Args:
         group: [M] not negative.
         values: columns of [M], compared with one another as well.
 
     Returns:
-        One column of keys for each column of values.
+        A column of keys for each column of values.
     """
     if not len(group):
         return [column.copy() for column in values]
@@ -25,13 +25,13 @@ def joint_keys(group: I64, *values: I64) -> list[I64]:
     span = max(int(column.max()) for column in values) - low + 1
     if (int(group.max()) + 1) * span < _ROOM:
         return [group * span + (column - low) for column in values]
-    # Products of hostile coordinates would wrap around: ranks are small, whatever the values.
+    # Products of hostile coordinates would wrap around. Ranks are small, whatever the values.
     every = sorted_unique(np.concatenate(values))
     return [group * len(every) + np.searchsorted(every, column) for column in values]
 
 
 def sorted_unique(column: I64) -> I64:
-    """Each number once, ascending. Where there are many, sorting beats numpy's hashing `unique`."""
+    """Return each number once, ascending. For many, sorting is faster than numpy's `unique`."""
     ordered = np.sort(column)
     fresh = np.ones(len(ordered), dtype=np.bool_)
     fresh[1:] = ordered[1:] != ordered[:-1]

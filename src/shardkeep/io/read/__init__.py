@@ -1,1 +1,1 @@
-"""Stored chunks into memory: few reads, checked on the way."""
+"""Reading stored chunks into memory, with few reads and checksums on the way."""

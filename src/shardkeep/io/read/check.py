@@ -1,4 +1,4 @@
-"""Payloads against their checksums, streaming: all damage is collected."""
+"""Comparison of stored payloads with their checksums; collects all damage."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ from shardkeep.types import Progress
 __all__ = ["StoredPayload", "verify_payloads"]
 
 _PIECE = 4 << 20
-"""Bytes of one read at most, and of the memory that each thread takes."""
+"""Size limit of a read, and of the memory that each thread takes."""
 
 _STEP = 8 * BLOCK
-"""Bytes that are checked at once, while they are in a cache still."""
+"""Bytes that are checksummed at a time, while they are in the cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredPayload:
-    """Stored bytes, and what is known of them: a checksum for each block, or one for all.
+    """Stored bytes, with a checksum for each block, or one for all.
 
     Attributes:
         name: the tensor or object, for errors.
-        file, offset, nbytes: where they lie, in bytes.
-        checksums: CRC-32 of each `BLOCK` bytes. They win over `crc`, as they tell the place.
-        crc: CRC-32 of all.
+        file, offset, nbytes: where they are stored, in bytes.
+        checksums: CRC-32 of each `BLOCK` bytes. They take precedence over `crc`, since they locate
+            the damage.
+        crc: CRC-32 of all bytes.
     """
 
     name: str
@@ -58,7 +59,7 @@ class StoredPayload:
 
 @dataclass(slots=True)
 class _Found:
-    """What came out for one payload. Threads put in values of their own pieces only."""
+    """Results for one payload. Each thread adds those of its own pieces."""
 
     crcs: dict[int, int]
     bad: dict[int, int]
@@ -73,21 +74,28 @@ def verify_payloads(
     threads: int,
     progress: Progress | None = None,
 ) -> list[Damaged]:
-    """Check all payloads, each thread 4 MiB at a time; those without a checksum only for being
-    there.
+    """Check all payloads, with reads of up to 4 MiB in each thread.
+
+    Payloads without a checksum are only checked for presence.
+
+    Args:
+        store: the store of the files.
+        payloads: what to check.
+        threads: number of threads that read.
+        progress: receives the number of bytes read.
 
     Returns:
-        All damage, in the order of the payloads: each block that does not match, each payload that
-        does not, those that the file is too short for, those that can't be read (EIO).
+        All damage, in the order of the payloads: blocks and payloads that do not match, payloads
+        for which the file is too short, and payloads that cannot be read (EIO).
 
     Raises:
-        OSError: anything else that keeps files from being read: it tells nothing about them.
+        OSError: from the store, for reasons that say nothing about the files.
     """
     found = [_Found({}, {}) for _ in payloads]
     size = lru_cache(maxsize=None)(partial(_size, store))
     wants: list[WantedRange] = []
     for row, payload in enumerate(payloads):
-        # What a file does not hold is not planned for: a length may be any number.
+        # A hostile length may be any number, so only bytes inside the file are planned.
         end = payload.offset + payload.nbytes
         there = min(end, size(payload.file))
         if there < 0:
@@ -103,7 +111,7 @@ def verify_payloads(
 
 
 def _size(store: Store, file: str) -> int:
-    """Bytes of a file; -1 if it is missing."""
+    """Return the size of a file; -1 if it is missing."""
     try:
         return store.head(file).size
     except FileNotFoundError:
@@ -130,8 +138,8 @@ def _read(
     job: MergedRead,
     space: NDArray[np.uint8],
 ) -> None:
-    """Read once, and checksum what came as soon as it is there."""
-    # As far past a page as in the file: what comes from the disk itself is not copied then.
+    """Read once, and checksum each step as soon as it is read."""
+    # As far past a page as in the file, so that direct reads need no copy.
     there = space[job.low % PAGE :][: job.high - job.low]
     take = partial(_take, payloads, found, job.low, there.data, there.ctypes.data)
     wants, at, low, end, problem = job.wants, 0, job.low, job.low, None
@@ -149,11 +157,11 @@ def _read(
         if error.errno != errno.EIO:
             raise
         problem = str(error)
-    for want in wants[at + 1 :]:  # Those that lie inside another one that is not all there.
+    for want in wants[at + 1 :]:  # ranges inside another one that is cut off
         take(want, want.low, end)
     left = [want for want in wants[at:] if want.high > end]
     if problem is not None and len(wants) > 1:
-        # Only those that lie there can't be read, not all that were to be read with them.
+        # Only some of the ranges contain the bad sector, so each is read by itself.
         for want in left:
             found[want.use].crcs.pop(want.low, None)
             _read(store, payloads, found, MergedRead(job.file, want.low, want.high, [want]), space)
@@ -175,15 +183,18 @@ def _take(
     low: int,
     end: int,
 ) -> int:
-    """Digest a want from byte `low` of the file on, as far as it is there, up to `end`.
+    """Checksum a range from byte `low` of the file up to `end`, as far as it was read.
 
-    Where that is in a block, the block waits: it says something only when it is whole.
+    A block at the end that is not read completely is left for the next call.
 
     Args:
-        base, view, address: the bytes from `base` of the file on, and where they are.
+        payloads, found: all payloads, and their results.
+        base, view, address: the bytes from byte `base` of the file on, and their address.
+        want: the range.
+        low, end: first byte that is not checksummed yet, and the end of the bytes read.
 
     Returns:
-        Up to where it is digested.
+        The first byte that is still to be checksummed.
     """
     payload, result, high = payloads[want.use], found[want.use], min(want.high, end)
     checksums, first = payload.checksums, (low - payload.offset) // BLOCK

@@ -1,4 +1,4 @@
-"""Boxes of stored chunks into memory: few reads, checksums checked, bytes put where they belong."""
+"""Reading of boxes of stored chunks into memory, with few reads and verified checksums."""
 
 from __future__ import annotations
 
@@ -42,20 +42,23 @@ from shardkeep.types import Progress
 __all__ = ["ChunkCopy", "ReadRound", "ReadStats", "read_copies"]
 
 _STEP = 8 * BLOCK
-"""Bytes that are checked at once, soon after they were read: they are in a cache still. With less,
-threads spend more time in waiting for the interpreter than they save in the cache."""
+"""Bytes that are checksummed at a time, while they are in the cache. With fewer, threads spend more
+time waiting for the interpreter than they save."""
 
 _Job = InPlaceRead | RowRead | MergedRead | ChunkCopy | Callable[[], None]
-"""A copy is a job of its own if its source's bytes are in memory already."""
+"""A copy is a job of its own if the bytes of its source are in memory already."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """Bytes read from the store, and bytes that the boxes have.
+    """What a read did.
 
     Attributes:
-        unchecked: tensors of which something was read that could not be compared with a checksum
-            (or should not be), and `bytes_unchecked`: how much of what the boxes have.
+        bytes_read: bytes read from the store.
+        bytes_needed: bytes of the boxes.
+        unchecked: tensors with bytes that were not compared with a checksum, because there is none,
+            because the payload was not read in full, or because `verify` was False.
+        bytes_unchecked: how many of the needed bytes were not compared.
     """
 
     bytes_read: int
@@ -65,12 +68,12 @@ class ReadStats:
 
 
 class ReadRound(NamedTuple):
-    """Copies that are read before others are.
+    """Copies that are read after the previous round is complete.
 
     Attributes:
-        copies: what is read.
-        done: called when all of it is there, while the next round is read: the one after that may
-            want the same memory.
+        copies: what is read in this round.
+        done: called when the round is complete, while the next one is read. The one after that may
+            use the same memory.
     """
 
     copies: Sequence[ChunkCopy]
@@ -87,17 +90,25 @@ def read_copies(
     budget: int | None = None,
     progress: Progress | None = None,
 ) -> ReadStats:
-    """Fill all destinations, in parallel: those of `copies`, then those of each round.
+    """Fill the destinations of `copies` and then those of each round, with several threads.
 
-    Digested payloads are read and checked by whole blocks.
+    Payloads with block checksums are read and checked by whole blocks.
 
-    The buffers and the store share `budget` bytes (`plan.memory_budget`). After an error the
-    content of the destinations is undefined, and no thread goes on.
+    After an error, the content of the destinations is undefined, and all threads have stopped.
+
+    Args:
+        store: the store of the files.
+        copies: what is read first.
+        rounds: what is read after that, one round after the other.
+        verify: compare what is read with checksums.
+        threads: number of threads that read.
+        budget: bytes that the buffers and the store's direct reads share (`plan.memory_budget`); by
+            default the setting.
+        progress: receives the number of bytes read.
 
     Raises:
-        Damaged: a block does not match its checksum, or a payload its CRC-32 where blocks have none
-            and it was read in full, or a file is missing or too short; the error names file and
-            tensor.
+        Damaged: a block or a payload does not match its CRC-32, or a file is missing or too short.
+            The error names the file and the tensor.
         FormatError: a source contradicts itself; nothing was read.
         ValueError: a destination does not fit its box; nothing was read.
     """
@@ -132,7 +143,7 @@ def read_copies(
 
 
 def _jobs(copies: Sequence[ChunkCopy], planner: RequestPlanner) -> list[_Job]:
-    """What there is to read for some copies."""
+    """Return the jobs for some copies."""
     jobs: list[_Job] = []
     for copy in copies:
         if copy.source.data is not None:
@@ -146,14 +157,14 @@ def _jobs(copies: Sequence[ChunkCopy], planner: RequestPlanner) -> list[_Job]:
 
 
 class _Worker:
-    """One thread's work, and its buffer."""
+    """Does the jobs of one thread, with a buffer of its own."""
 
     def __init__(self, store: Store, verify: bool, limit: int, sums: RunningChecksums) -> None:
         self._store, self._verify, self._limit, self._sums = store, verify, limit, sums
         self._space: NDArray[np.uint8] | None = None
 
     def do(self, job: _Job, uses: Sequence[RunTarget]) -> int:
-        """Do one job; bytes read from the store."""
+        """Do one job, and return the number of bytes read from the store."""
         if isinstance(job, ChunkCopy):
             _take_from_memory(job, self._verify)
             return 0
@@ -172,10 +183,10 @@ class _Worker:
         return job.into.nbytes if isinstance(job, RowRead) else job.high - job.low
 
     def _buffer(self, low: int, high: int) -> NDArray[np.uint8]:
-        """Room for these bytes of a file, in the way in which they lie in its pages.
+        """Return memory for these bytes of a file, as far past a page as in the file.
 
-        On some processors (Zen 3) copies are several times as slow where the destination lies a few
-        bytes later in its page than the source does in its own.
+        On some processors (Zen 3), copies are several times slower if the destination starts a few
+        bytes later in its page than the source in its own.
         """
         if self._space is None:
             self._space = allocate_pages(self._limit + PAGE)
@@ -210,9 +221,9 @@ def _check(copy: ChunkCopy) -> int:
 
 
 def _read_straight(store: Store, job: InPlaceRead, sums: RunningChecksums) -> None:
-    """Read, and checksum what came as soon as it is there: one CRC over all of the job's bytes.
+    """Read in place, and compute one CRC-32 of all bytes of the job on the way.
 
-    Only if that is not what their blocks' checksums combine to, these are looked at one by one.
+    Only if it differs from the combined checksums of the blocks, each block is checked.
     """
     copy, view, crc, end = job.copy, job.into.data, 0, 0
     summed = sums.wants(copy.source)
@@ -234,7 +245,7 @@ def _read_straight(store: Store, job: InPlaceRead, sums: RunningChecksums) -> No
 
 
 def _read_rows(store: Store, job: RowRead) -> bool:
-    """Whether the store could do it in this way."""
+    """Read by rows, and return whether the store could."""
     try:
         return cast(SupportsReadRows, store).read_rows(job.file, job.starts, job.into)
     except FileNotFoundError:
@@ -249,7 +260,7 @@ def _read(
     verify: bool,
     sums: RunningChecksums,
 ) -> None:
-    """Read once, check every block once, as soon as it is there, and hand out the bytes."""
+    """Read once, check each block as soon as it is read, and copy bytes to their destinations."""
     waiting = iter(job.wants)
     want: WantedRange | None = next(waiting)
     checked: dict[tuple[int, int], int] = {}
@@ -261,7 +272,7 @@ def _read(
         while want is not None and want.low < end:
             use = uses[want.use]
             if verify and use.copy.source.checksums is not None:
-                # Wants come sorted: the blocks of a payload are checked up to some byte.
+                # Ranges are sorted, so the blocks of a payload are checked up to some byte.
                 payload = use.copy.source.payload
                 low = checked.get(payload, want.low)
                 high = want.high if want.high <= end else end - (end - payload[0]) % BLOCK
@@ -282,13 +293,16 @@ def _read(
 
 
 def _shared(job: MergedRead, uses: Sequence[RunTarget]) -> bool:
-    """Whether others will want these bytes: of a read that is mostly gaps, they want the rest."""
+    """Return whether other processes need these bytes, too.
+
+    If a read is mostly gaps, they are assumed to need the gaps.
+    """
     needed = sum(uses[want.use].into.nbytes for want in job.wants)
     return 2 * needed < job.high - job.low or any(uses[want.use].copy.shared for want in job.wants)
 
 
 def _take_from_memory(copy: ChunkCopy, verify: bool) -> None:
-    """Serve a copy whose source's bytes are in memory already."""
+    """Copy from a source whose bytes are in memory already."""
     source = copy.source
     if not copy.box.numel:
         return
@@ -310,7 +324,7 @@ def _take_from_memory(copy: ChunkCopy, verify: bool) -> None:
 def _check_blocks(
     copy: ChunkCopy, space: NDArray[np.uint8], base: int, low: int, high: int
 ) -> None:
-    """Check the payload's blocks from byte `low` to `high`; `space` holds the bytes from `base`."""
+    """Check the blocks from byte `low` to `high` of the file; `space` starts at byte `base`."""
     source, view = copy.source, space.data
     if source.checksums is None:
         return
@@ -326,7 +340,7 @@ def _check_blocks(
 
 
 def _place(use: RunTarget, space: NDArray[np.uint8], base: int) -> None:
-    """Put one run where it belongs; `space` holds the bytes from `base` on."""
+    """Copy one run to its destination; `space` starts at byte `base` of the file."""
     at = use.start - base
     if use.shape is None:
         use.into[:] = space[at : at + len(use.into)]

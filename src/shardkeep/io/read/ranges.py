@@ -1,4 +1,4 @@
-"""Ranges of files, put together to few reads; and what goes wrong with them, in words."""
+"""Ranges of files, merged to few reads, and error texts about them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MISSING = "the file is missing"
 
 
 class WantedRange(NamedTuple):
-    """Bytes `low` to `high` of a file, and what they are for: a row of the caller's."""
+    """Bytes `low` to `high` of a file, and the caller's row that needs them."""
 
     file: str
     low: int
@@ -32,7 +32,7 @@ class WantedRange(NamedTuple):
 
 
 class MergedRead(NamedTuple):
-    """One read that serves neighbouring wants, sorted by where they begin."""
+    """One read that serves neighbouring ranges, which are sorted by their start."""
 
     file: str
     low: int
@@ -41,9 +41,9 @@ class MergedRead(NamedTuple):
 
 
 def merge_ranges(wants: Iterable[WantedRange], gap: int, limit: int) -> Iterator[MergedRead]:
-    """Join wants that are at most `gap` bytes apart, as long as a read stays within `limit`.
+    """Merge ranges that are at most `gap` bytes apart into reads of at most `limit` bytes.
 
-    Reads come sorted by file and position.
+    The reads are sorted by file and position.
     """
     current: list[WantedRange] = []
     low = high = 0
@@ -61,10 +61,10 @@ def merge_ranges(wants: Iterable[WantedRange], gap: int, limit: int) -> Iterator
 
 
 def fetch(store: Store, file: str, offset: int, into: memoryview, name: str | None) -> int:
-    """Fill `into` from `offset` on; the bytes read are fewer where the file ends.
+    """Fill `into` from `offset` on, and return the bytes read: fewer where the file ends.
 
     Raises:
-        Damaged: the file is missing; `name` is the tensor that needs it.
+        Damaged: the file is missing. The error names the tensor `name`.
     """
     step = max(1, len(into))
     return max(fetch_steps(store, file, offset, into, name, step=step), default=0)
@@ -80,9 +80,10 @@ def fetch_steps(
     step: int,
     keep: bool = False,
 ) -> Iterator[int]:
-    """The same, yielding how many bytes are there: every `step` or so, if the store can.
+    """Fill `into` from `offset` on, and yield how many bytes were read so far.
 
-    `keep` says that others want the same bytes (`stores.abilities.SupportsReadSteps`).
+    If the store supports it, that is about every `step` bytes. `keep` tells it that other processes
+    need the same bytes (`stores.abilities.SupportsReadSteps`).
     """
     in_steps = getattr(store, "read_steps", None)
     try:
@@ -95,10 +96,10 @@ def fetch_steps(
 
 
 def describe_mismatch(found: int, expected: int) -> str:
-    """What to say of bytes whose CRC-32 is not what it should be."""
+    """Return the error text for bytes with a wrong CRC-32."""
     return f"its bytes have CRC-32 {found:08x}, not {expected:08x}"
 
 
 def describe_short_file(end: int, wanted: int) -> str:
-    """What to say of a file that ends before its data do."""
+    """Return the error text for a file that ends before its data."""
     return f"the file ends at byte {end}, but its data go on to {wanted}"

@@ -1,4 +1,4 @@
-"""What to read for many copies: which bytes, in which reads, and where each of them goes."""
+"""Requests to files for many copies: which bytes, in which reads, and their destinations."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from shardkeep.types import I64, Box
 __all__ = ["ChunkCopy", "InPlaceRead", "RequestPlanner", "RowRead", "RunTarget", "run_targets"]
 
 _PIECE = 16 << 20
-"""Bytes of one job that reads straight into memory: enough that its cost in Python does not show,
-as that keeps the other threads waiting."""
+"""Size limit of a request that reads in place. Smaller ones would cost more time in Python, during
+which the other threads wait."""
 
 _STRAIGHT = 2 * BLOCK
-"""A run of so many bytes goes straight into memory; smaller ones share reads with others."""
+"""Runs of this size or more are read in place. Smaller ones share reads with others."""
 
 _ROW = 16 * 1024
-"""Reading one more row costs as much as reading so many bytes: nearer ones are read with what lies
-between them. (2.5 us a row, 0.2 ns a byte, measured.)"""
+"""Reading one more row costs as much as reading this many bytes, so rows that are nearer are read
+together with the gap between them. (Measured: 2.5 us a row, 0.2 ns a byte.)"""
 
 _ROWS, _ROWS_BYTES = 512, 4 << 20
-"""Rows of one job at most, and their bytes: enough that its cost in Python does not show."""
+"""Limits of a request by rows: rows, and bytes. Smaller ones would cost more time in Python."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkCopy:
-    """A box of one stored chunk, and the memory that it goes to.
+    """A box of one stored chunk, and the memory that it is copied to.
 
     Attributes:
         name: the tensor, for errors.
-        source: where the chunk lies.
-        box: what of it, relative to the chunk.
-        into: an array of the box's sizes, writable, with any strides, and with any dtype of the
-            stored item size: its bytes are replaced as they are.
-        shared: other processes of this machine want the same bytes at about the same time: they
-            should come from the disk once (through the page cache, in a `LocalStore`).
+        source: where the chunk is stored.
+        box: the part to copy, relative to the chunk.
+        into: a writable array of the box's sizes, with any strides and any dtype of the stored item
+            size. Its bytes are replaced without conversion.
+        shared: other processes on this host read the same bytes at about the same time. They should
+            be read from the disk once (in a `LocalStore`, through the page cache).
     """
 
     name: str
@@ -55,9 +55,10 @@ class ChunkCopy:
 
 
 class RunTarget(NamedTuple):
-    """What read bytes are for: one run, which starts at byte `start` and goes to `into`.
+    """The destination of one run of bytes, which starts at byte `start` of the file.
 
-    `into` is plain bytes if `shape` is None; else the run has that shape, and these strides.
+    If `shape` is None, the run is copied to `into` as plain bytes. Otherwise the run is an array of
+    that shape and these strides.
     """
 
     copy: ChunkCopy
@@ -68,14 +69,14 @@ class RunTarget(NamedTuple):
 
 
 class InPlaceRead(NamedTuple):
-    """Bytes that are read right to where they belong: whole blocks, where they are checked.
+    """Bytes that are read directly to their destination; whole blocks, if they are checked.
 
     Attributes:
-        file, low, high: which bytes.
-        copy: what they are for.
-        into: where they go.
-        crc: the CRC-32 of all of them, as follows from the checksums of their blocks; None where
-            they are not checked against such.
+        file, low, high: the bytes to read.
+        copy: the copy that needs them.
+        into: their destination.
+        crc: the CRC-32 of all of them, computed from the checksums of their blocks; None if they
+            are not checked.
     """
 
     file: str
@@ -87,13 +88,13 @@ class InPlaceRead(NamedTuple):
 
 
 class RowRead(NamedTuple):
-    """Many short runs that go right to where they belong, without what lies between them.
+    """Many short runs that are read directly to their destinations, without the gaps between them.
 
     Attributes:
-        file, low, high: what they lie in.
-        copy: the same as a box, for stores that can't read it in this way.
+        file, low, high: the bytes that span all runs.
+        copy: the same part as a box, for stores that cannot read rows.
         starts: [R] first byte of each run.
-        into: [R, L] where they go.
+        into: [R, L] their destinations.
     """
 
     file: str
@@ -105,12 +106,12 @@ class RowRead(NamedTuple):
 
 
 class RequestPlanner:
-    """Collects copies out of files.
+    """Plans the requests for copies out of files.
 
     Args:
-        gap: bytes between useful ones that are rather read than skipped.
-        limit: bytes of one read into a buffer at most, at least four blocks.
-        verify: digested payloads are read by whole blocks.
+        gap: largest gap between needed bytes that is read rather than skipped.
+        limit: size limit of a read into a buffer, at least four blocks.
+        verify: payloads with checksums are read by whole blocks.
         rows: the store can read in rows (`stores.abilities.SupportsReadRows`).
     """
 
@@ -122,17 +123,17 @@ class RequestPlanner:
         self.uses: list[RunTarget] = []
 
     def jobs(self) -> list[InPlaceRead | RowRead | MergedRead]:
-        """All reads, sorted by file and position; rows of their wants count in `uses`."""
+        """Return all requests, sorted by file and position. Their rows are those of `uses`."""
         reads = merge_ranges(self._wants, self._gap, self._limit)
         return sorted([*self._straight, *self._in_rows, *reads], key=lambda job: job[:2])
 
     def add(self, copy: ChunkCopy) -> None:
-        """Plan one copy. Raises FormatError if its source contradicts itself."""
+        """Add a copy to the plan. Raises FormatError if its source contradicts itself."""
         source, box, into = copy.source, copy.box, copy.into
         checked = self._verify and source.checksums is not None
         if self._rows and not checked and self._add_rows(copy):
             return
-        # Runs nearer than a block would have to share blocks: they are read as one then.
+        # Runs that are nearer than a block share blocks, so they are read as one.
         gap = max(self._gap, BLOCK) if checked else self._gap
         found = byte_runs(source, box, gap)
         if found.gapless and _first_part(found, into).flags.c_contiguous:
@@ -148,7 +149,7 @@ class RequestPlanner:
                 self._want(use, its_runs.span, checked)
 
     def _add_rows(self, copy: ChunkCopy) -> bool:
-        """Plan a copy as rows, if it consists of runs that are long and far enough apart."""
+        """Plan a copy by rows if its runs are long and far enough apart; return whether it was."""
         source, box = copy.source, copy.box
         found = byte_runs(source, box, min(self._gap, _ROW))
         if not found.outer or not found.gapless:
@@ -186,7 +187,7 @@ class RequestPlanner:
         self.uses.append(use)
 
     def _go_straight(self, use: RunTarget, checked: bool) -> None:
-        """Whole blocks go straight to memory; what is left at both ends goes through a buffer."""
+        """Plan to read whole blocks in place, and the rest at both ends through a buffer."""
         source, start, stop = use.copy.source, use.start, use.start + len(use.into)
         low, high = start, stop
         if checked:
@@ -206,29 +207,29 @@ class RequestPlanner:
 
 
 def _crc(source: ChunkSource, low: int, high: int) -> int:
-    """What the checksums of whole blocks, from byte `low` to `high` of the file, combine to."""
+    """Return the CRC-32 of the whole blocks from byte `low` to `high` of the file."""
     assert source.checksums is not None
     first = (low - source.payload[0]) // BLOCK
     return whole_crc(source.checksums[first : first - (low - high) // BLOCK], high - low)
 
 
 def run_targets(copy: ChunkCopy, found: ByteRuns, into: NDArray[Any]) -> Iterator[RunTarget]:
-    """The runs, each with the part of `into` that is its own."""
+    """Yield each run with its part of `into`."""
     itemsize = copy.source.itemsize
-    # As plain words: copying must not interpret what it copies.
+    # As plain words, since a copy must not interpret its values.
     words = into.view(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
     for start, part in _parts(found, words):
         yield RunTarget(copy, start, part, found.sizes, found.strides)
 
 
 def _plain_uses(copy: ChunkCopy, found: ByteRuns) -> Iterator[RunTarget]:
-    """The same for runs that are, here and there, bytes without gaps."""
+    """Yield each run with its part of `into`, where both are bytes without gaps."""
     for start, part in _parts(found, copy.into):
         yield RunTarget(copy, start, part.reshape(-1).view(np.uint8), None, ())
 
 
 def _parts(found: ByteRuns, into: NDArray[Any]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Where each run starts, and the part of `into` that is at its outer indices."""
+    """Yield the start of each run, and the part of `into` at its outer indices."""
     if not found.outer:
         yield int(found.starts[0]), into
         return
@@ -241,5 +242,5 @@ def _parts(found: ByteRuns, into: NDArray[Any]) -> Iterator[tuple[int, NDArray[A
 
 
 def _first_part(found: ByteRuns, into: NDArray[Any]) -> NDArray[Any]:
-    """Where the first run goes: contiguous if all of them are."""
+    """Return the destination of the first run. If it is contiguous, all are."""
     return next(_parts(found, into))[1] if found.outer else into

@@ -1,4 +1,4 @@
-"""Payloads with one CRC-32 for all their bytes: taken piece by piece, compared when all is read."""
+"""CRC-32 of whole payloads, computed piece by piece and compared once all is read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _Payload: TypeAlias = tuple[str, int, int]
 
 
 class RunningChecksums:
-    """What is known of the payloads that some copies read; safe to use from several threads.
+    """Checksums of the payloads that some copies read. Several threads can use it at a time.
 
-    Only what is read in full can be compared: of a part of a payload nothing is known.
+    Only a payload that is read in full can be compared, as there is one CRC-32 for all its bytes.
 
     Args:
-        copies: everything that will be read.
-        verify: False compares nothing, and so everything is unchecked.
+        copies: all copies that will be read.
+        verify: False compares nothing, so that everything counts as unchecked.
     """
 
     def __init__(self, copies: Sequence[ChunkCopy], verify: bool) -> None:
@@ -37,21 +37,23 @@ class RunningChecksums:
         self._parts: dict[_Payload, dict[int, tuple[int, int]]] = {
             payload: {} for payload, nbytes in needed.items() if verify and nbytes >= payload[2]
         }
-        """Of each payload that may be read in full: first byte -> length and CRC-32."""
+        """For each payload that may be read in full: first byte -> length and CRC-32."""
 
     def wants(self, source: ChunkSource) -> bool:
-        """Whether the CRC-32 of what is read of it is asked for."""
+        """Return whether the CRC-32 of bytes of this source is needed."""
         return bool(self._parts) and _payload(source) in self._parts
 
     def add(self, source: ChunkSource, low: int, high: int, crc: int) -> None:
-        """Bytes `low` to `high` of its file have this CRC-32."""
+        """Record the CRC-32 of bytes `low` to `high` of the source's file."""
         self._parts[_payload(source)][low] = high - low, crc
 
     def compare(self) -> list[ChunkCopy]:
-        """After all is read: the copies of which not all was compared with a digest.
+        """Compare all payloads, and return the copies with bytes that had no checksum.
+
+        Call it once everything is read.
 
         Raises:
-            Damaged: a payload does not have its CRC-32.
+            Damaged: a payload does not match its CRC-32.
         """
         whole = {payload: _whole(payload, parts) for payload, parts in self._parts.items()}
         unchecked = []
@@ -68,12 +70,12 @@ class RunningChecksums:
 
 
 def _has_one(source: ChunkSource) -> bool:
-    """Whether there is a CRC-32 of its whole payload that is still to be compared."""
+    """Return whether a source has a CRC-32 of its whole payload that is not compared yet."""
     return source.crc is not None and source.checksums is None and source.data is None
 
 
 def _has_others(source: ChunkSource) -> bool:
-    """Whether its blocks are checked on reading, or were when its bytes came into memory."""
+    """Return whether a source's bytes are checked by blocks, or were checked before."""
     return source.checksums is not None or (source.data is not None and source.crc is not None)
 
 
@@ -82,7 +84,7 @@ def _payload(source: ChunkSource) -> _Payload:
 
 
 def _whole(payload: _Payload, parts: dict[int, tuple[int, int]]) -> int | None:
-    """The CRC-32 of all bytes; None if the parts do not tile them."""
+    """Return the CRC-32 of all bytes; None if the parts do not tile them."""
     _, at, nbytes = payload
     end, crc = at + nbytes, 0
     for low in sorted(parts):

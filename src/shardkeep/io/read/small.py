@@ -1,4 +1,4 @@
-"""Small payloads into memory: as columns, because a value for each of them costs too much."""
+"""Reading of small payloads, as columns: an object for each of them would cost too much."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from shardkeep.types import I64, Progress
 __all__ = ["SmallPayloads", "SmallRead", "merge_small_reads", "read_small", "sorted_by_place"]
 
 _SPAN = 1 << 20
-"""Bytes that the payloads of one read begin in: they stay cached until they are moved."""
+"""The payloads of one read start within this many bytes, so they are cached until moved."""
 
 _SHARED = 16 * 1024
-"""Mean bytes of a payload from which on threads pay: below, they wait for the interpreter."""
+"""Mean size of a payload above which several threads are faster. Below, they wait for the
+interpreter."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SmallPayloads:
-    """S whole payloads, and the memory that they go to, as columns."""
+    """S whole payloads and their destinations, as columns."""
 
     names: Sequence[str]
     """Tensors, for errors."""
@@ -43,13 +44,13 @@ class SmallPayloads:
     nbytes: I64
     """[S] from 1 to `BLOCK`."""
     crc: I64
-    """[S] CRC-32 of the payload; -1 where none is known."""
+    """[S] CRC-32 of the payload; -1 if it is not known."""
     into: I64
-    """[S] address of `nbytes` bytes that may be written to; the caller keeps them alive."""
+    """[S] address of `nbytes` writable bytes, which the caller keeps alive."""
 
 
 class SmallRead(NamedTuple):
-    """One read, from byte `low` to `high`: for rows `first` to `last`, sorted by place."""
+    """One read of bytes `low` to `high`, for rows `first` to `last` of the sorted payloads."""
 
     file: str
     low: int
@@ -59,7 +60,7 @@ class SmallRead(NamedTuple):
 
 
 def sorted_by_place(small: SmallPayloads) -> SmallPayloads:
-    """Sorted by the names of the files and the places there; one place keeps its order."""
+    """Return the payloads sorted by file name and position. Equal positions keep their order."""
     rank = np.empty(len(small.files), dtype=np.int64)
     rank[sorted(range(len(small.files)), key=small.files.__getitem__)] = range(len(small.files))
     order = np.lexsort((small.nbytes, small.start, rank[small.file]))
@@ -71,10 +72,11 @@ def sorted_by_place(small: SmallPayloads) -> SmallPayloads:
 
 
 def merge_small_reads(small: SmallPayloads, gap: int) -> list[SmallRead]:
-    """The reads for payloads that are sorted by place, neighbours joined.
+    """Return the reads for payloads that are sorted by position; neighbours share a read.
 
     Args:
-        gap: bytes between two payloads that are rather read than skipped.
+        small: the payloads, from `sorted_by_place`.
+        gap: largest gap between two payloads that is read rather than skipped.
     """
     file, low, high = small.file, small.start, small.start + small.nbytes
     apart = np.flatnonzero((file[1:] != file[:-1]) | (low[1:] - high[:-1] > gap)) + 1
@@ -99,14 +101,19 @@ def read_small(
     threads: int,
     progress: Progress | None = None,
 ) -> int:
-    """Fill all destinations; returns the bytes read.
+    """Fill all destinations and return the number of bytes read.
 
     Args:
-        small: sorted by place; `reads`: its batches.
+        store: the store of the files.
+        small: the payloads, from `sorted_by_place`.
+        reads: their reads, from `merge_small_reads`.
+        verify: compare each payload with its CRC-32, if it is known.
+        threads: number of threads that read.
+        progress: receives the number of bytes read.
 
     Raises:
-        Damaged: as from `io.read.read_copies`. The content of the destinations is undefined then,
-            and no thread goes on.
+        Damaged: a payload does not match its CRC-32, or a file is missing or too short. The content
+            of the destinations is undefined then, and all threads have stopped.
     """
     total = sum(batch.high - batch.low for batch in reads)
     meter = ProgressMeter(progress, "read", total)
@@ -124,7 +131,7 @@ def read_small(
 def _read(
     store: Store, small: SmallPayloads, batch: SmallRead, space: NDArray[np.uint8], verify: bool
 ) -> None:
-    """Read once, check every payload, and move each to where it belongs."""
+    """Read once, check every payload, and copy each to its destination."""
     rows = slice(batch.first, batch.last)
     view = space.data[: batch.high - batch.low]
     name = small.names[int(small.tensor[batch.first])]
@@ -139,7 +146,7 @@ def _read(
 def _check(
     small: SmallPayloads, batch: SmallRead, view: memoryview, starts: I64, ends: I64, verify: bool
 ) -> None:
-    """Raise Damaged for the first payload that is not there, or not what its CRC-32 says."""
+    """Raise Damaged for the first payload that is cut off, or does not match its CRC-32."""
     wanted = small.crc[batch.first : batch.last]
     cut, wrong = ends > len(view), np.zeros(len(ends), dtype=np.bool_)
     if verify:

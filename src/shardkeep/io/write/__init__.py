@@ -1,1 +1,1 @@
-"""Payloads in memory into data files: laid out ahead, checksummed on the way."""
+"""Writing of data files from payloads in memory, with checksums on the way."""

@@ -1,4 +1,4 @@
-"""Payloads copied out of the caller's way: what is saved from there can't change any more."""
+"""Staging: payloads are copied to memory that the caller cannot change while they are saved."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from shardkeep.types import I64
 __all__ = ["StagedPayloads", "StagingLayout", "stage_payloads"]
 
 _JOB = 8 << 20
-"""Bytes that a thread copies before it looks for more: all threads end at about the same time."""
+"""Size of a copy job: small enough that all threads end at about the same time."""
 
 _JOB_LIGHT = 1024
-"""Light payloads that it copies before it looks for more."""
+"""Number of light payloads in a copy job."""
 
 
 class StagingLayout:
-    """Where each of N payloads goes in memory that starts at a page.
+    """Offsets of N payloads in staging memory, which starts at a page.
 
-    Large ones lie as far past a page as where they come from: so they do in files, too
-    (`plan.layout`), and can be written without another copy.
+    Large payloads start as many bytes past a page as in their own memory. They do so in files, too
+    (`plan.file_layout`), so they can be written without another copy.
 
     Args:
         payloads: what to copy.
-        nbytes: [N] bytes of each.
+        nbytes: [N] bytes of each payload.
     """
 
     def __init__(self, payloads: Payloads, nbytes: I64) -> None:
@@ -50,17 +50,17 @@ class StagingLayout:
         self.sizes = nbytes
         """[N] bytes of each payload."""
         self.starts = starts
-        """[N] the byte of the memory at which each begins."""
+        """[N] offset of each payload in the memory."""
         self.nbytes = int(room.sum())
-        """Bytes of memory that it takes."""
+        """Bytes of memory in all."""
 
 
 class StagedPayloads(Payloads):
-    """Payloads that have been copied to memory where nothing changes them.
+    """Payloads that have been copied to staging memory.
 
     Args:
-        memory: where they are; it lasts as long as this does.
-        places: of each.
+        memory: the staging memory, which this object keeps alive.
+        places: the offsets of the payloads.
     """
 
     def __init__(self, memory: NDArray[np.uint8], places: StagingLayout) -> None:
@@ -73,18 +73,19 @@ class StagedPayloads(Payloads):
         self._checksums = [0] * self._first[-1]
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
-        # Without giving up the interpreter's lock, which a busy caller keeps for milliseconds.
+        # Keeps the interpreter lock: a busy caller would take it for milliseconds.
         ctypes.memmove(address, self._addresses[row] + start, nbytes)
 
     def checksums(self, row: int, start: int, nbytes: int, address: int) -> list[int]:
-        """CRC-32 of each block of some bytes of a payload, as taken when it was copied; of those of
-        more than `LIGHT_BYTES` bytes (`io.write.windows.BlockChecksums`).
+        """Return the block checksums of a range of a payload, which were computed by the copy.
+
+        They exist for payloads above `LIGHT_BYTES` only. A `BlockChecksums` of `io.write.windows`.
         """
         first = self._first[row] + start // BLOCK
         return self._checksums[first : first + -(-nbytes // BLOCK)]
 
     def receive(self, payloads: Payloads, row: int, start: int, stop: int) -> None:
-        """Copy bytes of a payload to here, in steps that are in the cache for their digests."""
+        """Copy a range of a payload to staging memory, and checksum each step in the cache."""
         here, light = self._addresses[row], self._sizes[row] <= LIGHT_BYTES
         for at in range(start, stop, STEP_BYTES):
             nbytes = min(STEP_BYTES, stop - at)
@@ -98,13 +99,13 @@ class StagedPayloads(Payloads):
 def stage_payloads(
     payloads: Payloads, places: StagingLayout, memory: NDArray[np.uint8], *, threads: int
 ) -> StagedPayloads:
-    """Copy payloads.
+    """Copy payloads to staging memory, with checksums.
 
     Args:
-        payloads: what to copy; not looked at any more when this returns.
-        places: of these payloads.
-        memory: page-aligned, at least `places.nbytes` bytes.
-        threads: how many copy.
+        payloads: what to copy. They are not read any more once this returns.
+        places: offsets of these payloads.
+        memory: page-aligned memory of at least `places.nbytes` bytes.
+        threads: number of threads that copy.
 
     Raises: whatever the payloads raise.
     """
@@ -120,7 +121,7 @@ def stage_payloads(
 
 
 def _jobs(sizes: I64) -> list[list[tuple[int, int, int]]]:
-    """What there is to copy: rows, and which bytes of them."""
+    """Return the copy jobs: lists of a row, and the first byte and the end of a range of it."""
     heavy, light = (
         np.flatnonzero(sizes > LIGHT_BYTES),
         np.flatnonzero((sizes > 0) & (sizes <= LIGHT_BYTES)),

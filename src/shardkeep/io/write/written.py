@@ -17,21 +17,21 @@ __all__ = ["Written", "collect_written", "take_blocks"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """Where N items went, in the order in which files and items were given."""
+    """Locations and checksums of N written items, in the order of their payloads."""
 
     files: tuple[str, ...]
     file: NDArray[np.int32]
     """[N] position in `files`."""
     item: I64
-    """[N] where the item starts, in bytes."""
+    """[N] offset of the item in its file."""
     length: I64
     """[N] bytes of the item."""
     payload: I64
-    """[N] where the payload starts in the file, in bytes."""
+    """[N] offset of the payload in the file."""
     block: I64
     """[N + 1] rows block[i]:block[i + 1] of `checksums` belong to item i."""
     checksums: NDArray[np.uint32]
-    """CRC-32 of each block of `BLOCK` bytes of a payload."""
+    """CRC-32 of each block of each payload."""
     crc: NDArray[np.uint32]
     """[N] CRC-32 of the whole payload."""
 
@@ -39,15 +39,15 @@ class Written:
 def take_blocks(
     counts: I64, checksums: NDArray[np.uint32], rows: I64
 ) -> tuple[I64, NDArray[np.uint32]]:
-    """The checksums of these rows, one after the other, and where each row's begin.
+    """Return the checksums of some rows, and the position of the first one of each row.
 
     Args:
-        counts: [N] how many checksums each row has.
-        checksums: [sum of counts] those of all rows.
-        rows: [M] the rows wanted.
+        counts: [N] number of checksums of each row.
+        checksums: [sum of counts] checksums of all rows.
+        rows: [M] the rows to take.
 
     Returns:
-        [M + 1] where the checksums of each begin, and the digests.
+        [M + 1] positions of the first checksum of each row and the end, and the checksums.
     """
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     block = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[rows])])
@@ -56,7 +56,7 @@ def take_blocks(
 
 
 def collect_written(images: Sequence[FileWindows]) -> Written:
-    """Where everything went, in the order of the payloads."""
+    """Return the locations of all items of some files, in the order of the payloads."""
     counts = [len(image.rows) for image in images]
     order = np.argsort(_joined([image.rows for image in images], np.int64))
     blocks = _joined([np.diff(image.block) for image in images], np.int64)
