@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 CORE := .venv-core
 BENCH := .venv-bench
+PACKAGE := .venv-package
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 export GLOO_SOCKET_IFNAME ?= lo
@@ -13,7 +14,7 @@ JOBS ?= auto
 PYTEST := -m pytest -q -n $(JOBS) --dist loadgroup
 RECORDS := build/tests
 
-.PHONY: help demo test test-core test-torch test-tools test-list check compat crash drop-in bench \
+.PHONY: help wheel demo test test-core test-torch test-tools test-list check compat crash drop-in bench \
 	faults fuzz clean
 
 help:
@@ -22,6 +23,7 @@ help:
 	@echo "make test-tools          the tests of bench, crash, demo, fuzz and compat themselves"
 	@echo "make test-list           whether the last runs of both together left out a test"
 	@echo "make check               ruff, mypy, import-linter"
+	@echo "make wheel               build the wheel, check it, run it in an empty environment"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
 	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
 	@echo "make bench               docs/performance.md: beside others and the machine's limits (an hour and more)"
@@ -87,6 +89,21 @@ check: $(VENV)/ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 
+# One to build and check the package with; pyright brings its own Node.
+$(PACKAGE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE)/bin/pip install $(PIP_FLAGS) build twine 'pyright[nodejs]'
+	@touch $@
+
+wheel: $(PACKAGE)/ready
+	mkdir -p build && rm -rf build/dist build/wheel-env
+	$(PACKAGE)/bin/python -m build --outdir build/dist . > build/wheel.log 2>&1 || { tail -n 20 build/wheel.log; exit 1; }
+	$(PACKAGE)/bin/twine check --strict build/dist/*
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/pip install $(PIP_FLAGS) build/dist/*.whl
+	cd build && wheel-env/bin/python -m shardkeep --version
+	cd build && wheel-env/bin/python -c "import shardkeep; from shardkeep import *; print('py.typed:', __import__('importlib.resources').resources.files('shardkeep').joinpath('py.typed').is_file())"
+
 compat: $(VENV)/ready
 	$(VENV)/bin/python -m compat $(or $(TORCH),--all)
 
@@ -107,4 +124,4 @@ fuzz: $(VENV)/ready
 	PYTHONPATH=. $(VENV)/bin/python -m fuzz --cases $(or $(CASES),100000) --seed $(or $(SEED),1)
 
 clean:
-	rm -rf $(VENV) $(CORE) $(BENCH) build demo/out
+	rm -rf $(VENV) $(CORE) $(BENCH) $(PACKAGE) build demo/out

@@ -32,8 +32,8 @@ try:
     import fcntl as _fcntl  # noqa: F401 - commits rely on what only POSIX systems have
 except ModuleNotFoundError:
     raise ImportError(
-        "Shardkeep runs on Linux, and untested on macOS, but not on Windows: its commits rely on "
-        "POSIX file locks and atomic renames. On Windows, use it inside WSL."
+        "Shardkeep runs on Linux and, as best effort, on macOS, but not on Windows: its commits "
+        "rely on POSIX file locks and atomic renames. On Windows, use it inside WSL."
     ) from None
 
 if TYPE_CHECKING:
@@ -58,11 +58,14 @@ if TYPE_CHECKING:
         WaitingForRanks,
         WorkFailed,
     )
-    from shardkeep.engine.async_save import SaveHandle, async_save, release_memory
+    from shardkeep.engine.async_save import async_save, release_memory
+    from shardkeep.engine.handles import SaveHandle
     from shardkeep.engine.load import load
     from shardkeep.engine.load_options import LoadOptions
     from shardkeep.engine.load_report import LoadReport
-    from shardkeep.engine.save import SaveReport, save
+    from shardkeep.engine.options import AsyncSaveOptions, SaveOptions
+    from shardkeep.engine.reports import SaveReport
+    from shardkeep.engine.save import save
     from shardkeep.errors import (
         AlreadyExists,
         AsyncSaveFailed,
@@ -118,11 +121,14 @@ _NAMES_BY_MODULE = {
         "WaitingForRanks",
         "WorkFailed",
     ),
-    "engine.async_save": ("SaveHandle", "async_save", "release_memory"),
+    "engine.async_save": ("async_save", "release_memory"),
+    "engine.handles": ("SaveHandle",),
     "engine.load": ("load",),
     "engine.load_options": ("LoadOptions",),
     "engine.load_report": ("LoadReport",),
-    "engine.save": ("SaveReport", "save"),
+    "engine.options": ("AsyncSaveOptions", "SaveOptions"),
+    "engine.reports": ("SaveReport",),
+    "engine.save": ("save",),
     "errors": (
         "AlreadyExists",
         "AsyncSaveFailed",
@@ -164,6 +170,7 @@ _MODULES = {
 __all__ = [
     "AlreadyExists",
     "AsyncSaveFailed",
+    "AsyncSaveOptions",
     "Box",
     "ByteRange",
     "Checkpoint",
@@ -203,6 +210,7 @@ __all__ = [
     "SaveBegan",
     "SaveCommitted",
     "SaveHandle",
+    "SaveOptions",
     "SaveReport",
     "ShardkeepError",
     "Shards",

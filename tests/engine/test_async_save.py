@@ -1,8 +1,9 @@
-"""`async_save` returns when the state was taken; what is saved is the state as it was then."""
+"""`async_save` returns when the state is copied, and saves the state as it was then."""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 import shardkeep as sk
-from shardkeep.engine import async_save, save_queue
+from shardkeep.engine import async_save, execution
 from shardkeep.stores import LocalStore
 from shardkeep.testing import simulated_ranks
 from support import jobs, scenarios
@@ -29,7 +30,7 @@ def _no_memory_is_kept():
 
 
 class Gate(LocalStore):
-    """A store whose files are not written before it is opened."""
+    """A store that creates no data file before its gate is opened."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -65,10 +66,10 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.mark.parametrize("budget", [None, 1 << 20])
-def test_changes_after_the_return_change_nothing_that_is_saved(tmp_path, budget):
+def test_changes_after_the_return_are_not_saved(tmp_path, budget):
     mine, store = state("a"), Gate(tmp_path)
     if budget is not None:
-        store.opened.set()  # Its call returns when the last bytes were taken, file by file.
+        store.opened.set()  # The call returns when the last bytes have been read.
     handle = sk.async_save(mine, store, max_host_memory=budget)
     for tensor in (mine["w"], mine["t"], *mine["small"]):
         tensor.view(torch.uint8).zero_() if tensor.is_contiguous() else tensor.zero_()
@@ -82,21 +83,21 @@ def test_changes_after_the_return_change_nothing_that_is_saved(tmp_path, budget)
     assert list(report.seconds) == ["plan", "stage", "write", "sync", "commit"]
 
 
-def test_nothing_is_written_before_the_return_and_the_result_waits(tmp_path):
+def test_nothing_is_committed_before_the_return_and_result_waits(tmp_path):
     store = Gate(tmp_path)
     handle = sk.async_save(state(), store)
-    assert not handle.done() and repr(handle) == "<SaveHandle: under way>"
+    assert not handle.done() and repr(handle) == "<SaveHandle: running>"
     with pytest.raises(sk.NotACheckpoint):
         sk.open(tmp_path)
     with pytest.raises(TimeoutError, match=r"the save is not durable after 0\.01 s; it goes on"):
         handle.result(timeout=0.01)
     store.opened.set()
     assert handle.result(60).path == str(tmp_path)
-    assert repr(handle) == "<SaveHandle: ended>"
+    assert repr(handle) == f"<SaveHandle: done, {handle.result()!r}>"
 
 
-def test_saves_wait_for_the_one_before(tmp_path):
-    """Its memory is used again, and it may be on its way to the same place."""
+def test_a_save_waits_for_the_previous_one(tmp_path):
+    """They share memory, and may write to the same path."""
     store = Gate(tmp_path / "a")
     first = sk.async_save(state("a"), store)
     done = []
@@ -117,7 +118,7 @@ def test_saves_wait_for_the_one_before(tmp_path):
         assert same(loaded(tmp_path / name), state(name))
 
 
-def test_errors_before_the_copy_are_raised_at_once_and_later_ones_by_the_result(tmp_path):
+def test_errors_before_the_copy_are_raised_by_the_call_and_later_ones_by_result(tmp_path):
     sk.save({"a": 1}, tmp_path / "taken")
     with pytest.raises(sk.AlreadyExists, match="already holds a checkpoint"):
         sk.async_save(state(), tmp_path / "taken")
@@ -134,7 +135,7 @@ def test_errors_before_the_copy_are_raised_at_once_and_later_ones_by_the_result(
     assert sk.async_save(state(), tmp_path / "next").result(60).tensors == 53
 
 
-def test_tensors_are_let_go_once_they_are_copied(tmp_path):
+def test_tensors_are_freed_once_they_are_copied(tmp_path):
     store, mine = Gate(tmp_path), state()
     known = weakref.ref(mine["small"][0])
     handle = sk.async_save(mine, store)
@@ -145,7 +146,7 @@ def test_tensors_are_let_go_once_they_are_copied(tmp_path):
     handle.result(60)
 
 
-def test_memory_is_kept_and_given_back_on_request(tmp_path):
+def test_memory_is_reused_until_it_is_released(tmp_path):
     sk.async_save(state(), tmp_path / "a").result(60)
     (arena,) = [arena for arena in async_save._arenas.values() if arena.nbytes]
     address = arena.take(arena.nbytes).ctypes.data
@@ -159,8 +160,6 @@ def test_memory_is_kept_and_given_back_on_request(tmp_path):
 
 def test_many_saves_leak_nothing(tmp_path):
     def counts():
-        while any(thread.name == "shardkeep-save" for thread in threading.enumerate()):
-            time.sleep(0.01)  # it ends by itself, soon after its last save
         return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
 
     mine = state()
@@ -177,7 +176,7 @@ def test_many_saves_leak_nothing(tmp_path):
     assert same(loaded(tmp_path / "ckpt"), mine)
 
 
-def test_a_gentle_save_leaves_the_caller_its_priority(tmp_path):
+def test_low_priority_does_not_change_the_priority_of_the_caller(tmp_path):
     before = os.getpriority(os.PRIO_PROCESS, 0)
     seen = []
 
@@ -192,14 +191,14 @@ def test_a_gentle_save_leaves_the_caller_its_priority(tmp_path):
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
-def test_beside_a_loop_one_thread_writes(tmp_path, monkeypatch):
-    """Each thread that comes back from the kernel wants the interpreter, which the loop needs."""
+def test_a_background_save_writes_with_one_thread(tmp_path, monkeypatch):
+    """Each thread that returns from a system call competes for the interpreter lock."""
     seen = set()
     real = os.pwritev
 
     def pwritev(*args):
         seen.add(threading.get_native_id())
-        time.sleep(0.02)  # so that others come to their turn
+        time.sleep(0.02)  # so that other threads get work, too
         return real(*args)
 
     monkeypatch.setattr(os, "pwritev", pwritev)
@@ -215,20 +214,18 @@ def test_beside_a_loop_one_thread_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_commit_leaves_the_interpreter_to_others_until_somebody_waits_for_it(
-    tmp_path, monkeypatch, waits
-):
-    """A loop beside a save is held up by a piece of it at a time."""
+def test_a_background_commit_pauses_until_somebody_waits_for_it(tmp_path, monkeypatch, waits):
+    """A training loop is delayed by short pieces of the commit only."""
     calls = []
 
-    class Watched(save_queue.Turns):
+    class Watched(execution.Throttle):
         def __call__(self):
-            due = time.thread_time() - self._since > save_queue._PIECE
+            due = time.thread_time() - (self._since or math.inf) > execution._WORK_SECONDS
             began = time.perf_counter()
             super().__call__()
-            calls.append((due, time.perf_counter() - began >= save_queue._REST))
+            calls.append((due, time.perf_counter() - began >= execution._PAUSE_SECONDS))
 
-    monkeypatch.setattr(async_save, "Turns", Watched)
+    monkeypatch.setattr(execution, "Throttle", Watched)
     mine = {f"t{n}": torch.zeros(3) for n in range(3000)}
     handle = sk.async_save(mine, tmp_path / "a")
     if waits:
@@ -241,13 +238,13 @@ def test_a_commit_leaves_the_interpreter_to_others_until_somebody_waits_for_it(
     assert waits or all(rested for due, rested in calls if due)
 
 
-def test_who_waits_for_a_save_gets_no_rest_in_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(save_queue.Turns, "__call__", lambda _: pytest.fail("a rest"))
+def test_a_save_in_the_foreground_does_not_pause(monkeypatch, tmp_path):
+    monkeypatch.setattr(execution.Throttle, "__call__", lambda _: pytest.fail("it paused"))
     assert sk.save(state(), tmp_path / "a").tensors
 
 
-def test_more_small_tensors_than_one_window_holds_come_back(tmp_path):
-    """One of them begins a window; its CRC-32 was 0, and the checkpoint so was damaged."""
+def test_more_small_tensors_than_fit_in_one_window_are_saved_correctly(tmp_path):
+    """The CRC-32 of a tensor that began a window was 0, which made the checkpoint damaged."""
     mine = {f"t{n}": torch.full((16,), float(n)) for n in range(60_000)}
     sk.async_save(mine, tmp_path / "a").result(60)
     again = {name: torch.zeros(16) for name in mine}
@@ -266,7 +263,7 @@ def save_twice(ranks, path):
     return handle.result(60).slowest[0]
 
 
-def test_simulated_ranks_save_side_by_side(tmp_path):
+def test_simulated_ranks_save_at_the_same_time(tmp_path):
     slowest = simulated_ranks.run(3, save_twice, str(tmp_path))
     assert len(set(slowest)) == 1 and slowest[0] in (0, 1, 2)
     whole = values("sharded", (6, 4), torch.float32)
@@ -277,8 +274,8 @@ def test_simulated_ranks_save_side_by_side(tmp_path):
 
 
 @pytest.mark.gloo
-def test_real_ranks(gloo, tmp_path):
-    """Also while a training collective is under way in another thread of each rank."""
+def test_real_ranks_save_asynchronously(gloo, tmp_path):
+    """A training collective runs in another thread of each rank meanwhile."""
     reports = gloo.run(jobs.async_saves, str(tmp_path / "ckpt"))
     assert len({report["slowest"] for report in reports}) == 1
     for report in reports:
@@ -289,7 +286,7 @@ def test_real_ranks(gloo, tmp_path):
 
 
 @pytest.mark.gloo
-def test_a_rank_that_fails_later_is_named_by_all_results(gloo, tmp_path):
+def test_all_results_name_a_rank_that_fails_later(gloo, tmp_path):
     ends = gloo.run(jobs.failing_async_save, str(tmp_path / "ckpt"))
     assert [end["kind"] for end in ends] == ["RankFailed", "RankFailed", "OSError", "RankFailed"]
     assert all(end["at"] == "result" for end in ends)

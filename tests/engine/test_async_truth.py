@@ -1,4 +1,4 @@
-"""What an asynchronous save promises: the state as it was, no error lost, nothing left behind."""
+"""Asynchronous saves save the state as it was, lose no error, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.torch
 import shardkeep as sk
 import shardkeep.dcp as dcp
 from shardkeep.coordination.contract import Ranks
-from shardkeep.engine import save_queue
+from shardkeep.engine import handles
 from shardkeep.errors import AsyncSaveFailed, RankFailed
 from shardkeep.stores import LocalStore
 from shardkeep.testing import simulated_ranks
@@ -35,7 +35,7 @@ def _no_memory_is_kept():
 
 
 def contents(path) -> dict:
-    """Everything that is in a checkpoint, bit for bit."""
+    """Return all contents of a checkpoint, bit for bit."""
     ckpt = sk.open(path)
     assert ckpt.verify().ok
     return {
@@ -45,7 +45,7 @@ def contents(path) -> dict:
 
 
 class Full(LocalStore):
-    """A folder of a disk without any room."""
+    """A folder on a disk without free space."""
 
     def open_positioned_writer(self, name, nbytes):
         raise OSError(errno.ENOSPC, "No space left on device", self.path_of(name))
@@ -90,7 +90,7 @@ def test_changes_after_async_save_returns_are_not_saved(tmp_path, save):
 # --- no error is lost -----------------------------------------------------------------------------
 
 
-def fail_unheard(path) -> None:
+def fail_unreported(path) -> None:
     handle = sk.async_save({"w": torch.ones(3)}, Full(path))
     while not handle.done():
         time.sleep(0.001)
@@ -103,7 +103,7 @@ def causes(error):
 
 
 @pytest.mark.parametrize("how", ["save", "async_save", "dcp.save", "dcp.async_save"])
-def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(tmp_path, how):
+def test_an_unreported_error_is_raised_by_the_next_save(tmp_path, how):
     state, there = {"w": torch.ones(3)}, tmp_path / "next"
     begin = {
         "save": lambda: sk.save(state, there),
@@ -111,7 +111,7 @@ def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(tmp_path, how
         "dcp.save": lambda: dcp.save(state, checkpoint_id=there),
         "dcp.async_save": lambda: dcp.async_save(state, checkpoint_id=there),
     }[how]
-    fail_unheard(tmp_path / "full")
+    fail_unreported(tmp_path / "full")
     with pytest.raises(AsyncSaveFailed) as caught:
         begin()
     message = f"an asynchronous save to {tmp_path / 'full'} failed, and nobody asked for its result"
@@ -120,13 +120,13 @@ def test_an_error_that_nobody_asked_for_is_raised_by_the_next_save(tmp_path, how
     assert "the save that was called now was not begun" in str(caught.value)
     assert errno.ENOSPC in [getattr(error, "errno", None) for error in causes(caught.value)]
     assert not there.exists()
-    done = begin()  # told once
+    done = begin()  # It is raised only once.
     if "async" in how:
         done.result(60)
     assert sk.open(there).verify().ok
 
 
-def test_dcps_futures_count_too(tmp_path, monkeypatch):
+def test_an_unreported_error_of_a_dcp_future_is_raised_by_the_next_save(tmp_path, monkeypatch):
     monkeypatch.setattr(LocalStore, "open_positioned_writer", Full.open_positioned_writer)
     future = dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     while not future.done():
@@ -137,7 +137,7 @@ def test_dcps_futures_count_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ask", ["result", "exception"])
-def test_an_error_that_somebody_asked_for_is_not_raised_again(tmp_path, monkeypatch, ask):
+def test_a_reported_error_is_not_raised_again(tmp_path, monkeypatch, ask):
     monkeypatch.setattr(LocalStore, "open_positioned_writer", Full.open_positioned_writer)
     future = dcp.async_save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "a")
     if ask == "exception":
@@ -150,7 +150,7 @@ def test_an_error_that_somebody_asked_for_is_not_raised_again(tmp_path, monkeypa
 
 
 def one_of_them_asks(ranks: Ranks, path: str) -> list[str]:
-    """Rank 2 can't write; only rank 0 asks for the result. Then two saves more."""
+    """Rank 2 can't write, and only rank 0 requests the result. Two more saves follow."""
     state = {"mine": {ranks.rank: torch.full((4,), float(ranks.rank))}}
     handle = sk.async_save(state, Full(path) if ranks.rank == 2 else path, ranks=ranks)
     ends = []
@@ -168,18 +168,18 @@ def one_of_them_asks(ranks: Ranks, path: str) -> list[str]:
     return ends
 
 
-def test_ranks_that_were_not_told_do_not_let_the_others_wait(tmp_path):
+def test_ranks_with_an_unreported_error_do_not_make_others_wait(tmp_path):
     path = str(tmp_path / "ckpt")
     ends = simulated_ranks.run(4, one_of_them_asks, path)
     assert ends[0][0].startswith("told of rank ")
-    for first, _ in ends:  # whoever comes second is told of the first one
+    for first, _ in ends:  # The second rank to raise is told about the first.
         assert " in describe" in first or first.startswith("raised: an asynchronous save to ")
         assert "nobody asked for its result" in first
     assert [rank[1] for rank in ends] == ["saved"] * 4
     assert sk.open(path).verify().ok
 
 
-def test_a_program_that_ends_says_what_failed(tmp_path):
+def test_a_program_logs_unreported_errors_as_it_ends(tmp_path):
     program = (
         "import errno, torch, shardkeep as sk\n"
         "from shardkeep.stores import LocalStore\n"
@@ -196,7 +196,7 @@ def test_a_program_that_ends_says_what_failed(tmp_path):
         check=False,
     )
     assert (
-        "The program ends, and nobody asked for a failed asynchronous save to "
+        "The program ends, and nobody requested the result of a failed asynchronous save to "
         f"{tmp_path}: [Errno 28] No space left on device"
     ) in done.stderr
 
@@ -205,7 +205,7 @@ def test_a_program_that_ends_says_what_failed(tmp_path):
 
 
 class Interrupting:
-    """Its state takes long enough for a Ctrl-C of the thread that waits for the copy."""
+    """Its `state_dict` interrupts the main thread, and takes long enough for that to arrive."""
 
     def state_dict(self):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -217,17 +217,38 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("budget", [None, 1])
-def test_a_state_whose_copy_was_interrupted_is_not_saved(tmp_path, budget):
-    """The caller is told by the interrupt, and may go on to change it."""
+def test_a_save_interrupted_while_the_state_is_copied_saves_nothing(tmp_path, budget):
+    """The caller may change the state after the interrupt."""
     with pytest.raises(KeyboardInterrupt):
         sk.async_save({"m": Interrupting()}, tmp_path / "ckpt", max_host_memory=budget)
-    sk.save({"w": torch.ones(3)}, tmp_path / "next")  # waits for it, and has nothing to complain of
+    sk.save({"w": torch.ones(3)}, tmp_path / "next")  # The interrupt is not an unreported error.
     with pytest.raises(sk.NotACheckpoint):
         sk.open(tmp_path / "ckpt")
     assert list(tmp_path.glob("ckpt/*")) == []
 
 
-def test_a_state_that_one_rank_can_not_give_is_told_to_all(gloo, tmp_path):
+class InterruptingStore(LocalStore):
+    """A store that interrupts the main thread while the state has not been read yet."""
+
+    def open_positioned_writer(self, name, nbytes):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        return super().open_positioned_writer(name, nbytes)
+
+
+def test_a_save_interrupted_while_the_worker_reads_the_state_saves_nothing(tmp_path):
+    """A state that is larger than the budget is written in place, while the caller waits."""
+    with pytest.raises(KeyboardInterrupt):
+        sk.async_save(
+            {"w": torch.ones(1 << 20)}, InterruptingStore(tmp_path / "ckpt"), max_host_memory=1
+        )
+    sk.save({"w": torch.ones(3)}, tmp_path / "next")  # The interrupt is not an unreported error.
+    with pytest.raises(sk.NotACheckpoint):
+        sk.open(tmp_path / "ckpt")
+    assert list(tmp_path.glob("ckpt/*")) == []
+
+
+def test_an_error_of_state_dict_on_one_rank_is_raised_on_all(gloo, tmp_path):
     ends = gloo.run("support.failing:stateless", str(tmp_path))
     for rank, (end, late) in enumerate(ends):
         assert end == ("ValueError: no state today" if rank == 2 else "told: no state today")
@@ -253,7 +274,7 @@ def many(way: str, saves: int, path: Path) -> dict:
 
 @pytest.mark.parametrize("way", ["async", "managers"])
 def test_saves_in_quick_succession_leak_nothing(tmp_path, way):
-    """100 of them; `python -m support.many async 1000 FOLDER` makes as many as one likes."""
+    """100 saves; `python -m support.many async 1000 FOLDER` makes any number of them."""
     found = many(way, 100, tmp_path)
     assert len(set(found["threads"])) == 1
     assert len(set(found["files"])) == 1
@@ -281,7 +302,7 @@ class Gate(LocalStore):
 
 @pytest.fixture
 def under_way(tmp_path):
-    """A save that goes on for as long as the test does."""
+    """A save that does not end before the test does."""
     store = Gate(tmp_path / "parent")
     store.opened = threading.Event()
     handle = sk.async_save({"w": torch.ones(3)}, store)
@@ -295,7 +316,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no such process
 
 @needs_fork
 def test_a_process_forked_during_a_save_ends(under_way):
-    """As the workers of a `DataLoader` do: the save is not theirs to wait for."""
+    """Workers of a `DataLoader` are forked, and must not wait for their parent's save."""
     assert forking.ends_well(lambda: None)
     assert not under_way.done()
 
@@ -315,8 +336,8 @@ def test_a_process_forked_during_a_save_can_save(tmp_path, under_way):
 
 
 @needs_fork
-def test_a_forked_process_is_not_told_of_errors_that_are_its_parents(tmp_path):
-    fail_unheard(tmp_path / "full")
+def test_a_forked_process_does_not_raise_errors_of_its_parent(tmp_path):
+    fail_unreported(tmp_path / "full")
     assert forking.ends_well(lambda: sk.save({"n": 1}, tmp_path / "child"))
     with pytest.raises(AsyncSaveFailed):
         sk.save({"n": 1}, tmp_path / "parent")
@@ -325,47 +346,46 @@ def test_a_forked_process_is_not_told_of_errors_that_are_its_parents(tmp_path):
 # --- waiting for a while --------------------------------------------------------------------------
 
 
-def test_who_gave_up_waiting_is_not_waited_for():
-    """A loop that looks now and then at a save beside it must not take its rests away."""
-    outcome = save_queue.Outcome()
-    outcome.set_running_or_notify_cancel()
-    for ask in (save_queue.Handle(outcome).result, outcome.exception):
-        with pytest.raises(save_queue.TimedOut):
+def test_a_wait_that_timed_out_does_not_count_as_a_waiter():
+    """Otherwise a loop that polls a save would keep it from pausing."""
+    outcome = handles.SaveFuture()
+    for ask in (handles.Handle(outcome).result, outcome.exception):
+        with pytest.raises(handles.FutureTimeoutError):
             ask(timeout=0)
-        assert not outcome.awaited
+        assert not outcome.has_waiters
     waits = threading.Thread(target=outcome.result)
     waits.start()
-    while not outcome.awaited:
+    while not outcome.has_waiters:
         time.sleep(0.001)
     with pytest.raises(TimeoutError):
-        save_queue.Handle(outcome).result(timeout=0)
-    assert outcome.awaited  # by the other thread
+        handles.Handle(outcome).result(timeout=0)
+    assert outcome.has_waiters  # by the other thread
     outcome.set_result(None)
     waits.join()
 
 
-def test_a_save_that_ends_as_the_time_is_over_gives_its_result():
-    class Late(save_queue.Outcome):
+def test_a_save_that_ends_at_the_timeout_returns_its_result():
+    class Late(handles.SaveFuture):
         def result(self, timeout=None):
             try:
                 return super().result(timeout)
-            except save_queue.TimedOut:
+            except handles.FutureTimeoutError:
                 self.set_result("the report")
                 raise
 
-    assert save_queue.Handle(Late()).result(timeout=0) == "the report"
+    assert handles.Handle(Late()).result(timeout=0) == "the report"
 
 
-def test_the_error_is_pythons_own_where_futures_raise_another(monkeypatch):
-    """As they do in Python 3.10."""
+def test_a_timeout_is_the_built_in_error_where_futures_raise_another(monkeypatch):
+    """Python 3.10 has two classes."""
 
     class OfFutures(Exception):
         pass
 
-    class Old(save_queue.Outcome):
+    class Old(handles.SaveFuture):
         def result(self, timeout=None):
             raise OfFutures
 
-    monkeypatch.setattr(save_queue, "TimedOut", OfFutures)
+    monkeypatch.setattr(handles, "FutureTimeoutError", OfFutures)
     with pytest.raises(TimeoutError, match="the save is not durable after 1 s; it goes on"):
-        save_queue.Handle(Old()).result(timeout=1)
+        handles.Handle(Old()).result(timeout=1)

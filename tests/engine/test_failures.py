@@ -1,4 +1,4 @@
-"""A rank that fails is named by all others, soon; what was committed before still loads."""
+"""All ranks soon name a rank that failed, and the previous checkpoint still loads."""
 
 from __future__ import annotations
 

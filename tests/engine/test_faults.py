@@ -1,4 +1,4 @@
-"""Storage that fails: nothing is committed, the old checkpoint stands, nothing is left behind."""
+"""If storage fails, nothing is committed or left behind, and the old checkpoint still loads."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def open_files() -> int:
 SOME = [
     ("over", "write", "openat", "data", "EACCES", "refused"),
     ("over", "sync", "ftruncate", "data", "EIO", "refused"),
-    ("over", "own", "fsync", "folder above", "EIO", "refused"),
-    ("over", "own", "rename", "new lease", "EACCES", "refused"),
+    ("over", "assign", "fsync", "folder above", "EIO", "refused"),
+    ("over", "assign", "rename", "new lease", "EACCES", "refused"),
     ("over", "commit", "rename", "new .metadata", "EROFS", "refused"),
     ("new", "commit", "renameat2", "new .metadata", "EIO", "refused"),
     ("over", "after", "unlink", "lease", "EIO", "kept"),
-    ("new", "own", "mkdir", "folder", "ENOSPC", "refused"),
+    ("new", "assign", "mkdir", "folder", "ENOSPC", "refused"),
     ("async", "write", "pwritev2", "data", "ENOSPC", "refused"),
     ("manager", "commit", "fsync", "folder", "EIO", "new"),
     ("manager", "after", "unlink", "old data", "EIO", "kept"),
@@ -65,7 +65,7 @@ SOME = [
 
 
 def test_errors_of_system_calls_leave_the_old_checkpoint(tmp_path):
-    """Some of them; `make faults` tries all."""
+    """A selection; `make faults` tries all system calls."""
     if not injected.works(tmp_path):
         pytest.skip("needs strace, and the right to trace")
     calls = {(one.kind, one.phase, one.name, one.of): one for one in CALLS}
@@ -81,7 +81,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 
 def on_page(kind: str, error: str) -> set[tuple[str, ...]]:
-    """What the page says of such saves and this error: row by row, each time that it comes."""
+    """Return the rows of the page about this kind of save and this error."""
     at = 5 + injected_store.ERRORS.index(error)
     table = PAGE.read_text().partition("| Error comes |")[2].partition("\n\n")[0]
     lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
@@ -94,8 +94,8 @@ def on_page(kind: str, error: str) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("kind", injected_store.KINDS)
-def test_errors_of_a_store_end_as_the_page_says(kind):
-    """One of the errors; `make faults` tries all, and writes the page."""
+def test_errors_of_a_store_have_the_documented_effect(kind):
+    """One of the errors; `make faults` tries all and writes the page."""
     found = {
         (*row[:4], when, row[5])
         for row in injected_store.rows(kind, ["EIO"])
@@ -139,7 +139,7 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def test_a_file_system_that_is_really_full(tmp_path):
+def test_a_full_file_system(tmp_path):
     mount = f"mount -t tmpfs -o size=4m none {tmp_path}"
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     try:
@@ -150,14 +150,14 @@ def test_a_file_system_that_is_really_full(tmp_path):
     assert run([*unshare, program]) == f"{errno.ENOSPC} True\n" * 2
 
 
-def test_files_that_may_not_grow(tmp_path):
-    """RLIMIT_FSIZE, as quotas of some systems: EFBIG."""
+def test_a_limit_on_the_size_of_files(tmp_path):
+    """RLIMIT_FSIZE fails with EFBIG, as the quotas of some systems do."""
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))"
     command = [sys.executable, "-c", limited + FULL, str(tmp_path), str(2 << 20)]
     assert run(command) == f"{errno.EFBIG} True\n" * 2
 
 
-def test_a_folder_that_can_not_be_written_to(tmp_path):
+def test_a_folder_without_permission_to_write(tmp_path):
     folder = tmp_path / "run"
     sk.save(state(1), folder / "ckpt")
     before = there(folder / "ckpt")
@@ -188,7 +188,7 @@ def _others_can_enter(folder: Path) -> bool:
 
 @pytest.mark.parametrize("work", ["save", "async_save"])
 @pytest.mark.parametrize("phase", ["write", "sync", "report"])
-def test_a_folder_that_vanishes_is_not_made_again_without_its_data(tmp_path, work, phase):
+def test_a_folder_that_was_removed_is_not_created_again_without_its_data(tmp_path, work, phase):
     path, away = tmp_path / "ckpt", tmp_path / "away"
     sk.save(state(1), path)
     files = open_files()
@@ -291,6 +291,6 @@ print(raised > rounds // 4, len(os.listdir("/proc/self/fd")) - files, lost)
 """
 
 
-def test_an_interrupt_at_any_moment_loses_no_descriptor_and_leaves_nothing_for_long(tmp_path):
+def test_an_interrupt_at_any_moment_leaks_no_descriptor_and_no_file(tmp_path):
     program = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "ckpt"), "40"]
     assert run(program) == "True 0 []\n"

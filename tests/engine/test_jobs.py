@@ -1,4 +1,4 @@
-"""Real jobs on real processes: what one layout saves, another one loads, bit for bit."""
+"""Real processes load in one layout, bit for bit, what they saved in another one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_job_resumes_in_another_layout(gloo, saved, layout, size, target, targ
     ("layout", "size"),
     [("fsdp", 4), ("tp", 4), ("fsdp_tp", 4), ("hsdp", 4), ("ddp", 4), ("plain", 1)],
 )
-def test_no_torch_reads_the_same(saved, layout, size):
+def test_the_reader_without_torch_reads_the_same(saved, layout, size):
     path, expected, _ = saved(layout, size)
     checkpoint = sk.open(path)
     assert as_numpy(checkpoint) == expected
@@ -87,7 +87,7 @@ def test_no_torch_reads_the_same(saved, layout, size):
     assert as_numpy(sk.open(path, manifest=False)) == expected
 
 
-def test_replicas_are_written_once_and_shared_out(saved):
+def test_replicas_are_written_once_by_different_ranks(saved):
     _, one, _ = saved("plain", 1)
     for layout in ("ddp", "hsdp", "fsdp"):
         _, expected, results = saved(layout, 4)
@@ -114,14 +114,14 @@ def test_a_fresh_optimizer_gets_its_state(gloo, tmp_path):
 
 
 def test_any_placements_load_into_any_other(gloo, tmp_path):
-    results = gloo.run(layouts.reshard_many, str(tmp_path), 11, 8, 40)
+    results = gloo.run(layouts.reshard_many, str(tmp_path), 11, 8, 40, limit=100)
     assert [result["wrong"] for result in results] == [[]] * 4
     assert results[0]["cases"] >= 300
     assert results[0]["uneven"] > 100
     assert results[0]["outside"] > 30
 
 
-def test_one_of_everything_else(gloo, tmp_path):
+def test_other_kinds_of_tensors_and_values(gloo, tmp_path):
     assert gloo.run(layouts.others, str(tmp_path)) == ["fine"] * 4
     for name in ("sharded", "subclass", "some", "a", "b"):
         report = sk.open(tmp_path / name).verify()

@@ -1,4 +1,4 @@
-"""What saves and loads take of memory: no more than their budget, and nothing that stays."""
+"""Saves and loads stay within their memory budget and leak nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 from support.memory import BUDGET, MIB
 
 OVERHEAD = MIB
-"""Python's own: plans, messages, what an allocator keeps; the same for any size of state."""
+"""What Python needs for plans and messages, whatever the size of the state."""
 
 
 def measured(kind: str, path: Path) -> dict:

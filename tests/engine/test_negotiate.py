@@ -1,4 +1,4 @@
-"""What the ranks of a save tell each other, from claims to a checkpoint, without torch."""
+"""The messages of a save, from claims to a checkpoint, without torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def data(mine: Claim, rank: int, row: int) -> bytes:
 
 
 def save(ranks, store, **options) -> str:
-    """The life of a save, with numpy in the place of torch."""
+    """Save with numpy in the place of torch, and return the id of the save."""
     with ranks.session("save", "memory") as session:
         mine = claim(ranks.rank, ranks.size, **options)
         order = negotiate_writers(session, mine, admit=lambda: None)
@@ -79,10 +79,10 @@ def save(ranks, store, **options) -> str:
         items += [(None, memoryview(name.encode())) for name in order.objects]
         file = commit.data_file(ranks.rank, 0, order.save_id)
         written = write_items(store, {file: items} if items else {})
-        index = report(session, order, written)
-        if index is not None:
-            commit.publish(store, order.save_id, index, {})
-        session.broadcast(b"" if index is not None else None)
+        reports = report(session, order, written)
+        if reports is not None:
+            commit.publish(store, order.save_id, reports.index, {})
+        session.broadcast(b"" if reports is not None else None)
     return order.save_id
 
 
@@ -104,7 +104,7 @@ def test_simulated_ranks_make_one_checkpoint(size):
     assert [tree["rank"][rank]["note"] for rank in range(size)] == list(range(size))
 
 
-def test_what_no_rank_wrote_is_in_no_file():
+def test_a_rank_that_writes_nothing_has_no_file():
     store = MemoryStore()
     simulated_ranks.run(4, save, store)
     names = [name for name in names_in(store) if name.endswith(".distcp")]
@@ -125,7 +125,7 @@ def test_a_refusal_is_the_same_on_every_rank():
     assert not list(names_in(store))
 
 
-def test_names_of_two_lone_surrogates_stay_two():
+def test_names_with_different_lone_surrogates_stay_different():
     odd = "\ud800\udc00"
 
     def settled(ranks):

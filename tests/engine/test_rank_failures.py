@@ -127,7 +127,7 @@ def test_ranks_stop_writing_when_another_rank_has_failed(tmp_path):
 
 GONE = [
     ("save", "describe", 1, "killed"),
-    ("save", "own", 0, "killed"),
+    ("save", "assign", 0, "killed"),
     ("save", "write", 0, "killed"),
     ("save", "sync", 2, "killed"),
     ("save", "report", 1, "killed"),

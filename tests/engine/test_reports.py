@@ -1,4 +1,4 @@
-"""What a load says it did: phases, rate, the slowest rank, and the line that people read."""
+"""Reports of saves and loads: phases, rate, the slowest rank, and the printed line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardkeep.stores import MemoryStore
 from shardkeep.testing import simulated_ranks
 
 
-def test_the_report_is_one_line():
+def test_a_load_report_prints_as_one_line():
     report = LoadReport(
         "run",
         nbytes=2_040_109_466,
@@ -34,7 +34,7 @@ def test_the_report_is_one_line():
     assert str(LoadReport("run", nbytes=1024)).startswith("loaded 1.0 KiB in")
 
 
-def test_so_is_that_of_a_save():
+def test_a_save_report_prints_as_one_line():
     report = sk.SaveReport(
         "run", "0" * 32, tensors=3, objects=1, nbytes=397_110, written=1024,
         seconds={"plan": 0.0156, "write": 0.5, "sync": 0.25, "commit": 0.001}, slowest=(3, 0.7812),
@@ -47,14 +47,14 @@ def test_so_is_that_of_a_save():
 
 
 class Terminal(io.StringIO):
-    """A standard error that says it is a terminal."""
+    """A standard error stream that claims to be a terminal."""
 
     def isatty(self):
         return True
 
 
 @pytest.mark.parametrize("work", ["save", "load", "async_save"])
-def test_a_bar_is_shown_where_it_is_asked_for_on_a_terminal_alone(monkeypatch, work):
+def test_a_progress_bar_is_shown_only_on_request_and_on_a_terminal(monkeypatch, work):
     state, store = {"w": torch.zeros(4)}, MemoryStore()
     sk.save(state, store)
 
@@ -87,7 +87,7 @@ def test_policies_are_checked_also_where_nothing_differs():
             sk.load(state, store, **how)
 
 
-def test_one_name_that_does_not_match_is_one():
+def test_a_mismatch_of_one_name_is_reported_in_the_singular():
     store = MemoryStore()
     sk.save({"w": torch.zeros(4)}, store)
     with pytest.raises(sk.errors.Mismatch, match="1 name does not match; nothing was read"):
@@ -95,7 +95,7 @@ def test_one_name_that_does_not_match_is_one():
 
 
 class Slow(dict):
-    """A state that takes its time on one rank."""
+    """A state that is slow on one rank."""
 
     seconds = 0.0
 
@@ -122,8 +122,8 @@ def test_every_rank_learns_who_was_the_slowest():
     assert all(report.nbytes == 16 for report in reports)
 
 
-class Heard:
-    """Keeps the phases that a session is told."""
+class PhaseRecorder:
+    """Records the phases that a session is told."""
 
     def __init__(self):
         self.phases = []
@@ -133,7 +133,7 @@ class Heard:
 
 
 def test_a_clock_reports_phases_under_the_names_of_their_parts():
-    session = Heard()
+    session = PhaseRecorder()
     clock = Clock(session, {"open": "plan", "match": "plan"})
     for name in ("open", "match", "read"):
         clock.phase(name)
@@ -143,12 +143,12 @@ def test_a_clock_reports_phases_under_the_names_of_their_parts():
     found = clock.seconds()
     assert list(found) == ["plan", "read", "restore"]
     assert found["read"] >= 0.01
-    plain = Clock(Heard())
+    plain = Clock(PhaseRecorder())
     plain.phase("write")
     assert list(plain.seconds()) == ["write"]
 
 
-def test_both_ways_of_reading_make_one_progress():
+def test_progress_counts_large_and_small_tensors_together():
     store, told = MemoryStore(), []
     state = {"large": torch.arange(1 << 18), **{f"t{i}": torch.full((9,), i) for i in range(50)}}
     sk.save(state, store)

@@ -1,4 +1,4 @@
-"""The main job: what some ranks save, other ranks load, bit for bit."""
+"""What some ranks save, any other ranks load, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardkeep as sk
-from shardkeep.engine import save
+from shardkeep.engine import save_queue
 from shardkeep.testing import simulated_ranks
 from shardkeep.torch_state.placements import Replicate, Shard, StridedShard
 from shardkeep.types import Box
@@ -75,7 +75,7 @@ def test_any_layout_loads_into_any_other(tmp_path_factory, made):
         assert array.tobytes() == scenarios.bits(values(name, shape, getattr(torch, dtype)))
 
 
-def test_one_of_everything_comes_back(play, tmp_path):
+def test_every_kind_of_value_is_loaded_as_it_was_saved(play, tmp_path):
     reports = play(scenarios.round_trip, str(tmp_path / "ckpt"))
     assert all(report["missing"] == () for report in reports)
     assert sum(report["written"] for report in reports) == reports[0]["nbytes"]
@@ -83,7 +83,7 @@ def test_one_of_everything_comes_back(play, tmp_path):
     assert sorted({name.split(".")[1] for name in others}) == ["0", "2", "3"]
 
 
-def test_one_process_needs_no_group(tmp_path):
+def test_one_process_needs_no_process_group(tmp_path):
     state = scenarios.job_state(0, 1)
     report = sk.save(state, tmp_path / "ckpt")
     loaded = scenarios.blank(state)
@@ -93,7 +93,7 @@ def test_one_process_needs_no_group(tmp_path):
     assert report.tensors == 11
 
 
-def test_the_tree_is_exactly_what_was_saved(tmp_path):
+def test_the_loaded_tree_equals_the_saved_one(tmp_path):
     state = scenarios.job_state(0, 1)
     sk.save(state, tmp_path / "ckpt")
     tree = sk.open(tmp_path / "ckpt").tree()
@@ -192,7 +192,7 @@ class Holder(torch.nn.Module):
         self.b.weight = self.a.weight
 
 
-def test_modules_and_optimizers_stand_for_their_state(tmp_path):
+def test_modules_and_optimizers_are_saved_by_their_state(tmp_path):
     torch.manual_seed(1)
     model = Holder()
     optim = torch.optim.AdamW(model.parameters())
@@ -211,7 +211,7 @@ def test_modules_and_optimizers_stand_for_their_state(tmp_path):
     assert state["step"] == 1
 
 
-def test_all_that_does_not_match_is_listed_before_anything_is_read(tmp_path):
+def test_all_mismatches_are_listed_before_anything_is_read(tmp_path):
     sk.save({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4), "d": 1}, tmp_path)
     template = {
         "a": torch.zeros(2),
@@ -282,7 +282,7 @@ def keep_the_lowest(ranks, path):
     sk.save(state, path, ranks=ranks, require_identical_objects=False)
 
 
-def test_objects_that_differ_are_named_where_that_is_let_pass(tmp_path):
+def test_a_warning_names_objects_that_differ_between_ranks(tmp_path):
     with pytest.warns(UserWarning) as said:
         simulated_ranks.run(3, keep_the_lowest, tmp_path)
     assert [str(one.message) for one in said] == [
@@ -299,7 +299,7 @@ def save_in_files(ranks, path, files):
 
 
 @pytest.mark.parametrize(("files", "each"), [(None, 1), (1, 1), (3, 3), (9, 9)])
-def test_files_of_each_rank(tmp_path, files, each):
+def test_the_number_of_files_of_each_rank(tmp_path, files, each):
     simulated_ranks.run(2, save_in_files, tmp_path, files)
     found = [path.name for path in tmp_path.glob("*.distcp")]
     assert all(sum(name.startswith(f"__{rank}_") for name in found) == each for rank in (0, 1))
@@ -320,17 +320,17 @@ def save_replicas(ranks, path, balance_replicas):
 
 
 @pytest.mark.parametrize(("balance_replicas", "ranks"), [(True, {0, 1, 2}), (False, {0})])
-def test_who_writes_replicas(tmp_path, balance_replicas, ranks):
+def test_which_ranks_write_replicas(tmp_path, balance_replicas, ranks):
     simulated_ranks.run(3, save_replicas, tmp_path, balance_replicas)
     assert {int(path.name.split("_")[2]) for path in tmp_path.glob("*.distcp")} == ranks
 
 
 @pytest.mark.parametrize(("platform", "asked"), [("linux", 1), ("darwin", 0)])
-def test_only_where_its_number_means_a_thread_one_gives_way(monkeypatch, platform, asked):
+def test_the_priority_of_a_thread_is_lowered_on_linux_only(monkeypatch, platform, asked):
     calls = []
-    monkeypatch.setattr(save.os, "setpriority", lambda *of: calls.append(of), raising=False)
-    monkeypatch.setattr(save.sys, "platform", platform)
-    save._give_way()
+    monkeypatch.setattr(save_queue.os, "setpriority", lambda *of: calls.append(of), raising=False)
+    monkeypatch.setattr(save_queue.sys, "platform", platform)
+    save_queue._lower_priority()
     assert calls == [(os.PRIO_PROCESS, threading.get_native_id(), 19)] * asked
 
 
@@ -358,7 +358,7 @@ MODULE = torch.nn.Linear(2, 2)
         ({}, {"max_host_memory": True}, ValueError, "a number of bytes, .* not True"),
     ],
 )
-def test_arguments_that_can_not_be_are_refused_before_anything_is_made(
+def test_invalid_arguments_are_refused_before_anything_is_created(
     tmp_path, call, given, options, kind, message
 ):
     if call is sk.load:
@@ -371,7 +371,7 @@ def test_arguments_that_can_not_be_are_refused_before_anything_is_made(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_any_number_of_bytes_is_a_budget(tmp_path):
+def test_any_positive_number_of_bytes_is_a_valid_budget(tmp_path):
     mine = {"w": torch.arange(400_000.0)}
     for budget in (1, 1000, 1 << 20, np.int64(3 << 20), 1 << 40):
         sk.save(mine, tmp_path, overwrite=True, max_host_memory=budget)

@@ -1,4 +1,4 @@
-"""Small tensors cost columns, not calls: what is done for each of them, counted."""
+"""Counts the Python calls that a save makes for each small tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shardkeep.torch_state.payloads import StatePayloads
 
 
 def state(count: int) -> dict[str, Any]:
-    """Containers of two small tensors, with few different keys."""
+    """Return containers of two small tensors, with few different keys."""
     layers: dict[str, dict[str, Any]] = {}
     for row, (weight, bias) in enumerate(torch.zeros(count, 2, 16)):
         layers.setdefault(str(row // 40), {})[str(row % 40)] = {"weight": weight, "bias": bias}
@@ -37,7 +37,7 @@ def state(count: int) -> dict[str, Any]:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Counts the calls of Python functions in its block, and how often generators go on."""
+    """Count the calls of Python functions in the block, and the resumptions of generators."""
     calls = [0]
 
     def count(frame: Any, event: str, argument: Any) -> None:
@@ -58,16 +58,16 @@ def written(count: int) -> Written:
     )  # fmt: skip
 
 
-def settled(count: int) -> Callable[[], None]:
-    """All of a save but the writing, for a state that is described already."""
+def negotiated(count: int) -> Callable[[], None]:
+    """Return a call of all of a save but the writing, for a state that is described already."""
     claim = describe_state(state(count)).claim
 
     def run() -> None:
         with detect_ranks(None).session("save", "memory") as session:
             order = negotiate_writers(session, claim, lambda: None)
-            index = report(session, order, written(len(order.pieces)))
-            assert index is not None
-            commit.publish(MemoryStore(), order.save_id, index, {})
+            reports = report(session, order, written(len(order.pieces)))
+            assert reports is not None
+            commit.publish(MemoryStore(), order.save_id, reports.index, {})
 
     return run
 
@@ -82,8 +82,10 @@ def described(count: int) -> Callable[[], None]:
     return run
 
 
-@pytest.mark.parametrize(("work", "limit"), [(described, 2.1), (settled, 0.05)])
-def test_calls_for_each_tensor(work: Callable[[int], Callable[[], None]], limit: float) -> None:
+@pytest.mark.parametrize(("work", "limit"), [(described, 2.1), (negotiated, 0.05)])
+def test_the_number_of_calls_for_each_tensor_is_limited(
+    work: Callable[[int], Callable[[], None]], limit: float
+) -> None:
     counts = []
     for size in (500, 1500):
         run = work(size)
@@ -118,13 +120,13 @@ def tensor(kind: tuple[list[int], torch.dtype, str], seed: int) -> torch.Tensor:
     st.booleans(),
     st.sampled_from([None, 1 << 20]),
 )
-def test_runs_of_small_tensors_come_back(
+def test_many_small_tensors_are_loaded_as_they_were_saved(
     tmp_path_factory: pytest.TempPathFactory,
     runs: list[tuple[Any, int]],
     staged: bool,
     budget: int | None,
 ) -> None:
-    """Also of empty ones, which lie nowhere, and of such that lie scattered."""
+    """Among them are empty tensors, which have no memory, and non-contiguous ones."""
     path = tmp_path_factory.mktemp("small")
     kinds = [kind for kind, count in runs for _ in range(count)]
     given = {f"t{row}": tensor(kind, row) for row, kind in enumerate(kinds)}

@@ -17,8 +17,9 @@ from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.checkpoint.reader import open_reader
 from shardkeep.coordination import detect_ranks
+from shardkeep.engine.execution import ForegroundExecution
 from shardkeep.engine.options import SaveConfig
-from shardkeep.engine.save import life
+from shardkeep.engine.save import run_save
 from shardkeep.run import Steps
 from shardkeep.run.pruner import Pruner
 from shardkeep.run.removal import remove
@@ -34,7 +35,8 @@ def state(step: int) -> dict:
 
 def with_metrics(step: int, store, metrics, **how) -> None:
     """As a manager saves it."""
-    life([state(step)], store, detect_ranks(), SaveConfig(metrics=metrics, **how))
+    config = SaveConfig(metrics=metrics, **how)
+    run_save(lambda: state(step), store, detect_ranks(), config, ForegroundExecution())
 
 
 @pytest.fixture(params=["local", "memory"])

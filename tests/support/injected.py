@@ -55,12 +55,12 @@ CALLS = [
     *_of(
         "over",
         [
-            ("own", "openat", "new lease"),
-            ("own", "write", "new lease"),
-            ("own", "fsync", "new lease"),
-            ("own", "fsync", "folder above"),
-            ("own", "rename", "new lease"),
-            ("own", "fsync", "folder"),
+            ("assign", "openat", "new lease"),
+            ("assign", "write", "new lease"),
+            ("assign", "fsync", "new lease"),
+            ("assign", "fsync", "folder above"),
+            ("assign", "rename", "new lease"),
+            ("assign", "fsync", "folder"),
             ("write", "openat", "data"),
             ("write", "fallocate", "data"),
             ("write", "pwritev2", "data"),
@@ -86,11 +86,11 @@ CALLS = [
     *_of(
         "new",
         [
-            ("own", "mkdir", "folder"),
-            ("own", "fsync", "folder above"),
-            ("own", "rename", "new lease"),
-            ("own", "fsync", "folder"),
-            ("own", "fsync", "folder above", 2),
+            ("assign", "mkdir", "folder"),
+            ("assign", "fsync", "folder above"),
+            ("assign", "rename", "new lease"),
+            ("assign", "fsync", "folder"),
+            ("assign", "fsync", "folder above", 2),
             ("write", "pwritev2", "data"),
             ("sync", "fsync", "data"),
             ("sync", "fsync", "folder", 2),
@@ -114,7 +114,7 @@ CALLS = [
     *_of(
         "manager",
         [
-            ("own", "mkdir", "folder"),
+            ("assign", "mkdir", "folder"),
             ("write", "pwritev2", "data"),
             ("commit", "renameat2", "new .metadata"),
             ("commit", "fsync", "folder", 3),
@@ -334,7 +334,7 @@ class Place(NamedTuple):
 
 _NEVER = {
     ("after", "unlink", "old .metadata"),  # the rest of the step would go
-    ("own", "fsync", "folder"),  # the lease would be written again, and rank 1 meet it
+    ("assign", "fsync", "folder"),  # the lease would be written again, and rank 1 meet it
 }
 """No disk says ENOENT of what is there, and these would not be understood."""
 

@@ -35,9 +35,20 @@ def _managers(path: str) -> Callable[[int, dict[str, Any]], Any]:
     def save(number: int, state: dict[str, Any]) -> Any:
         manager = both[number % 2]
         manager.wait()  # until the step before is deleted, too: what is counted is what stays
-        return manager.save(number, state)
+        manager.save(number, state)
+        return _SavedAndPruned(manager)
 
     return save
+
+
+class _SavedAndPruned:
+    """Waits until the last save of a manager is durable and old steps are deleted."""
+
+    def __init__(self, manager: sk.Manager) -> None:
+        self._manager = manager
+
+    def result(self, timeout: float) -> None:
+        self._manager.wait()
 
 
 WAYS = {"async": _asynchronous, "managers": _managers}
@@ -51,11 +62,11 @@ def main(way: str, saves: int, path: str) -> dict[str, Any]:
     save = WAYS[way](path)
     began = time.monotonic()
     for number in range(saves):
-        handle = save(number, {**mine, "n": number})  # not asked for: the next one waits for it
+        handle = save(number, {**mine, "n": number})  # The next save waits for it.
         at.append(time.monotonic() - began)
         most = max(most, _files())
         if number >= WARM and number % EVERY == 0:
-            _rest(handle)
+            handle.result(60)
             sizes.append(rss())
             threads.append(threading.active_count())
             files.append(_files())
@@ -69,12 +80,6 @@ def main(way: str, saves: int, path: str) -> dict[str, Any]:
         "seconds": at[-1],
         "slowest": float(np.diff(at).max()),
     }
-
-
-def _rest(handle: Any) -> None:
-    handle.result(60)
-    while any(thread.name == "shardkeep-save" for thread in threading.enumerate()):
-        time.sleep(0.01)  # it ends by itself, soon after its last save
 
 
 def _files() -> int:

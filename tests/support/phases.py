@@ -17,8 +17,8 @@ import shardkeep as sk
 from shardkeep.coordination.timing import Clock
 
 PHASES = {
-    "save": ["describe", "own", "write", "sync", "report", "commit"],
-    "async_save": ["describe", "own", "stage", "write", "sync", "report", "commit"],
+    "save": ["describe", "assign", "write", "sync", "report", "commit"],
+    "async_save": ["describe", "assign", "stage", "write", "sync", "report", "commit"],
     "load": ["open", "describe", "match", "read"],
 }
 ALL = [(work, phase) for work, phases in PHASES.items() for phase in phases]

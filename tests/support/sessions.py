@@ -14,7 +14,7 @@ from typing import Any
 from shardkeep.coordination.contract import Ranks, Session
 from shardkeep.errors import RankFailed
 
-PHASES = ["describe", "own", "write", "report", "commit", "leave"]
+PHASES = ["describe", "assign", "write", "report", "commit", "leave"]
 
 
 @lru_cache(maxsize=64)
@@ -51,7 +51,7 @@ def work(session: Session, step: Callable[[str], None]) -> None:
     first = session.rank == 0
     enter("describe")
     session.gather(b"digest")
-    enter("own")
+    enter("assign")
     session.scatter([b"yours"] * session.size if first else None)
     enter("write")
     enter("report")

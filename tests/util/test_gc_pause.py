@@ -1,4 +1,4 @@
-"""The garbage collector is on again once nobody needs it off."""
+"""The garbage collector is on again when the last pause has ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _as_it_was():
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_it_is_off_inside_and_as_before_outside(on):
+def test_it_is_off_inside_the_block_and_restored_after_it(on):
     gc.enable() if on else gc.disable()
     with gc_pause.paused():
         assert not gc.isenabled()
@@ -31,8 +31,8 @@ def test_it_is_off_inside_and_as_before_outside(on):
     assert gc.isenabled() == on
 
 
-def test_two_threads_whose_pauses_overlap_leave_it_on():
-    """As two saves in one process do: a second that ends last found it off."""
+def test_overlapping_pauses_of_two_threads_leave_it_on():
+    """The second pause, which ends last, found the collector off."""
     first, second = gc_pause.paused(), gc_pause.paused()
     first.__enter__()
     second.__enter__()
@@ -42,7 +42,7 @@ def test_two_threads_whose_pauses_overlap_leave_it_on():
     assert gc.isenabled()
 
 
-def test_a_thread_between_question_and_act_does_not_turn_it_off_for_good(monkeypatch):
+def test_a_thread_between_check_and_action_does_not_turn_it_off_for_good(monkeypatch):
     asked, real = threading.Event(), gc.isenabled
     over = threading.Event()
 
@@ -68,7 +68,7 @@ def test_a_thread_between_question_and_act_does_not_turn_it_off_for_good(monkeyp
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no such processes there")
-def test_a_process_forked_during_a_pause_has_it_on():
+def test_it_is_on_in_a_process_forked_during_a_pause():
     def on() -> None:
         assert gc.isenabled()
         with gc_pause.paused():

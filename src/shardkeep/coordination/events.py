@@ -367,8 +367,8 @@ class ProgressMade(Event):
 class _GuardedHook:
     """A hook whose exceptions are logged, the first one only, and ignored."""
 
-    def __init__(self, hook: EventHook) -> None:
-        self._hook = hook
+    def __init__(self, hook: EventHook, argument: str, callback: object) -> None:
+        self._hook, self._argument, self._callback = hook, argument, callback
         self._warned = False
 
     def __call__(self, event: Event) -> None:
@@ -378,9 +378,10 @@ class _GuardedHook:
             if not self._warned:
                 self._warned = True
                 _log.warning(
-                    "on_event=%r raised an exception for %r, which is ignored, and so are later "
-                    "exceptions of this hook",
-                    self._hook,
+                    "%s=%r raised an exception for %r, which is ignored, and so are later "
+                    "exceptions of it",
+                    self._argument,
+                    self._callback,
                     event,
                     exc_info=True,
                 )
@@ -390,16 +391,20 @@ def _ignore(event: Event) -> None:
     """Do nothing: there is no hook."""
 
 
-def guarded(hook: EventHook | None) -> EventHook:
+def guarded(
+    hook: EventHook | None, argument: str = "on_event", callback: object = None
+) -> EventHook:
     """Return a hook that never raises an exception.
 
     Args:
         hook: the caller's hook, None, or one that this function returned before, which is returned
             as it is. A `Manager` guards its hook once, so that all its saves log one exception.
+        argument: the name of the argument that the hook was passed as, for the log.
+        callback: what the caller passed as that argument; by default the hook itself.
     """
     if hook is None or isinstance(hook, _GuardedHook):
         return hook or _ignore
-    return _GuardedHook(hook)
+    return _GuardedHook(hook, argument, callback or hook)
 
 
 class EventSender:

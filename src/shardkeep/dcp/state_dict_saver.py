@@ -33,6 +33,7 @@ from shardkeep.dcp.operations.async_staging import (
 from shardkeep.dcp.operations.save import (
     SaveRequest,
     replace_stateful,
+    save_from_source,
     save_in_background,
     save_state,
 )
@@ -102,10 +103,10 @@ def save(
         >>> state = {"model": model.state_dict(), "optim": optim.state_dict(), "step": 100}
         >>> dcp.save(state, checkpoint_id="run/step_100")
     """
-    state_dict = wait_for_saves(state_dict)  # One of them may write to the same path.
+    state = wait_for_saves(state_dict)  # One of them may write to the same path.
     writer = writer_for(storage_writer, checkpoint_id)
-    return _save_state_dict(
-        state_dict, writer, process_group, 0, no_dist, planner, use_collectives, stateful=True
+    return save_from_source(
+        state, writer, process_group, 0, no_dist, planner, use_collectives, stateful=True
     )
 
 
@@ -163,7 +164,7 @@ def async_save(
     stager = choose_stager(async_stager, storage_writer)
 
     def state() -> dict[str, Any]:
-        return replace_stateful(with_pending_failure(state_dict))
+        return replace_stateful(with_pending_failure(state_dict)())
 
     in_thread = async_checkpointer_type == AsyncCheckpointerType.THREAD
     if (
@@ -221,8 +222,8 @@ def save_state_dict(
     Example:
         >>> dcp.save_state_dict(state, dcp.FileSystemWriter("run/step_100"))
     """
-    state_dict = wait_for_saves(state_dict)
+    state = wait_for_saves(state_dict)
     storage_writer.reset()
-    return _save_state_dict(
-        state_dict, storage_writer, process_group, coordinator_rank, no_dist, planner
+    return save_from_source(
+        state, storage_writer, process_group, coordinator_rank, no_dist, planner
     )

@@ -1,10 +1,12 @@
-"""Saves that go on in the background, out of memory that is kept between them."""
+"""Saves in the background, out of memory that is kept between them."""
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -12,17 +14,30 @@ from typing_extensions import Unpack
 
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks
+from shardkeep.engine.execution import BackgroundExecution, ForegroundExecution
+from shardkeep.engine.handles import SaveFuture, SaveHandle
 from shardkeep.engine.options import AsyncSaveOptions, SaveConfig
-from shardkeep.engine.save import SaveReport, life
-from shardkeep.engine.save_queue import Behind, Handle, Job, Turns, line_of, simulated
+from shardkeep.engine.reports import SaveReport
+from shardkeep.engine.save import complete_save, open_save, prepare_save, run_save
+from shardkeep.engine.save_queue import StateSource, queue_key, queue_of
 from shardkeep.io.arena import Arena
 from shardkeep.stores import open_store
 from shardkeep.stores.contract import Store
 from shardkeep.util.forking import after_fork_in_child
 
-__all__ = ["SaveHandle", "async_save", "in_background", "release_memory"]
+__all__ = [
+    "PrepareSave",
+    "async_save",
+    "begin_in_background",
+    "prepare",
+    "release_memory",
+    "start_save",
+]
 
 T = TypeVar("T")
+
+PrepareSave = Callable[[BackgroundExecution], Callable[[], T]]
+"""Copies the state of a save, and returns the rest of the work, for a worker thread."""
 
 
 def async_save(
@@ -90,105 +105,158 @@ def async_save(
         >>> train_some_more(model)
         >>> report = handle.result()
     """
+    began = time.monotonic()
     config = SaveConfig.of(
         "async_save", AsyncSaveOptions, options, overwrite=overwrite, save_id=save_id
     )
-    job, store, rank = detect_ranks(ranks), open_store(path), simulated(ranks)
-    line = line_of(rank)
-    line.finish()
-    return SaveHandle(begin([line.owed(state)], store, job, config, rank))
+    key = queue_key(ranks)
+    queue = queue_of(key)
+    queue.wait()  # Only then is it known whether it has failed.
+    source = queue.guard(lambda: state)
+    future = start_save(source, open_store(path), detect_ranks(ranks), config, key=key, began=began)
+    return SaveHandle(future)
 
 
-def begin(
-    given: list[Mapping[Any, Any]],
+def start_save(
+    state: StateSource,
     store: Store,
-    job: Ranks,
+    ranks: Ranks,
     config: SaveConfig,
-    rank: int | None = None,
-    ended: Callable[[SaveReport | None], None] = lambda _: None,
     *,
-    behind: bool = True,
+    key: int | None = None,
+    on_end: Callable[[SaveReport | None], None] = lambda _: None,
+    asynchronous: bool = True,
+    began: float | None = None,
 ) -> Future[Any]:
-    """Begin a save; returns when the state is copied. The future gives its `SaveReport`.
+    """Start a save, and return the future of its `SaveReport` when the state is copied.
 
     Args:
-        given, store, job, config: as of `life`.
-        rank: as of `in_background`.
-        ended: called on the thread that saves, with the report once the checkpoint is committed, or
-            None once it has failed.
-        behind: False makes the whole save before it returns, without a copy.
+        state: gives the state, inside the session of the save.
+        store: where the checkpoint is written to.
+        ranks: the ranks that participate.
+        config: the options.
+        key: which queue the save waits in; see `queue_of`.
+        on_end: called on the thread that saves, with the report once the checkpoint is committed,
+            or with None once the save has failed.
+        asynchronous: False makes the whole save before this returns, without a copy.
+        began: when the caller made the call, by `time.monotonic`; the default is now.
 
-    Raises: what `life` raises before that.
+    Raises: what `save` raises before the state is copied.
     """
+    if not asynchronous:
+        return _save_now(state, store, ranks, config, key, on_end)
 
-    def save(needs: Behind | None) -> SaveReport:
-        report = None
+    def prepare_to_end(execution: BackgroundExecution) -> Callable[[], SaveReport]:
         try:
-            report = life(given, store, job, config, needs)
-        finally:
-            ended(report)
-        return report
+            rest = prepare(state, store, ranks, config, execution)
+        except Exception:
+            on_end(None)
+            raise
+        return partial(_end, rest, on_end)
 
-    if not behind:
-        line_of(rank).finish()
-        now: Future[Any] = Future()
-        now.set_result(save(None))
-        return now
-    staged, future = in_background(save, store.url, rank)
-    if not staged.done():
+    try:
+        execution, future = begin_in_background(
+            prepare_to_end, store.url, key=key, low_priority=config.low_priority, began=began
+        )
+    except BaseException:
+        on_end(None)
+        raise
+    execution.wait_for_release(future)
+    if not execution.state_released:
         future.result()
     return future
 
 
-def in_background(
-    save: Callable[[Behind], T], path: str, rank: int | None = None
-) -> tuple[Future[None], Future[T]]:
-    """Begin a save on a thread of its own, as soon as the one before is done.
+def prepare(
+    state: StateSource,
+    store: Store,
+    ranks: Ranks,
+    config: SaveConfig,
+    execution: BackgroundExecution,
+) -> Callable[[], SaveReport]:
+    """Copy a state on this thread, and return the rest of its save, for a worker thread."""
+    with ExitStack() as stack:
+        save = stack.enter_context(open_save(store, ranks, config, execution))
+        prepared = prepare_save(save, state)
+        context = stack.pop_all()
+
+    def complete() -> SaveReport:
+        with context:
+            return complete_save(save, prepared)
+
+    return complete
+
+
+def begin_in_background(
+    prepare: PrepareSave[T],
+    path: str,
+    *,
+    key: int | None = None,
+    low_priority: bool = False,
+    began: float | None = None,
+) -> tuple[BackgroundExecution, SaveFuture]:
+    """Prepare a save on this thread, as soon as earlier ones have ended, and start the rest of it.
+
+    The caller must then call `wait_for_release` of the returned execution.
 
     Args:
-        save: given what it needs for that.
+        prepare: copies the state, and returns the rest of the work.
         path: where it saves to.
-        rank: which one it is of those that are simulated in this process.
+        key: which queue the save waits in; see `queue_of`.
+        low_priority: do the rest with the lowest scheduling priority.
+        began: when the user made the call, by `time.monotonic`; the default is now.
 
     Returns:
-        When the state is staged: what was to be set (if it was), and what the save returns or
-        raises. Neither can be cancelled: other ranks would wait for this one.
+        How the save runs, and the future of its result. If `prepare` has failed, the future has its
+        error.
     """
-    line = line_of(rank)
-    line.finish()  # Its memory is used again.
-    arena = _arenas.setdefault(rank, Arena())
-    staged: Future[None] = Future()
+    arena = _arenas.setdefault(key, Arena())
+    future = SaveFuture()
+    execution = BackgroundExecution(
+        arena, lambda: future.has_waiters, time.monotonic() if began is None else began
+    )
+    queue_of(key).begin(lambda: prepare(execution), path, future=future, low_priority=low_priority)
+    return execution, future
 
-    def in_a_thread() -> T:
-        return _in_a_thread(lambda: save(Behind(arena, staged, Turns(lambda: outcome.awaited))))
 
-    work = Job(in_a_thread, owed=True, path=path)
-    outcome = work.future
+def _save_now(
+    state: StateSource,
+    store: Store,
+    ranks: Ranks,
+    config: SaveConfig,
+    key: int | None,
+    on_end: Callable[[SaveReport | None], None],
+) -> Future[Any]:
+    queue_of(key).wait()
+    future: Future[Any] = Future()
+    rest = partial(run_save, state, store, ranks, config, ForegroundExecution())
+    future.set_result(_end(rest, on_end))
+    return future
+
+
+def _end(rest: Callable[[], SaveReport], on_end: Callable[[SaveReport | None], None]) -> SaveReport:
+    """Do the rest of a save, and tell `on_end` how it ended."""
+    report = None
     try:
-        line.put(work)
-        wait([staged, work.future], return_when=FIRST_COMPLETED)
-    except BaseException:
-        # A Ctrl-C: the caller may change now what was not copied so far, so it must not be saved.
-        work.owed = not staged.cancel()
-        raise
-    return staged, work.future
-
-
-class SaveHandle(Handle[SaveReport]):
-    """A save that goes on in the background."""
+        report = rest()
+    finally:
+        on_end(report)
+    return report
 
 
 _arenas: dict[int | None, Arena] = {}
-"""What async saves are staged in: one for this process, and for each rank simulated in it."""
+"""Memory that asynchronous saves are staged in, by queue."""
 
-_of_the_parent: list[Arena] = []
+_arenas_of_parent: list[Arena] = []
 
 
 def _forget() -> None:
-    """In a forked process: a save of its parent's may be using that memory, and pinned memory is
-    not even there. It is not given back either, which is for who pinned it.
+    """Forget the arenas in a forked process.
+
+    A save of the parent may be using them, and pinned memory is not mapped here. They are not freed
+    either: the process that pinned memory must free it.
     """
-    _of_the_parent.extend(_arenas.values())
+    _arenas_of_parent.extend(_arenas.values())
     _arenas.clear()
 
 
@@ -196,26 +264,17 @@ after_fork_in_child(_forget)
 
 
 def release_memory() -> None:
-    """Give back the memory that async saves keep, when those under way are done."""
-    for rank, arena in list(_arenas.items()):
-        line_of(rank).finish()
+    """Free the memory that asynchronous saves keep for the next one.
+
+    Waits until all asynchronous saves of this process have ended. The next one allocates memory
+    again, which makes its call slower. Use it after the last save, or before work that needs the
+    memory.
+
+    Example:
+        >>> handle = shardkeep.async_save(state, "run/last")
+        >>> handle.result()
+        >>> shardkeep.release_memory()
+    """
+    for key, arena in list(_arenas.items()):
+        queue_of(key).wait()
         arena.release()
-
-
-def _in_a_thread(work: Callable[[], T]) -> T:
-    """Do it in a thread of its own, whose priority may be changed for good."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="shardkeep-save", daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors.pop()  # Kept here, it would hold itself, and what it had open.
-    return results.pop()

@@ -138,7 +138,7 @@ def run_load(
     send = EventSender(config.on_event, path=store.url, rank=ranks.rank, step=step)
     try:
         with ranks.session("load", store.url, events=send) as session:
-            work = _Load(store, session, config, Clock(session, _REPORTED_PHASES))
+            work = _Load(store, session, config, Clock(session, _REPORTED_PHASES), send)
             source = _open(work)
             plain, stateful_objects = _call_state_dicts(work, state)
             with gc_pause.paused():  # not above: state_dict() may wait for other ranks
@@ -165,6 +165,7 @@ class _Load:
     session: Session
     config: LoadConfig
     clock: Clock
+    send: EventSender
 
     @property
     def ranks_here(self) -> int:
@@ -236,7 +237,7 @@ def _plan_reads(work: _Load, source: CheckpointReader, matched: Match) -> ReadPl
 def _read(work: _Load, plan: ReadPlan) -> ReadStats:
     """Read, check, and put the tensors in place."""
     work.clock.part("read")
-    with shown(work.config.progress, work.session) as progress:
+    with shown(work.config.progress, work.session, work.send) as progress:
         return plan.run(
             work.store,
             verify=work.config.verify,

@@ -1,105 +1,105 @@
-"""The life of a save, from top to bottom."""
+"""A save in the foreground, and the stages that all saves consist of.
+
+The stages are functions over one `SaveContext`, in the order in which `run_save` calls them: first
+`prepare_save` (describe the state, assign writers, copy the data if the save goes on in the
+background), then `complete_save` (write, report, commit, remove what was replaced).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial
 from os import PathLike
 from typing import Any
 
-import numpy as np
-import torch
 from typing_extensions import Unpack
 
 from shardkeep.checkpoint import commit
-from shardkeep.checkpoint.garbage import collect_garbage
 from shardkeep.checkpoint.leases import Lease
-from shardkeep.checkpoint.metrics import HEADER as METRICS
 from shardkeep.coordination import detect_ranks
 from shardkeep.coordination.contract import Ranks, Session
+from shardkeep.coordination.events import (
+    EventSender,
+    FilesWritten,
+    ReplacedFilesRemoved,
+    Retried,
+    SaveBegan,
+    SaveCommitted,
+    StateStaged,
+    WorkFailed,
+)
 from shardkeep.coordination.progress import shown
-from shardkeep.coordination.timing import Clock, slowest
-from shardkeep.engine.negotiate import WriteAssignment, negotiate_writers, report
+from shardkeep.coordination.timing import Clock
+from shardkeep.engine import committing
+from shardkeep.engine.execution import Execution, ForegroundExecution
+from shardkeep.engine.negotiate import (
+    CollectedReports,
+    WriteAssignment,
+    negotiate_writers,
+    report,
+)
 from shardkeep.engine.options import SaveConfig, SaveOptions
-from shardkeep.engine.save_queue import Behind, line_of, simulated
-from shardkeep.errors import LeaseLost, NotACheckpoint
+from shardkeep.engine.rank_data import RankData
+from shardkeep.engine.reports import SaveReport
+from shardkeep.engine.save_queue import StateSource, queue_key, queue_of
+from shardkeep.errors import RankFailed
 from shardkeep.format.messages import columns
-from shardkeep.format.torch_zip.container_write import TensorFraming
-from shardkeep.io.arena import Arena, allocate_huge_pages
-from shardkeep.io.checksums import crc32
-from shardkeep.io.contract import Payloads
-from shardkeep.io.write.files import choose_writers, copy_threads, open_targets, write_windows
-from shardkeep.io.write.staging import StagingLayout, stage_payloads
-from shardkeep.io.write.windows import BlockChecksums, FileWindows, checksum_memory, lay_out_files
+from shardkeep.io.write.files import choose_writers, open_targets, write_windows
+from shardkeep.io.write.windows import FileWindows
 from shardkeep.io.write.written import collect_written
-from shardkeep.plan.distinct import distinct
 from shardkeep.plan.memory_budget import MemoryBudget
 from shardkeep.stores import LocalStore, open_store
 from shardkeep.stores.contract import Store
-from shardkeep.torch_state.describe import LocalState, describe_state
-from shardkeep.torch_state.devices import pinned
-from shardkeep.torch_state.objects import to_bytes
-from shardkeep.torch_state.payloads import StatePayloads
-from shardkeep.types import DTYPES, ITEMSIZES, Index, never_yield
+from shardkeep.torch_state.describe import LocalState, describe_expanded
+from shardkeep.torch_state.stateful import call_state_dicts
+from shardkeep.types import Claim
 from shardkeep.util import gc_pause
-from shardkeep.util.formatting import human_bytes
-from shardkeep.util.retry import tried
-from shardkeep.version import __version__
+from shardkeep.util.retry import retry
 
-__all__ = ["SaveReport", "header", "life", "remove_replaced", "save"]
+__all__ = [
+    "PreparedSave",
+    "SaveContext",
+    "complete_save",
+    "open_save",
+    "prepare_save",
+    "run_save",
+    "save",
+]
 
-_SHOWN = 8
-"""Ranks that a message names."""
-
-_PARTS = {"describe": "plan", "own": "plan", "report": "commit"}
-"""What a report calls the phases that errors name in more detail."""
+_REPORTED_PHASES = {"describe": "plan", "assign": "plan", "report": "commit"}
+"""Names in a `SaveReport` of the phases that errors name in more detail."""
 
 
-@dataclass(frozen=True, slots=True)
-class SaveReport:
-    """What a save did.
+@dataclass(frozen=True, slots=True, eq=False)
+class SaveContext:
+    """What all stages of one save share on this rank."""
 
-    Attributes:
-        path: where the checkpoint is.
-        save_id: its id, in the names of its files.
-        tensors, objects: how many names it holds.
-        nbytes: bytes of all data files, written by all ranks.
-        written: bytes that this rank wrote.
-        seconds: phase -> seconds that this rank spent in it: "plan" (who writes what), "stage"
-            (copy it, async only), "write", "sync" (until it is durable), "commit".
-        slowest: the rank that took longest until its files were durable, and its seconds.
-    """
-
-    path: str
-    save_id: str
-    tensors: int
-    objects: int
-    nbytes: int
-    written: int
-    seconds: Mapping[str, float]
-    slowest: tuple[int, float]
+    store: Store
+    session: Session
+    lease: Lease
+    config: SaveConfig
+    execution: Execution
+    clock: Clock
+    send: EventSender
 
     @property
-    def rate(self) -> float:
-        """GB/s (10^9 bytes) of this rank's writing, until it was durable."""
-        spent = self.seconds.get("write", 0.0) + self.seconds.get("sync", 0.0)
-        return self.written / spent / 1e9 if spent else 0.0
+    def coordinates(self) -> bool:
+        """Whether this rank is the coordinator, which commits."""
+        return self.session.rank == 0
 
-    def __str__(self) -> str:
-        return (
-            f"saved {human_bytes(self.nbytes)} in {sum(self.seconds.values()):.2f} s, this rank "
-            f"{human_bytes(self.written)} ({self.rate:.1f} GB/s): "
-            + ", ".join(f"{phase} {spent:.2f}" for phase, spent in self.seconds.items())
-            + f"; slowest rank {self.slowest[0]}, {self.slowest[1]:.2f} s"
-        )
+    @property
+    def ranks_here(self) -> int:
+        """How many ranks share this machine."""
+        return self.session.ranks_on_this_host()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedSave:
+    """What is left of the state when a save is prepared: the data that this rank writes."""
+
+    assignment: WriteAssignment
+    data: RankData
 
 
 def save(
@@ -166,308 +166,260 @@ def save(
         saved 1.9 GiB in 0.93 s, this rank 1.9 GiB (2.2 GB/s): plan 0.02, write 0.88, ...
     """
     config = SaveConfig.of("save", SaveOptions, options, overwrite=overwrite, save_id=save_id)
-    line = line_of(simulated(ranks))
-    line.finish()  # One of them may be on its way to the same place.
-    return life([line.owed(state)], open_store(path), detect_ranks(ranks), config)
+    execution = ForegroundExecution()
+    queue = queue_of(queue_key(ranks))
+    queue.wait()  # An earlier save may be writing to the same path.
+    source = queue.guard(lambda: state)
+    return run_save(source, open_store(path), detect_ranks(ranks), config, execution)
 
 
-def life(
-    given: list[Mapping[Any, Any]],
-    store: Store,
-    job: Ranks,
-    config: SaveConfig,
-    behind: Behind | None = None,
+def run_save(
+    state: StateSource, store: Store, ranks: Ranks, config: SaveConfig, execution: Execution
 ) -> SaveReport:
-    """The life itself.
+    """Make a whole save on this thread, and return its report. Raises what `save` raises.
 
     Args:
-        given: the state. It is taken out, or its tensors would live until all files are written.
-        store, job, config: where to, who takes part, how.
-        behind: for a save in the background; None writes the state from where it is.
-
-    Raises: as `save`.
+        state: gives the state, inside the session, so that all ranks learn if there is none.
+        store: where the checkpoint is written to.
+        ranks: the ranks that participate.
+        config: the options.
+        execution: in the foreground or in the background.
     """
-    with (
-        job.session("save", store.url) as session,
-        Lease(store, config.save_id or commit.new_id()) as lease,
-        _closing(store),
-    ):
-        clock = Clock(session, _PARTS)
-        old: list[commit.Admission] = []
-        # The collector is one for all threads, as the interpreter is: a training loop needs them.
-        quiet = gc_pause.paused if behind is None else contextlib.nullcontext
-        yield_gil = never_yield if behind is None else behind.yield_gil
-        with gc_pause.paused():
-            clock.phase("describe")
-            local = describe_state(
-                given.pop(), nested=config.flatten, rank=(session.rank, session.size)
-            )
+    with open_save(store, ranks, config, execution) as save:
+        return complete_save(save, prepare_save(save, state))
 
-            clock.phase("own")
-            order = negotiate_writers(
-                session,
-                local.claim,
-                lambda: old.append(commit.admit(store, overwrite=config.overwrite)),
-                begin=lease.take,
-                save_id=lease.save_id,
-                balance_replicas=config.balance_replicas,
-                require_identical_objects=config.require_identical_objects,
-            )
-            if order.write_plan is not None and order.write_plan.differing:
-                _warn_of(order.write_plan.differing)
 
-            clock.phase("write" if behind is None else "stage")
-            payloads = _Payloads(local, order, lasting=behind is None)
-            del local
-        here = session.ranks_on_this_host()
-        staged = None if behind is None else behind.staged
-        if behind is not None and payloads.stage(behind.arena, config.max_host_memory, here):
-            _set(staged)
-            staged = None
+@contextmanager
+def open_save(
+    store: Store, ranks: Ranks, config: SaveConfig, execution: Execution
+) -> Iterator[SaveContext]:
+    """Enter the session of a save; on failure, tell the other ranks and remove what was written."""
+    lease = Lease(store, config.save_id or commit.new_id())
+    send = EventSender(config.on_event, path=store.url, rank=ranks.rank, step=config.step)
+    send(SaveBegan(asynchronous=execution.asynchronous))
+    try:
+        with (
+            _closing(store),
+            # The coordinator removes files after it has told the other ranks of the failure: those
+            # that did not know of it until then have finished theirs.
+            commit.undone_on_failure(store, lease.save_id, leads=ranks.rank == 0),
+            ranks.session("save", store.url, events=send) as session,
+            lease,
+        ):
+            clock = Clock(session, _REPORTED_PHASES)
+            yield SaveContext(store, session, lease, config, execution, clock, send)
+    except BaseException as error:
+        send(WorkFailed(work="save", error=error))
+        raise
 
-        clock.phase("write")
-        with commit.removed_on_failure(store, order.save_id, session.rank):
-            if config.low_priority and behind is not None:
-                _give_way()
-            name = partial(commit.data_file, session.rank, save_id=order.save_id)
-            images = _write(store, payloads, name, session, clock, config, partial(_set, staged))
 
-            clock.phase("report")
-            yield_gil()
-            last = slowest(session, sum(clock.seconds().values()))
-            with quiet():
-                written = collect_written(images)
-            yield_gil()
+# --- preparing -----------------------------------------------------------------------------------
 
-        with commit.undone_on_failure(store, order.save_id, leads=session.rank == 0):
-            with quiet():
-                index = report(session, order, written)
-            if index is not None:
-                _check_there(store, index, session)
 
-            clock.phase("commit")
-            if index is not None:
-                about = header(session.size, config.metrics)
-                with quiet():
-                    commit.publish(
-                        store,
-                        lease.save_id,
-                        index,
-                        about,
-                        yield_gil,
-                        admission=old[0],
-                        confirm=lease.confirm,
-                    )
-        totals, _ = columns.unpack(session.broadcast(_totals(index) if index else None))
-        if session.rank == 0:
-            yield_gil()
-            remove_replaced(store, old[0].files, lease)
-        return SaveReport(
-            path=store.url,
-            save_id=order.save_id,
-            written=sum(image.layout.nbytes for image in images),
-            seconds=clock.seconds(),
-            slowest=last,
-            **totals,
+def prepare_save(save: SaveContext, state: StateSource) -> PreparedSave:
+    """Agree with all ranks on what this rank writes, and copy it if the save is asynchronous."""
+    local = _describe(save, state)
+    assignment = _assign(save, local.claim)
+    data = _stage(save, local, assignment)
+    return PreparedSave(assignment, data)
+
+
+def _describe(save: SaveContext, state: StateSource) -> LocalState:
+    """Describe what this rank holds."""
+    save.clock.phase("describe")
+    plain, _ = call_state_dicts(state())  # The user's code may wait for other ranks here.
+    with gc_pause.paused():
+        return describe_expanded(
+            plain, nested=save.config.flatten, rank=(save.session.rank, save.session.size)
         )
 
 
-def _write(
-    store: Store,
-    payloads: _Payloads,
-    name: Callable[[int], str],
-    session: Session,
-    clock: Clock,
-    config: SaveConfig,
-    made: Callable[[], None],
-) -> list[FileWindows]:
-    """Write this rank's files, durably: again under other names, if storage refuses what is staged.
+def _assign(save: SaveContext, claim: Claim) -> WriteAssignment:
+    """Agree with all ranks on which of them writes what."""
+    save.clock.phase("assign")
+    assignment = negotiate_writers(
+        save.session,
+        claim,
+        lambda: commit.admit(save.store, overwrite=save.config.overwrite),
+        begin=save.lease.take,
+        save_id=save.lease.save_id,
+        balance_replicas=save.config.balance_replicas,
+        require_identical_objects=save.config.require_identical_objects,
+    )
+    if assignment.write_plan is not None and assignment.write_plan.differing:
+        committing.warn_of_differing_objects(assignment.write_plan.differing, stacklevel=6)
+    return assignment
 
-    The other ranks wait, and need not know.
+
+def _stage(save: SaveContext, local: LocalState, assignment: WriteAssignment) -> RankData:
+    """Select the data that this rank writes, and copy it if the save is asynchronous."""
+    asynchronous = save.execution.asynchronous
+    save.clock.phase("stage" if asynchronous else "write")
+    with gc_pause.paused():
+        data = RankData(local, assignment, stable=not asynchronous)
+    if save.execution.stage(data, save.config.max_host_memory, save.ranks_here):
+        seconds = save.execution.seconds_blocked()
+        save.send(StateStaged(nbytes=data.staged_nbytes or 0, seconds=seconds))
+    return data
+
+
+# --- completing ----------------------------------------------------------------------------------
+
+
+def complete_save(save: SaveContext, prepared: PreparedSave) -> SaveReport:
+    """Write the files of this rank, commit when all ranks have done so, and return the report."""
+    assignment = prepared.assignment
+    with commit.removed_on_failure(save.store, assignment.save_id, save.session.rank):
+        save.clock.phase("write")
+        files = _write(save, prepared)
+    reports = _report(save, assignment, files)
+    if reports is not None:
+        committing.check_files_exist(save.store, reports.index, save.session)
+    save.clock.phase("commit")
+    if reports is not None:
+        _commit(save, assignment, reports)
+    summary = _share_summary(save, assignment, reports)
+    _remove_replaced(save, assignment)
+    return SaveReport(
+        path=save.store.url,
+        save_id=assignment.save_id,
+        written=sum(file.layout.nbytes for file in files),
+        seconds=save.clock.seconds(),
+        **summary,
+    )
+
+
+def _write(save: SaveContext, prepared: PreparedSave) -> list[FileWindows]:
+    """Write the files of this rank durably, again under other names if storage refuses them.
+
+    Nobody else needs to know: the other ranks wait.
     """
-    left = MemoryBudget.of(config.max_host_memory).after_staging(payloads.staged or 0)
-    beside = payloads.staged is not None
-    threads, window = choose_writers(session.ranks_on_this_host(), left, asynchronous=beside)
-    images: list[FileWindows] = []
+    data = prepared.data
+    before = save.clock.seconds()
+    files: list[FileWindows] = []
 
-    def once(before: int) -> None:
-        clock.phase("write")
-        count = payloads.files(config.files)
-        names = [name(number) for number in range(before * count, (before + 1) * count)]
-        images[:] = payloads.images(names, window)
-        telling = shown(config.progress, session)
-        with open_targets(store, images) as targets, telling as tell:
-            write_windows(targets, images, threads=threads, progress=tell, on_made=made)
-            clock.phase("sync")
-        store.sync()
+    def attempt(failed: int) -> None:
+        save.clock.phase("write")
+        files[:] = _lay_out_files(save, prepared, failed)
+        _write_files(save, files, data)
 
-    tried(once, config.retries if payloads.lasting else 0)
-    return images
+    retry(
+        attempt,
+        save.config.retries if data.stable else 0,
+        lambda number, error, pause: save.send(
+            Retried(attempt=number, retries=save.config.retries, error=error, seconds=pause)
+        ),
+    )
+    seconds = sum(save.clock.seconds().values()) - sum(before.values())
+    save.send(FilesWritten(nbytes=sum(file.layout.nbytes for file in files), seconds=seconds))
+    return files
 
 
-@contextlib.contextmanager
+def _lay_out_files(save: SaveContext, prepared: PreparedSave, failed: int) -> Sequence[FileWindows]:
+    """Return the layout of this rank's files, under names that no failed attempt has used."""
+    count = prepared.data.file_count(save.config.files)
+    names = [
+        commit.data_file(save.session.rank, number, save_id=prepared.assignment.save_id)
+        for number in range(failed * count, (failed + 1) * count)
+    ]
+    with save.execution.pause_gc():
+        return prepared.data.lay_out(names, _writers(save, prepared.data)[1])
+
+
+def _write_files(save: SaveContext, files: Sequence[FileWindows], data: RankData) -> None:
+    threads, _ = _writers(save, data)
+    telling = shown(save.config.progress, save.session, save.send)
+    with open_targets(save.store, files) as targets, telling as progress:
+        release = save.execution.release_state
+        write_windows(targets, files, threads=threads, progress=progress, on_made=release)
+        save.clock.phase("sync")
+    save.store.sync()
+
+
+def _writers(save: SaveContext, data: RankData) -> tuple[int, int]:
+    """Return how many threads write, and the bytes of a window."""
+    staged = data.staged_nbytes
+    left = MemoryBudget.of(save.config.max_host_memory).after_staging(staged or 0)
+    return choose_writers(save.ranks_here, left, asynchronous=staged is not None)
+
+
+def _report(
+    save: SaveContext, assignment: WriteAssignment, files: Sequence[FileWindows]
+) -> CollectedReports | None:
+    """Tell the coordinator where this rank's bytes were written; return all reports there."""
+    seconds = sum(save.clock.seconds().values())
+    save.clock.phase("report")
+    save.execution.yield_gil()
+    with save.execution.pause_gc():
+        written = collect_written(files)
+    save.execution.yield_gil()
+    try:
+        return report(save.session, assignment, written, seconds)
+    except RankFailed as error:
+        # Another rank failed before this one had sent its report, so nothing can be committed.
+        # Where the job's store was lost, the report may have arrived: then the files must stay.
+        if save.coordinates or isinstance(error.__cause__, ConnectionError):
+            raise
+        with commit.removed_on_failure(save.store, assignment.save_id, save.session.rank):
+            raise
+
+
+def _commit(save: SaveContext, assignment: WriteAssignment, reports: CollectedReports) -> None:
+    """Commit on the coordinator: from here on the checkpoint can be loaded."""
+    assert assignment.admission is not None  # The coordinator has it.
+    header = committing.manifest_header(save.session.size, save.config.metrics)
+    with save.execution.pause_gc():
+        commit.publish(
+            save.store,
+            save.lease.save_id,
+            reports.index,
+            header,
+            save.execution.yield_gil,
+            admission=assignment.admission,
+            confirm=save.lease.confirm,
+        )
+
+
+def _share_summary(
+    save: SaveContext, assignment: WriteAssignment, reports: CollectedReports | None
+) -> dict[str, Any]:
+    """Tell all ranks that the checkpoint is committed, and what it holds."""
+    message = None
+    if reports is not None:
+        totals = committing.totals_of(reports.index)
+        rank, seconds = reports.slowest
+        message = columns.pack({**totals, "rank": rank, "seconds": seconds}, {})
+    found, _ = columns.unpack(save.session.broadcast(message))
+    summary = {name: found[name] for name in ("tensors", "objects", "nbytes")}
+    blocked = save.execution.seconds_blocked()
+    save.send(
+        SaveCommitted(
+            save_id=assignment.save_id,
+            seconds_blocked=blocked,
+            seconds=save.execution.seconds(),
+            **summary,
+        )
+    )
+    return summary | {"slowest": (found["rank"], found["seconds"])}
+
+
+def _remove_replaced(save: SaveContext, assignment: WriteAssignment) -> None:
+    """Remove the files of the overwritten checkpoint, on the coordinator."""
+    if assignment.admission is None:
+        return
+    save.execution.yield_gil()
+    removed = committing.remove_replaced(
+        save.store, assignment.admission.files, save.lease, stacklevel=5
+    )
+    if removed:
+        save.send(ReplacedFilesRemoved(files=removed))
+
+
+@contextmanager
 def _closing(store: Store) -> Iterator[None]:
-    """An error that somebody keeps holds what it met; no file shall be open for that."""
+    """Close the files of a local store, which an error with a traceback might hold open."""
     try:
         yield
     finally:
         if isinstance(store, LocalStore):
             store.close()
-
-
-def _give_way() -> None:
-    """Give this thread, and those that it starts, the lowest priority, where threads have one.
-
-    Elsewhere than on Linux, a thread's number may be that of some other process.
-    """
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _set(future: Future[None] | None) -> None:
-    """Tell the caller that the state is not looked at any more.
-
-    Raises:
-        KeyboardInterrupt: the caller has stopped waiting for that, and may have changed the state.
-    """
-    if future is None:
-        return
-    if not future.set_running_or_notify_cancel():
-        raise KeyboardInterrupt("the save was interrupted while its state was copied")
-    future.set_result(None)
-
-
-class _Payloads:
-    """What this rank has to write: its pieces, then its objects.
-
-    Args:
-        local, order: what there is, and what of it is this rank's.
-        lasting: nothing changes until all is written; else only until all has been copied.
-    """
-
-    def __init__(self, local: LocalState, order: WriteAssignment, *, lasting: bool) -> None:
-        claim, rows = local.claim, order.pieces
-        objects = [to_bytes(local.objects[name], name=name) for name in order.objects]
-        of, sizes = claim.piece[rows], claim.sizes[rows]
-        codes, ndim = claim.tensors.dtype[of], claim.tensors.ndim[of]
-        kind, first = distinct([codes, ndim, *sizes.T])
-        self._framings = [
-            TensorFraming(DTYPES[codes[row]], tuple(sizes[row, : ndim[row]].tolist()))
-            for row in first.tolist()
-        ] + [None]  # of objects
-        self._kind = np.concatenate([kind, np.full(len(objects), len(first), dtype=np.int64)])
-        self._nbytes = np.concatenate(
-            [
-                sizes.prod(axis=1) * ITEMSIZES[codes],
-                np.array([len(data) for data in objects], dtype=np.int64),
-            ]
-        )
-        self._crcs = {row: crc32(data) for row, data in enumerate(objects, len(rows))}
-        memory = [local.memory[row] for row in rows.tolist()]
-        source = StatePayloads(memory, local.addresses[rows], objects)
-        self._on_cuda = any(device.type == "cuda" for device in source.devices)
-        self._bytes: Payloads = source
-        self._checksums: BlockChecksums = checksum_memory
-        self.lasting = lasting
-        self.staged: int | None = None
-        """Bytes of memory that they are staged in; None until they are."""
-
-    def stage(self, arena: Arena, budget: int | None, ranks_here: int) -> bool:
-        """Copy all to memory where it lasts; False if that would take more than the budget."""
-        places = StagingLayout(self._bytes, self._nbytes)
-        if not MemoryBudget.of(budget).can_stage(places.nbytes):
-            return False
-        memory = arena.take(places.nbytes, pinned if self._on_cuda else allocate_huge_pages)
-        staged = stage_payloads(self._bytes, places, memory, threads=copy_threads(ranks_here))
-        self._bytes, self._checksums = staged, staged.checksums
-        self.lasting, self.staged = True, places.nbytes
-        return True
-
-    def files(self, wanted: int | None) -> int:
-        """How many files; by default one, if there is anything to write."""
-        return min(1, len(self._kind)) if wanted is None else wanted
-
-    def images(self, names: Sequence[str], window: int) -> list[FileWindows]:
-        """Of these files, in windows of so many bytes at most."""
-        with gc_pause.paused() if self.staged is None else contextlib.nullcontext():
-            return lay_out_files(
-                names,
-                self._nbytes,
-                self._kind,
-                self._framings,
-                self._bytes,
-                self._crcs,
-                window,
-                in_place=self.lasting,
-                checksums=self._checksums,
-            )
-
-
-def _check_there(store: Store, index: Index, session: Session) -> None:
-    """Refuse what could never be read: a folder that has gone, or one on a disk of each rank's."""
-    gone = [file for file in index.files if not commit.exists(store, file)]
-    if not gone:
-        return
-    away = sorted(set(map(commit.rank_of, gone)) - {session.rank})
-    if not away:
-        raise NotACheckpoint(
-            f"{store.url}: {gone[0]} was written, but has gone: was the folder removed or replaced "
-            "meanwhile? nothing was committed"
-        )
-    hosts = [f"rank {rank} on {session.host(rank)}" for rank in away[:_SHOWN]]
-    hosts += [f"{len(away) - _SHOWN} more ranks"] if len(away) > _SHOWN else []
-    raise NotACheckpoint(
-        f"{store.url}: what {', '.join(hosts)} wrote there is not there for rank {session.rank} on "
-        f"{session.host(session.rank)}: ranks must save to one place that all of them see; "
-        "nothing was committed"
-    )
-
-
-def _warn_of(differing: Sequence[str]) -> None:
-    more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-    warnings.warn(
-        f"ranks have different values of {', '.join(map(repr, differing[:8]))}{more}: the lowest "
-        "rank's is saved; give each rank's its own name",
-        stacklevel=4,
-    )
-
-
-def remove_replaced(store: Store, old: frozenset[str], lease: Lease) -> None:
-    """Remove the files of the overwritten checkpoint, and what dead saves left.
-
-    The new checkpoint is committed, come what may.
-    """
-    try:
-        commit.remove_replaced(store, old)
-        collect_garbage(store, lease)
-    except (OSError, LeaseLost) as error:
-        what = "files of the overwritten checkpoint, or of dead saves, stay behind"
-        warnings.warn(f"{what}: {error}", stacklevel=4)
-
-
-def header(ranks: int, metrics: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What a manifest says of the save that so many ranks made."""
-    return {
-        **({METRICS: dict(metrics)} if metrics else {}),
-        "shardkeep": __version__,
-        "torch": str(torch.__version__),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "ranks": ranks,
-    }
-
-
-def _totals(index: Index) -> bytes:
-    legacy_duplicates = len(index.legacy_duplicates)
-    chunks = index.chunks
-    _, items = distinct([chunks.file, chunks.item, chunks.length])
-    nbytes = int(chunks.length[items].sum()) + int(index.objects.length.sum())
-    return columns.pack(
-        {
-            "tensors": len(index.tensors.names),
-            "objects": len(index.objects.names) - legacy_duplicates,
-            "nbytes": nbytes,
-        },
-        {},
-    )

@@ -1,353 +1,326 @@
-"""Saves behind the caller's back: one after another, in the order in which they were asked for.
+"""The queue of background saves of this process.
 
-All ranks ask in the same order, so they meet in the same sessions, and two saves to one path never
-meet each other. The thread ends when there is nothing left to do. A program that ends waits for
-what it has asked for.
+All ranks make their saves in the same order, one at a time, so they meet in the same sessions and
+two saves to one path never overlap. The queue has one persistent worker thread for each priority.
 
-What fails is never lost: if nobody has asked for the result by then, the next save raises it
-(`Line.owed`), and a program that ends says so.
+No failure is lost: if nobody has requested the result of a failed save by then, the next save
+raises it (`SaveQueue.guard`), and a program that ends logs it. A program that ends waits for its
+saves.
 
-A process forked meanwhile has none of it: the saves and their threads are its parent's.
+A forked process starts with an empty queue: the saves and their threads are its parent's.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import os
+import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as TimedOut  # Python 3.10 has one of its own.
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from contextlib import ExitStack, suppress
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.keyvalue.timeouts import Timeouts
+from shardkeep.engine.handles import SaveFuture
 from shardkeep.errors import AsyncSaveFailed
-from shardkeep.io.arena import Arena
-from shardkeep.types import YieldGil
 from shardkeep.util.forking import after_fork_in_child
+from shardkeep.util.worker import Worker
 
-__all__ = [
-    "Behind",
-    "Handle",
-    "Job",
-    "Line",
-    "Outcome",
-    "Turns",
-    "Withheld",
-    "line_of",
-    "simulated",
-]
+__all__ = ["Preparation", "SaveQueue", "StateSource", "queue_key", "queue_of", "raising"]
 
 _log = logging.getLogger(__name__)
 
-T_co = TypeVar("T_co", covariant=True)
+StateSource = Callable[[], Any]
+"""Returns the state to save, or raises the reason why there is none.
 
-_PIECE = 0.001
-"""Seconds of processor time: so much of a thread's work others may have to wait for."""
+It is called inside the session of a save, so that all ranks learn of the reason.
+"""
 
-_REST = 0.01
-"""Seconds: more than a step of a small model takes, so that no step meets two pieces."""
+Preparation = Callable[[], Callable[[], Any]]
+"""Copies the state of a save, and returns the rest of the work."""
 
-
-@dataclass(frozen=True, slots=True)
-class Behind:
-    """What a save has that goes on behind its caller's back.
-
-    Attributes:
-        arena: memory to stage the state in.
-        staged: set as soon as the state is not looked at any more.
-        yield_gil: called between pieces of work.
-    """
-
-    arena: Arena
-    staged: Future[None]
-    yield_gil: YieldGil
+_LOWEST_PRIORITY = 19
 
 
-class Turns:
-    """When a thread has had its share, it leaves the interpreter to others for a while.
-
-    So a step of a loop beside a save is held up by a piece of its commit, not by all of it. It is
-    called on one thread, between the steps of its work.
+class _Entry:
+    """One save in the queue.
 
     Args:
-        hurry: whether somebody waits for the work by now; there is no rest then.
+        path: where it is saved to.
+        future: gets its result or error.
+        report_failure: False for a save that only tells other ranks of a failure that is known
+            here. The next save does not raise its failure, and a program that ends does not wait
+            long for it.
+        logs_failure: whether the queue logs its failure. The engine's own saves do so themselves.
+        low_priority: whether it runs on the worker with the lowest priority.
     """
 
-    def __init__(self, hurry: Callable[[], bool]) -> None:
-        self._hurry = hurry
-        self._since = time.thread_time()
+    def __init__(
+        self,
+        path: str,
+        future: SaveFuture,
+        *,
+        report_failure: bool = True,
+        logs_failure: bool = False,
+        low_priority: bool = False,
+    ) -> None:
+        self.path, self.future = path, future
+        self.report_failure, self.logs_failure = report_failure, logs_failure
+        self.low_priority = low_priority
+        self.previous: SaveFuture | None = None
 
-    def __call__(self) -> None:
-        if time.thread_time() - self._since > _PIECE and not self._hurry():
-            time.sleep(_REST)
-            self._since = time.thread_time()
-
-
-class Handle(Generic[T_co]):
-    """A save that goes on in the background."""
-
-    def __init__(self, future: Future[T_co]) -> None:
-        self._future = future
-
-    def result(self, timeout: float | None = None) -> T_co:
-        """Wait until the checkpoint is durable.
-
-        Args:
-            timeout: seconds to wait at most.
-
-        Raises:
-            TimeoutError: it is not durable yet; the save goes on.
-            ShardkeepError, OSError: why it failed; nothing was committed.
-        """
-        try:
-            return self._future.result(timeout)
-        except TimedOut:
-            if not self._future.done():
-                what = f"the save is not durable after {timeout} s; it goes on"
-                raise TimeoutError(what) from None
-        return self._future.result()  # Its own error, or it ended just after the time was over.
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._future.done()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {'ended' if self.done() else 'under way'}>"
+    def unreported_error(self) -> BaseException | None:
+        """Return the error that the next save has to raise."""
+        error = self.future.unreported_error() if self.report_failure else None
+        # The caller knows of an interrupt.
+        return None if isinstance(error, KeyboardInterrupt) else error
 
 
-class Outcome(Future[Any]):
-    """What work will give.
-
-    Attributes:
-        asked: whether anybody has asked, once it was there.
-    """
+class SaveQueue:
+    """Saves that are made one after another by worker threads."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.asked = False
-        self._here: list[None] = []  # As many as wait: threads need no lock to come and go.
+        self._reset()
+        _all_queues.add(self)
 
-    @property
-    def awaited(self) -> bool:
-        """Whether anybody waits for it just now; who gave up after some time does not."""
-        return bool(self._here)
-
-    @contextmanager
-    def waited(self) -> Iterator[None]:
-        """Somebody waits for it in the block."""
-        self._here.append(None)
-        try:
-            yield
-        finally:
-            self._here.pop()
-
-    def result(self, timeout: float | None = None) -> Any:
-        with self.waited():
-            try:
-                return super().result(timeout)
-            finally:
-                self.asked |= self.done()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        with self.waited():
-            try:
-                return super().exception(timeout)
-            finally:
-                self.asked |= self.done()
-
-    def unasked(self) -> BaseException | None:
-        """The error that nobody knows of; asking so does not count."""
-        return None if self.asked or not self.done() else super().exception()
-
-
-class Withheld(dict[str, Any]):
-    """In place of a state that can't be saved: who looks at it is told why.
-
-    So a save of it fails as any other: where all other ranks hear of it.
-    """
-
-    def __init__(self, why: BaseException) -> None:
-        self._why = why
-
-    def _tell(self, *_: Any) -> NoReturn:
-        raise self._why
-
-    keys = values = items = get = copy = _tell
-    __iter__ = __len__ = __getitem__ = __contains__ = _tell
-
-
-class Job:
-    """Work for later.
-
-    Args:
-        work: raises what the future will raise.
-        owed: False for what only tells other ranks of a failure that is known here: a program that
-            ends does not wait long for it, and nobody needs to be told.
-        path: where it saves to.
-    """
-
-    def __init__(self, work: Callable[[], Any], owed: bool, path: str) -> None:
-        self.work: Callable[[], Any] | None = work
-        self.owed, self.path = owed, path
-        self.future = Outcome()
-        self.future.set_running_or_notify_cancel()
-
-    def run(self) -> None:
-        work, self.work = self.work, None
-        assert work is not None
-        try:
-            result = work()
-        except BaseException as error:
-            if self.owed:  # Nobody may ever ask the future.
-                _log.warning("An asynchronous save failed: %s", _in_a_line(error))
-            self.future.set_exception(error)
-            del self  # Or the error would hold itself, by this frame, and with it what it had open.
-        else:
-            self.future.set_result(result)
-
-
-class Line:
-    """Jobs, done one after another by a thread that is there while there are any."""
-
-    def __init__(self) -> None:
-        self._empty()
-        _all_lines.add(self)
-
-    def _empty(self) -> None:
-        self._jobs: deque[Job] = deque()
-        self._failed: list[Job] = []
+    def _reset(self) -> None:
+        self._entries: list[_Entry] = []
+        self._failed: list[_Entry] = []
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._workers = {
+            False: Worker("shardkeep-save"),
+            True: Worker("shardkeep-save-low-priority", _lower_priority),
+        }
 
     def forget(self) -> None:
-        """In a forked process: the jobs are its parent's, and so is the thread that does them."""
-        # Kept, as what they hold may end only where its own threads are.
-        _of_the_parent.append((self._jobs, self._failed))
-        self._empty()
+        """Start anew in a forked process."""
+        # Kept, because what they hold may only be released where its own threads are.
+        _of_the_parent.append((self._entries, self._failed, self._workers))
+        self._reset()
 
-    def put(self, job: Job) -> None:
-        with self._lock:
-            self._jobs.append(job)
-            if self._thread is None:
-                # Not one that the interpreter waits for: it would do so too late (`_last`).
-                self._thread = threading.Thread(
-                    target=self._run, name="shardkeep-save", daemon=True
-                )
-                self._thread.start()
+    def submit(
+        self, work: Callable[[], Any], path: str, *, report_failure: bool = True
+    ) -> SaveFuture:
+        """Do some work after all saves that are in the queue now.
 
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            job.run()
-
-    def _next(self) -> Job | None:
-        with self._lock:
-            # A job leaves the line when it is done: it is waited for until then.
-            while self._jobs and self._jobs[0].future.done():
-                self._leave(self._jobs.popleft())
-            if self._jobs:
-                return self._jobs[0]
-            self._thread = None
-            return None
-
-    def _leave(self, job: Job) -> None:
-        if job.owed and job.future.unasked() is not None:
-            self._failed.append(job)
-
-    def failures(self) -> list[Job]:
-        """Those that failed and nobody has asked for; told once."""
-        with self._lock:
-            while self._jobs and self._jobs[0].future.done():
-                self._leave(self._jobs.popleft())
-            failed, self._failed = self._failed, []
-        return [job for job in failed if not job.future.asked]
-
-    def owed(self, state: Any) -> Any:
-        """The state, for the next save; if one before it failed unheard, what raises that instead.
-
-        It is raised where the state is looked at: within that save, so that all ranks hear of it.
+        Args:
+            work: its result or error becomes that of the returned future.
+            path: where it saves to.
+            report_failure: False if nobody has to learn of its failure.
         """
-        failed = self.failures()
+        entry = _Entry(
+            path, SaveFuture(), report_failure=report_failure, logs_failure=report_failure
+        )
+        with self._lock:
+            self._append(entry)
+        self._start(entry, work)
+        return entry.future
+
+    def begin(
+        self, prepare: Preparation, path: str, *, future: SaveFuture, low_priority: bool = False
+    ) -> None:
+        """Prepare a save on this thread, after all others, and let a worker do the rest.
+
+        Args:
+            prepare: copies the state, and returns the rest of the work.
+            path: where it saves to.
+            future: gets the result of the rest, or the error of either.
+            low_priority: do the rest with the lowest scheduling priority.
+
+        Raises:
+            BaseException: `prepare` was interrupted by something that is not an `Exception`.
+        """
+        entry = _Entry(path, future, low_priority=low_priority)
+        try:
+            self._wait_for_turn(entry)
+            rest, error = _attempt(prepare)
+            if rest is not None:
+                self._start(entry, rest)
+            else:
+                future.set_exception(error)
+        except BaseException as interrupt:
+            if not future.done():  # or all later saves would wait for it
+                future.set_exception(interrupt)
+            raise
+
+    def wait(self) -> None:
+        """Wait until all saves that are in the queue now have ended, successfully or not."""
+        _wait_for(self.unfinished())
+
+    def unfinished(self) -> list[_Entry]:
+        """Return the saves that have not ended; none of them to a callback of a save."""
+        with self._lock:
+            return [] if self._on_worker() else self._running()
+
+    def guard(self, state: StateSource) -> StateSource:
+        """Return the source of the state for the next save.
+
+        If an earlier save failed and nobody knows of it, that is what the source raises: within the
+        next save, so that all ranks learn of it.
+        """
+        failed = self.take_failures()
         if not failed:
             return state
         error = failed[0].future.exception()
         assert error is not None
-        told = AsyncSaveFailed(failed[0].path, _in_a_line(error))
-        told.__cause__ = error
-        return Withheld(told)
+        failure = AsyncSaveFailed(failed[0].path, _last_line(error))
+        failure.__cause__ = error
+        return raising(failure)
 
-    def waiting(self) -> list[Job]:
+    def take_failures(self) -> list[_Entry]:
+        """Return the failed saves whose result nobody has requested; each of them only once."""
         with self._lock:
-            return [] if self._thread is threading.current_thread() else list(self._jobs)
+            self._running()
+            failed, self._failed = self._failed, []
+        return [entry for entry in failed if not entry.future.requested]
 
-    def finish(self) -> None:
-        """Wait until all that is in the line now is done, well or not."""
-        _await(self.waiting())
+    def _wait_for_turn(self, entry: _Entry) -> None:
+        while True:
+            self.wait()
+            with self._lock:
+                if self._on_worker() or not self._running():
+                    self._append(entry)
+                    return
+            # Another thread was faster.
+
+    def _append(self, entry: _Entry) -> None:
+        running = self._running()
+        entry.previous = running[-1].future if running else None
+        self._entries.append(entry)
+
+    def _running(self) -> list[_Entry]:
+        """Drop the entries that have ended, and return the others."""
+        ended = [entry for entry in self._entries if entry.future.done()]
+        self._failed += [entry for entry in ended if entry.unreported_error() is not None]
+        self._entries = [entry for entry in self._entries if not entry.future.done()]
+        return list(self._entries)
+
+    def _on_worker(self) -> bool:
+        return any(worker.is_current_thread() for worker in self._workers.values())
+
+    def _start(self, entry: _Entry, work: Callable[[], Any]) -> None:
+        self._workers[entry.low_priority].submit(_Run(entry, work))
 
 
-def _await(jobs: Sequence[Job], timeout: float | None = None) -> None:
+class _Run:
+    """A call that does the work of an entry; it keeps nothing of it afterwards."""
+
+    def __init__(self, entry: _Entry, work: Callable[[], Any]) -> None:
+        self._entry = entry
+        self._work: Callable[[], Any] | None = work
+
+    def __call__(self) -> None:
+        entry, work, self._work = self._entry, self._work, None
+        assert work is not None
+        if entry.previous is not None:  # which may be on the other worker
+            wait([entry.previous])
+            entry.previous = None
+        try:
+            result = work()
+        except BaseException as error:
+            if entry.logs_failure:  # Nobody may ever request the result.
+                _log.warning("An asynchronous save failed: %s", _last_line(error))
+            entry.future.set_exception(error)
+            # Or the error would hold itself, by this frame, and with it all files it had open.
+            del self, entry, work
+        else:
+            entry.future.set_result(result)
+
+
+def _attempt(
+    prepare: Preparation,
+) -> tuple[Callable[[], Any], None] | tuple[None, Exception]:
+    try:
+        return prepare(), None
+    except Exception as error:
+        return None, error
+
+
+def _wait_for(entries: Sequence[_Entry], timeout: float | None = None) -> None:
     with ExitStack() as waits:
-        for job in jobs:
-            waits.enter_context(job.future.waited())
-        wait([job.future for job in jobs], timeout)
+        for entry in entries:
+            waits.enter_context(entry.future.waiting())
+        wait([entry.future for entry in entries], timeout)
 
 
-def _in_a_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
-_all_lines: WeakSet[Line] = WeakSet()
+def _lower_priority() -> None:
+    """Give this thread, and those that it starts, the lowest priority, where threads have one.
+
+    Elsewhere than on Linux, the number of a thread may be that of some other process.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+
+
+def raising(error: BaseException) -> StateSource:
+    """Return a source of a state that raises an error."""
+
+    def fail() -> NoReturn:
+        raise error
+
+    return fail
+
+
+_all_queues: WeakSet[SaveQueue] = WeakSet()
 _of_the_parent: list[Any] = []
 
-_lines: dict[int | None, Line] = {}
+_queues: dict[int | None, SaveQueue] = {}
 _lock = threading.Lock()
 
 
-def line_of(rank: int | None = None) -> Line:
-    """The line of this process, or that of one of the ranks that are simulated in it.
+def queue_of(key: int | None = None) -> SaveQueue:
+    """Return the queue of this process, or that of one of the ranks that are simulated in it.
 
-    These must not wait in turn for one another.
+    Simulated ranks have a queue each, because they wait for one another.
     """
     with _lock:
-        return _lines.setdefault(rank, Line())
+        return _queues.setdefault(key, SaveQueue())
 
 
-def simulated(ranks: object) -> int | None:
-    """Which of several ranks in one process makes a call with `ranks`; None where it has one."""
+def queue_key(ranks: object) -> int | None:
+    """Return which queue a call with `ranks` uses: None unless ranks are simulated."""
     return ranks.rank if isinstance(ranks, Ranks) else None
 
 
-def _last() -> None:
-    """The program has come to its end, and threads can still be started."""
-    for line in list(_lines.values()):
-        while jobs := line.waiting():
-            if not any(job.owed for job in jobs):
-                _await(jobs, Timeouts.from_settings().silence_seconds)
+def _finish_at_exit() -> None:
+    """Wait for all saves as the program ends, while threads can still be started."""
+    for queue in list(_queues.values()):
+        while entries := queue.unfinished():
+            if not any(entry.report_failure for entry in entries):
+                _wait_for(entries, Timeouts.from_settings().silence_seconds)
                 break
-            _await(jobs[:1])
-        for job in line.failures():
-            error = job.future.exception()
+            _wait_for(entries[:1])
+        for entry in queue.take_failures():
+            error = entry.future.exception()
             assert error is not None
-            what = "The program ends, and nobody asked for a failed asynchronous save to %s: %s"
-            _log.error(what, job.path, _in_a_line(error))
+            _log.error(
+                "The program ends, and nobody requested the result of a failed asynchronous save "
+                "to %s: %s",
+                entry.path,
+                _last_line(error),
+            )
 
 
-# Before thread pools refuse to work, where Python has a place for it.
-getattr(threading, "_register_atexit", atexit.register)(_last)
+# Before thread pools refuse to work, where Python has a hook for it.
+getattr(threading, "_register_atexit", atexit.register)(_finish_at_exit)
 
 
 def _forget() -> None:
-    """In a forked process: it would wait for ever for threads that have stayed in its parent."""
+    """Start anew in a forked process, which would wait for ever for threads of its parent."""
     global _lock  # noqa: PLW0603
     _lock = threading.Lock()
-    for line in list(_all_lines):
-        line.forget()
+    for queue in list(_all_queues):
+        queue.forget()
 
 
 after_fork_in_child(_forget)

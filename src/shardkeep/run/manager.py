@@ -23,7 +23,7 @@ from shardkeep.coordination.contract import Ranks
 from shardkeep.coordination.events import EventSender, guarded
 from shardkeep.engine.load_options import LoadConfig, LoadOptions
 from shardkeep.engine.options import AsyncSaveOptions, SaveConfig
-from shardkeep.engine.save_queue import simulated
+from shardkeep.engine.save_queue import queue_key
 from shardkeep.errors import NotACheckpoint, ShardkeepError
 from shardkeep.run import StepNames, Steps
 from shardkeep.run.agreement import Outcome, SaveProposal, agree_on_save
@@ -36,7 +36,7 @@ from shardkeep.stores.contract import Store
 from shardkeep.util.without_torch import needs_torch
 
 if TYPE_CHECKING:
-    from shardkeep.engine.save import SaveReport
+    from shardkeep.engine.reports import SaveReport
     from shardkeep.run.restore import Restored
 
 __all__ = ["Manager", "StepHandle"]
@@ -119,7 +119,7 @@ class Manager:
         self._job = detect_ranks(ranks)
         self._keep, self._every, self._asynchronous = keep, every, asynchronous
         self._when_busy, self._raises = when_busy, on_error == "raise"
-        self._queue_key = simulated(ranks)
+        self._queue_key = queue_key(ranks)
         self._pruner = Pruner(self._steps, keep, self._events())
         self._last_save: StepHandle | None = None
         self._unreadable: dict[int, str] = {}
@@ -283,7 +283,7 @@ class Manager:
         overwrite: bool,
         ranks: EnteredRanks,
     ) -> StepHandle:
-        from shardkeep.engine.async_save import begin
+        from shardkeep.engine.async_save import start_save
 
         def ended(report: SaveReport | None) -> None:
             self._pruner.end()
@@ -297,7 +297,15 @@ class Manager:
         store, key, behind = self._steps.store(step), self._queue_key, self._asynchronous
         self._pruner.begin(step)
         try:
-            future = begin([state], store, ranks, config, key, ended, behind=behind)
+            future = start_save(
+                lambda: state,
+                store,
+                ranks,
+                config,
+                key=key,
+                on_end=ended,
+                asynchronous=behind,
+            )
         except Exception as error:
             if self._raises:
                 raise

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection
 
 from shardkeep.coordination.events import EventSender, StepRemoved
-from shardkeep.engine.save_queue import Job, Line
+from shardkeep.engine.save_queue import SaveQueue
 from shardkeep.run.policies import KeepPolicy, steps_to_delete
 from shardkeep.run.removal import clear, remove
 from shardkeep.run.steps import Steps
@@ -31,7 +31,7 @@ class Pruner:
     ) -> None:
         self._steps, self._policy = steps, policy
         self._events = events or EventSender(None, path=steps.root.url, rank=0)
-        self._line = Line()
+        self._queue = SaveQueue()
         self._changed = threading.Condition()
         self._removing: int | None = None
         self._saving: int | None = None
@@ -68,11 +68,11 @@ class Pruner:
                 warnings.warn(f"{self._steps.root.url}: old steps stay: {error}", stacklevel=2)
 
         if self._policy is not None:
-            self._line.put(Job(work, owed=False, path=self._steps.root.url))
+            self._queue.submit(work, self._steps.root.url, report_failure=False)
 
     def finish(self) -> None:
         """Wait until everything that was to be deleted is gone."""
-        self._line.finish()
+        self._queue.wait()
 
     def prune(self, unreadable: Collection[int]) -> tuple[int, ...]:
         """Delete the steps that the policy does not include, but never the newest whole one.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from shardkeep.engine.save_queue import Handle
+from shardkeep.engine.handles import Handle
 
 if TYPE_CHECKING:
-    from shardkeep.engine.save import SaveReport
+    from shardkeep.engine.reports import SaveReport
 
 __all__ = ["StepHandle"]
 
@@ -56,6 +56,22 @@ class StepHandle(Handle["SaveReport | None"]):
         """
         try:
             return super().result(timeout)
+        finally:
+            self._reported = self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait until the save has ended, and return its error; None if it succeeded.
+
+        The error then counts as reported: the next save does not raise it.
+
+        Args:
+            timeout: the number of seconds to wait at most; None waits without limit.
+
+        Raises:
+            TimeoutError: the save has not ended yet. It goes on.
+        """
+        try:
+            return super().exception(timeout)
         finally:
             self._reported = self.done()
 

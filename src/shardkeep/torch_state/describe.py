@@ -26,7 +26,7 @@ from shardkeep.torch_state.pieces import (
 from shardkeep.torch_state.stateful import call_state_dicts
 from shardkeep.types import I64, Claim, Path, Structure
 
-__all__ = ["LocalState", "describe_state", "describe_tensors"]
+__all__ = ["LocalState", "describe_expanded", "describe_state", "describe_tensors"]
 
 _MAX_MANIFEST_VALUE_CHARS = 16 * 1024
 """Maximum JSON length of a value that the manifest repeats. Longer ones are in the data only."""
@@ -69,7 +69,16 @@ def describe_state(
     Raises:
         Conflict: two values would have the same name, or a value cannot be saved.
     """
-    plain, _ = call_state_dicts(state)
+    return describe_expanded(call_state_dicts(state)[0], nested=nested, rank=rank)
+
+
+def describe_expanded(
+    plain: Mapping[Any, Any], *, nested: bool = True, rank: tuple[int, int] = (0, 1)
+) -> LocalState:
+    """Describe a state whose stateful objects are expanded: nothing here waits for other ranks.
+
+    See `describe_state` for the arguments and errors.
+    """
     if nested:
         flat, marked = unmarked(plain, is_any_tensor, lambda _: key_of(*rank))
     else:

@@ -1,4 +1,4 @@
-"""What a process that is forked from this one has to forget: its parent's threads are not there."""
+"""Clean-up in forked processes, which lack their parent's threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ __all__ = ["after_fork_in_child"]
 
 
 def after_fork_in_child(forget: Callable[[], object]) -> None:
-    """Call this in every process that is forked from here on, where there are such."""
+    """Call a function in every process that is forked from now on, where processes can fork."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=forget)

@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, out of the way while many values are made at once."""
+"""Pauses of Python's cyclic garbage collector while many objects are created at once."""
 
 from __future__ import annotations
 
@@ -12,45 +12,49 @@ from shardkeep.util.forking import after_fork_in_child
 __all__ = ["paused"]
 
 
-class _Pauses:
-    """Those of all threads: the first one stops the collector, the last one lets it go on.
+class _PauseCount:
+    """Counts the pauses of all threads: the first one stops the collector, the last one starts it.
 
-    Each for itself, the second would find it off, and leave it so after the first has turned it on;
-    or turn it off for good, between the question of the first and its act.
+    If each pause acted for itself, a second one would find the collector off and leave it off after
+    the first one had turned it on. Or it would turn it off for good, between the check of the first
+    one and its action.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._depth = 0
-        self._was = False
+        self._was_enabled = False
 
     def begin(self) -> None:
         with self._lock:
             if not self._depth:
-                self._was = gc.isenabled()
+                self._was_enabled = gc.isenabled()
                 gc.disable()
             self._depth += 1
 
     def end(self) -> None:
         with self._lock:
             self._depth -= 1
-            if not self._depth and self._was:
+            if not self._depth and self._was_enabled:
                 gc.enable()
 
     def forget(self) -> None:
-        """The threads of the pauses are not there any more."""
-        if self._depth and self._was:
+        """Turn the collector on again in a forked process, which lacks the threads that paused."""
+        if self._depth and self._was_enabled:
             gc.enable()
 
 
-_pauses = _Pauses()
+_pauses = _PauseCount()
 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """No collections inside: each one goes through all values again, and finds them in use.
+    """Pause the garbage collector of the process inside the block.
 
-    With some values for each of 100,000 tensors, they would take longer than the work itself.
+    Each collection would examine all new objects again, and find them in use. With a few objects
+    for each of 100,000 tensors, that takes longer than the work itself.
+
+    Don't wait for other ranks inside the block: the collector is off for all threads.
     """
     pauses = _pauses
     pauses.begin()
@@ -61,10 +65,10 @@ def paused() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked process: the pauses are those of its parent's threads."""
+    """Start anew in a forked process: the pauses belong to threads of its parent."""
     global _pauses  # noqa: PLW0603
     _pauses.forget()
-    _pauses = _Pauses()
+    _pauses = _PauseCount()
 
 
 after_fork_in_child(_forget)

@@ -1,35 +1,39 @@
-"""Trying again what storage may refuse once and take the next time."""
+"""Retries of work that storage may refuse once and accept the next time."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from itertools import count
 
-__all__ = ["tried"]
+__all__ = ["retry"]
 
-_log = logging.getLogger(__name__)
-
-_FIRST, _LONGEST = 0.1, 10.0
-"""Seconds before the second try, and before any: each waits twice as long as the one before."""
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
+"""Each pause is twice as long as the one before."""
 
 
-def tried(work: Callable[[int], None], times: int) -> None:
-    """Do it; if storage fails, up to so many times more.
+def retry(
+    work: Callable[[int], None],
+    retries: int,
+    on_retry: Callable[[int, OSError, float], object] = lambda *_: None,
+) -> None:
+    """Do some work, and do it again if storage fails.
 
     Args:
-        work: told how many tries there were before, and starts anew each time.
-        times: 0 for one try.
+        work: is given the number of failed attempts, and starts anew each time.
+        retries: how many times the work is repeated at most.
+        on_retry: called before each pause with the number of the retry, the error, and the length
+            of the pause in seconds.
 
     Raises:
-        OSError: of the last try; at once, whatever is none.
+        OSError: the error of the last attempt. Any other exception is raised at once.
     """
-    for before in count():
+    for failed in count():
         try:
-            return work(before)
+            return work(failed)
         except OSError as error:
-            if before >= times:
+            if failed >= retries:
                 raise
-            _log.warning("%s; trying again, %d of %d times", error, before + 1, times)
-        time.sleep(min(_LONGEST, _FIRST * 2.0**before))
+            pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0**failed)
+            on_retry(failed + 1, error, pause)
+        time.sleep(pause)

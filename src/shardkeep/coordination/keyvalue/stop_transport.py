@@ -80,7 +80,7 @@ class StopTransport:
     # --- targets ---------------------------------------------------------------------------------
 
     def set_target(self, round_number: int, boundary: int) -> None:
-        """Publish the target, and remove what nobody reads any more. For the coordinator.
+        """Publish the target, and remove keys that no rank reads any more. For the coordinator.
 
         All ranks have answered in this round, so they no longer need the keys of the one before.
         """

@@ -9,7 +9,7 @@ from shardkeep import settings
 __all__ = ["Timeouts"]
 
 _SECONDS_WITHOUT_HEARTBEATS = 2.0
-"""The interval that stands in for that of the heartbeats where none are sent."""
+"""The interval that `silence_seconds` assumes if no heartbeats are sent."""
 
 
 @dataclass(frozen=True, slots=True)

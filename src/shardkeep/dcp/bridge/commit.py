@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardkeep.checkpoint import commit
 from shardkeep.checkpoint.leases import Lease
 from shardkeep.dcp.bridge.metadata import index_of, is_whole, pickled, says_no_more
-from shardkeep.engine import save
+from shardkeep.engine.committing import manifest_header, remove_replaced
 from shardkeep.errors import FormatError
 from shardkeep.format.dcp.metadata_read import read_metadata
 from shardkeep.format.dcp.metadata_write import metadata_bytes
@@ -60,7 +60,7 @@ def commit_all_ranks(
                 store,
                 lease.save_id,
                 index,
-                save.header(ranks),
+                manifest_header(ranks),
                 admission=admission,
                 confirm=lease.confirm,
             )
@@ -70,7 +70,7 @@ def commit_all_ranks(
             lease.confirm()
             commit.put_record(store, data, admission, name=name)
     if index is not None or commit.files_of(store):
-        save.remove_replaced(store, old - {name}, lease)
+        remove_replaced(store, old - {name}, lease, stacklevel=4)
 
 
 def commit_one_rank(

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStage
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from shardkeep.dcp.bridge.torch_modules import torch_module
-from shardkeep.engine.save_queue import Job, Withheld, line_of
+from shardkeep.engine.save_queue import StateSource, queue_of, raising
 from shardkeep.torch_state.copies import Allocate, copy_state
 from shardkeep.torch_state.devices import pinned
 from shardkeep.util.forking import after_fork_in_child
@@ -80,7 +80,7 @@ def engine_can_stage(stager: Any) -> bool:
 
 def has_pending_saves() -> bool:
     """Return whether a save that was submitted before has not ended."""
-    return bool(_queue.waiting())
+    return bool(_queue.unfinished())
 
 
 def _is_torch_default(stager: Any) -> bool:
@@ -128,17 +128,17 @@ _last_saves: WeakKeyDictionary[Any, Future[Any]] = WeakKeyDictionary()
 # In a forked process, saves of the parent never end, and the parent's memory may be pinned.
 after_fork_in_child(_last_saves.clear)
 
-_queue = line_of()
+_queue = queue_of()
 
 
 def submit_save(
-    staging: Callable[[], Any], save: Callable[[Any], T], stager: Any, path: str
+    staging: Callable[[], Any], save: Callable[[StateSource], T], stager: Any, path: str
 ) -> tuple[Future[None] | None, Future[T]]:
     """Stage a state now, and queue its save behind all saves that were submitted before.
 
     Args:
         staging: returns the staged state, or a future of it.
-        save: saves it.
+        save: saves the state that a source gives.
         stager: the stager that `staging` uses.
         path: where the save goes, for messages.
 
@@ -154,21 +154,13 @@ def submit_save(
     except BaseException as error:
         failure = RuntimeError(f"the state was not staged: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        _queue.put(Job(lambda: save(Withheld(failure)), owed=False, path=path))
+        _queue.submit(lambda: save(raising(failure)), path, report_failure=False)
         raise
-    job = Job(lambda: save(_staged_state(staged)), owed=True, path=path)
+    source = staged.result if isinstance(staged, Future) else lambda: staged
+    future = _queue.submit(lambda: save(source), path)
     if _reuses_memory(stager):
-        _last_saves[stager] = job.future
-    _queue.put(job)
-    return _completion_of(staged) if isinstance(staged, Future) else None, job.future
-
-
-def _staged_state(staged: Any) -> Any:
-    """Return the staged state, or what raises the failure of its staging in the save."""
-    try:
-        return staged.result() if isinstance(staged, Future) else staged
-    except BaseException as error:
-        return Withheld(error)
+        _last_saves[stager] = future
+    return _completion_of(staged) if isinstance(staged, Future) else None, future
 
 
 def _completion_of(staged: Future[Any]) -> Future[None]:
@@ -184,15 +176,15 @@ def _completion_of(staged: Future[Any]) -> Future[None]:
     return completion
 
 
-def with_pending_failure(state: Any) -> Any:
-    """Return the state, or, if a background save has failed, what raises that on access.
+def with_pending_failure(state: Any) -> StateSource:
+    """Return a source of the state, which raises the failure of an earlier background save instead.
 
     The failure is not raised here: all ranks have to enter the save for it to reach them.
     """
-    return _queue.owed(state)
+    return _queue.guard(lambda: state)
 
 
-def wait_for_saves(state: Any) -> Any:
-    """Wait for all submitted saves, then return the state as `with_pending_failure` does."""
-    _queue.finish()
+def wait_for_saves(state: Any) -> StateSource:
+    """Wait for all submitted saves, then return what `with_pending_failure` returns."""
+    _queue.wait()
     return with_pending_failure(state)

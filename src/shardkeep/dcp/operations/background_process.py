@@ -35,6 +35,7 @@ from shardkeep.dcp.bridge.errors import as_torch
 from shardkeep.dcp.bridge.lazy_metadata import CommittedSave, lazy_metadata, pending_build
 from shardkeep.dcp.operations.save import SaveRequest
 from shardkeep.dcp.operations.shared_memory import SharedMemory, pack, unpack
+from shardkeep.engine.save_queue import StateSource
 from shardkeep.torch_state.describe import describe_state
 from shardkeep.torch_state.objects import to_bytes
 
@@ -109,7 +110,7 @@ def _store_address() -> tuple[str, ...]:
 
 
 def save(
-    state: Any,
+    state: StateSource,
     *,
     request: SaveRequest,
     ranks: Ranks,
@@ -119,7 +120,7 @@ def save(
     """Save a state in the other process. Must be called by one thread at a time.
 
     Args:
-        state: the staged state; what is not in `memory` is copied to it.
+        state: gives the staged state; what is not in `memory` is copied to it.
         request: what to save with.
         ranks: the ranks that save. Here they only agree that all of them are able to start.
         rendezvous: where the saving processes meet.
@@ -134,7 +135,7 @@ def save(
             with ranks.session("start", request.name) as session:
                 session.phase("stage")
                 by_engine = request.is_engine_save()
-                body = _pack(state, request, memory, by_engine)
+                body = _pack(state(), request, memory, by_engine)
                 session.phase("start")
                 process = _running_process()
                 name, group = _agree(session, process.group, not by_engine)
@@ -314,7 +315,7 @@ class _Server:
         assert self._prepared is not None
         state, request, ranks = self._prepared
         self._prepared = None
-        saved = request.run(state, ranks)
+        saved = request.run(lambda: state, ranks)
         # Pickling the metadata would build all of it, and hardly any caller looks at it.
         return pending_build(saved) or saved
 

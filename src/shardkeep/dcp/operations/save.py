@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,11 +30,19 @@ from shardkeep.dcp.operations.planner_protocol import save_with_planner
 from shardkeep.dcp.operations.storage import writer_for
 from shardkeep.engine import async_save as engine_async_save
 from shardkeep.engine import save as engine_save
+from shardkeep.engine.execution import BackgroundExecution, ForegroundExecution
 from shardkeep.engine.options import SaveConfig
-from shardkeep.engine.save_queue import Behind, Withheld
+from shardkeep.engine.save_queue import StateSource, raising
 from shardkeep.errors import AlreadyExists
+from shardkeep.stores.contract import Store
 
-__all__ = ["SaveRequest", "replace_stateful", "save_in_background", "save_state"]
+__all__ = [
+    "SaveRequest",
+    "replace_stateful",
+    "save_from_source",
+    "save_in_background",
+    "save_state",
+]
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,9 @@ class SaveRequest:
         writer = self.storage_writer or writer_for(None, self.checkpoint_id)
         return self.use_collectives and engine_saves(self.planner, writer)
 
-    def run(self, state: Any, ranks: Ranks) -> Metadata:
+    def run(self, state: StateSource, ranks: Ranks) -> Metadata:
         """Save a state that was staged before, on whatever thread or in whatever process."""
-        return save_state(
+        return save_from_source(
             state,
             writer_for(self.storage_writer, self.checkpoint_id),
             ranks,
@@ -73,8 +82,13 @@ class SaveRequest:
         )
 
 
-def save_state(
-    state_dict: dict[str, Any],
+def save_state(state_dict: dict[str, Any], *args: Any, **options: Any) -> Metadata:
+    """Save a state; see `save_from_source` for the other arguments."""
+    return save_from_source(lambda: state_dict, *args, **options)
+
+
+def save_from_source(
+    state: StateSource,
     storage_writer: StorageWriter,
     process_group: dist.ProcessGroup | Ranks | None = None,
     coordinator_rank: int = 0,
@@ -89,7 +103,7 @@ def save_state(
     Parameters are those of torch's `_save_state_dict`.
 
     Args:
-        state_dict: the state.
+        state: gives the state.
         storage_writer: writes the files.
         process_group: the ranks that take part; by default all.
         coordinator_rank: the rank of the group that commits.
@@ -106,9 +120,9 @@ def save_state(
     with as_torch(rank):
         ranks = detect_ranks(members_, by_path=False)
         if use_collectives and engine_saves(planner, storage_writer):
-            return _save_with_engine([state_dict], storage_writer, planner, ranks)
+            return _save_with_engine(state, storage_writer, planner, ranks)
         return save_with_planner(
-            lambda: replace_stateful(state_dict) if stateful else state_dict,
+            lambda: replace_stateful(state()) if stateful else state(),
             storage_writer,
             planner,
             ranks,
@@ -117,9 +131,7 @@ def save_state(
         )
 
 
-def save_in_background(
-    state: Callable[[], Any], request: SaveRequest, ranks: Ranks
-) -> Future[Metadata]:
+def save_in_background(state: StateSource, request: SaveRequest, ranks: Ranks) -> Future[Metadata]:
     """Stage what this rank writes, in memory of the engine's, and save it in the background.
 
     Args:
@@ -129,48 +141,54 @@ def save_in_background(
 
     Raises: what `state` raises.
     """
-    failure = None
+    source, failure = state, None
     try:
-        states = [state()]
+        source = _constant(state())
     except BaseException as error:
-        failure = error
-        states = [Withheld(error)]
-    save = partial(_save_from_arena, states, request, ranks)
-    future = engine_async_save.in_background(save, request.path)[1]
+        source, failure = raising(error), error
+    prepare = partial(_prepare, source, request, ranks)
+    execution, future = engine_async_save.begin_in_background(prepare, request.path)
     if failure is not None:
         future.exception()  # Marks it as seen: the caller gets the failure itself.
         raise failure
+    execution.wait_for_release(future)
     return future
 
 
-def _save_from_arena(
-    states: list[Any], request: SaveRequest, ranks: Ranks, background: Behind
-) -> Metadata:
+def _constant(state: Any) -> StateSource:
+    return lambda: state
+
+
+def _prepare(
+    state: StateSource, request: SaveRequest, ranks: Ranks, execution: BackgroundExecution
+) -> Callable[[], Metadata]:
+    """Let the engine copy what this rank writes, and return the rest of the save."""
     with as_torch(ranks.rank):
-        writer = writer_for(request.storage_writer, request.checkpoint_id)
-        planner = request.planner or DefaultSavePlanner()
-        return _save_with_engine(states, writer, planner, ranks, background)
+        writer: Any = writer_for(request.storage_writer, request.checkpoint_id)
+        store, config = _engine_options(writer, request.planner or DefaultSavePlanner())
+        with _as_checkpoint_exists():
+            complete = engine_async_save.prepare(state, store, ranks, config, execution)
+
+    def finish() -> Metadata:
+        with as_torch(ranks.rank):
+            complete()
+            return lazy_metadata(committed_save(store, writer.path))
+
+    return finish
 
 
-def _save_with_engine(
-    states: list[Any],
-    writer: Any,
-    planner: Any,
-    ranks: Ranks,
-    background: Behind | None = None,
-) -> Metadata:
-    """Save with the engine's equivalents of the options of a writer and a planner.
+def _save_with_engine(state: StateSource, writer: Any, planner: Any, ranks: Ranks) -> Metadata:
+    """Save with the engine's equivalents of the options of a writer and a planner."""
+    store, config = _engine_options(writer, planner)
+    with _as_checkpoint_exists():
+        engine_save.run_save(state, store, ranks, config, ForegroundExecution())
+    return lazy_metadata(committed_save(store, writer.path))
 
-    Args:
-        states: the state alone. The engine takes it out of the list, so that nothing here keeps
-            its tensors alive while files are written.
-        writer, planner: where to, and how.
-        ranks: the ranks that save.
-        background: the context of a save in the background.
-    """
-    store = store_of(writer)
+
+def _engine_options(writer: Any, planner: Any) -> tuple[Store, SaveConfig]:
+    """Return the engine's equivalents of the options of a writer and a planner."""
     writer.save_id = commit.new_id()
-    config = SaveConfig(
+    return store_of(writer), SaveConfig(
         overwrite=writer.overwrite,
         flatten=planner.flatten_state_dict,
         files=max(1, writer.thread_count),
@@ -178,11 +196,15 @@ def _save_with_engine(
         require_identical_objects=False,
         save_id=writer.save_id,
     )
+
+
+@contextmanager
+def _as_checkpoint_exists() -> Iterator[None]:
+    """Raise torch's exception where there is a checkpoint already."""
     try:
-        engine_save.life(states, store, ranks, config, background)
+        yield
     except AlreadyExists as error:
         raise CheckpointExists(f"{CHECKPOINT_EXISTS}: {error}") from error
-    return lazy_metadata(committed_save(store, writer.path))
 
 
 def replace_stateful(state: dict[str, Any]) -> dict[str, Any]:
