@@ -109,7 +109,6 @@ compat: $(VENV)/ready
 
 drop-in: $(VENV)/ready
 	$(VENV)/bin/python -m compat.names_page
-	$(VENV)/bin/python -m compat.torch_internals
 
 crash: $(VENV)/ready
 	$(VENV)/bin/python -m crash --moments $(or $(N),1000)

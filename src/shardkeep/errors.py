@@ -83,8 +83,8 @@ class AsyncSaveFailed(ShardkeepError):
         why: its error, in a line.
 
     Example:
-        `an asynchronous save to run/step_100 failed, and nobody asked for its result: OSError:
-        [Errno 28] No space left on device; the save that was called now was not begun`
+        `an asynchronous save to run/step_100 failed, and its result was never retrieved:
+        OSError: [Errno 28] No space left on device; this save was not started`
     """
 
     path: str
@@ -93,8 +93,8 @@ class AsyncSaveFailed(ShardkeepError):
     def __init__(self, path: str, why: str) -> None:
         self.path, self.why = path, why
         super().__init__(
-            f"an asynchronous save to {path} failed, and nobody asked for its result: {why}; "
-            "the save that was called now was not begun"
+            f"an asynchronous save to {path} failed, and its result was never retrieved: {why}; "
+            "this save was not started"
         )
 
 

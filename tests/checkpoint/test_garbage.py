@@ -273,13 +273,13 @@ def test_gc_lists_what_a_killed_save_left_and_removes_it_when_told(tmp_path, cap
     out = capsys.readouterr().out
     assert f"       5 B  {run / left[-1]}" in out
     assert "4 files, " in out
-    assert "nothing was removed: that takes --delete" in out
+    assert "pass --delete to remove them" in out
     assert sorted(names(LocalStore(run)) - whole.keys()) == left
 
     assert cli.main(["gc", str(run), "--delete"]) == 0
     assert "removed 4 files, " in capsys.readouterr().out
     assert {name: (run / name).read_bytes() for name in names(LocalStore(run))} == whole
     assert cli.main(["gc", str(run), "--delete"]) == 0
-    assert capsys.readouterr().out == f"{run}: no save has left anything behind\n"
+    assert capsys.readouterr().out == f"{run}: no files of dead saves\n"
     assert cli.main(["gc", str(run / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err

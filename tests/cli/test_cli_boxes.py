@@ -73,12 +73,12 @@ def test_ranges_are_written_as_in_python(text: str, box: Box) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0:5", "box '0:5': '0:5' leaves a dimension of 4"),
-        ("4", "box '4': '4' leaves a dimension of 4"),
-        ("-5", "box '-5': '-5' leaves a dimension of 4"),
-        ("3:1", "box '3:1': '3:1' leaves a dimension of 4"),
-        ("0:4:2", "box '0:4:2': '0:4:2' is no range (write 0:4, 4:, :, or 7)"),
-        ("a", "box 'a': 'a' is no range (write 0:4, 4:, :, or 7)"),
+        ("0:5", "box '0:5': '0:5' reaches out of a dimension of size 4"),
+        ("4", "box '4': '4' reaches out of a dimension of size 4"),
+        ("-5", "box '-5': '-5' reaches out of a dimension of size 4"),
+        ("3:1", "box '3:1': '3:1' reaches out of a dimension of size 4"),
+        ("0:4:2", "box '0:4:2': '0:4:2' is not a range; write 0:4, 4:, :, or 7"),
+        ("a", "box 'a': 'a' is not a range; write 0:4, 4:, :, or 7"),
         ("0,", "box '0,' has 2 parts, but the tensor's shape is [4]"),
     ],
 )

@@ -141,7 +141,9 @@ def test_ls_json_of_a_pattern(ckpt: Path, run: Run) -> None:
 def test_depth_is_for_trees(ckpt: Path, run: Run, other: str) -> None:
     ran = run("ls", ckpt, other, "--depth", 1)
     assert ran.code == 2
-    assert ran.err == "shardkeep: --depth folds a tree: it does not go with --flat or --json\n"
+    assert (
+        ran.err == "shardkeep: --depth folds a tree and can't be combined with --flat or --json\n"
+    )
 
 
 def test_ls_of_an_empty_state(make: Make, run: Run) -> None:
@@ -323,21 +325,24 @@ def test_show_suggests_close_names(ckpt: Path, run: Run) -> None:
     ran = run("show", ckpt, "model.layer.0.weight")
     assert ran.code == 1
     assert ran.err == (
-        f"shardkeep: {ckpt} holds no 'model.layer.0.weight'; "
+        f"shardkeep: {ckpt} has no tensor, object or container named 'model.layer.0.weight'; "
         "did you mean 'model.layers.0.weight' or 'model.layers.1.weight' or "
         "'model.layers.0.bias'?\n"
     )
     assert run("show", ckpt, "betas").err.endswith("did you mean 'optim.0.betas'?\n")
-    assert run("show", ckpt, "zzzz").err == f"shardkeep: {ckpt} holds no 'zzzz'\n"
+    assert (
+        run("show", ckpt, "zzzz").err
+        == f"shardkeep: {ckpt} has no tensor, object or container named 'zzzz'\n"
+    )
 
 
 def test_only_tensors_have_boxes(ckpt: Path, run: Run) -> None:
     ran = run("show", ckpt, "epoch", "--box", "0")
     assert ran.code == 2
-    assert ran.err == "shardkeep: 'epoch' is no tensor: it has no box and no statistics\n"
+    assert ran.err == "shardkeep: 'epoch' is not a tensor: --box and --stats are for tensors only\n"
     ran = run("show", ckpt, "model.layers.0.bias", "--box", "5")
     assert ran.code == 2
-    assert ran.err == "shardkeep: box '5': '5' leaves a dimension of 4\n"
+    assert ran.err == "shardkeep: box '5': '5' reaches out of a dimension of size 4\n"
 
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\nfake\u202eline"
@@ -455,7 +460,7 @@ def test_a_folder_of_checkpoints_names_them(
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == (
         f"shardkeep: {run_folder} has no .metadata and no .safetensors file: no checkpoint is "
-        f"committed there; below it are {names} and 2 more: name one\n"
+        f"committed there; it contains checkpoints: {names} and 2 more; name one of them\n"
     )
 
 
@@ -474,7 +479,7 @@ def test_no_checkpoint_there(tmp_path: Path, run: Run, command: list[str]) -> No
     assert ran.err == f"shardkeep: {file}/.metadata: Not a directory\n"
     ran = run(command[0], "s3://bucket/x", *command[1:])
     assert ran.code == 2
-    assert ran.err == "shardkeep: 's3://bucket/x' is a URL: only folders can be looked into\n"
+    assert ran.err == "shardkeep: 's3://bucket/x' is a URL; the command opens only local folders\n"
 
 
 def test_safetensors_are_listed_but_can_not_be_checked(tmp_path: Path, run: Run) -> None:

@@ -114,10 +114,12 @@ def test_an_unreported_error_is_raised_by_the_next_save(tmp_path, how):
     fail_unreported(tmp_path / "full")
     with pytest.raises(AsyncSaveFailed) as caught:
         begin()
-    message = f"an asynchronous save to {tmp_path / 'full'} failed, and nobody asked for its result"
+    message = (
+        f"an asynchronous save to {tmp_path / 'full'} failed, and its result was never retrieved"
+    )
     assert message in str(caught.value)
     assert "No space left on device" in str(caught.value)
-    assert "the save that was called now was not begun" in str(caught.value)
+    assert "this save was not started" in str(caught.value)
     assert errno.ENOSPC in [getattr(error, "errno", None) for error in causes(caught.value)]
     assert not there.exists()
     done = begin()  # It is raised only once.
@@ -174,7 +176,7 @@ def test_ranks_with_an_unreported_error_do_not_make_others_wait(tmp_path):
     assert ends[0][0].startswith("told of rank ")
     for first, _ in ends:  # The second rank to raise is told about the first.
         assert " in describe" in first or first.startswith("raised: an asynchronous save to ")
-        assert "nobody asked for its result" in first
+        assert "its result was never retrieved" in first
     assert [rank[1] for rank in ends] == ["saved"] * 4
     assert sk.open(path).verify().ok
 

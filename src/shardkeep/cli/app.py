@@ -44,11 +44,11 @@ CheckpointPath = Annotated[
 ]
 
 _EXIT = (
-    "**Exit code**: 0 done; 1 damaged, or no such name; 2 no checkpoint there, or wrong arguments."
+    "**Exit code**: 0 success; 1 damaged, or no such name; 2 not a checkpoint, or wrong arguments."
 )
 _EXIT_VERIFY = (
-    "**Exit code**: 0 whole, as far as there are checksums; 1 damaged, and that includes "
-    "metadata that can't be read; 2 no checkpoint there, or wrong arguments."
+    "**Exit code**: 0 whole, as far as checksums tell; 1 damaged, and that includes "
+    "metadata that can't be read; 2 not a checkpoint, or wrong arguments."
 )
 
 
@@ -81,28 +81,32 @@ def ls(
         str | None,
         typer.Argument(
             metavar="PATTERN",
-            help="Only these: a name, a name that others are below, or a shell pattern that fits "
-            "whole names ('*.bias').",
+            help="Only these: a name, a container (all that is in it), or a shell pattern that "
+            "matches whole names ('*.bias').",
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document, an entry a line, exact.")
+        bool, typer.Option("--json", help="Print one JSON document, one entry on each line.")
     ] = False,
-    flat: Annotated[bool, typer.Option("--flat", help="Whole names instead of a tree.")] = False,
+    flat: Annotated[
+        bool, typer.Option("--flat", help="Print full names instead of a tree.")
+    ] = False,
     depth: Annotated[
         int | None,
-        typer.Option(min=0, help="Fold what is deeper than N levels.", metavar="N"),
+        typer.Option(min=0, help="Fold containers that are deeper than N levels.", metavar="N"),
     ] = None,
 ) -> int:
     """List what a checkpoint holds: names, dtypes, shapes, sizes, small values.
 
-    Only metadata is read, and small objects to show their values.
+    Only metadata is read, and small objects, to show their values.
     """
     from shardkeep.cli import ls
 
     if depth is not None and (flat or as_json):
-        raise CommandError("--depth folds a tree: it does not go with --flat or --json", _USAGE)
+        raise CommandError(
+            "--depth folds a tree and can't be combined with --flat or --json", _USAGE
+        )
     return ls.ls(_open(path), Output(), pattern=pattern, as_json=as_json, flat=flat, depth=depth)
 
 
@@ -146,39 +150,39 @@ def verify(
     path: CheckpointPath,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing; the exit code tells.")
+        bool, typer.Option("--quiet", "-q", help="Print nothing; only set the exit code.")
     ] = False,
 ) -> int:
-    """Check every byte that has a checksum, and name what is damaged: file, tensor, block.
+    """Check all bytes that have a checksum; name damaged files, tensors and blocks.
 
-    What Shardkeep wrote is checked to the last byte; what stock torch wrote by the CRC-32 values in
-    its files. What has no checksum is listed, too: it may be damaged or not.
+    Checkpoints of Shardkeep are checked to the last byte, those of stock torch by the CRC-32 values
+    in their files. Names without a checksum are listed: damage there is not detected.
     """
     from shardkeep.cli import verify
 
     return verify.verify(lambda: _open(path), path, Output(), as_json=as_json, quiet=quiet)
 
 
-@app.command(epilog="**Exit code**: 0 done; 2 no such folder, or wrong arguments.")
+@app.command(epilog="**Exit code**: 0 success; 2 no such folder, or wrong arguments.")
 def gc(
     path: Annotated[
         str,
         typer.Argument(
             metavar="PATH",
-            help="Folder of a checkpoint, or of many: those below it are looked into, too.",
+            help="Folder of a checkpoint, or a folder with checkpoints below it.",
             show_default=False,
         ),
     ],
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove the files; without it, they are listed.")
+        bool, typer.Option("--delete", help="Remove the files; without it, they are only listed.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The list as JSON.")] = False,
 ) -> int:
     """List, or remove, the files of saves that were killed.
 
-    Only files that no commit names and whose save is dead: its process is gone or, if it ran on
-    another machine, its lease was not renewed for SHARDKEEP_LEASE_SECONDS seconds (300). Names that
-    Shardkeep does not give are never touched.
+    Only files that no committed checkpoint uses and whose save is dead: its process has ended or,
+    if it ran on another machine, it has not renewed its lease for SHARDKEEP_LEASE_SECONDS (300).
+    Files with names that Shardkeep does not create are never touched.
     """
     from shardkeep.cli import gc
 
@@ -189,14 +193,18 @@ def _open(path: str) -> CheckpointReader:
     from shardkeep.checkpoint import reader
 
     if "://" in path:
-        raise CommandError(f"{path!r} is a URL: only folders can be looked into", _NO_CHECKPOINT)
+        raise CommandError(
+            f"{path!r} is a URL; the command opens only local folders", _NO_CHECKPOINT
+        )
     try:
         return reader.open_reader(path)
     except NotACheckpoint as error:
         below = _checkpoints_below(path)
         if not below:
             raise
-        raise NotACheckpoint(f"{error}; below it are {below}: name one") from None
+        raise NotACheckpoint(
+            f"{error}; it contains checkpoints: {below}; name one of them"
+        ) from None
 
 
 def _checkpoints_below(path: str) -> str:

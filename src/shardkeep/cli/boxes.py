@@ -1,4 +1,4 @@
-"""Boxes as a user writes them: `0:4,:,7`."""
+"""Boxes in the notation of the command: `0:4,:,7`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PART = re.compile(rf"(?P<one>{_NUMBER})|(?P<first>{_NUMBER})?:(?P<end>{_NUMBER}
 
 
 def parse(text: str, shape: tuple[int, ...]) -> Box:
-    """The box that a text such as `0:4,:,-1` means in a tensor of that shape.
+    """Return the box that a text such as `0:4,:,-1` means in a tensor of that shape.
 
     Each part is a range or a single position, as in a Python slice without steps: negative numbers
-    count from the end, and dimensions that are not named are whole. Unlike in Python, what leaves
-    the tensor is an error.
+    count from the end, and dimensions that are not named are whole. Unlike in Python, a range
+    that reaches out of the tensor is an error.
 
     Raises:
-        CommandError: not a box, more parts than dimensions, or it leaves the tensor.
+        CommandError: not a box, more parts than dimensions, or it reaches out of the tensor.
     """
     parts = text.split(",") if text.strip() else []
     if len(parts) > len(shape):
@@ -39,7 +39,7 @@ def parse(text: str, shape: tuple[int, ...]) -> Box:
 def _range(part: str, size: int, text: str) -> tuple[int, int]:
     found = _PART.fullmatch(part.strip())
     if found is None:
-        raise CommandError(f"box {text!r}: {part!r} is no range (write 0:4, 4:, :, or 7)", 2)
+        raise CommandError(f"box {text!r}: {part!r} is not a range; write 0:4, 4:, :, or 7", 2)
     if found["one"] is not None:
         first = _from_end(int(found["one"]), size)
         end = first + 1
@@ -47,7 +47,7 @@ def _range(part: str, size: int, text: str) -> tuple[int, int]:
         first = _from_end(int(found["first"] or 0), size)
         end = size if found["end"] is None else _from_end(int(found["end"]), size)
     if not 0 <= first <= end <= size:
-        raise CommandError(f"box {text!r}: {part!r} leaves a dimension of {size}", 2)
+        raise CommandError(f"box {text!r}: {part!r} reaches out of a dimension of size {size}", 2)
     return first, end
 
 
@@ -56,7 +56,7 @@ def _from_end(number: int, size: int) -> int:
 
 
 def corner(box: Box, most: int) -> Box:
-    """The leading part of a box, of at most `most` elements; wider in the last two dimensions."""
+    """Return the first `most` elements or fewer of a box; wider in the last two dimensions."""
     sizes = list(box.sizes)
     for dim in reversed(range(len(sizes))):
         sizes[dim] = min(sizes[dim], 8 if dim >= len(sizes) - 2 else 2, most)
@@ -65,7 +65,7 @@ def corner(box: Box, most: int) -> Box:
 
 
 def slabs(box: Box, most: int) -> Iterator[Box]:
-    """The box in parts of at most `most` elements, in order; rows stay whole where they can."""
+    """Yield parts of a box, of at most `most` elements each, in order; rows that fit stay whole."""
     dim = 0
     while dim < box.ndim and prod(box.sizes[dim + 1 :]) > most:
         dim += 1

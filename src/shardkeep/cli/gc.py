@@ -67,11 +67,11 @@ def _lines(path: str, left: list[_Left], delete: bool) -> Iterator[str]:
         yield f"{human_bytes(one.file.nbytes):>10}  {name}"
     total = f"{count(len(left), 'file')}, {human_bytes(sum(one.file.nbytes for one in left))}"
     if not left:
-        yield f"{escape(path)}: no save has left anything behind"
+        yield f"{escape(path)}: no files of dead saves"
     elif delete:
         yield f"{escape(path)}: removed {total}"
     else:
-        yield f"{escape(path)}: {total} of dead saves; nothing was removed: that takes --delete"
+        yield f"{escape(path)}: {total} of dead saves; pass --delete to remove them"
 
 
 def _document(left: list[_Left], delete: bool) -> dict[str, object]:

@@ -44,17 +44,17 @@ def show(
     stats: bool,
     chunks: bool,
 ) -> int:
-    """Print what is under that name; the exit code.
+    """Print a tensor, an object or a container; return the exit code.
 
     Raises:
-        CommandError: nothing is there (the message suggests names that are close), or a box or
-            statistics are asked of what has none.
+        CommandError: nothing has that name (the message suggests similar names), or a box or
+            statistics are requested for something that is not a tensor.
     """
     name = _resolve(checkpoint, name)
     if name in checkpoint and checkpoint.is_tensor(name):
         _tensor(checkpoint, name, out, box=box, stats=stats, chunks=chunks)
     elif box is not None or stats:
-        raise CommandError(f"{name!r} is no tensor: it has no box and no statistics", 2)
+        raise CommandError(f"{name!r} is not a tensor: --box and --stats are for tensors only", 2)
     elif name in checkpoint:
         _object(checkpoint, name, out)
     else:
@@ -74,7 +74,9 @@ def _resolve(checkpoint: CheckpointReader, name: str) -> str:
         return printed[0]
     close = _close(name, found)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise CommandError(f"{checkpoint.url} holds no {name!r}{hint}", 1)
+    raise CommandError(
+        f"{checkpoint.url} has no tensor, object or container named {name!r}{hint}", 1
+    )
 
 
 def _container(checkpoint: CheckpointReader, name: str, out: Output) -> None:
