@@ -14,8 +14,6 @@ from shardkeep.util.without_torch import stand_in
 
 NEED_TORCH = {
     "Restored",
-    "SaveHandle",
-    "SaveReport",
     "Shards",
     "async_save",
     "load",
