@@ -1,11 +1,11 @@
-"""The vocabulary: frozen values that every room shares.
+"""The vocabulary of Shardkeep: frozen values that all packages share.
 
-A *tensor* is known by its name, dtype and global shape. It is stored as one or more *chunks*, each
-a *box* of it. The bytes of a chunk are its *payload*; an *item* is the container around a payload.
-An *object* is any value that is not a tensor.
+A *tensor* has a name, a dtype and a global shape. It is stored as one or more *chunks*, each of
+which is a *box* of the tensor. The bytes of a chunk are its *payload*. An *item* is the container
+around a payload, as it is stored in a file. An *object* is any value that is not a tensor.
 
-Two views of one thing live here: single values (`TensorInfo`, `Chunk`, ...) for people, and
-columns (`Index` and its tables) for arithmetic over many of them.
+There are two views of the same data. Single values (`TensorInfo`, `Chunk`, ...) are meant for
+people, and columns (`Index` and its tables) for arithmetic over many tensors and chunks.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ __all__ = [
 I64 = NDArray[np.int64]
 
 MAX_DIMS = 64
-"""Dimensions of a tensor at most: the limit of torch's own iterators, and of numpy 2."""
+"""Largest number of dimensions of a tensor: the limit of torch's iterators and of numpy 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """A tensor element type, by torch's name.
+    """A tensor element type, with torch's name for it.
 
     Attributes:
         name: torch's name without the module, such as "bfloat16".
-        numpy: what `read` returns, little-endian; its item size is the stored one.
-        note: set where numpy only carries the bits: what comes out, in words.
+        numpy: the little-endian numpy dtype that `read` returns. Its item size is the stored one.
+        note: a description of the numpy values, if numpy lacks the type and only carries its bits.
     """
 
     name: str
@@ -68,12 +68,12 @@ class DType:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element, as stored."""
+        """Number of bytes of one stored element."""
         return self.numpy.itemsize
 
     @staticmethod
     def named(name: str) -> DType:
-        """The dtype of that name (with or without "torch."); FormatError if there is none."""
+        """Return the dtype of a name, with or without "torch."; raise FormatError if unknown."""
         dtype = _BY_NAME.get(name.removeprefix("torch."))
         if dtype is None:
             raise FormatError(f"unknown dtype {name!r}")
@@ -81,7 +81,7 @@ class DType:
 
     @property
     def code(self) -> int:
-        """Position in `DTYPES`: how columns hold a dtype in memory (files hold its name)."""
+        """Position in `DTYPES`, which columns in memory hold in place of the name."""
         return _CODES[self.name]
 
     def __str__(self) -> str:
@@ -119,14 +119,22 @@ def _dtypes() -> Iterator[DType]:
 
 DTYPES: tuple[DType, ...] = tuple(_dtypes())
 ITEMSIZES: NDArray[np.int64] = np.array([dtype.itemsize for dtype in DTYPES], dtype=np.int64)
-"""Bytes of an element, by the code of its dtype."""
+"""Bytes of an element, indexed by the code of its dtype."""
 _BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 _CODES = {dtype.name: code for code, dtype in enumerate(DTYPES)}
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a tensor: `sizes[d]` elements from `offsets[d]` on, in every dimension d."""
+    """A rectangular part of a tensor: `sizes[d]` elements from `offsets[d]` on, for each d.
+    Attributes:
+        offsets: index of the first element in each dimension.
+        sizes: number of elements in each dimension.
+
+    Example:
+        >>> print(sk.Box((0, 4), (2, 8)))
+        [0:2, 4:12]
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -141,7 +149,7 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Number of elements; 1 for a scalar, 0 if any size is 0."""
+        """Number of elements: 1 for a scalar, 0 if any size is 0."""
         return prod(self.sizes)
 
     @property
@@ -149,27 +157,27 @@ class Box:
         return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def within(self, shape: tuple[int, ...]) -> bool:
-        """Whether the box lies inside a tensor of that shape."""
+        """Return whether the box is inside a tensor of a shape."""
         return len(shape) == self.ndim and all(
             o >= 0 and s >= 0 and o + s <= n
             for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
     def intersect(self, other: Box) -> Box | None:
-        """What both boxes hold, or None if that is empty. Both must have the same ndim."""
+        """Return the intersection of two boxes with the same ndim, or None if it is empty."""
         starts = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(map(min, self.ends, other.ends))
         sizes = tuple(e - s for s, e in zip(starts, ends, strict=True))
         return None if any(s <= 0 for s in sizes) else Box(starts, sizes)
 
     def relative_to(self, outer: Box) -> Box:
-        """The same box, with offsets counted from the start of `outer`."""
+        """Return the same box, with offsets counted from the start of `outer`."""
         moved = tuple(a - b for a, b in zip(self.offsets, outer.offsets, strict=True))
         return Box(moved, self.sizes)
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """For indexing an array of the global shape."""
+        """Return the slices that select the box from an array of the global shape."""
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def __str__(self) -> str:
@@ -178,7 +186,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """`length` bytes of a file (named relative to the checkpoint), from `offset` on."""
+    """A range of `length` bytes from `offset` on, in a file named relative to the checkpoint."""
 
     file: str
     offset: int
@@ -187,12 +195,14 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What lies around one payload, so that all of it together is an item.
+    """The bytes around one payload, which make it an item.
+
+    The tail holds the CRC-32 of the payload in two places.
 
     Attributes:
-        head: what goes before the payload.
-        before, between, after: the tail, but for the two places of the payload's CRC-32.
-        tail_length: bytes of the tail.
+        head: the bytes before the payload.
+        before, between, after: the tail before, between and after the two checksums.
+        tail_length: number of bytes of the tail.
     """
 
     head: bytes
@@ -206,30 +216,30 @@ class Frame:
         object.__setattr__(self, "tail_length", length)
 
     def tail(self, crc: int) -> bytes:
-        """What goes after the payload, given its CRC-32."""
+        """Return the bytes after a payload with this CRC-32."""
         packed = crc.to_bytes(4, "little")
         return b"%b%b%b%b%b" % (self.before, packed, self.between, packed, self.after)
 
 
 Framing = Callable[[int, bool], Frame]
-"""Makes frames of one kind: of an item that starts at that position of its file.
+"""Makes the frames of one kind. Called as (offset of the item in its file, page_aligned).
 
-The payload starts at a multiple of `ALIGNMENT`; of `PAGE` where the second argument is true. Frames
-for positions that are such a multiple apart are the same.
+The payload starts at a multiple of `ALIGNMENT`, or of `PAGE` if `page_aligned` is true. Offsets
+that differ by a multiple of that number get the same frame.
 """
 
 
 YieldGil = Callable[[], None]
-"""Called between pieces of work that keep the interpreter for more than a moment."""
+"""Called between pieces of work that hold the interpreter lock for more than a moment."""
 
 
 def never_yield() -> None:
-    """Work on."""
+    """Return at once: a `YieldGil` that keeps the interpreter lock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One stored box of a tensor, and the item that holds it."""
+    """One stored box of a tensor, and the location of the item that holds it."""
 
     box: Box
     item: ByteRange
@@ -241,9 +251,9 @@ class TensorInfo:
 
     Attributes:
         name: its flat name.
-        dtype: element type.
-        shape: global shape, in elements.
-        chunks: the boxes that it is stored as; together they cover it.
+        dtype: its element type.
+        shape: its global shape, in elements.
+        chunks: the stored boxes, which together cover the tensor.
     """
 
     name: str
@@ -253,15 +263,18 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Number of bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """An object in a checkpoint: its name, the item that holds it, and its value.
+    """An object in a checkpoint.
 
-    Parts of unknown classes are `Opaque` stand-ins inside `value`.
+    Attributes:
+        name: its flat name.
+        item: the location of the item that holds it; None if the manifest holds the value.
+        value: the object. Parts of it that have an unknown class are replaced by `Opaque` values.
     """
 
     name: str
@@ -270,17 +283,18 @@ class ObjectInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the item that holds the object."""
+        """Number of bytes of the item that holds the object; 0 if there is none."""
         return self.item.length if self.item else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Stands for a value of a class that is not known to be safe. It was never imported.
+    """Placeholder for an instance of a class that is not known to be safe and was not imported.
 
     Attributes:
-        module, qualname: where the class says it lives.
-        args: what it was to be called with; state: what it was to be filled with, if anything.
+        module, qualname: module and qualified name of the class, as stored in the checkpoint.
+        args: the arguments that the class or function would have been called with.
+        state: the state that the instance would have been given; None if there is none.
     """
 
     module: str
@@ -297,22 +311,22 @@ class Opaque:
 
 
 Path = tuple[Any, ...]
-"""Keys from the root of a state to a leaf, typed: a list's index and a mapping's 0 are ints."""
+"""Keys from the root of a state to a leaf. They keep their type: index 0 of a list is an int."""
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The shape of a nested state, flat: where each leaf is, and what each container is.
+    """The nesting of a state: the path of each leaf, and the kind of each container.
 
     Attributes:
         leaves: flat name -> path. Several names may share a payload, but not a path.
-        containers: path -> "dict", "list" or "OrderedDict", outer before inner; the root is ().
-            Tuples are leaves, as in DCP. Containers that hold nothing are here, too.
-        empties: path of each container that holds nothing -> how many leaves come before it (a
-            stand-in for its place among them; without it, order would be lost).
+        containers: path -> "dict", "list" or "OrderedDict", outer containers first. The root is ().
+            Empty containers are included. Tuples are leaves, as in DCP.
+        empties: path of each empty container -> number of leaves before it in the state. This
+            number preserves the position of the container, which no leaf shows.
         parents: for each container but the root, and for each leaf, the row in `containers` of the
-            one around it. Only where whoever made the structure knows them anyway: looking them up
-            by path takes long.
+            container around it. None if the code that made the structure does not know these rows:
+            to look them up by path takes long.
     """
 
     leaves: Mapping[str, Path]
@@ -325,45 +339,47 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensors:
-    """N tensors as columns. D is the largest ndim of them (0 without any)."""
+    """N tensors as columns. D is the largest ndim of all of them, or 0 if there are none."""
 
     names: tuple[str, ...]
     dtype: NDArray[np.uint8]
     """[N] codes: positions in `DTYPES`."""
     ndim: NDArray[np.uint8]
-    """[N] dimensions."""
+    """[N] number of dimensions."""
     shape: I64
-    """[N, D] global shapes, filled up with 1."""
+    """[N, D] global shapes, padded with 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunks:
-    """M chunks as columns; the rows of a tensor are adjacent, in the order of the tensors.
+    """M chunks as columns. Rows are sorted by tensor.
 
-    A payload is the chunk's elements in C order, without gaps, unless `payload` is negative: then
-    only the item's own header says where and how they lie.
+    A payload consists of the elements in C order, without gaps. If `payload` is negative, only the
+    header of the item describes where the elements are stored.
     """
 
     tensor: I64
     """[M] row in `Tensors`."""
     offsets: I64
-    """[M, D] filled up with 0."""
+    """[M, D] padded with 0."""
     sizes: I64
-    """[M, D] filled up with 1."""
+    """[M, D] padded with 1."""
     file: NDArray[np.int32]
     """[M] position in `Index.files`."""
     item: I64
-    """[M] where the item starts in its file, in bytes."""
+    """[M] offset of the item in its file, in bytes."""
     length: I64
-    """[M] bytes of the item."""
+    """[M] number of bytes of the item."""
     payload: I64
-    """[M] where the payload starts in its file, in bytes; negative: ask the item's header."""
+    """[M] offset of the payload in its file, in bytes; negative if only the item's header knows it.
+
+    """
     transform: NDArray[np.int16]
-    """[M] position in `Index.transforms`; 0 is none."""
+    """[M] position in `Index.transforms`; 0 for chunks without a transform."""
     block: I64
-    """[M + 1] rows block[i]:block[i + 1] of `checksums` belong to chunk i (none: not digested)."""
+    """[M + 1] rows block[i]:block[i + 1] of `checksums` are those of chunk i, if it has any."""
     checksums: NDArray[np.uint32]
-    """CRC-32 of each block of `BLOCK` bytes of a payload, counted from the payload's start."""
+    """CRC-32 of each block of `BLOCK` bytes of a payload, counted from the start of the payload."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -374,29 +390,29 @@ class Objects:
     file: NDArray[np.int32]
     """[K] position in `Index.files`."""
     item: I64
-    """[K] where the item starts, in bytes."""
+    """[K] offset of the item in its file, in bytes."""
     length: I64
-    """[K] bytes of the item."""
+    """[K] number of bytes of the item."""
     transform: NDArray[np.int16]
-    """[K] position in `Index.transforms`; 0 is none."""
+    """[K] position in `Index.transforms`; 0 for objects without a transform."""
     crc: I64
-    """[K] CRC-32 of the item's bytes, or -1 where it is not known."""
+    """[K] CRC-32 of the item's bytes; -1 if it is not known."""
     values: Mapping[str, Any]
-    """Name -> value, as typed JSON (`format.values`), where it is known without the item."""
+    """Name -> value as typed JSON (`format.values`), for objects whose value the manifest holds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Index:
-    """What a checkpoint holds and where, whatever kind of checkpoint it is.
+    """The content of a checkpoint of any format, and the location of each part.
 
     Attributes:
-        files: data files, relative to the checkpoint; none of them leaves it.
-        transforms: stream transforms of items, as DCP names them (`("stream.zstd/1",)`), outermost
-            last; the first one is always `()`.
-        structure: how the names nest; None if the checkpoint does not say (flat names then).
-        legacy_duplicates: objects that only repeat a container whose leaves are there as well, and
-            the container's path; torch 2.3 and older look them up, nobody else needs them.
-        extra: what else is known, for people: "format", "torch", "created", ...
+        files: data files, as paths relative to the checkpoint. None of them is outside of it.
+        transforms: stream transforms of items, as DCP names them (`("stream.zstd/1",)`), the
+            outermost last. The first entry is always `()`.
+        structure: the nesting of the names; None if the checkpoint has flat names only.
+        legacy_duplicates: name -> path, for objects that repeat a container whose leaves are stored
+            as well. Only torch 2.3 and older look them up.
+        extra: further facts for people: "format", "torch", "created", ...
     """
 
     files: tuple[str, ...]
@@ -411,29 +427,29 @@ class Index:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """What one rank has to save: names and boxes, no data.
+    """Names and boxes of the data that one rank has to save, without the data.
 
-    P pieces as columns: a piece is a box of a tensor that this rank holds in memory.
+    P pieces are stored as columns. A piece is a box of a tensor that this rank holds in memory.
     """
 
     tensors: Tensors
     piece: I64
     """[P] row in `tensors`."""
     offsets: I64
-    """[P, D] filled up with 0."""
+    """[P, D] padded with 0."""
     sizes: I64
-    """[P, D] filled up with 1."""
+    """[P, D] padded with 1."""
     alias: I64
-    """[P] the first piece of this rank that lies in the same memory: itself, if there is none."""
+    """[P] the first piece of this rank that has the same memory, which may be the piece itself."""
     objects: tuple[str, ...]
     values: Mapping[str, Any]
-    """Object's name -> its value as typed JSON, of those that are small and have one."""
+    """Name -> value as typed JSON, for the small objects that have such a form."""
     structure: Structure
     legacy_duplicates: Mapping[str, Path]
     marks: Mapping[Path, str] = field(default_factory=dict)
-    """Where a value is marked (`marks`) -> "PerRank" or "Replicated"."""
+    """Path of each marked value -> "PerRank" or "Replicated"."""
     content: Mapping[str, bytes] = field(default_factory=dict)
-    """What is marked "Replicated", in words -> a checksum of what this rank has."""
+    """Description of each value marked `Replicated` -> checksum of this rank's replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +458,7 @@ class Step:
 
     Attributes:
         number: the training step, 0 or more.
-        metrics: what was measured there, as saved with it: finite numbers by name.
+        metrics: the metrics that were saved with it: finite numbers by name.
     """
 
     number: int
@@ -450,8 +466,14 @@ class Step:
 
 
 class Progress(Protocol):
-    """Told how far long work has come."""
+    """A function that is called with the progress of a long operation.
+
+    Example:
+        >>> def show(phase: str, done: int, total: int) -> None:
+        ...     print(f"{phase}: {done} of {total} bytes")
+        >>> sk.save(state, "run/step_100", progress=show)
+    """
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """`done` of `total` bytes of this phase; may be called from several threads."""
+        """Report that `done` of `total` bytes of a phase are done. Several threads may call it."""
         ...

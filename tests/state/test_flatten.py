@@ -235,7 +235,7 @@ def test_depth_is_refused_clearly(wrap: Any) -> None:
     state: Any = 1
     for _ in range(10_000):
         state = wrap(state)
-    with pytest.raises(Conflict, match=f"more than {MAX_DEPTH} containers inside one another"):
+    with pytest.raises(Conflict, match=f"more than {MAX_DEPTH} containers are nested"):
         flat({"s": state})
 
 
@@ -256,10 +256,10 @@ def test_get_and_put_say_what_is_wrong() -> None:
         (get, ("a", "0"), r"there is no \['a'\]\['0'\] in a list of 4"),
         (get, ("a", -1), r"there is no \['a'\]\[-1\]"),
         (get, ("t", 0), r"\['t'\] is a tuple, not a container"),
-        (put, ("t", 0), r"\['t'\]\[0\] can't be set: \['t'\] is a tuple"),
-        (put, ("p", "k"), r"\['p'\]\['k'\] can't be set: \['p'\] is a mappingproxy"),
+        (put, ("t", 0), r"\['t'\]\[0\] cannot be set: \['t'\] is a tuple"),
+        (put, ("p", "k"), r"\['p'\]\['k'\] cannot be set: \['p'\] is a mappingproxy"),
         (put, ("b", "c"), r"there is no \['b'\]"),
-        (put, ("a", 10**12), "is no place of a list of 4"),
+        (put, ("a", 10**12), "is not a valid index of a list of 4"),
         (put, (), "the state itself"),
     ]
     for call, path, message in cases:
@@ -270,16 +270,16 @@ def test_get_and_put_say_what_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("leaves", "kinds", "message"),
     [
-        ({"a": ("l", 10**12)}, {("l",): "list"}, "leave out more than"),
-        ({"a": ("l", "x")}, {("l",): "list"}, "no place of a list"),
-        ({"a": ("l", -1)}, {("l",): "list"}, "no place of a list"),
-        ({"a": ("l", 0), "b": ("l", 0)}, {("l",): "list"}, "two things are at"),
-        ({"a": ("x",), "b": ("x",)}, {}, "two things are at"),
-        ({"a": ("x",)}, {("x",): "dict"}, "two things are at"),
-        ({"a": ("x", "y")}, {}, "is no container"),
-        ({"a": ()}, {}, "the place of the state itself"),
-        ({}, {("x",): "set"}, "is a 'set'"),
-        ({}, {("x",) * 5000: "dict"}, "is no container|more than"),
+        ({"a": ("l", 10**12)}, {("l",): "list"}, "lack more than"),
+        ({"a": ("l", "x")}, {("l",): "list"}, "not a valid index of a list"),
+        ({"a": ("l", -1)}, {("l",): "list"}, "not a valid index of a list"),
+        ({"a": ("l", 0), "b": ("l", 0)}, {("l",): "list"}, "two entries are at"),
+        ({"a": ("x",), "b": ("x",)}, {}, "two entries are at"),
+        ({"a": ("x",)}, {("x",): "dict"}, "two entries are at"),
+        ({"a": ("x", "y")}, {}, "is not a container"),
+        ({"a": ()}, {}, "which is that of the state itself"),
+        ({}, {("x",): "set"}, "a container of unknown kind 'set'"),
+        ({}, {("x",) * 5000: "dict"}, "is not a container|more than"),
         ({"a": ("x",) * 5000}, {("x",) * n: "dict" for n in range(1, 500)}, "more than 64"),
     ],
 )

@@ -1,8 +1,9 @@
-"""A nested state and its flat names, both ways.
+"""Conversion of a nested state into flat names and values, and back.
 
-Names are DCP's own (torch 2.4 and later; `_traverse.py` and `_nested_dict.py` there): mappings are
-always walked, lists where they hold a tensor or a mapping, at any depth of lists; all else, tuples
-too, is a leaf. A name is the path's keys as strings, joined by dots.
+The names are those of DCP (torch 2.4 and later, `_traverse.py` and `_nested_dict.py`). Mappings
+are always flattened. A list is flattened if it holds a tensor or a mapping, directly or inside
+further lists. Everything else is a leaf, including tuples. A name consists of the keys of the
+path as strings, joined by dots.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from shardkeep.types import Path, Structure
 __all__ = ["MAX_DEPTH", "Flat", "Leaf", "flatten", "get", "put", "show", "unflatten"]
 
 MAX_DEPTH = 64
-"""Containers inside one another at most: as many as values and readers of pickles take."""
+"""Limit for the nesting of containers, the same as for values and pickles."""
 
 MAX_PADDING = 1_000_000
-"""Places of lists that may be left out, in all: a path may come from a hostile file."""
+"""Limit for the missing entries of all lists together: a path may come from a hostile file."""
 
 IsTensor = Callable[[Any], bool]
 
 
 class Leaf(NamedTuple):
-    """A value of a state that is not walked any further: its flat name and its path."""
+    """A value of a state that is not flattened any further, with its flat name and its path."""
 
     name: str
     path: Path
@@ -46,15 +47,15 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A state, flattened.
+    """A flattened state.
 
     Attributes:
-        values: the leaves, in the state's order.
-        structure: their names, in the same order, and how they nest.
-        legacy_duplicates: each outermost container without a tensor in it, whole, under its dotted
-            name. Torch
-            2.3 and older make one object of it and look that up. Never the root; none where a leaf
-            or another container has that name. They belong behind all leaves.
+        values: the leaves, in the order of the state.
+        structure: the names of the leaves, in the same order, and their nesting.
+        legacy_duplicates: each outermost container without a tensor, as one value under its dotted
+            name. Torch 2.3 and older save and look up such a container as one object. The root is
+            never included, nor is a container that shares its name with a leaf or another
+            container. These entries must be saved after all leaves.
     """
 
     values: Sequence[Any]
@@ -63,35 +64,35 @@ class Flat:
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The leaves with their names and paths, in the state's order."""
+        """The leaves with their names and paths, in the order of the state."""
         named = self.structure.leaves.items()
         return tuple(Leaf(*item, value) for item, value in zip(named, self.values, strict=True))
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """Flat name and value of each leaf, in the state's order."""
+        """Return the flat name and the value of each leaf, in the order of the state."""
         return zip(self.structure.leaves, self.values, strict=True)
 
 
 def show(path: Path) -> str:
-    """A path as Python would index it: `['a'][0]`."""
+    """Return a path as Python would index it: `['a'][0]`."""
     return "".join(f"[{key!r}]" for key in path) or "the state itself"
 
 
 def flatten(state: Mapping[Any, Any], is_tensor: IsTensor, spread: Collection[Path] = ()) -> Flat:
-    """Give every leaf of `state` its name.
+    """Flatten a state into named leaves.
 
     Args:
-        state: mappings and lists, nested. Keys are str, int, bool, None, float, bytes, or tuples of
-            these; they keep their type in paths.
-        is_tensor: whether a value is a tensor of any kind: DCP walks the lists that hold one. The
-            value's class decides.
-        spread: containers whose entries are on different ranks: no rank has a twin of those, or of
-            what is around them, but of what is in them.
+        state: nested mappings and lists. Keys are str, int, bool, None, float, bytes, or tuples of
+            these, and keep their type in paths.
+        is_tensor: returns whether a value is a tensor of any kind, which must depend on its class
+            only. Lists with tensors are flattened.
+        spread: paths of containers whose entries are distributed over ranks. Neither these
+            containers nor those around them have a legacy duplicate, but containers inside may.
 
     Raises:
         TypeError: `state` is not a mapping.
-        Conflict: two leaves have one name, a key is of another type, a container holds itself, or
-            more than `MAX_DEPTH` of them nest.
+        Conflict: two leaves have the same name, a key has another type, a container contains
+            itself, or more than `MAX_DEPTH` containers are nested.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"a state is a mapping of names to values, not a {type(state).__name__}")
@@ -99,7 +100,7 @@ def flatten(state: Mapping[Any, Any], is_tensor: IsTensor, spread: Collection[Pa
 
 
 class _Flattening:
-    """The state of one walk."""
+    """State of one traversal."""
 
     def __init__(self, is_tensor: IsTensor, spread: Collection[Path]) -> None:
         self.is_tensor, self.spread = is_tensor, spread
@@ -110,9 +111,9 @@ class _Flattening:
         self.parents: tuple[list[int], list[int]] = ([], [])
         self.legacy_duplicates: list[Leaf] = []
         self.names: list[str] = []
-        """Of all containers but the root."""
+        """Names of all containers but the root."""
         self.kinds: dict[type, bool] = {}
-        """Classes of leaves, and whether they are tensors': asking isinstance takes longer."""
+        """Class of a leaf -> whether it is a tensor class. A look-up is faster than isinstance."""
         self.verdicts: dict[int, tuple[Any, bool]] = {}
         self.around: set[int] = set()
 
@@ -128,7 +129,7 @@ class _Flattening:
         return Flat(self.values, structure, legacy_duplicates)
 
     def container(self, parent: int, path: Path, name: str, value: Any) -> bool:
-        """Walk a container; whether it holds a tensor. No deeper than `MAX_DEPTH` calls."""
+        """Flatten a container, and return whether it holds a tensor."""
         if len(path) >= MAX_DEPTH:
             raise _too_deep(path)
         if id(value) in self.around:
@@ -153,7 +154,7 @@ class _Flattening:
     def entries(
         self, row: int, path: Path, prefix: str, entries: Iterable[tuple[Any, Any]]
     ) -> tuple[bool, list[Leaf]]:
-        """Walk what is in a container; whether there is a tensor, and containers without one."""
+        """Flatten entries; return whether any is a tensor, and the containers without a tensor."""
         values, paths, kinds, parents = self.values, self.paths, self.kinds, self.parents[1]
         tensor, bare = False, []
         for key, entry in entries:
@@ -178,18 +179,18 @@ class _Flattening:
         return tensor, bare
 
     def opens(self, value: Any, path: Path) -> bool:
-        """Whether a value is walked."""
+        """Return whether a value is flattened."""
         return isinstance(value, Mapping) or self.walks(value, path)
 
     def learn(self, leaf: Any) -> bool:
-        """Whether a leaf is a tensor; remembered if its class alone decides what becomes of it."""
+        """Return whether a leaf is a tensor, and remember it if that depends on the class only."""
         tensor, kind = self.is_tensor(leaf), type(leaf)
         if leaf.__class__ is kind and not isinstance(leaf, list):
             self.kinds[kind] = tensor
         return tensor
 
     def walks(self, value: Any, path: Path) -> bool:
-        """Whether DCP walks this value as a list. Each list is looked through once."""
+        """Return whether DCP flattens this value as a list. Each list is searched only once."""
         if not isinstance(value, list):
             return False
         known = self.verdicts.get(id(value))
@@ -250,11 +251,14 @@ def _clash(one: Path, other: Path, name: str) -> Conflict:
 
 
 def _too_deep(path: Path) -> Conflict:
-    return Conflict(f"more than {MAX_DEPTH} containers inside one another below {show(path[:3])}")
+    return Conflict(f"more than {MAX_DEPTH} containers are nested below {show(path[:3])}")
 
 
 def _plain(value: Any, containers: Mapping[Path, str], path: Path) -> Any:
-    """`value` with the containers that were walked as dicts and lists. At most MAX_DEPTH deep."""
+    """Return `value` with plain dicts and lists in place of the containers that were flattened.
+
+    The recursion is at most `MAX_DEPTH` deep.
+    """
     kind = containers.get(path)
     if kind is None:
         return value
@@ -267,22 +271,23 @@ def _plain(value: Any, containers: Mapping[Path, str], path: Path) -> Any:
 
 
 class _Hole:
-    """The place of a list that nothing was put into."""
+    """Placeholder for an entry of a list that has not been set."""
 
 
 _HOLE = _Hole()
 
 
 def unflatten(structure: Structure, value: Callable[[str], Any] | Mapping[str, Any]) -> Any:
-    """The nested state again, with the containers, order and keys that it had.
+    """Return the nested state for a structure, with its containers, order and key types.
 
     Args:
-        structure: may come from a file. Places of a list that it leaves out become None.
-        value: gives the value of each flat name.
+        structure: the names and their nesting, which may come from a file. Missing entries of lists
+            become None.
+        value: returns the value of a flat name, or maps names to values.
 
     Raises:
         FormatError: the structure contradicts itself.
-        KeyError: `value` is a mapping, and a name is missing from it.
+        KeyError: `value` is a mapping that lacks a name.
     """
     look_up = value.__getitem__ if isinstance(value, Mapping) else value
     made: dict[Path, Any] = {}
@@ -294,20 +299,20 @@ def unflatten(structure: Structure, value: Callable[[str], Any] | Mapping[str, A
         key = path[-1]
         if isinstance(holder, list):
             if type(key) is not int or key < 0:
-                raise FormatError(f"{show(path)} is no place of a list")
+                raise FormatError(f"{show(path)} is not a valid index of a list")
             missing = key + 1 - len(holder)
             padding += max(0, missing - 1)
             if padding > MAX_PADDING:
-                raise FormatError(f"lists leave out more than {MAX_PADDING} places at {show(path)}")
+                raise FormatError(f"lists lack more than {MAX_PADDING} entries, at {show(path)}")
             holder += [_HOLE] * max(0, missing)
             if holder[key] is not _HOLE:
-                raise FormatError(f"two things are at {show(path)}")
+                raise FormatError(f"two entries are at {show(path)}")
         elif key in holder:
-            raise FormatError(f"two things are at {show(path)}")
+            raise FormatError(f"two entries are at {show(path)}")
         holder[key] = thing
 
     def container(path: Path) -> Any:
-        """The container at that path, made with those around it where it is not there yet."""
+        """Return the container at a path, and create it and those around it if needed."""
         for depth in range(len(path), -1, -1):
             if path[:depth] in made:
                 break
@@ -328,7 +333,7 @@ def unflatten(structure: Structure, value: Callable[[str], Any] | Mapping[str, A
             container(empty[0])
             empty = next(empties, None)
         if not path:
-            raise FormatError(f"{name!r} is at the place of the state itself")
+            raise FormatError(f"{name!r} has an empty path, which is that of the state itself")
         place(path, look_up(name))
     while empty is not None:
         container(empty[0])
@@ -342,16 +347,15 @@ def unflatten(structure: Structure, value: Callable[[str], Any] | Mapping[str, A
 
 def _new(kind: str | None, path: Path) -> Any:
     if len(path) > MAX_DEPTH:
-        raise FormatError(
-            f"more than {MAX_DEPTH} containers inside one another at {show(path[:3])}"
-        )
+        raise FormatError(f"more than {MAX_DEPTH} containers are nested below {show(path[:3])}")
     if kind == "dict":
         return {}
     if kind == "list":
         return []
     if kind == "OrderedDict":
         return OrderedDict()
-    raise FormatError(f"{show(path)} is {'no container' if kind is None else f'a {kind!r}'}")
+    problem = "not a container" if kind is None else f"a container of unknown kind {kind!r}"
+    raise FormatError(f"{show(path)} is {problem}")
 
 
 def _fill(made: Mapping[Path, Any]) -> None:
@@ -361,7 +365,7 @@ def _fill(made: Mapping[Path, Any]) -> None:
 
 
 def get(state: Any, path: Path) -> Any:
-    """The value at `path`; Mismatch if there is none."""
+    """Return the value at a path. Raise Mismatch if there is none."""
     for depth, key in enumerate(path):
         if isinstance(state, Mapping):
             if key not in state:
@@ -375,21 +379,21 @@ def get(state: Any, path: Path) -> Any:
 
 
 def put(state: Any, path: Path, value: Any) -> None:
-    """Set the value at `path`, in place; lists grow as needed, filled up with None.
+    """Set the value at a path, in place. Lists are extended with None as needed.
 
     Raises:
-        Mismatch: a container on the way is missing, or can't be changed (a tuple).
+        Mismatch: a container on the path is missing, or is immutable (such as a tuple).
     """
     if not path:
-        raise Mismatch("the state itself can't be replaced in place")
+        raise Mismatch("the state itself cannot be replaced in place")
     holder, key = get(state, path[:-1]), path[-1]
     if isinstance(holder, MutableMapping):
         holder[key] = value
         return
     if not isinstance(holder, MutableSequence) or isinstance(holder, bytearray):
         kind = type(holder).__name__
-        raise Mismatch(f"{show(path)} can't be set: {show(path[:-1])} is a {kind}")
+        raise Mismatch(f"{show(path)} cannot be set: {show(path[:-1])} is a {kind}")
     if type(key) is not int or not 0 <= key < len(holder) + MAX_PADDING:
-        raise Mismatch(f"{show(path)} is no place of a list of {len(holder)}")
+        raise Mismatch(f"{show(path)} is not a valid index of a list of {len(holder)}")
     holder.extend([None] * (key + 1 - len(holder)))
     holder[key] = value

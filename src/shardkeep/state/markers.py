@@ -1,7 +1,7 @@
-"""What a state says of a value: each rank has its own (`PerRank`), or all the same (`Replicated`).
+"""Markers in a state: each rank has its own value (`PerRank`), or all have the same (`Replicated`).
 
-A rank's own value is stored below the place where it stands, as an entry whose key names the rank:
-`rng` becomes `rng.rank_0_of_4`. To every reader these are ordinary entries of a mapping.
+The value of one rank is stored as an entry with the rank in its key, below the path of the
+marker: `rng` becomes `rng.rank_0_of_4`. For readers these are ordinary entries of a mapping.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ _KEY = re.compile(r"rank_(\d{1,9})_of_(\d{1,9})")
 
 @dataclass(slots=True, eq=False)
 class PerRank:
-    """A value of which each rank has its own: RNG states, the position of a data loader.
+    """A value that differs between ranks, such as an RNG state or the position of a data loader.
 
-    A load gives each rank what it saved, and puts it into `value`. On another number of ranks a
-    policy decides (`load(per_rank=...)`); by default that is an error.
+    A save stores the value of each rank. A load puts the value that this rank saved into `value`.
+    If the number of ranks has changed, `load(per_rank=...)` decides; by default, the load fails.
 
     Args:
-        value: any leaf, a nested mapping or list, or something with `state_dict` and
-            `load_state_dict`, which stands for its state.
+        value: a leaf, a nested mapping or list, or an object with the methods `state_dict` and
+            `load_state_dict`, whose state is saved and loaded.
+
+    Example:
+        >>> state = {"model": model, "rng": sk.PerRank(torch.get_rng_state())}
+        >>> sk.save(state, "run/step_100")
     """
 
     value: Any
@@ -38,14 +42,20 @@ class PerRank:
 
 @dataclass(slots=True, eq=False)
 class Replicated:
-    """A value that is the same on all ranks that have it: a save refuses replicas that differ.
+    """A value that must be the same on all ranks that have it; a save refuses replicas that differ.
 
-    Comparing takes a checksum of each tensor in it. What is not marked is taken on trust: one
-    rank's tensor is saved, as only objects that stand in the manifest are always compared.
+    A save computes a checksum of each tensor in the value, and compares the checksums of all ranks.
+    A tensor without this marker is not compared: the replica of one rank is saved. Small objects
+    are always compared.
 
     Args:
-        value: as of `PerRank`. Of a tensor that is spread over ranks, what several of them hold is
-            compared.
+        value: a leaf, a nested mapping or list, or an object with the methods `state_dict` and
+            `load_state_dict`, whose state is saved and loaded. If a tensor is sharded, only shards
+            that several ranks hold are compared.
+
+    Example:
+        >>> state = {"model": sk.Replicated(model), "step": 100}
+        >>> sk.save(state, "run/step_100")
     """
 
     value: Any
@@ -55,20 +65,20 @@ _MARKS = (PerRank, Replicated)
 
 
 def key_of(rank: int, size: int) -> str:
-    """The key of a rank's own value, among so many ranks."""
+    """Return the key of a rank's own value among `size` ranks."""
     return f"rank_{rank}_of_{size}"
 
 
 def sizes_below(names: Iterable[str], place: str) -> frozenset[int]:
-    """How many ranks each saved their own value under that dotted name; none if that is not so."""
+    """Return the numbers of ranks for which per-rank values are stored below a dotted name."""
     prefix = f"{place}."
     keys = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
     return frozenset(int(found[2]) for found in map(_KEY.fullmatch, keys) if found)
 
 
 def has_state(value: Any) -> bool:
-    """Whether a value has a state that stands for it, as in DCP."""
-    # Not in a loop: asked of every leaf at the top level.
+    """Return whether a value is saved as its `state_dict`, as in DCP."""
+    # No loop, because this is called for every leaf at the top level.
     return callable(getattr(value, "state_dict", None)) and callable(
         getattr(value, "load_state_dict", None)
     )
@@ -76,29 +86,29 @@ def has_state(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Unwrapped:
-    """A state without marks.
+    """A state from which the markers were removed.
 
     Attributes:
-        state: plain mappings, lists and leaves; what holds no mark is the very same object.
-        marks: where there was one -> "PerRank" or "Replicated".
+        state: mappings, lists and leaves. Parts without a marker are the original objects.
+        marks: path of each marker -> "PerRank" or "Replicated".
     """
 
     state: Mapping[Any, Any]
     marks: Mapping[Path, str] = field(default_factory=dict)
     _copies: Mapping[int, tuple[Any, Any]] = field(default_factory=dict)
-    """Identity of each copied container -> what it is a copy of, and itself."""
+    """Identity of each copied container -> the original and the copy."""
 
     def places(self, kind: str) -> frozenset[Path]:
-        """Where there was a mark of that kind."""
+        """Return the paths of all markers of a kind."""
         return frozenset(path for path, found in self.marks.items() if found == kind)
 
     def put_back(self) -> None:
-        """After a load into `state`: put what came into the marks, and into the original."""
+        """Put the values loaded into `state` into the markers and the original containers."""
         for original, copy in self._copies.values():
             for key, before in _entries(original):
                 now = copy[key]
                 if isinstance(before, PerRank):
-                    for mine in now.values():  # none, if there was nothing to load
+                    for mine in now.values():  # empty if there was nothing to load
                         _give(before, mine)
                 elif isinstance(before, Replicated):
                     _give(before, now)
@@ -116,17 +126,20 @@ def _give(mark: PerRank | Replicated, value: Any) -> None:
 def unmarked(
     state: Mapping[Any, Any], is_tensor: IsTensor, key: Callable[[Path], str | None]
 ) -> tuple[Flat, Unwrapped]:
-    """Take the marks out of a state, at any depth of its mappings and lists, and flatten it.
+    """Remove the markers from a state, at any depth of its mappings and lists, and flatten it.
 
     Args:
-        state: is not changed; containers that hold a mark are copied.
-        is_tensor: as of `tree.flatten`.
-        key: the key of this rank's own value at a place; None leaves an empty mapping there.
+        state: the state, which is not changed. Containers that hold a marker are copied.
+        is_tensor: returns whether a value is a tensor of any kind.
+        key: returns the key of this rank's own value at a path. If it returns None, an empty
+            mapping takes the place of the value.
 
     Raises:
-        Conflict: a mark is inside another one; and as `tree.flatten`.
+        TypeError: `state` is not a mapping.
+        Conflict: a marker is inside another one, two leaves have the same name, a key has a type
+            that cannot be stored, a container contains itself, or containers are nested too deeply.
     """
-    # Few states have marks, so it is the leaves that are looked at, not all containers once more.
+    # Few states have markers. To look for them among the leaves saves a second traversal.
     flat = flatten(state, lambda value: is_tensor(value) or isinstance(value, _MARKS))
     if not any(issubclass(kind, _MARKS) for kind in set(map(type, flat.values))):
         return flat, Unwrapped(state)
@@ -144,9 +157,10 @@ class _Walk:
         self.copies: dict[int, tuple[Any, Any]] = {}
 
     def container(self, value: Any, path: Path) -> Any:
-        """The same without marks: itself, if there are none in it.
+        """Return the container without markers: the container itself if it has none.
 
-        What nests too deeply, or holds itself, is left to `tree.flatten`, which refuses it.
+        Containers that are nested too deeply or contain themselves are returned as they are, since
+        `flatten` refuses them.
         """
         if len(path) >= MAX_DEPTH or id(value) in self._around:
             return value
