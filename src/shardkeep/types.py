@@ -379,7 +379,7 @@ class Chunks:
     block: I64
     """[M + 1] rows block[i]:block[i + 1] of `checksums` are those of chunk i, if it has any."""
     checksums: NDArray[np.uint32]
-    """CRC-32 of each block of `BLOCK` bytes of a payload, counted from the start of the payload."""
+    """CRC-32 of each block of `BLOCK` bytes of a payload, counted from the payload's start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

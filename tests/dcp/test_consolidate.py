@@ -191,10 +191,10 @@ def test_mappings_that_do_not_fit(tmp_path):
     paths = str(tmp_path / "in"), str(tmp_path / "out")
     with pytest.raises(ValueError, match=r"^fqn_to_index_mapping lacks 3 tensors: b, c, d$"):
         consolidate_safetensors_files(*paths, {"a": 1})
-    with pytest.raises(ValueError, match="is empty: no tensor has a file to go to"):
+    with pytest.raises(ValueError, match="is empty: it must number the file of each tensor"):
         consolidate_safetensors_files(*paths, {})
     assert not (tmp_path / "out").exists()
-    with pytest.warns(UserWarning, match="^1 tensors of the mapping are nowhere: lm_head$"):
+    with pytest.warns(UserWarning, match="^1 tensors of the mapping are in no file: lm_head$"):
         consolidate_safetensors_files(*paths, {"a": 1, "b": 1, "c": 3, "d": 3, "lm_head": 2})
     check(loaded(tmp_path / "out"), whole)
     assert len(list((tmp_path / "out").iterdir())) == 3

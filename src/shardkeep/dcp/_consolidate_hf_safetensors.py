@@ -1,4 +1,7 @@
-"""Sharded safetensors files into whole ones, in slabs: no tensor needs to fit into memory."""
+"""Consolidation of sharded safetensors files into files of whole tensors.
+
+Tensors are copied in slabs, so none of them needs to fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,12 @@ __all__ = [
 __getattr__ = forward_to_torch("_consolidate_hf_safetensors")
 
 _MAX_SLAB_BYTES = 16 << 20
-"""Bytes that a thread reads at a time of what it joins, at most."""
+"""Size limit of the slab that a thread reads at a time."""
 
 _SHOWN = 5
 
 _Files = dict[str, list[str]]
-"""File -> the tensors that it is to hold."""
+"""File -> names of the tensors that are written to it."""
 
 
 def consolidate_safetensors_files(
@@ -47,21 +50,21 @@ def consolidate_safetensors_files(
     fqn_to_index_mapping: dict[str, int],
     num_threads: int = 1,
 ) -> None:
-    """Join the files that ranks wrote (`DCP_SHARDING_INFO`) to files of whole tensors.
+    """Consolidate the files that ranks wrote (`DCP_SHARDING_INFO`) into files of whole tensors.
 
-    They have the names of Hugging Face's sets, and appear when they are complete; the index comes
-    last. Nothing is removed.
+    The new files are named as in Hugging Face's sets. They appear when all of them are complete,
+    and the index is written last. No file is removed.
 
     Args:
-        input_dir, output_dir: folders, or URLs that fsspec knows.
-        fqn_to_index_mapping: tensor -> number of the file that it goes to, from 1 on.
-        num_threads: files that are written at a time; all of them share
+        input_dir, output_dir: folders, or URLs that fsspec supports.
+        fqn_to_index_mapping: tensor -> number of its output file, from 1 on.
+        num_threads: number of files that are written at a time. All of them share the memory budget
             `SHARDKEEP_MAX_HOST_MEMORY_BYTES`.
 
     Raises:
-        NotACheckpoint: there is nothing to join.
-        FormatError: a part is missing, or files contradict each other or are broken.
-        ValueError: the mapping is empty, or lacks a tensor; nothing was written.
+        NotACheckpoint: the input has no safetensors file.
+        FormatError: a shard is missing, or files are damaged or contradict each other.
+        ValueError: the mapping is empty or lacks a tensor. Nothing was written.
     """
     consolidate(Folder(input_dir), Folder(output_dir), fqn_to_index_mapping, num_threads)
 
@@ -73,9 +76,21 @@ def consolidate_safetensors_files_on_every_rank(
     num_threads: int = 1,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """The same by all ranks of a group: they share the files out, even in bytes.
+    """Consolidate files of whole tensors with all ranks of a group, which share the work evenly.
 
-    No collective is called. Raises RankFailed, too: another rank failed, and there is no index.
+    The input and output are as in `consolidate_safetensors_files`. No collective is called.
+
+    Args:
+        input_dir, output_dir: folders, or URLs that fsspec supports.
+        fqn_to_index_mapping: tensor -> number of its output file, from 1 on.
+        num_threads: number of files that each rank writes at a time.
+        process_group: the ranks that take part; by default all.
+
+    Raises:
+        NotACheckpoint: the input has no safetensors file.
+        FormatError: a shard is missing, or files are damaged or contradict each other.
+        ValueError: the mapping is empty or lacks a tensor. Nothing was written.
+        RankFailed: another rank failed. No index was written.
     """
     _, ranks = members(process_group, 0, False)
     output = Folder(output_dir)
@@ -95,7 +110,7 @@ def consolidate_safetensors_files_on_every_rank(
 def consolidate(
     source: Folder, output: Folder, mapping: Mapping[str, int], threads: int
 ) -> list[str]:
-    """Join the files of one folder to files in another; their names. Raises as the above."""
+    """Consolidate the files of a folder, and return the names of the new files."""
     opened, files = _open(source, mapping)
     _write(opened, output, files, threads)
     _publish(opened, output, files)
@@ -103,9 +118,9 @@ def consolidate(
 
 
 def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[CheckpointReader, _Files]:
-    """What is there to be joined, and what goes to which file."""
+    """Return a reader of the input, and the tensors of each output file."""
     if not mapping:
-        raise ValueError("fqn_to_index_mapping is empty: no tensor has a file to go to")
+        raise ValueError("fqn_to_index_mapping is empty: it must number the file of each tensor")
     source = open_folder(folder.store, listed=False)
     source.check_coverage()
     left = [name for name in source if name not in mapping]
@@ -113,7 +128,7 @@ def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[CheckpointReader,
         raise ValueError(f"fqn_to_index_mapping lacks {len(left)} tensors: {_some(left)}")
     absent = [name for name in mapping if name not in source]
     if absent:
-        warn(f"{len(absent)} tensors of the mapping are nowhere: {_some(absent)}", stacklevel=4)
+        warn(f"{len(absent)} tensors of the mapping are in no file: {_some(absent)}", stacklevel=4)
     last = max(mapping.values())
     files: _Files = {}
     for name, number in mapping.items():
@@ -156,7 +171,7 @@ def _content(
 
 
 class _SlabPayloads(Payloads):
-    """The header of a file, and slabs of which the last one asked for is in memory.
+    """The header of a file and its slabs, of which only the latest is in memory.
 
     They must be copied one after the other, by one thread.
     """
@@ -175,7 +190,7 @@ class _SlabPayloads(Payloads):
 
     def copy(self, row: int, start: int, nbytes: int, address: int) -> None:
         if row != self._row:
-            self._data = np.zeros(0, np.uint8)  # first, or two slabs would take memory
+            self._data = np.zeros(0, np.uint8)  # first, or two slabs would be in memory
             slab, size = self._slabs[row - 1]
             self._data = _read(self._source, slab, size, self._readers, self._budget)
             self._row = row
@@ -183,13 +198,13 @@ class _SlabPayloads(Payloads):
 
 
 _Slab = list[tuple[str, Box]]
-"""Boxes of tensors: their bytes follow each other in the file."""
+"""Boxes of tensors whose bytes are adjacent in the file."""
 
 
 def _slabs(
     source: CheckpointReader, names: Sequence[str], most: int
 ) -> Iterator[tuple[_Slab, int]]:
-    """Small tensors together, large ones in pieces, of so many bytes at most."""
+    """Yield slabs of at most `most` bytes: several small tensors, or part of a large one."""
     slab: _Slab = []
     size = 0
     for name in names:
@@ -206,10 +221,10 @@ def _slabs(
 
 
 def _pieces(shape: tuple[int, ...], most: int) -> Iterator[Box]:
-    """Boxes of at most so many elements that, one after the other, are the tensor in C order."""
+    """Yield boxes of at most `most` elements that make up the tensor in C order."""
     if not prod(shape):
         return
-    cut = 0  # Dimensions from here on are whole, apart from this one.
+    cut = 0  # All later dimensions are whole.
     while cut < len(shape) and prod(shape[cut + 1 :]) > most:
         cut += 1
     if cut == len(shape):

@@ -22,12 +22,11 @@ except ImportError:
 
 
 def _libdeflate() -> Any:
-    """Return libdeflate's `crc32`, as a function of its library; None if it is not installed.
+    """Return libdeflate's `crc32` as a ctypes function; None if it is not installed.
 
-    Its Python wrapper does not release the interpreter lock.
-
-    Twice as fast as ISA-L's on processors without AVX-512, for bytes that are in the cache
-    (docs/decisions, "CRC-32"). None where it is not there.
+    It is twice as fast as ISA-L's for bytes that are in the cache, on processors without AVX-512
+    (docs/decisions, "CRC-32"). It is called through ctypes because the Python wrapper of libdeflate
+    does not release the interpreter lock.
     """
     try:
         found = ctypes.CDLL(import_module("deflate._deflate").__file__).libdeflate_crc32
@@ -73,14 +72,14 @@ def crc32(data: Bytes, value: int = 0) -> int:
 
 
 def crc32_at(address: int, data: memoryview, value: int = 0) -> int:
-    """CRC-32 of bytes, going on from `value`, for who knows where they are in memory."""
+    """Return the CRC-32 of bytes at a known address, continued from `value`."""
     worth = _at is not None and len(data) >= _WORTH
     found: int = _at(value, address, len(data)) if worth else _zlib.crc32(data, value)
     return found
 
 
 def crc32_blocks(address: int, nbytes: int) -> list[int]:
-    """CRC-32 of each block of `BLOCK` bytes of memory; the last one may be shorter."""
+    """Return the CRC-32 of each block of `BLOCK` bytes of memory; the last one may be shorter."""
     sizes = [min(BLOCK, nbytes - at) for at in range(0, nbytes, BLOCK)]
     if _at is None:
         parts = enumerate(sizes)

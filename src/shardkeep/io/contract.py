@@ -1,4 +1,4 @@
-"""What the writing of files needs from its caller: the bytes of payloads."""
+"""The interface through which file writers access the bytes of payloads."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pure functions over numpy columns: what meets what, who writes what, what to read."""
+"""Planning as pure functions over numpy columns: overlaps, writers, file layouts and reads."""

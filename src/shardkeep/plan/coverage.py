@@ -90,15 +90,15 @@ def _outside(tensor: I64, offsets: I64, sizes: I64, rows: I64) -> list[Problem]:
 
 
 def _set_apart(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I64]:
-    """Part the boxes of each group by clean cuts, as far as that goes.
+    """Separate the boxes of each group by cuts that cross no box, as far as possible.
 
     Returns:
-        The rows that ended up alone: they overlap nothing; and the others.
+        The rows of boxes that are alone in their part and so overlap nothing, and the other rows.
     """
     alone = [rows[:0]]
     ndim, idle, d = offsets.shape[1], 0, 0
     groups = int(np.count_nonzero(np.bincount(group)))
-    if not ndim:  # scalars: each is one box, or one several times
+    if not ndim:  # Scalars: all boxes of a group are equal.
         _, first = np.unique(group, return_index=True)
         return rows[first], rows[:0]
     while len(rows) and idle < ndim:
@@ -107,7 +107,7 @@ def _set_apart(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I6
         order = np.argsort(low, kind="stable")
         rows, low = rows[order], low[order]
         reach = np.maximum.accumulate(high[order])
-        # Keys of a later group are larger than all of an earlier one: a cut there as well.
+        # Keys of a later group are larger than all of an earlier one: groups are separated, too.
         cut = np.append(True, low[1:] >= reach[:-1])
         single = cut & np.append(cut[1:], True)
         alone.append(rows[single])
@@ -149,7 +149,7 @@ def _overlaps(tensor: I64, offsets: I64, sizes: I64, rows: I64) -> list[Problem]
 
 
 def _crossing(low: I64, high: I64) -> tuple[int, int] | None:
-    """Return two boxes that overlap, if any do: halve the space until few boxes share a part."""
+    """Return two boxes that overlap, or None. Halves the space until few boxes share a part."""
     parts = [(np.arange(len(low)), low, high)]
     while parts:
         which, lo, hi = parts.pop()
@@ -234,7 +234,7 @@ def _volumes(sizes: I64, exact: bool) -> NDArray[Any]:
 
 
 def _hole(shape: I64, offsets: I64, sizes: I64, exact: bool) -> Box:
-    """Return a box that is not covered: halve the tensor, and go on in a half with a gap."""
+    """Return a box that is not covered: halve the tensor, and continue in a half with a gap."""
     low, high = offsets, offsets + sizes
     start, stop = np.zeros_like(shape), shape.copy()
     while len(low):

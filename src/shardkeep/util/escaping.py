@@ -1,4 +1,4 @@
-"""Escapes for text that comes from a checkpoint, or names things in it."""
+"""Escapes for text from a checkpoint and for the names in it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["escape", "one_line"]
 
 
 def escape(text: str) -> str:
-    """Return `text` with everything unprintable as `\\x1b`, `\\n`, `\\u202e`; and `\\` as `\\\\`.
+    """Return `text` with unprintable characters as `\\x1b`, `\\n`, `\\u202e`; and `\\` as `\\\\`.
 
-    Names in a checkpoint may be hostile: printed raw, an escape sequence could rewrite what the
-    terminal has shown, a line break could fake a line, and a direction mark could reverse text.
+    Names in a checkpoint may be hostile. If they were printed raw, an escape sequence could rewrite
+    the terminal, a line break could forge a line, and a direction mark could reverse text.
     """
     if text.isprintable() and "\\" not in text:
         return text
@@ -20,5 +20,5 @@ def escape(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a message as one escaped line; backslashes stay: it may hold escaped names already."""
+    """Return a message as one escaped line. Backslashes are kept: names may be escaped already."""
     return " ".join("\\".join(map(escape, line.split("\\"))) for line in text.splitlines())

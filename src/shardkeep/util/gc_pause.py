@@ -15,9 +15,9 @@ __all__ = ["paused"]
 class _PauseCount:
     """Counts the pauses of all threads: the first one stops the collector, the last one starts it.
 
-    If each pause acted for itself, a second one would find the collector off and leave it off after
-    the first one had turned it on. Or it would turn it off for good, between the check of the first
-    one and its action.
+    Without the count, a second pause would find the collector off, and leave it off after the first
+    one has turned it on. Or it could turn it off for good, between the check and the action of the
+    first one.
     """
 
     def __init__(self) -> None:

@@ -17,11 +17,11 @@ def retry(
     retries: int,
     on_retry: Callable[[int, OSError, float], object] = lambda *_: None,
 ) -> None:
-    """Do some work, and do it again if storage fails.
+    """Call a function, and call it again if storage fails.
 
     Args:
-        work: is given the number of failed attempts, and starts anew each time.
-        retries: how many times the work is repeated at most.
+        work: the function. It is given the number of failed attempts, and starts anew each time.
+        retries: largest number of repetitions.
         on_retry: called before each pause with the number of the retry, the error, and the length
             of the pause in seconds.
 

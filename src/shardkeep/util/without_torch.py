@@ -59,7 +59,7 @@ def stand_in_module(module: str) -> ModuleType:
 
 class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what inspect, copy and pickle try
+        if name.startswith("_"):  # attributes that inspect, copy and pickle look up
             raise AttributeError(name)
         raise missing_torch(f"{self.__name__}.{name}")
 

@@ -13,12 +13,12 @@ __all__ = ["Worker"]
 class Worker:
     """One daemon thread, started by the first call and kept until the worker is no longer used.
 
-    It is not a `ThreadPoolExecutor`, because Python waits without limit for the threads of those
-    before a program ends. Some saves must not be waited for so long: those that only tell other
-    ranks of a failure.
+    It is not a `ThreadPoolExecutor`, because Python waits without limit for the threads of an
+    executor before a program ends. The program must not wait so for a save that only reports a
+    failure to other ranks.
 
     Args:
-        name: the name of the thread.
+        name: name of the thread.
         set_up: called on the thread before the first call.
     """
 
@@ -49,4 +49,4 @@ def _run(calls: SimpleQueue[Callable[[], None] | None], set_up: Callable[[], Non
     set_up()
     while (call := calls.get()) is not None:
         call()
-        del call  # or what it holds would live until the next call
+        del call  # or the objects that it refers to would live until the next call

@@ -1,4 +1,4 @@
-"""How many items of a load are read together."""
+"""Batches of items that are loaded together."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ __all__ = ["batches"]
 T = TypeVar("T")
 
 _BATCH = 256 << 20
-"""Bytes of tensors that are read at a time: what is cast or moved waits in buffers for that."""
+"""Size limit of a batch. Tensors that are cast or moved need buffers until it is complete."""
 
 
 def batches(
     items: Iterable[T], nbytes: Callable[[T], int], planner: LoadPlanner
 ) -> Iterator[list[T]]:
-    """Many at a time, so that reads are few and large; their bytes are given by `nbytes`.
+    """Yield the items in large batches, so that few large reads are needed.
 
-    A planner of the user's own may use one piece of memory for all items, and gets one after the
-    other, as in torch.
+    A planner with methods of its own may use the same memory for all items, so it gets one item at
+    a time, as in torch.
+
+    Args:
+        items: the items of a plan.
+        nbytes: returns the number of bytes of an item.
+        planner: the planner that provides memory for the items.
     """
     together = _BATCH if _gives_own_memory(planner) else 0
     batch: list[T] = []
@@ -38,7 +43,7 @@ def batches(
 
 
 def _gives_own_memory(planner: LoadPlanner) -> bool:
-    """Whether it gives and takes the state's own memory, as torch's default planner does."""
+    """Return whether a planner provides the state's own memory, as torch's default planner does."""
     replaced = vars(planner).keys()
     return all(
         name not in replaced

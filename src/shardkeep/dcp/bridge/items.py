@@ -1,4 +1,4 @@
-"""The items of a plan into files, by the engine; the planner is asked for each in its turn."""
+"""Writing of the items of a plan. The planner is asked for the data of each item in its turn."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = ["Checksummed", "nbytes_of", "resolved", "result", "write_containers"]
 
 @dataclass(frozen=True)
 class Checksummed(WriteResult):  # type: ignore[misc, unused-ignore]
-    """A result as torch knows it, and what Shardkeep's manifest says besides.
+    """A `WriteResult` of torch, with the further facts that Shardkeep's manifest stores.
 
     Attributes:
-        dtype, sizes: of a tensor, as it was written; no dtype if only its item knows.
-        payload: where its bytes start in the item; negative if they don't lie there as they are.
+        dtype, sizes: dtype and sizes of the tensor as it was written; "" if only its item knows.
+        payload: offset of the elements in the item; -1 if they are not stored there as they are.
         checksums: CRC-32 of each block of the payload, little-endian.
-        crc: CRC-32 of an object's item, as it is stored; -1 for a tensor.
+        crc: CRC-32 of the stored item of an object; -1 for a tensor.
     """
 
     dtype: str = ""
@@ -47,7 +47,7 @@ class Checksummed(WriteResult):  # type: ignore[misc, unused-ignore]
 
 
 def nbytes_of(item: WriteItem) -> int:
-    """Bytes of the shard that an item holds, as far as is known; 0 for an object."""
+    """Return the expected number of bytes of an item's shard; 0 for an object."""
     data = item.tensor_data
     if data is None:
         return 0
@@ -56,11 +56,11 @@ def nbytes_of(item: WriteItem) -> int:
 
 
 def resolved(item: WriteItem, planner: SavePlanner) -> tuple[DType | None, Any, memoryview]:
-    """What a planner gives for an item.
+    """Return the data that a planner provides for an item.
 
     Returns:
-        Dtype and sizes of a tensor that is nothing but its elements, and those in C order; else no
-        dtype, and bytes as `torch.save` makes them.
+        Dtype, sizes, and the elements in C order, for a tensor that consists of nothing else.
+        Otherwise no dtype, no sizes, and the object or tensor as `torch.save` stores it.
     """
     data: Any = planner.resolve_data(item)
     if item.type == WriteItemType.BYTE_IO:
@@ -71,17 +71,17 @@ def resolved(item: WriteItem, planner: SavePlanner) -> tuple[DType | None, Any, 
         try:
             dtype = DType.named(str(plain.dtype))
         except FormatError:
-            pass  # newer than this list: torch knows how to store it
+            pass  # newer than this list, but torch can store it
         else:
             return dtype, tuple(plain.shape), payload_bytes(plain)
     return None, (), memoryview(to_bytes(plain, name=item.index.fqn))
 
 
 def result(item: WriteItem, file: str, start: int, length: int, **more: Any) -> Checksummed:
-    """What became of an item. `transforms` names those of its stream, if there are any."""
+    """Return the result for an item that was written with these stream transforms, if any."""
     transforms = more.pop("transforms", ())
     kind: Any = _StorageInfo
-    # Older releases have no such field.
+    # Older releases of torch lack this field.
     place = kind(file, start, length, *([list(transforms)] if transforms else []))
     return Checksummed(item.index, length, place, **more)
 
@@ -179,7 +179,7 @@ def _streamed(
     frame = None if framing is None else framing(0, False)
     parts = (data,) if frame is None else (frame.head, data, frame.tail(crc))
     for part in parts:
-        stream.write(part)  # Its result may count the bytes that come out, so it is ignored.
+        stream.write(part)  # Its result may count transformed bytes.
     stream.close()
     about: dict[str, Any] = {"transforms": tuple(names)}
     if framing is not None:

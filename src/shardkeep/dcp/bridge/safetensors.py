@@ -1,4 +1,4 @@
-"""Folders of safetensors files behind torch's readers and writers."""
+"""Folders of safetensors files, which torch's Hugging Face readers and writers use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _SHOWN = 5
 
 
 def file_system(path: Any) -> Any:
-    """The file system of a path: torch's own for a local one, fsspec's for a URL."""
+    """Return the file system for a path: torch's own for a local path, fsspec's for a URL."""
     if "://" not in str(path):
         return stock_files.FileSystem()
     fsspec = torch_module("fsspec_filesystem", "_fsspec_filesystem")
@@ -63,8 +63,8 @@ class Folder:
     """A folder of safetensors files.
 
     Args:
-        path: as the file system takes it.
-        fs: by default what fits the path.
+        path: the folder. If `fs` is given, in the form that it uses.
+        fs: a file system of torch; by default the one for the path.
     """
 
     def __init__(self, path: Any, fs: Any = None) -> None:
@@ -73,15 +73,15 @@ class Folder:
         self.store: Store = store_of(self)
 
     def write(self, files: Mapping[str, FileContent], threads: int, max_window_bytes: int) -> None:
-        """Write files, durably. Each appears under its name once all of them are complete.
+        """Write files durably. Each appears under its name once all of them are complete.
 
         Args:
             files: name -> content.
             threads: number of files that are written at a time.
-            max_window_bytes: bytes of memory that each thread may take for its writes.
+            max_window_bytes: memory that each thread may use for its writes, in bytes.
 
         Raises:
-            OSError: naming the file. Files that did not appear are removed.
+            OSError: from the store, naming the file. Unfinished files are removed.
         """
         token = token_hex(8)
         unfinished = {f"{name}.{token}.tmp": name for name in files}
@@ -112,7 +112,7 @@ class Folder:
         self.store.sync()
 
     def remove_replaced(self, kept: set[str], *, shards: bool) -> None:
-        """Remove the files of earlier saves: those with shards, or those without."""
+        """Remove the files of earlier saves: those of shards, or those of whole tensors."""
         for name in self.store.list().files:
             sharded = name.startswith("shard-")
             if is_file_name(name) and sharded == shards and name not in kept:
@@ -121,7 +121,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A tensor that goes to a file, and where in the global tensor it begins."""
+    """A tensor to be written to a file, and its offset in the global tensor."""
 
     name: str
     tensor: torch.Tensor
@@ -134,7 +134,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileContent:
-    """The payloads that a file consists of, one after the other without gaps.
+    """The content of a file: payloads one after the other, without gaps.
 
     Attributes:
         rows: [N] rows of `payloads`, in the order of the file.
@@ -148,7 +148,7 @@ class FileContent:
 
 
 def part_content(parts: Sequence[Part]) -> FileContent:
-    """Return the content of a file with these tensors. Conflict if the format can't hold one."""
+    """Return the content of a file of tensors; raise Conflict if the format cannot hold one."""
     by_name = {part.name: part for part in parts}
     laid_out = layout(
         {part.name: (part.dtype, tuple(part.tensor.shape)) for part in parts},
@@ -165,16 +165,16 @@ def part_content(parts: Sequence[Part]) -> FileContent:
 
 
 def open_folder(store: Store, *, listed: bool = True) -> CheckpointReader:
-    """The checkpoint that the safetensors files of a folder are, whatever else is there.
+    """Return a reader for the safetensors files of a folder. Other files are ignored.
 
     Args:
         store: the folder.
-        listed: heed the index of the set, where it says which of several files holds a tensor. It
-            may list more than is there: parts of a set are loaded, too.
+        listed: use the index of the set, if there is one, to decide which of several files holds a
+            tensor. It may list files that are missing, since parts of a set can be loaded, too.
 
     Raises:
         NotACheckpoint: there are no such files.
-        FormatError: one is broken or hostile, or they contradict each other.
+        FormatError: a file is damaged or hostile, or files contradict each other.
     """
     names = sorted(name for name in store.list().files if _is_tensors(name))
     if not names:
@@ -202,9 +202,9 @@ def _checkpoint(
 
 
 class SafetensorsFile:
-    """One file, by itself: the methods of what safetensors' own `safe_open` gives.
+    """One safetensors file, with the methods of the object that safetensors' `safe_open` returns.
 
-    Parts of tensors are tensors of their own here. Only what is asked for is read.
+    Each shard is a tensor of its own here. Only the requested bytes are read.
     """
 
     def __init__(self, store: Store, name: str) -> None:
@@ -220,7 +220,7 @@ class SafetensorsFile:
         return self._metadata
 
     def get_slice(self, name: str) -> _Slice:
-        """Index what this returns with slices to read a part."""
+        """Return an object that reads the part of a tensor that it is indexed with."""
         return _Slice(self._source, name)
 
     def get_tensor(self, name: str) -> torch.Tensor:
@@ -236,7 +236,7 @@ class _Slice:
         return list(self._shape)
 
     def __getitem__(self, slices: tuple[slice, ...]) -> torch.Tensor:
-        """The part that these slices, of step 1, cut out; those that are left out are whole."""
+        """Return the part for slices of step 1. Dimensions without a slice are read in full."""
         given = [*slices, *[slice(None)] * (len(self._shape) - len(slices))]
         ranges = [range(*s.indices(n)) for s, n in zip(given, self._shape, strict=True)]
         box = Box(tuple(r.start for r in ranges), tuple(map(len, ranges)))
@@ -248,7 +248,7 @@ class _Slice:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Torch's dtype of that name. Mismatch if this release has none."""
+    """Return torch's dtype for a dtype. Raise Mismatch if this release of torch lacks it."""
     found = getattr(torch, dtype.name, None)
     if not isinstance(found, torch.dtype):
         raise Mismatch(f"torch {torch.__version__} has no dtype {dtype}")
@@ -256,7 +256,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 def box_of(item: ReadItem) -> Box:
-    """What a read item wants, in coordinates of the whole tensor."""
+    """Return the box that a read item requests, in coordinates of the global tensor."""
     begin = item.storage_index.offset or [0] * len(item.lengths)
     inside = item.storage_offsets
     offsets = (b + i for b, i, _ in zip(begin, inside, item.lengths, strict=False))
@@ -266,12 +266,12 @@ def box_of(item: ReadItem) -> Box:
 def read_items(
     source: CheckpointReader, items: Sequence[ReadItem], planner: LoadPlanner, threads: int
 ) -> None:
-    """Fill what the planner gives for these items, each range of the files with few reads.
+    """Fill the tensors that the planner provides for these items, with few reads of each file.
 
     Raises:
-        Mismatch: a tensor of the planner's is not of the size that it asked for.
+        Mismatch: a tensor of the planner does not have the size that the plan requests.
         FormatError: the files do not hold all of a tensor.
-        Damaged: bytes are missing.
+        Damaged: a file is missing or too short.
     """
     cast: dict[str, str] = {}
 
@@ -301,7 +301,7 @@ def read_items(
 
 
 def target_of(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
-    """What the planner wants to be filled. Mismatch if it is not of the item's sizes."""
+    """Return the tensor to be filled. Raise Mismatch if it does not have the sizes of the item."""
     target = planner.resolve_tensor(item).detach()
     if tuple(target.shape) != tuple(item.lengths):
         raise Mismatch(

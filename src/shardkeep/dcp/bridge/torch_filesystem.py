@@ -1,4 +1,4 @@
-"""A `FileSystemBase` of torch's as a store: fsspec's file systems, and those of users."""
+"""Stores on top of torch's `FileSystemBase`: fsspec's file systems, and those of users."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ __all__ = ["FsspecStore", "StreamStore", "replace", "store_of"]
 
 _METADATA = ".metadata"
 _PATTERN = frozenset("*?[")
-"""What makes a path a pattern, for fsspec."""
+"""Characters that make a path a pattern for fsspec."""
 _LARGE = 64 << 20
-"""Longer reads are cut to what the file has: a hostile length must not take memory."""
+"""Larger reads are limited to the size of the file: a hostile length must not take memory."""
 _SAMPLE_BYTES = 4096
-"""How much of the beginning and the end of a file its version is made of, where only streams are
-known. A commit record ends in the id of its save."""
+"""Number of bytes at the beginning and at the end of a file that its version is computed from, if
+the file system has streams only. A commit record ends with the id of its save.
+"""
 _Entries = tuple[list[str], list[tuple[str, Any]]]
 """Names of files; names and paths of folders."""
 _conditional_puts = Lock()
-"""File systems of this kind have no conditional puts. At least the threads of one process take
-turns between the check and the rename."""
+"""Serializes check and rename among the threads of a process, since these file systems have no
+conditional puts.
+"""
 
 
 def store_of(storage: Any) -> Store:
-    """The store that a reader or writer of torch's FileSystem family works on (`.fs`, `.path`)."""
+    """Return the store for a reader or writer of torch's FileSystem family (`.fs`, `.path`)."""
     fs, path = storage.fs, storage.path
     if type(fs) is stock.FileSystem and not vars(fs):
         return LocalStore(path)
@@ -60,14 +62,14 @@ def store_of(storage: Any) -> Store:
 
 
 def _reads_as(fs: Any, kind: Any) -> bool:
-    """Whether a file system reads as its class does: what a user made of it must be called."""
+    """Return whether a file system has its class's `create_stream`. A user's own must be called."""
     return type(fs).create_stream is kind.create_stream and "create_stream" not in vars(fs)
 
 
 def replace(fs: Any, source: Any, target: Any) -> None:
-    """Rename a file over one that may be there, also where `rename` refuses that.
+    """Rename a file to a name that may exist, even where `rename` refuses to replace a file.
 
-    What was there is never removed before: it goes aside, and back if need be.
+    An existing file is not removed before. It is renamed, and restored if the second rename fails.
     """
     try:
         fs.rename(source, target)
@@ -85,7 +87,7 @@ def replace(fs: Any, source: Any, target: Any) -> None:
 
 
 def _remove(fs: Any, path: Any) -> None:
-    """Remove that file alone: torch's `rm_file` lets fsspec take its path for a pattern."""
+    """Remove one file. Torch's `rm_file` lets fsspec interpret its path as a pattern."""
     inner: Any = getattr(fs, "fs", None)
     if _PATTERN.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
         fs.rm_file(path)
@@ -94,16 +96,16 @@ def _remove(fs: Any, path: Any) -> None:
 
 
 class StreamStore(Store):
-    """Files behind the methods of torch's `FileSystemBase`, which know streams and no ranges.
+    """Files of a `FileSystemBase` of torch, which has streams but no range reads.
 
-    Reads are one at a time, as in torch: two streams of one file may share a position (fsspec's
-    `memory://`), and nothing says that the file system may be used from several threads.
+    Reads are serialized, as in torch: two streams of one file may share a position (fsspec's
+    `memory://`), and the file system may not be safe for several threads.
 
     Args:
-        fs: the file system. With `ls`, `names` knows all files; else only those made here, and
-            `.metadata`.
-        path: the folder, as the file system takes it.
-        sync: whether files are synced to the disk, where their streams have descriptors.
+        fs: the file system. If it has no `ls`, only files that this object made and `.metadata` are
+            listed.
+        path: the folder, in the form that the file system uses.
+        sync: sync files to the disk, if their streams have descriptors.
     """
 
     def __init__(self, fs: Any, path: Any, *, sync: bool = True) -> None:
@@ -119,7 +121,7 @@ class StreamStore(Store):
         return str(os.fspath(self._path))
 
     def path_of(self, name: str) -> Any:
-        """A file's path, as the file system takes it; ValueError if it would leave the folder."""
+        """Return the path of a file. Raise ValueError if it would be outside of the folder."""
         path = self._path
         for part in checked_name(name).split("/"):
             path = self._fs.concat_path(path, part)
@@ -146,7 +148,7 @@ class StreamStore(Store):
         return Listing(tuple(files), tuple(prefixes) if delimiter else ())
 
     def _known(self) -> set[str]:
-        """The files that were made here, and the commit record."""
+        """Return the files that this object made, and the commit record if it exists."""
         with self._lock:
             known = set(self._made)
         if self._exists(self.path_of(_METADATA)):
@@ -177,7 +179,7 @@ class StreamStore(Store):
     def open_writer(self, name: str) -> Writer:
         plain, path = checked_name(name), self.path_of(name)
         with self._lock:
-            # The file may only come to be when its stream is closed: it is known till then.
+            # The file may appear only when its stream is closed: until then, reserve the name.
             taken = plain in self._writing
             self._writing.add(plain)
         try:
@@ -209,7 +211,7 @@ class StreamStore(Store):
             self._made.add(plain)
 
     def _check(self, name: str, mode: PutMode) -> None:
-        """Refuse to replace a file that does not meet the condition."""
+        """Raise an error if the condition for writing a file is not met."""
         path = str(self.path_of(name))
         if mode == "create" and self._exists(self.path_of(name)):
             raise file_exists(path)
@@ -232,7 +234,7 @@ class StreamStore(Store):
                 raise
 
     def sync(self) -> None:
-        """Nothing to do: names are as durable as the file system makes them."""
+        """Do nothing: the file system decides when names are durable."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self._fs).__name__}, {self.url!r})"
@@ -264,7 +266,7 @@ class StreamStore(Store):
 
     @contextmanager
     def _naming(self, path: Any) -> Iterator[None]:
-        """What is missing is a `FileNotFoundError` with its path, whatever was raised."""
+        """Raise FileNotFoundError with the path if a file is missing, whatever error was raised."""
         try:
             yield
         except Exception as error:
@@ -273,9 +275,9 @@ class StreamStore(Store):
             raise
 
     def _entries(self, folder: Any, prefix: str) -> _Entries:
-        """Return the names in one folder: of its files, and of its folders, with their paths.
+        """Return the names of the files in one folder, and the names and paths of its folders.
 
-        What `ls` returns does not say what a folder is, so each entry is tried.
+        `ls` does not tell files from folders, so each entry is tried.
         """
         files: list[str] = []
         folders: list[tuple[str, Any]] = []
@@ -298,13 +300,13 @@ class StreamStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return False
         except Exception:
-            # A folder that can't be listed must not look like a file.
+            # An error must not make a folder look like a file.
             if self._opens(path):
                 return False
             raise
         if len(inside) > 1 or (inside and not str(path).endswith(inside[0])):
             return True
-        return not self._opens(path)  # Many file systems list a file as itself.
+        return not self._opens(path)  # Many file systems list a file as its own content.
 
     def _opens(self, path: Any) -> bool:
         try:
@@ -356,7 +358,7 @@ class _StreamWriter(Writer):
         self._ended(True)
 
     def _discard(self, *error: Any) -> None:
-        with suppress(Exception):  # What is raised already says more.
+        with suppress(Exception):  # The error that caused this says more.
             self._opened.__exit__(*error)
         self._remove()
 
@@ -368,7 +370,7 @@ class _StreamWriter(Writer):
 
 
 class FsspecStore(StreamStore):
-    """What fsspec reaches. It knows ranges: several threads read at once, only what is wanted."""
+    """Files in any file system of fsspec. Several threads can read ranges at a time."""
 
     @property
     def _inner(self) -> Any:
@@ -394,7 +396,7 @@ class FsspecStore(StreamStore):
         files, prefixes = [], []
         for entry in entries:
             path = str(entry["name"]).rstrip("/")
-            if path == folder:  # object stores may have an object for the folder itself
+            if path == folder:  # Object stores may hold an object with the name of the folder.
                 continue
             name = prefix + path.rpartition("/")[2]
             if entry["type"] == "directory" or (
@@ -427,6 +429,6 @@ class FsspecStore(StreamStore):
         except FileNotFoundError:
             raise
         except Exception:
-            if start >= self.head(name).size:  # Object stores refuse to read from the end on.
+            if start >= self.head(name).size:  # Object stores refuse to read past the end.
                 return b""
             raise

@@ -201,7 +201,7 @@ def _nbytes(job: _Job) -> int:
 
 
 def _check(copy: ChunkCopy) -> int:
-    """Bytes of the copy, if its parts fit each other."""
+    """Return the number of bytes of a copy, after checking that its parts fit each other."""
     into, box, source = copy.into, copy.box, copy.source
     if into.shape != box.sizes or into.itemsize != source.itemsize:
         raise ValueError(

@@ -101,13 +101,13 @@ def stage_payloads(
 ) -> StagedPayloads:
     """Copy payloads to staging memory, with checksums.
 
+    Any error of the payloads is raised as it is.
+
     Args:
         payloads: what to copy. They are not read any more once this returns.
         places: offsets of these payloads.
         memory: page-aligned memory of at least `places.nbytes` bytes.
         threads: number of threads that copy.
-
-    Raises: whatever the payloads raise.
     """
     staged = StagedPayloads(memory, places)
 

@@ -141,16 +141,17 @@ class FileWindows:
         """Make a window, followed by zeros up to the next multiple of `PAGE`.
 
         Args:
-            number: which window.
+            number: number of the window.
             into: memory for the bytes that are copied, at least `max_bytes`. Byte i of the window
-                is copied to its byte i.
+                is copied to byte i of it.
 
         Returns:
             The parts of the window, in order: views of `into`, and of payloads in their own memory.
             If the window starts at a multiple of `PAGE`, so does each part, in the file and in
             memory, and its length is such a multiple.
 
-        Raises: what the payloads raise. The caller must call `fail` then.
+        Raises:
+            Exception: any error of the payloads. The caller must call `fail` then.
         """
         low, high = self.span(number)
         end = _page_up(high)
