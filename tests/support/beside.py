@@ -1,4 +1,4 @@
-"""Saves beside training, and by parts of a job."""
+"""Scenarios with saves during training, and with saves by parts of a job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.jobs import Net, leaves
 
 
 def training(rank: int, size: int, path: str, saves: int) -> int:
-    """Saves of both kinds while another thread runs collectives; how many of those it ran."""
+    """Make both kinds of saves while another thread runs collectives; return their number."""
     mesh = init_device_mesh("cpu", (size,))
     w = distribute_tensor(torch.arange(size * 6.0).reshape(size * 2, 3), mesh, [Shard(0)])
     with sessions.training() as rounds:
@@ -31,9 +31,12 @@ def training(rank: int, size: int, path: str, saves: int) -> int:
 
 
 def halves(rank: int, size: int, path: str, rounds: int) -> list[str]:
-    """Two halves of the job save different models at once, then every rank one of its own.
+    """Save different models on the two halves of a job at once, then one state on each rank.
 
     In each round but the first, a rank of the second half fails.
+
+    Returns:
+        The result of each of this rank's saves, as text.
     """
     half = rank // 2
     members = [2 * half, 2 * half + 1]
@@ -75,7 +78,7 @@ def halves(rank: int, size: int, path: str, rounds: int) -> list[str]:
 
 
 def leaves_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What this rank holds of it, as plain tensors."""
+    """Return this rank's parts of the model's state dict as plain tensors."""
     return {
         name: tensor.to_local().clone() if hasattr(tensor, "to_local") else tensor
         for name, tensor in model.state_dict().items()

@@ -1,4 +1,4 @@
-"""A state of everything that can be changed behind a save's back, and the changes."""
+"""A state with every kind of value that can change during a save, and changes of all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.scenarios import values
 
 
 class Cursor:
-    """An object with a state of its own, as data loaders have."""
+    """An object with a state dict of its own, as data loaders have."""
 
     def __init__(self) -> None:
         self.at, self.order = 3, [5, 4]
@@ -40,7 +40,7 @@ def changeable() -> dict[str, Any]:
 
 
 def change(state: dict[str, Any]) -> None:
-    """Every leaf, in place where it can be."""
+    """Change every leaf, in place if possible."""
     for tensor in _tensors(state):
         tensor.detach().add_(1)
     for array in state["arrays"].values():
@@ -68,7 +68,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def gate() -> Iterator[Event]:
-    """No data file is begun anywhere before it is opened."""
+    """Yield an event, and create no data file before it is set."""
     opened, open_writer = Event(), LocalStore.open_positioned_writer
 
     def waiting(store: LocalStore, name: str, nbytes: int) -> Any:

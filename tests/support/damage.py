@@ -1,4 +1,4 @@
-"""Checkpoints with one of everything, and what one changed byte does to them."""
+"""Checkpoints with every kind of content, and the effect of one changed byte on reading them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import shardkeep as sk
 
 
 def state(seed: int = 3) -> dict[str, Any]:
-    """Tensors of every kind that is read in its own way, and objects."""
+    """Return a state with tensors of every kind that has its own way of being read, and objects."""
     generator = torch.Generator().manual_seed(seed)
     tied = torch.rand(40, generator=generator)
     return {
@@ -57,7 +57,7 @@ def save_stock(path: Path, **writer: Any) -> None:
 
 
 def by_load(path: Path) -> bool:
-    """Whether everything is loaded as it was saved; raises what a load refuses."""
+    """Return whether a load restores every value as saved; errors of the load are raised."""
     wanted = state()
     loaded = blank(wanted)
     sk.load(loaded, path)
@@ -65,7 +65,7 @@ def by_load(path: Path) -> bool:
 
 
 def by_read(path: Path, **how: Any) -> bool:
-    """The same for numpy, without torch."""
+    """Return whether reading with numpy, without torch, gives every value as saved."""
     checkpoint, wanted = sk.open(path, **how), state()
     for name, value in wanted.items():
         found = checkpoint.read(name)
@@ -100,11 +100,11 @@ def changed(file: Path, at: int, bit: int) -> Iterator[None]:
 
 
 def outcome(work: Callable[[], bool], file: str) -> str:
-    """ "same", "refused" (naming the file), or what is wrong with how it ended."""
+    """Return "same", "refused" if the error names the file, or a description of the failure."""
     try:
         return "same" if work() else "other values came back"
     except (sk.Damaged, sk.FormatError) as error:
-        # What is wrong in the metadata may be found out where it points to.
+        # Damaged metadata may be detected only in a file that it refers to.
         named = error.file if file == ".metadata" else file in str(error)
         return "refused" if named else f"no file is named: {error}"
     except sk.NotACheckpoint:

@@ -1,4 +1,4 @@
-"""`async_save` on real ranks, in threads and in processes."""
+"""Scenarios of `async_save` on real ranks, in threads and in processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENV = {"SHARDKEEP_HEARTBEAT_SECONDS": "0.2", "SHARDKEEP_DEADLINE_SECONDS": "40"}
 
 
 class Gate:
-    """A stager whose states are staged when it opens: until then, nothing is saved."""
+    """A stager that finishes staging only when `open` is called, so nothing is saved before."""
 
     def __init__(self) -> None:
         self.staged: list[tuple[Future[Any], Any]] = []
@@ -55,7 +55,7 @@ class Gate:
 
 @contextmanager
 def held(path: Any, **options: Any) -> Iterator[None]:
-    """Nothing that is put off in the block is saved before its end."""
+    """Hold back the asynchronous saves of the block until its end."""
     gate = Gate()
     response = dcp.async_save({"n": 0}, checkpoint_id=path, async_stager=gate, **options)
     try:
@@ -66,7 +66,7 @@ def held(path: Any, **options: Any) -> Iterator[None]:
 
 
 class OwnPlanner(dcp.DefaultSavePlanner):
-    """Travels by pickle, and asks for the rank."""
+    """A planner that is sent by pickle, and that checks its rank and its process."""
 
     def __init__(self, wanted: tuple[int, int]) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class OwnPlanner(dcp.DefaultSavePlanner):
 
 
 class OwnWriter(stock.FileSystemWriter):
-    """Dies or fails while it writes, on the rank that `fate` names."""
+    """A writer that dies or raises an error while writing, on the rank given by `fate`."""
 
     fate: tuple[int, str] = (-1, "")
 
@@ -100,7 +100,11 @@ class FailingStager(stock.staging.BlockingAsyncStager):
 
 @contextmanager
 def may_have_children() -> Iterator[None]:
-    """The pool's processes are daemons, which Python lets have none; a job's own are not."""
+    """Allow this process to start children.
+
+    The processes of the pool are daemons, which Python does not allow to have children. Ranks of a
+    real job have no such limit.
+    """
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before = config.pop("daemon", None)
     try:
@@ -110,7 +114,7 @@ def may_have_children() -> Iterator[None]:
 
 
 def everything(rank: int, size: int, path: str) -> str:
-    """All kinds of tensors, changed right after the return, while collectives go on."""
+    """Save all kinds of tensors and change them right after the call, during collectives."""
     with may_have_children():
         for name, kind in TYPES.items():
             _everything(rank, size, f"{path}/{name}", kind)
@@ -200,7 +204,7 @@ def _all(mine: bool) -> bool:
 
 
 def _parts(rank: int, path: str, kind: Any) -> None:
-    """Some of the ranks, and each one alone."""
+    """Save by some of the ranks, and by each rank alone."""
     options = {"async_checkpointer_type": kind}
     group = dist.new_group([3, 1])
     alone = dcp.async_save(
@@ -222,7 +226,7 @@ def _parts(rank: int, path: str, kind: Any) -> None:
 
 
 def failures(rank: int, size: int, path: str) -> list[str]:
-    """Return the errors of failed saves on this rank, the last of a process that died."""
+    """Return the errors of failed saves on this rank, the last of a process that was killed."""
     with may_have_children():
         told = []
         for name, kind in TYPES.items():
@@ -240,7 +244,7 @@ def _tell(future: Any) -> str:
 
 
 def _staging(rank: int, options: dict[str, Any]) -> str:
-    """Rank 1 can't stage."""
+    """Save with a stager that fails on rank 1; return the error of this rank."""
     began = time.monotonic()
     told = "it did not raise"
     try:
@@ -258,7 +262,7 @@ def _staging(rank: int, options: dict[str, Any]) -> str:
 
 
 def _writing(rank: int, options: dict[str, Any]) -> str:
-    """Rank 2 can't write; the process lives on."""
+    """Save with a writer that fails on rank 2, and check that the saving process stays alive."""
     writer = OwnWriter(options["checkpoint_id"])
     writer.fate = (2, "raise")
     options = {**options, "checkpoint_id": None, "storage_writer": writer}
@@ -275,7 +279,7 @@ def _writing(rank: int, options: dict[str, Any]) -> str:
 
 
 def _death(rank: int, size: int, path: str) -> list[str]:
-    """Rank 3's process is killed while it writes."""
+    """Save while rank 3's saving process is killed; check that later saves work."""
     options = {"async_checkpointer_type": TYPES["process"]}
     own = OwnPlanner((rank, size))
     dcp.async_save({"n": 1}, checkpoint_id=f"{path}/first", planner=own, **options).result()
@@ -295,7 +299,7 @@ def _death(rank: int, size: int, path: str) -> list[str]:
 
 
 def group_ends_first(rank: int, size: int, path: str) -> str:
-    """The group and its store are gone before the save has begun: all take part all the same."""
+    """Destroy the process group and its store before the save begins; all ranks still take part."""
     _own_group(rank, size)
     gate = Gate()
     done = dcp.async_save({"all": rank, f"r{rank}": 1}, checkpoint_id=path, async_stager=gate)
@@ -307,7 +311,7 @@ def group_ends_first(rank: int, size: int, path: str) -> str:
 
 
 def _own_group(rank: int, size: int) -> None:
-    """A group whose store nobody else holds."""
+    """Replace the default group by one whose store is used by no other group."""
     port: list[Any] = [None]
     store = None
     if rank == 0:

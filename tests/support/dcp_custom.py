@@ -1,7 +1,7 @@
 """Planners and storage as users write them against torch, in the patterns of real projects.
 
-Each case makes them from a base, `torch.distributed.checkpoint` or `shardkeep.dcp`, and is run by
-both engines: the calls that they see must be the same, and so must what is loaded.
+Each case derives them from a base, `torch.distributed.checkpoint` or `shardkeep.dcp`, and runs them
+with both engines. Both must make the same calls and load the same values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Log = list[tuple[Any, ...]]
 
 
 def watch(watched: Any, kind: str, log: Log) -> None:
-    """Note every documented call in the log, with what says who is called with what."""
+    """Record every documented call of an object in the log, with a description of its arguments."""
 
     def note(name: str) -> None:
         method = getattr(watched, name)
@@ -58,7 +58,7 @@ def shown(kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def brief(value: Any) -> Any:
-    """A value without what differs between two runs."""
+    """Return a description of a value that is the same in every run."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, list):
@@ -73,7 +73,10 @@ def brief(value: Any) -> Any:
 
 
 def sorted_runs(log: Log) -> Log:
-    """The order of items inside a `write_data` or `read_data` is the storage's business."""
+    """Return the log with the items of each `write_data` and `read_data` sorted.
+
+    Storage may process items in any order.
+    """
     several = ("resolve_data", "load_bytes", "resolve_tensor", "commit_tensor")
     result: Log = []
     run: Log = []
@@ -88,7 +91,7 @@ def sorted_runs(log: Log) -> Log:
 
 
 def run(rank: int, size: int, name: str, base: str, path: str) -> Log:
-    """Save and load by both engines; the log with Shardkeep, the same as with stock torch."""
+    """Save and load with both engines; return the log, which must be the same for both."""
     logs: dict[str, Log] = {}
     for engine_name, engine in BASES.items():
         place = f"{path}/{engine_name}"
@@ -102,7 +105,7 @@ def run(rank: int, size: int, name: str, base: str, path: str) -> Log:
             made.saving["checkpoint_id"] = place
         if "storage_reader" not in made.loading:
             made.loading["checkpoint_id"] = place
-        # Where only the load is the user's own, both engines load the very same checkpoint.
+        # If only the load is customized, both engines load a checkpoint of stock torch.
         saver = engine if len(made.saving) > ("checkpoint_id" in made.saving) else stock
         saver.save(made.state, **made.saving)
         barrier()
@@ -117,7 +120,7 @@ def run(rank: int, size: int, name: str, base: str, path: str) -> Log:
 
 
 def run_all(rank: int, size: int, name: str, path: str) -> Log:
-    """The same with classes of both bases."""
+    """Run a case with the classes of both bases; return the joined logs."""
     return [call for base in BASES for call in run(rank, size, name, base, f"{path}/{base}")]
 
 
@@ -127,7 +130,7 @@ def barrier() -> None:
 
 
 def order(rank: int, size: int, path: str) -> Log:
-    """The log of a save and a load, with all of planner and storage watched."""
+    """Return the calls that a save and a load make of stock planners and storage."""
     log: Log = []
     made = state(rank, size)
     planner, reading = stock.DefaultSavePlanner(), stock.DefaultLoadPlanner()
@@ -137,7 +140,7 @@ def order(rank: int, size: int, path: str) -> Log:
     for storage in (writer, reader):
         watch(storage, "storage", log)
     dcp.save(made, storage_writer=writer, planner=planner)
-    # `finish` asks for the id once more.
+    # `finish` calls `storage_meta` once more.
     log[:] = [call for n, call in enumerate(log) if call[1] != "storage_meta" or n == 0]
     loaded = cleared(made)
     dcp.load(loaded, storage_reader=reader, planner=reading)
@@ -146,7 +149,7 @@ def order(rank: int, size: int, path: str) -> Log:
 
 
 def with_another_coordinator(rank: int, size: int, path: str) -> tuple[Any, ...]:
-    """Rank, who coordinates, and whose plans the coordinator saw in which order."""
+    """Return the rank, the coordinator, and the ranks of the plans that it received, in order."""
     seen: Any = None
 
     class Planner(stock.DefaultSavePlanner):

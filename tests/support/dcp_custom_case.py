@@ -1,4 +1,4 @@
-"""What a case of `dcp_custom` is, and the state that it saves."""
+"""The description of a case of `dcp_custom`, and the state that the cases save."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Base = Any
 
 @dataclass
 class Made:
-    """What is saved and loaded, and how. By default all of it comes back."""
+    """A state with the options for saving and loading it; by default all of it is loaded."""
 
     state: dict[str, Any]
     saving: dict[str, Any]
@@ -41,7 +41,7 @@ def case(function: Case) -> Case:
 
 
 def state(rank: int, size: int) -> dict[str, Any]:
-    """A replica, a shard of each rank, a value that is the same and one that is a rank's own."""
+    """Return a state with a replica, a shard, an equal value on all ranks, and one per rank."""
     sharded = values("sharded", (4 * size, 3), torch.float32).clamp(-1e9, 1e9).nan_to_num()
     local = sharded[4 * rank : 4 * rank + 4].clone()
     if dist.is_initialized():
@@ -56,7 +56,7 @@ def state(rank: int, size: int) -> dict[str, Any]:
 
 
 def cleared(value: Any) -> Any:
-    """The same state with other values."""
+    """Return the same state with other values."""
     if isinstance(value, dict):
         return {name: cleared(inner) for name, inner in value.items()}
     if isinstance(value, torch.Tensor):
@@ -65,7 +65,7 @@ def cleared(value: Any) -> Any:
 
 
 def local(value: Any) -> Any:
-    """A state of plain tensors."""
+    """Return the state with each DTensor replaced by its local tensor."""
     if isinstance(value, dict):
         return {name: local(inner) for name, inner in value.items()}
     return value.to_local() if isinstance(value, DTensor) else value

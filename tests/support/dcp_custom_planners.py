@@ -29,7 +29,7 @@ from support.scenarios import equal, values
 
 @case
 def casts_on_save(base: Base, path: str, rank: int, size: int) -> Made:
-    """Half the bytes: floating-point tensors are stored as bfloat16 (`transform_object`)."""
+    """Store floating-point tensors as bfloat16 (`transform_object`), in half the bytes."""
 
     class Planner(base.DefaultSavePlanner):
         def create_local_plan(self):
@@ -60,7 +60,7 @@ def casts_on_save(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def looks_up_elsewhere(base: Base, path: str, rank: int, size: int) -> Made:
-    """What is written is not what the state holds (`lookup_object`), as with averaged weights."""
+    """Write values that the state does not hold (`lookup_object`), such as averaged weights."""
     average = torch.full((6,), 0.25)
 
     class Planner(base.DefaultSavePlanner):
@@ -73,7 +73,7 @@ def looks_up_elsewhere(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def filters_names(base: Base, path: str, rank: int, size: int) -> Made:
-    """Some tensors are not stored (`create_local_plan`)."""
+    """Leave some tensors out of the checkpoint (`create_local_plan`)."""
 
     class Planner(base.DefaultSavePlanner):
         def create_local_plan(self):
@@ -95,14 +95,14 @@ def filters_names(base: Base, path: str, rank: int, size: int) -> Made:
 
 @dataclass
 class MoreMetadata(Metadata):
-    """With a field of a project's own."""
+    """Metadata with an additional field of a project."""
 
     project: dict[str, Any] = field(default_factory=dict)
 
 
 @case
 def adds_to_the_metadata(base: Base, path: str, rank: int, size: int) -> Made:
-    """A project's own data travels in the metadata, from all ranks (Megatron's `mcore_data`)."""
+    """Store a project's own data from all ranks in the metadata (Megatron's `mcore_data`)."""
 
     class Planner(base.DefaultSavePlanner):
         def create_local_plan(self):
@@ -134,7 +134,7 @@ def adds_to_the_metadata(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def has_metadata_of_its_own(base: Base, path: str, rank: int, size: int) -> Made:
-    """A subclass of `Metadata`, kept by storage of the project's own."""
+    """Use a subclass of `Metadata` with storage that keeps it."""
 
     class Planner(base.DefaultSavePlanner):
         def create_global_plan(self, all_plans):
@@ -158,7 +158,7 @@ def has_metadata_of_its_own(base: Base, path: str, rank: int, size: int) -> Made
 
 @case
 def balances_replicas_itself(base: Base, path: str, rank: int, size: int) -> Made:
-    """Its own choice of who writes what (`create_global_plan`): the last rank writes replicas."""
+    """Assign the writers in `create_global_plan`: the last rank writes all replicas."""
 
     class Planner(base.DefaultSavePlanner):
         def create_global_plan(self, all_plans):
@@ -180,7 +180,7 @@ def balances_replicas_itself(base: Base, path: str, rank: int, size: int) -> Mad
 
 @case
 def renames_keys(base: Base, path: str, rank: int, size: int) -> Made:
-    """The first example of torch's page on planners: a prefix on saving and on loading."""
+    """Add a prefix on saving and on loading: the first example of torch's page on planners."""
 
     class Planner(base.DefaultSavePlanner):
         def set_up_planner(self, state_dict, storage_meta, is_coordinator):
@@ -203,7 +203,7 @@ def renames_keys(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def loads_through_a_buffer(base: Base, path: str, rank: int, size: int) -> Made:
-    """Tensors arrive in a buffer of another dtype, and are committed from there."""
+    """Load tensors into a buffer of another dtype, and copy them in `commit_tensor`."""
 
     class Reading(base.DefaultLoadPlanner):
         def resolve_tensor(self, read_item):
@@ -219,7 +219,7 @@ def loads_through_a_buffer(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def transforms_what_it_loads_into(base: Base, path: str, rank: int, size: int) -> Made:
-    """`transform_tensor` gives other memory, from where `commit_tensor` takes what was loaded."""
+    """Return other memory from `transform_tensor`, and copy from it in `commit_tensor`."""
 
     class Reading(base.DefaultLoadPlanner):
         def transform_tensor(self, read_item, tensor):
@@ -234,7 +234,7 @@ def transforms_what_it_loads_into(base: Base, path: str, rank: int, size: int) -
 
 @case
 def loads_a_part(base: Base, path: str, rank: int, size: int) -> Made:
-    """Names that the checkpoint lacks are left alone; some that it has are not wanted."""
+    """Skip names that the checkpoint lacks, and some of those that it has."""
 
     class Reading(base.DefaultLoadPlanner):
         def create_local_plan(self):
@@ -250,7 +250,7 @@ def loads_a_part(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def knows_only_the_old_signature(base: Base, path: str, rank: int, size: int) -> Made:
-    """Planners of torch 2.3 and older: `set_up_planner` without `storage_meta`."""
+    """Use planners of torch 2.3 and older: `set_up_planner` without `storage_meta`."""
 
     class Planner(base.DefaultSavePlanner):
         def set_up_planner(self, state_dict, is_coordinator):
@@ -261,7 +261,7 @@ def knows_only_the_old_signature(base: Base, path: str, rank: int, size: int) ->
 
 @case
 def caches_its_plans(base: Base, path: str, rank: int, size: int) -> Made:
-    """torch's plan caching goes on working with planners of the user's own."""
+    """Use torch's plan caching with customized planners."""
 
     class Planner(base.DefaultSavePlanner):
         def lookup_object(self, index):
@@ -286,7 +286,7 @@ def caches_its_plans(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def plans_from_scratch(base: Base, path: str, rank: int, size: int) -> Made:
-    """Planners that derive from the abstract classes; tensors are stored as float16 or as are."""
+    """Derive planners from the abstract classes; store tensors as float16 or unchanged."""
 
     class Planner(base.SavePlanner):
         def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False):

@@ -36,9 +36,9 @@ def done(value: Any) -> Future:
 
 
 def folder_storage(base: Base, path: str, *, old: bool = False) -> tuple[Any, Any]:
-    """Storage from scratch: a file for each rank, and the metadata as a pickle.
+    """Return a writer and a reader that keep a file per rank, and the metadata as a pickle.
 
-    `old`: its set-up methods take no `**kwargs`, as none did before torch 2.9.
+    With `old`, their set-up methods take no `**kwargs`, as before torch 2.9.
     """
 
     class Writer(base.StorageWriter):
@@ -141,7 +141,7 @@ def stores_with_old_signatures(base: Base, path: str, rank: int, size: int) -> M
 
 
 class Forwarding:
-    """Passes everything on to what it wraps."""
+    """A wrapper that forwards every call."""
 
     inner: Any
 
@@ -161,7 +161,7 @@ class Forwarding:
 
 @case
 def wraps_storage(base: Base, path: str, rank: int, size: int) -> Made:
-    """Storage that wraps torch's (or Shardkeep's) and forwards, as tools for metrics do."""
+    """Wrap torch's or Shardkeep's storage and forward all calls, as metrics tools do."""
 
     class Writer(Forwarding, base.StorageWriter):
         def __init__(self):
@@ -197,7 +197,7 @@ def wraps_storage(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def extends_the_file_system(base: Base, path: str, rank: int, size: int) -> Made:
-    """Subclasses of the file system's reader and writer that do something more, and call super."""
+    """Derive from the file system's reader and writer, do something more, and call super."""
     log: list[str] = []
 
     class Writer(base.FileSystemWriter):
@@ -235,11 +235,11 @@ def extends_the_file_system(base: Base, path: str, rank: int, size: int) -> Made
 
 @case
 def has_a_file_system_of_its_own(base: Base, path: str, rank: int, size: int) -> Made:
-    """Only `fs` is the user's own: a subclass of `FileSystemBase`."""
+    """Replace only `fs`, by a subclass of `FileSystemBase`."""
     log: list[str] = []
 
     class Flipped(io.FileIO):
-        """Bytes on the disk are not those that were written."""
+        """A file that stores other bytes than those that were written."""
 
         def write(self, data):
             super().write(bytes(memoryview(data).cast("B")).translate(FLIP))
@@ -310,7 +310,7 @@ FLIP = bytes(byte ^ 0xFF for byte in range(256))
 
 
 class Xor(StreamTransformExtension):
-    """A cipher that nobody should use."""
+    """An insecure cipher, for tests only."""
 
     @staticmethod
     def registry_name() -> str:
@@ -353,7 +353,7 @@ class Xor(StreamTransformExtension):
 
 @case
 def enciphers(base: Base, path: str, rank: int, size: int) -> Made:
-    """A stream extension of the user's own, known to the reader through a registry."""
+    """Use a customized stream extension, which the reader finds through a registry."""
     registry = ExtensionRegistry()
     registry.register(Xor)
 
@@ -371,7 +371,7 @@ def enciphers(base: Base, path: str, rank: int, size: int) -> Made:
 
 @case
 def compresses(base: Base, path: str, rank: int, size: int) -> Made:
-    """torch's own extension, which every reader knows."""
+    """Use torch's own extension, which every reader has."""
     return Made(
         state(rank, size),
         {"storage_writer": base.FileSystemWriter(path, _extensions=[ZStandard()])},

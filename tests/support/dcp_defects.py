@@ -1,4 +1,4 @@
-"""Scenarios in which stock torch misbehaves, to be run on both."""
+"""Scenarios in which stock torch misbehaves, to be run with torch and with Shardkeep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BASES = {"stock": stock, "ours": dcp}
 
 
 class FullDisk(FileSystem):
-    """A data file that is not the main thread's, or else the second one, can't be written."""
+    """A file system that fails on data files of other threads, or on the second data file."""
 
     def __init__(self, *, in_threads: bool) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class FullDisk(FileSystem):
 
 
 class NoRename(FileSystem):
-    """Names can't be changed any more."""
+    """A file system whose renames fail."""
 
     def rename(self, path, new_path):
         raise OSError(5, "Input/output error", str(path))
 
 
 def bytes_read(rank: int, size: int, base: str, path: str) -> int:
-    """What a rank reads from files to load its rows of a matrix that is stored as one chunk."""
+    """Return the bytes that a rank reads to load its rows of a matrix stored as one chunk."""
     mesh = init_device_mesh("cpu", (size,))
     local = DTensor.from_local(torch.zeros(2048 // size, 1024), mesh, [Shard(0)], run_check=False)
     dist.barrier()
@@ -69,7 +69,7 @@ def read_so_far() -> int:
 
 
 def stale_files(rank: int, size: int, base: str, path: str) -> None:
-    """A save by four ranks, and one over it by two."""
+    """Save on four ranks, then on two ranks to the same path."""
     engine = BASES[base]
     engine.save({f"t{rank}": torch.ones(3)}, checkpoint_id=path)
     dist.barrier()
@@ -80,7 +80,7 @@ def stale_files(rank: int, size: int, base: str, path: str) -> None:
 
 
 class Broken:
-    """A `Stateful` that fails on rank 1."""
+    """A `Stateful` whose state dict fails on rank 1."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -95,7 +95,7 @@ class Broken:
 
 
 def lost_cause(rank: int, size: int, base: str, path: str, steps: bool) -> tuple[str, float]:
-    """Return the error on each rank when one rank's state raises, and how long it takes."""
+    """Return this rank's error when the state of one rank raises, and the seconds until then."""
 
     class Planner(stock.DefaultSavePlanner):
         def create_local_plan(self):
@@ -109,6 +109,6 @@ def lost_cause(rank: int, size: int, base: str, path: str, steps: bool) -> tuple
     except BaseException as error:
         took = time.monotonic() - begin
         if base == "stock" and rank == 1:
-            time.sleep(3.5)  # It goes on, with whatever it does next.
+            time.sleep(3.5)  # The rank goes on with other work.
         return f"{type(error).__name__}: {error}", took
     return "saved", time.monotonic() - begin

@@ -1,7 +1,7 @@
 """Training code as users write it, importing `torch.distributed.checkpoint`; see `in_place`.
 
-Each example trains, saves, resumes in a fresh model, and compares every bit of model and optimizer,
-and of the next step. They run on gloo ranks: `example(rank, size, path)`.
+Each example trains, saves, resumes in a fresh model, and compares every bit of the model, of the
+optimizer and of the next step. They run on gloo ranks: `example(rank, size, path)`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from support.in_place import in_place_of_torchs
 
 
 def example(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run it with Shardkeep in torch's place, and say that it is so."""
+    """Return the example with Shardkeep in torch's place, checked to be used."""
 
     @wraps(function)
     def run(rank: int, size: int, path: str, *args: Any) -> str:
@@ -92,7 +92,7 @@ def step(model: nn.Module, optim: torch.optim.Optimizer, batch: torch.Tensor) ->
 
 
 def plain(value: Any) -> Any:
-    """A state with all its tensors whole, on every rank."""
+    """Return a state with all its tensors gathered, on every rank."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, DTensor):
@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> None:
-    """Every bit of two plain states."""
+    """Check that two plain states are equal in every bit."""
     assert type(one) is type(other), (one, other)
     if isinstance(one, dict):
         assert one.keys() == other.keys()
@@ -207,7 +207,7 @@ def two_dimensions(rank: int, size: int, path: str) -> None:
 
 @example
 def another_layout(rank: int, size: int, path: str) -> None:
-    """Saved by FSDP2 on all ranks, loaded under tensor parallelism, and whole by each rank."""
+    """Save by FSDP2 on all ranks; load under tensor parallelism, and unsharded on each rank."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 

@@ -29,7 +29,7 @@ STEPS = """
 
 
 class Failing:
-    """Says which step fails on which ranks; "future" is what `write_data` and `read_data` give."""
+    """The step that fails, and its ranks; "future" is the result of `write_data` or `read_data`."""
 
     def __init__(self) -> None:
         self.stop()
@@ -42,11 +42,11 @@ class Failing:
         self.step, self.who, self.error = step, who, error
 
     def change(self, step: str, function: Callable[[int, Any], Any]) -> None:
-        """Let `function(rank, result)` change what a step gives."""
+        """Let `function(rank, result)` change the result of a step."""
         self.changed, self.change_it = step, function
 
     def wrap(self, rank: int, given: Any) -> Any:
-        """A planner, reader or writer whose steps fail."""
+        """Make the steps of a planner, reader or writer fail; return it."""
         for name in STEPS:
             if hasattr(given, name):
                 setattr(given, name, self._failing(rank, name, getattr(given, name)))
@@ -70,7 +70,7 @@ def fail(error: BaseException) -> None:
 
 
 class Late:
-    """A future of somebody's own, whose work fails."""
+    """A future of a user's own class, whose work fails."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -84,7 +84,7 @@ def state(rank: int) -> dict[str, Any]:
 
 
 def save_twice(rank: int, size: int, path: str, step: str, who: list[int]) -> dict[str, Any]:
-    """A save that fails in a step on some ranks, and another one with the same objects."""
+    """Save with a step that fails on some ranks, then again with the same objects."""
     failing = Failing()
     planner = failing.wrap(rank, stock.DefaultSavePlanner())
     writer = failing.wrap(rank, stock.FileSystemWriter(path))
@@ -106,12 +106,12 @@ def save_twice(rank: int, size: int, path: str, step: str, who: list[int]) -> di
 
 
 def killed(rank: int, size: int, path: str) -> dict[str, Any]:
-    """A save in which rank 2 is killed while it writes."""
+    """Save while rank 2 is killed in `write_data`; return the error of this rank."""
 
     class Writer(stock.FileSystemWriter):
         def write_data(self, plan: Any, planner: Any) -> Any:
             if rank == 2:
-                time.sleep(0.8)  # The others learn which phase this is by a sign of life.
+                time.sleep(0.8)  # Until the other ranks have received a heartbeat of this phase.
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().write_data(plan, planner)
 

@@ -1,4 +1,4 @@
-"""Files of `shardkeep.dcp` beside those of stock torch, on one rank and on several."""
+"""Files of `shardkeep.dcp` compared with those of stock torch, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class OwnSavePlanner(dcp.DefaultSavePlanner):
-    """Somebody's own, so that a save is made in torch's steps."""
+    """A planner of a user's own class, so that a save calls every step of torch."""
 
     def create_local_plan(self) -> Any:
         return super().create_local_plan()
 
 
 class OwnLoadPlanner(dcp.DefaultLoadPlanner):
-    """Somebody's own, so that a load is made in torch's steps."""
+    """A planner of a user's own class, so that a load calls every step of torch."""
 
     def create_local_plan(self) -> Any:
         return super().create_local_plan()
 
 
 def writer_options(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of a writer, and of `save`."""
+    """Return options of a writer, and options of `save`."""
     options = dict(OPTIONS[name])
     more = {k: options.pop(k) for k in ("use_collectives",) if k in options}
     if options.get("_extensions") == ZSTD:
@@ -67,7 +67,7 @@ def save(module: Any, state: dict, path: Any, name: str, planner: Any = None) ->
 
 
 def kind(file: Path) -> tuple[str, str]:
-    """A file's suffix, and what its first bytes say it is."""
+    """Return a file's suffix, and the format that its first bytes show."""
     data = file.read_bytes()[:9]
     if not data:
         return file.suffix, "empty"
@@ -78,12 +78,12 @@ def kind(file: Path) -> tuple[str, str]:
 
 
 def kinds(folder: Path) -> Counter:
-    """The files of a checkpoint by kind; a manifest, which stock torch has not, left out."""
+    """Count the files of a checkpoint by kind, without the manifest, which stock torch lacks."""
     return Counter(kind(f) for f in folder.iterdir() if not f.name.startswith(".manifest-"))
 
 
 def shards(rank: int, size: int) -> dict[str, Any]:
-    """A state of several ranks."""
+    """Return a state that is sharded over several ranks."""
     mesh = init_device_mesh("cpu", (size,))
     return {
         "model": {
@@ -98,7 +98,7 @@ def shards(rank: int, size: int) -> dict[str, Any]:
 
 
 def plain(rank: int) -> dict[str, Any]:
-    """A state of one rank that differs from the others' in its values."""
+    """Return a state with the same names and other values on each rank."""
     return {
         "weight": values(f"w{rank}", (4, 3), torch.float32),
         "rng": values(f"rng{rank}", (16,), torch.uint8),
@@ -108,7 +108,7 @@ def plain(rank: int) -> dict[str, Any]:
 
 
 def blank(state: Any) -> Any:
-    """Other values in the same places."""
+    """Return the same structure with other values."""
     if isinstance(state, dict):
         return {key: blank(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -117,14 +117,14 @@ def blank(state: Any) -> Any:
 
 
 def whole(state: Any) -> Any:
-    """DTensors as what they are part of; on all ranks."""
+    """Return the state with every DTensor gathered; called on all ranks."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     return state.full_tensor() if hasattr(state, "full_tensor") else state
 
 
 def same_files(rank: int, size: int, path: str, names: list[str]) -> str:
-    """Save with stock torch, the engine, and in steps; every reader gets every one's values."""
+    """Save with stock torch, the engine, and in steps; load each checkpoint with every reader."""
     for name in names:
         safetensors = "serialization_format" in OPTIONS[name]
         per_rank = "use_collectives" in OPTIONS[name]
@@ -140,7 +140,7 @@ def same_files(rank: int, size: int, path: str, names: list[str]) -> str:
             dist.barrier()
             found[way] = kinds(folder)
         for way in ("ours", "steps"):
-            # Which item goes to which file is one's own affair: so are files without any.
+            # How items are distributed over files is free, and so is the number of empty files.
             counts = [Counter({s: 0 for s, _ in found[w]}) for w in ("stock", way)]
             for count, one in zip(counts, ("stock", way), strict=True):
                 for (suffix, _), number in found[one].items():
@@ -151,7 +151,7 @@ def same_files(rank: int, size: int, path: str, names: list[str]) -> str:
         readers = [(stock, None), (dcp, None), (dcp, OwnLoadPlanner())]
         for way in ways:
             if safetensors and way == "stock":
-                continue  # Not even stock torch can load these.
+                continue  # Stock torch can't load these either.
             for reader, planner in readers[1 if safetensors else 0 :]:
                 loaded = blank(state)
                 reader.load(loaded, checkpoint_id=Path(path) / name / way, planner=planner)
@@ -161,7 +161,7 @@ def same_files(rank: int, size: int, path: str, names: list[str]) -> str:
 
 
 def each_its_own(rank: int, size: int, path: str) -> str:
-    """What ranks saved for themselves, on other numbers of ranks."""
+    """Save by each rank alone, and load on other numbers of ranks."""
     save(dcp, plain(rank), path, "without collectives")
     dist.barrier()
     if rank == 0:

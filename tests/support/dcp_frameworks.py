@@ -1,6 +1,6 @@
-"""How training frameworks call `torch.distributed.checkpoint`: their patterns, in short.
+"""How training frameworks call `torch.distributed.checkpoint`, in short.
 
-Like `dcp_examples`, on gloo ranks, with Shardkeep in torch's place.
+They run on gloo ranks with Shardkeep in torch's place, as `dcp_examples` do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from support.dcp_examples import Mlp, example, features, made, plain, same, step
 
 @example
 def titan(rank: int, size: int, path: str) -> None:
-    """Statefuls around model parts, optimizers, loader, counters; saved in the background."""
+    """Save model parts, optimizers, a loader and counters as Statefuls, in the background."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -65,7 +65,7 @@ def titan(rank: int, size: int, path: str) -> None:
             )
 
     class Loader(Stateful):
-        """Each rank's own position, under a key of its own."""
+        """A data loader with a position for each rank, stored under a key of the rank."""
 
         def __init__(self, position: int) -> None:
             self.position = position
@@ -129,7 +129,7 @@ def titan(rank: int, size: int, path: str) -> None:
     step(other, other_optim, features())
     same(plain(fresh["model"].state_dict()), plain(states["model"].state_dict()))
 
-    # The last one holds the model only, under its own names, in another dtype.
+    # The last save has only the model, under its own names and in another dtype.
     weights = {k: v.to(torch.bfloat16) for k, v in states["model"].state_dict().items()}
     dcp.save(weights, checkpoint_id=f"{path}/final")
     again = {k: torch.zeros_like(v) for k, v in weights.items()}
@@ -139,7 +139,7 @@ def titan(rank: int, size: int, path: str) -> None:
 
 @example
 def lightning(rank: int, size: int, path: str) -> None:
-    """Sharded FSDP state with a file of rank 0 beside it; the optimizer by its own function."""
+    """Save sharded FSDP state with a file of rank 0 beside it; load the optimizer separately."""
     from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
     from torch.distributed.checkpoint.optimizer import load_sharded_optimizer_state_dict
 
@@ -186,7 +186,7 @@ def lightning(rank: int, size: int, path: str) -> None:
 
 @example
 def accelerate(rank: int, size: int, path: str) -> None:
-    """Model and optimizer in folders of their own; then merged into one file without a model."""
+    """Save model and optimizer to separate folders; then merge one into a file without a model."""
     import torch.distributed.checkpoint as dist_cp
     import torch.distributed.checkpoint.format_utils as dist_cp_format_utils
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner

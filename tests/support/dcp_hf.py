@@ -1,4 +1,4 @@
-"""Hugging Face storage on real ranks, and states for it."""
+"""Scenarios of Hugging Face storage on real ranks, and states for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLOAT4 = "float4_e2m1fn_x2"
 
 
 def dtypes(like_stock: bool = False) -> list[torch.dtype]:
-    """All that safetensors have and this torch can lay out over ranks; or stock torch can read."""
+    """Return the dtypes of safetensors that this torch can shard, or that stock torch reads."""
     kinds = [kind for kind in KINDS if kind != "F4"]
     if like_stock:
         known = importlib.import_module("safetensors.torch")._TYPES
@@ -37,7 +37,7 @@ def dtypes(like_stock: bool = False) -> list[torch.dtype]:
 
 
 class Parts(torch.Tensor):
-    """A tensor that one process holds in several parts, all of it in `whole`."""
+    """A tensor that one process holds in several parts; `whole` has all of it."""
 
     @staticmethod
     def of(whole: torch.Tensor, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Parts:
@@ -80,14 +80,14 @@ def wholes(like_stock: bool = True) -> dict[str, torch.Tensor]:
 
 
 def laid_out(tensors: dict[str, torch.Tensor], turned: bool = False) -> dict[str, Any]:
-    """Shards by what the name says; of another kind if turned."""
+    """Shard each tensor as its name says; with `turned`, by another kind of placement."""
     mesh = init_device_mesh("cpu", (2, 2))
     kinds = {
         "rows": [Shard(0), Replicate()],
         "columns": [Replicate(), Shard(1)],
         "tiles": [Shard(0), Shard(1)],
         "copies": [Replicate(), Replicate()],
-        "few": [Shard(0), Shard(0)],  # some ranks have nothing of it
+        "few": [Shard(0), Shard(0)],  # some ranks have an empty shard
     }
     others = {**dict(zip(kinds, [*list(kinds.values())[1:4], kinds["rows"]], strict=False)),
               "few": kinds["columns"]}  # fmt: skip
@@ -98,7 +98,7 @@ def laid_out(tensors: dict[str, torch.Tensor], turned: bool = False) -> dict[str
         if placements is None:
             state[name] = whole.clone()
             continue
-        # As bytes: communication does not know every dtype.
+        # As bytes, since communication does not support every dtype.
         size = whole.element_size()
         raw = whole.view(torch.uint8).reshape(*whole.shape, size)
         local = distribute_tensor(raw, mesh, placements).to_local().contiguous()
@@ -153,7 +153,7 @@ def save_and_load(rank: int, size: int, path: str) -> str:
 
 
 def stocks_shards(rank: int, size: int, path: str) -> str:
-    """What stock torch wrote, put together by all ranks."""
+    """Consolidate a checkpoint of stock torch on all ranks."""
     tensors = wholes()
     state = laid_out(tensors)
     given = mapping(tensors)
@@ -178,7 +178,7 @@ def every_rank_fails(rank: int, size: int, path: str) -> str:
 
 
 def replicas(rank: int, size: int, path: str) -> str:
-    """Plain tensors, the same on all ranks, without save_distributed: DDP."""
+    """Save plain tensors, equal on all ranks, without save_distributed, as with DDP."""
     state = {f"w{n}": values(f"w{n}", (4, n + 1), torch.float32) for n in range(6)}
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(path))
     loaded = {name: torch.zeros_like(value) for name, value in state.items()}
@@ -233,7 +233,7 @@ def fewer_ranks_later(rank: int, size: int, path: str) -> str:
 
 
 def for_themselves(rank: int, size: int, path: str) -> str:
-    """`use_collectives=False`: each rank is its own coordinator."""
+    """Save with `use_collectives=False`, so that each rank is its own coordinator."""
     writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True)
     dcp.save({f"of {rank}": torch.full((2,), rank)}, storage_writer=writer, use_collectives=False)
     dist.barrier()

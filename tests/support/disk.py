@@ -1,9 +1,9 @@
-"""A disk that loses power: what may be on it, by the rules of POSIX, after the first n operations.
+"""A model of a disk that loses power, by the rules of POSIX: its possible contents afterwards.
 
-POSIX promises little. What is written to a file is there after that file was synced; before, any
-part of it may be. A name is there after its folder was synced; before, any subset of the changes to
-its names may be, except that a rename happens as one or not at all. Real file systems promise more:
-what is safe here is safe there.
+POSIX promises little. The content of a file is certain once the file was synced. Until then, any
+part of it may be on the disk. A name is certain once its folder was synced. Until then, any subset
+of the changes to its names may be on the disk, but a rename happens as a whole or not at all. Real
+file systems promise more, so what is safe here is safe there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 Files = dict[str, bytes]
-"""Path -> content, of all files that can be reached."""
+"""Path -> content, of all files that can be reached by a name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Create:
-    """open with O_CREAT: a new file, `file`, under a name."""
+    """open with O_CREAT: a new file, numbered `file`, under a name."""
 
     path: str
     file: int
@@ -60,7 +60,7 @@ class Truncate:
 
 @dataclass(frozen=True)
 class Sync:
-    """fsync, of a file or of a folder."""
+    """fsync of a file or of a folder."""
 
     what: int | str
 
@@ -84,13 +84,13 @@ class Unlink:
 
 Operation = Folder | Create | Write | Truncate | Sync | Rename | HardLink | Unlink
 _Entry = int | str | None
-"""What a name leads to: a file, a folder (by its path), nothing."""
+"""The target of a name: a file, a folder (by its path), or nothing."""
 _Change = tuple[tuple[str, _Entry], ...]
 """Names that change together."""
 
 
 class _Disk:
-    """What is certain, and what is pending."""
+    """The certain content of a disk, and the pending changes."""
 
     def __init__(self, before: Files) -> None:
         self.names: dict[str, _Entry] = {}
@@ -134,7 +134,7 @@ class _Disk:
         self.changes.setdefault(_folder(path), []).append(change)
 
     def states(self) -> Iterator[Files]:
-        """All that may be there, if the power goes now."""
+        """Yield every possible content after a power failure at this moment."""
         changes = list(chain.from_iterable(self.changes.values()))
         files = [file for file in self.writes if self._may_be_linked(file, changes)]
         contents = [sorted(_torn(self.contents[file], self.writes[file])) for file in files]
@@ -162,12 +162,12 @@ class _Disk:
 
 
 def states(operations: Sequence[Operation], before: Files) -> Iterator[tuple[int, Files]]:
-    """For every n: what may be on the disk after the first n operations; n, and the files.
+    """Yield (n, files) for every possible content of the disk after the first n operations.
 
     Args:
-        operations: as they were made. One that had not yet returned counts as not made, or as made
-            and pending.
-        before: what was there for certain. Folders above these are, too.
+        operations: in the order in which they were made. One that had not yet returned counts as
+            not made, or as made and pending.
+        before: the content that was certain before. The folders above these files are certain, too.
     """
     disk = _Disk(before)
     yield from ((0, files) for files in disk.states())
@@ -177,7 +177,7 @@ def states(operations: Sequence[Operation], before: Files) -> Iterator[tuple[int
 
 
 def _torn(content: bytes, writes: Sequence[Write | Truncate]) -> set[bytes]:
-    """All that may have become of a file."""
+    """Return every possible content of a file."""
     found = {content}
     for write in writes:
         found |= {_written(before, part) for before in found for part in _parts(write)}
@@ -185,7 +185,7 @@ def _torn(content: bytes, writes: Sequence[Write | Truncate]) -> set[bytes]:
 
 
 def _parts(write: Write | Truncate) -> Iterator[Write | Truncate]:
-    """What may come of one write: all, the first half, the second half, or room without content."""
+    """Yield the possible results of a write: all, either half, or space without content."""
     yield write
     if isinstance(write, Write) and write.data:
         data, half = write.data, len(write.data) // 2

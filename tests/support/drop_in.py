@@ -1,4 +1,4 @@
-"""`shardkeep.dcp` and stock torch on real ranks, each reading what the other one wrote."""
+"""Scenarios of `shardkeep.dcp` and stock torch on real ranks, each reading the other's files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _group(rank: int, path: str) -> None:
 
 
 def own_names_for_one_place(rank: int, size: int, path: str) -> str:
-    """Saved under one name for the folder by each rank; loaded by each from a copy of its own."""
+    """Save under a different name of the same folder on each rank; load from a copy on each."""
     Path(path, "real").mkdir(exist_ok=True)
     mine = Path(path, f"link{rank}")
     mine.symlink_to(Path(path, "real"), target_is_directory=True)
@@ -68,7 +68,7 @@ def own_names_for_one_place(rank: int, size: int, path: str) -> str:
 
 
 def disks_of_their_own(rank: int, size: int, path: str) -> str:
-    """Each rank saves to a folder that no other rank sees."""
+    """Save from each rank to a folder that no other rank sees."""
     try:
         dcp.save({str(rank): torch.ones(3)}, checkpoint_id=f"{path}/disk{rank}")
     except dcp.CheckpointException as error:

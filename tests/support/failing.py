@@ -1,4 +1,4 @@
-"""Failures on real ranks."""
+"""A failing save on real ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shardkeep.dcp as dcp
 
 
 class Stateless:
-    """A stateful thing that has no state."""
+    """A stateful object whose `state_dict` fails."""
 
     def state_dict(self) -> dict[str, Any]:
         raise ValueError("no state today")
@@ -21,7 +21,7 @@ class Stateless:
 
 
 def stateless(rank: int, size: int, path: str) -> tuple[str, str]:
-    """An asynchronous save of something that has no state on rank 2; then another one."""
+    """Save asynchronously with an object that fails on rank 2; then save without it."""
     thing = Stateless() if rank == 2 else torch.nn.Linear(2, 2)
     try:
         dcp.async_save({"thing": thing}, checkpoint_id=f"{path}/a").result(30)

@@ -1,4 +1,4 @@
-"""A store in memory that fails or crashes at one operation, as tests use it."""
+"""A store in memory that fails or crashes at one operation, in the form that tests use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAYS = [(kind, when) for kind in ("error", "crash") for when in ("before", "afte
 
 
 class FaultyStore(PlannedStore):
-    """Passes everything on to `inner`, until operation number `at` (counted from 0)."""
+    """A store that forwards everything to `inner` until operation number `at` (from 0)."""
 
     inner: MemoryStore
 

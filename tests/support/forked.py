@@ -1,7 +1,7 @@
-"""Ranks that may die: forked from one process that has imported torch, so that each run is cheap.
+"""Ranks that may die, forked from one process that has imported torch, so that each run is cheap.
 
-Their store lives in the process of the tests: it outlives every rank, rank 0 too, as that of a
-torchrun agent does.
+Their TCPStore belongs to the process of the tests. So it outlives every rank, also rank 0, as the
+store of a torchrun agent does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def run(
     limit: float = 120.0,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
-    """What `function(rank, *args)` returned on each rank; None for those that died or hung.
+    """Return the result of `function(rank, *args)` on each rank; None for those that died or hung.
 
-    The default process group is initialised. Results travel as JSON, through `folder`.
+    The default process group is initialised. Results are written to `folder` as JSON.
     """
     from torch import distributed as dist
 
@@ -46,7 +46,7 @@ def run(
     for process in ranks:
         process.start()
     end = time.monotonic() + limit
-    # A frozen one never ends: no longer than until all others have.
+    # A frozen rank never ends, so waiting ends when all others have.
     while time.monotonic() < end and sum(process.is_alive() for process in ranks) > 1:
         time.sleep(0.05)
     for process in ranks:
@@ -79,4 +79,4 @@ def _rank(
         result = traceback.format_exc()
     Path(file).with_suffix(".part").write_text(json.dumps(result))
     Path(file).with_suffix(".part").rename(file)
-    os._exit(0)  # A group with dead members can hang when it is left.
+    os._exit(0)  # Leaving a group with dead members can hang.

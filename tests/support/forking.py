@@ -1,4 +1,4 @@
-"""Processes forked in the middle of something, and how they end."""
+"""A check that forked processes end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["ends_well"]
 
 
 def ends_well(work: Callable[[], object], *, seconds: float = 20.0) -> bool:
-    """Whether a process forked here does the work, and then ends as Python does, in that time."""
+    """Return whether a process forked here does the work and exits as Python does, in that time."""
     child = os.fork()
     if not child:
         try:
             work()
-            threading._shutdown()  # What waits for the end of a program does so here.
+            threading._shutdown()  # Threads that wait for the end of the program do so here.
         except BaseException:
             traceback.print_exc()
             os._exit(1)

@@ -1,7 +1,7 @@
 """Real ranks for tests: a pool of processes that keep torch imported and form a gloo group per run.
 
-Importing torch costs seconds, so the processes outlive the tests; a process that died or hung is
-replaced when it is needed next. This module imports no torch itself.
+Importing torch costs seconds, so the processes outlive the tests. A process that died or hung is
+replaced when it is needed next. This module itself does not import torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STARTING = 90.0
 
 
 class Failed(Exception):
-    """Some ranks failed. `errors` holds what each one raised, as text; `results` of the others."""
+    """A failure of some ranks, with their errors as text and the results of the others by rank."""
 
     def __init__(self, errors: dict[int, str], results: dict[int, Any]) -> None:
         self.errors, self.results = errors, results
@@ -59,18 +59,19 @@ class Pool:
         limit: float = 120.0,
         env: dict[str, str] | None = None,
     ) -> list[Any]:
-        """Call `function(rank, size, *args)` on `size` ranks; what each returned, in rank order.
+        """Call `function(rank, size, *args)` on `size` ranks; return their results in rank order.
 
-        The default process group is initialised meanwhile. The function is given as such (then it
-        must be on the module level) or as "module:function"; arguments and results are pickled, so
-        results of a class that a test file defines cannot come back.
+        The default process group is initialised during the call. Pass a function of the module
+        level, or "module:function". Arguments and results are pickled, so results can't be of a
+        class that a test file defines.
 
         Args:
-            limit: seconds; then the stacks of those that have not finished are in the error.
-            env: environment variables that are set meanwhile.
+            limit: seconds until ranks that have not finished are an error, which shows their
+                stacks.
+            env: environment variables to set during the call.
 
         Raises:
-            Failed: a rank raised, died or took too long. All that can finish have finished.
+            Failed: a rank raised, died or took too long. All ranks that can finish have finished.
         """
         return self._run(_Job(_reference(function), args, size, env or {}), limit)
 
@@ -82,7 +83,7 @@ class Pool:
         limit: float = 120.0,
         env: dict[str, str] | None = None,
     ) -> list[Any]:
-        """The same for `function(ranks, *args)`, as `simulated_ranks.run` calls it."""
+        """Call `function(ranks, *args)` on each rank, as `simulated_ranks.run` does; see `run`."""
         return self._run(_Job(_reference(function), args, size, env or {}, with_ranks=True), limit)
 
     def _run(self, job: _Job, limit: float) -> list[Any]:
@@ -125,7 +126,7 @@ class Pool:
         return [results[rank] for rank in range(job.size)]
 
     def _begin(self, rank: int) -> None:
-        """Start what is missing, without waiting: they import torch side by side."""
+        """Start the process if it is missing, without waiting, so that all import torch at once."""
         worker = self._workers[rank]
         if worker is None or not worker.is_ready(AFTER_RUN):
             if worker is not None:
@@ -175,13 +176,13 @@ class _Worker:
         child.close()
 
     def is_ready(self, seconds: float) -> bool:
-        """Whether it waits for a job, by then: has imported torch, has left the last group."""
+        """Return whether the process waits for a job before the time is over."""
         with suppress(EOFError, OSError):
             self.ready = self.ready or (self.pipe.poll(seconds) and self.pipe.recv() == "ready")
         return self.ready and self.process.is_alive()
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped the process, which never finishes then."""
+        """Return whether a signal has stopped the process, which then never finishes."""
         try:
             status = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:
@@ -189,14 +190,14 @@ class _Worker:
         return status.rpartition(")")[2].split()[0] == "T"
 
     def stacks(self) -> str:
-        """Where its threads are just now."""
+        """Return the present stacks of the process's threads."""
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
         time.sleep(0.3)
         return self._dump.read_text()
 
     def end(self) -> str:
-        """Kill it; how it ended if it had done so before."""
+        """Kill the process; return how it had ended, if it had."""
         self.process.join(0.5 if self.process.exitcode is None else 0)
         how = f"the process ended with exit code {self.process.exitcode}"
         self.process.kill()
@@ -207,7 +208,11 @@ class _Worker:
 
 
 def _reference(function: Callable[..., Any] | str) -> tuple[str, str]:
-    """A module's name or a test file's path (pytest does not import those by name); a function."""
+    """Return the module and the name of a function.
+
+    For a function of a test file, return the file's path, since pytest does not import those by
+    name.
+    """
     if isinstance(function, str):
         module, name = function.split(":")
         return module, name
@@ -232,9 +237,9 @@ def _resolve(where: str, name: str) -> Callable[..., Any]:
 
 
 def _work(pipe: Connection, dump: str) -> None:
-    """The child's life."""
-    # torch looks up the name of each client of a store, meanwhile all others wait: 5 s where a name
-    # server drops the question, in the middle of a test of how long something takes.
+    """Run jobs in the child process until the parent closes the pipe."""
+    # torch looks up the name of each client of a store, while all others wait. If a name server
+    # drops the request, this takes 5 s, in the middle of a test of how long something takes.
     resolver = "timeout:1 attempts:1"
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RES_OPTIONS=resolver)
     file = Path(dump).open("w")  # noqa: SIM115 - for as long as the process lives
@@ -277,7 +282,7 @@ def _call(rank: int, job: _Job) -> Any:
     from shardkeep.coordination import detect_ranks
 
     ranks = detect_ranks()
-    dist.barrier()  # connecting can take seconds, which are no part of what is measured
+    dist.barrier()  # Connecting can take seconds, which tests must not measure.
     return function(ranks, *job.args)
 
 

@@ -1,4 +1,4 @@
-"""`shardkeep.dcp` where code imports `torch.distributed.checkpoint`, while a block runs."""
+"""`shardkeep.dcp` in the place of `torch.distributed.checkpoint` for the imports in a block."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _THEIRS, _OURS = stock.__name__, ours.__name__
 
 @contextmanager
 def in_place_of_torchs() -> Iterator[None]:
-    """Imports of torch's package and of all its modules give Shardkeep's inside the block."""
+    """Make imports of torch's package and of all its modules return Shardkeep's in the block."""
+    # Imported before the replacement: in the block, torch's own modules can't be imported any more.
     for found in pkgutil.walk_packages(ours.__path__, f"{_OURS}."):
-        importlib.import_module(found.name)  # Later, torch's own would not be found any more.
+        importlib.import_module(found.name)
     own = {name: module for name, module in sys.modules.items() if _below(name, _OURS)}
     before = {name: module for name, module in sys.modules.items() if _below(name, _THEIRS)}
     for name, module in own.items():

@@ -1,7 +1,7 @@
-"""Errors of single system calls, given by the kernel (`strace -e inject`), and what a save makes of
-them: the table in docs/reliability.md.
+"""Errors of single system calls from the kernel (`strace -e inject`), and their effect on a save.
 
-`python -m support.injected docs/reliability.md` (with tests/ on the path) writes the section.
+`python -m support.injected docs/reliability.md` (with tests/ on the path) writes the table of the
+results into the section of that page.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ ERRORS = injected_store.ERRORS
 
 
 class Call(NamedTuple):
-    """A system call of a save or a load: in which phase, of what, which one of several (from 1).
+    """A system call of a save or a load: its phase, name, file, and number (from 1) among several.
 
-    Of a save also its kind: "over" an old checkpoint, to a "new" folder, "async" (over an old one),
-    or of a "manager" that keeps one step.
+    `kind` is the kind of save: "over" an old checkpoint, to a "new" folder, "async" (over an old
+    one), or of a "manager" that keeps one step.
     """
 
     phase: str
@@ -126,9 +126,9 @@ CALLS = [
         ],
     ),
 ]
-"""Of saves. Data files are those of rank 1; the coordinator does the rest: numbers count the calls
-of each thread, and only it syncs the folder more than once. A save in the background is prepared,
-lease included, on another thread than the rest.
+"""Calls of saves. Data files are those of rank 1; the coordinator makes all other calls. Numbers
+count the calls of each thread. Only the coordinator syncs the folder more than once. A background
+save makes the calls up to the lease on another thread than the rest.
 """
 
 READS = [
@@ -140,11 +140,11 @@ READS = [
     Call("read", "openat", "data"),
     Call("read", "preadv2", "data"),
 ]
-"""Of a load."""
+"""Calls of a load."""
 
 
 def main() -> None:
-    """The saves, in a process of their own: takes requests from standard input, line by line."""
+    """Serve saves and loads in a separate process: one request per line of standard input."""
     import warnings
 
     import torch
@@ -190,7 +190,7 @@ def main() -> None:
             return {"end": "raised", "text": f"{type(error).__name__}: {error}"}
 
     def checked(path: str) -> tuple[float, bool]:
-        """What a checkpoint holds, and whether that is whole."""
+        """Return the seed that a checkpoint was saved with, and whether all of it is intact."""
         ckpt = sk.open(path)
         first = float(ckpt.read("w")[0])
         return first, ckpt.verify().ok and (ckpt.read("w") == whole.numpy() + first).all().item()
@@ -208,7 +208,7 @@ def main() -> None:
 
     def look(kind: str, path: str) -> dict[str, Any]:
         found = there(kind, path)
-        gc.collect()  # and with it what was open to look
+        gc.collect()  # and closes the files that were opened to look
         return found | {"open": len([*Path("/proc/self/fd").iterdir()])}
 
     print("ready", flush=True)
@@ -225,7 +225,7 @@ def main() -> None:
 
 
 class Saver:
-    """The other end of that process."""
+    """The parent's end of the process that saves."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -257,7 +257,7 @@ class Saver:
 
 @contextmanager
 def injected(pid: int, call: Call, error: str, path: str, log: Path) -> Any:
-    """That call, of that file, fails with that error, in that process."""
+    """Make one call on one file fail with an error in a process, while the block runs."""
     inject = f"{call.name}:error={error}:when={call.number}"
     tracer = subprocess.Popen(
         ["strace", "-f", "-p", str(pid), "-P", path, "-e", f"trace={call.name}", "-e",
@@ -276,7 +276,7 @@ def injected(pid: int, call: Call, error: str, path: str, log: Path) -> Any:
 
 
 def works(folder: Path) -> bool:
-    """Whether processes can be traced here."""
+    """Return whether processes can be traced here."""
     try:
         command = ["strace", "-o", str(folder / "log"), "true"]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -286,16 +286,16 @@ def works(folder: Path) -> bool:
 
 SAVED = [{"end": "saved"}] * SIZE
 _TMP = f".{'0' * 16}.tmp"
-"""What ends the name of a file that is to replace another: `main` sees to the number."""
+"""The suffix of a file that is to replace another; `main` makes its number predictable."""
 
 
 class Place(NamedTuple):
-    """Where a save that meets an error goes to, and what was there before.
+    """The target of a save that meets an error, and of the save before it.
 
     Attributes:
-        root: the folder that is looked at; of a manager that of the run.
-        new, old: the folders of the checkpoints: of a manager two steps.
-        save_id, first: the ids of both.
+        root: the folder that is examined; for a manager, the folder of the run.
+        new, old: the folders of both checkpoints; for a manager, of two steps.
+        save_id, first: the ids of both saves.
     """
 
     root: Path
@@ -310,7 +310,7 @@ class Place(NamedTuple):
         return cls(root, new, old, f"{number:032x}", f"{number + 500_000:032x}")
 
     def of(self, what: str) -> Path:
-        """The path of what a call is of."""
+        """Return the path of the file that a call is about."""
         return {
             "data": self.new / commit.data_file(1, 0, self.save_id),
             "folder": self.new,
@@ -326,21 +326,21 @@ class Place(NamedTuple):
         }[what]
 
     def files(self) -> set[str]:
-        """What a save that met no error leaves."""
+        """Return the files after a save without an error."""
         names = [commit.data_file(rank, 0, self.save_id) for rank in range(SIZE)]
         names += [manifest_name(self.save_id), commit.METADATA]
         return {str((self.new / name).relative_to(self.root)) for name in names}
 
 
 _NEVER = {
-    ("after", "unlink", "old .metadata"),  # the rest of the step would go
-    ("assign", "fsync", "folder"),  # the lease would be written again, and rank 1 meet it
+    ("after", "unlink", "old .metadata"),  # the rest of the step would be deleted
+    ("assign", "fsync", "folder"),  # the lease would be written again, and rank 1 would fail
 }
-"""No disk says ENOENT of what is there, and these would not be understood."""
+"""Calls without a result for ENOENT: no disk reports it for an existing file."""
 
 
 def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> str:
-    """A checkpoint (or none), a save that meets the error, and another one, in a word."""
+    """Return the effect of the error on a save as a word of the page; check the next save."""
     kind = call.kind
     if error == "ENOENT" and (call.phase, call.name, call.of) in _NEVER:
         return "-"
@@ -359,7 +359,7 @@ def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> 
     end = ask("look")
     assert (last, end["seed"], end["whole"]) == (SAVED, 3.0, True), (call, error, last, end)
     assert after["whole"], (call, error)
-    # A close that strace lets fail is not made at all.
+    # strace skips a close that it lets fail, so the file stays open.
     assert call.name == "close" or after["open"] == old["open"], (call, error)
     if not met:
         return "not met"
@@ -377,7 +377,7 @@ def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> 
 
 
 def _told(call: Call, error: str, ends: list[dict[str, Any]], place: Place) -> None:
-    """One rank raised what it met, naming the file; the other one who did, and in which phase."""
+    """Check that one rank raised the error with its file, and the other named rank and phase."""
     assert sorted(one["end"] for one in ends) == ["raised", "told"], (call, error, ends)
     culprit = [one["end"] for one in ends].index("raised")
     assert culprit == (call.of == "data" and call.phase != "report"), (call, error, ends)
@@ -389,14 +389,14 @@ def _told(call: Call, error: str, ends: list[dict[str, Any]], place: Place) -> N
 
 
 def _met(end: dict[str, Any], error: str, file: str) -> None:
-    """An error of the system is raised as it is, and names the file."""
+    """Check that an error of the system is raised unchanged and names the file."""
     if "errno" in end:
         assert end["errno"] == getattr(errno, error), (error, end)
         assert file in str(end["file"]), (error, end)
 
 
 def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: int) -> str:
-    """A load that meets the error, and another one, in a word."""
+    """Return the effect of the error on a load as a word of the page; check the next load."""
     path = folder / f"{number}"
     save_id = f"{number:032x}"
     assert saver.ask("save", "over", path, 1, save_id) == SAVED
@@ -457,7 +457,7 @@ that met the error raised it, naming the file, and the other one the same error 
 
 
 def table(folder: Path) -> str:
-    """The section."""
+    """Return the section of the page."""
     numbers = count(1)
     with Saver() as saver:
         return "\n".join(

@@ -1,6 +1,4 @@
-"""Errors of single store operations and their effect on a save: a table in
-docs/reliability.md, beside that of the system calls.
-"""
+"""Errors of single store operations and their effect on saves: a table in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -165,7 +163,7 @@ def outcome(fault: Fault, error: str) -> str:
     if seed == 2:
         return "new"
     assert seed == bool(before), (fault, error)
-    assert after == before, (fault, error)  # nothing of it is left
+    assert after == before, (fault, error)  # no file of the save is left
     return "refused"
 
 

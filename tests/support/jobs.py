@@ -26,7 +26,7 @@ from support.scenarios import bits
 
 
 class Net(nn.Module):
-    """Tied embeddings, a parameter smaller than the job, buffers of other dtypes, odd sizes."""
+    """A model with tied embeddings, a tiny parameter, buffers of other dtypes, and odd sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def job(layout: str, seed: int, steps: int) -> tuple[dict[str, Any], nn.Module, Any]:
-    """The state of a job that has done some steps, its model and its optimizer."""
+    """Return the state of a job after some steps, its model and its optimizer."""
     torch.manual_seed(seed)
     model = LAYOUTS[layout](Net())
     optim = torch.optim.AdamW(model.parameters(), lr=0.01 * seed, foreach=False)
@@ -106,7 +106,7 @@ def job(layout: str, seed: int, steps: int) -> tuple[dict[str, Any], nn.Module, 
 
 
 def leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Flat names and whole values: tensors as their dtype, shape and bytes."""
+    """Return gathered values by flat names; a tensor as its dtype, shape and bytes."""
     if isinstance(value, torch.Tensor):
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         return {name: (str(whole.dtype), tuple(whole.shape), bits(whole))}
@@ -123,7 +123,7 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def save(rank: int, size: int, path: str, layout: str) -> dict[str, Any]:
-    """Train two steps and save; the whole state, and what the report says of its bytes."""
+    """Train two steps and save; return the gathered state, and the byte counts of the report."""
     state, _, _ = job(layout, 3, 2)
     report = sk.save(state, path)
     whole = leaves(state)
@@ -131,7 +131,7 @@ def save(rank: int, size: int, path: str, layout: str) -> dict[str, Any]:
 
 
 def load(rank: int, size: int, path: str, layout: str, with_stock: bool) -> dict[str, Any]:
-    """Load into a fresh job of other values, by Shardkeep and by stock torch."""
+    """Load into a fresh job with other values, by Shardkeep and by stock torch."""
     state, model, _ = job(layout, 5, 0)
     report = sk.load(state, path)
     result = {"ours": leaves(state), "unexpected": report.unexpected, "missing": report.missing}
@@ -148,7 +148,7 @@ def load(rank: int, size: int, path: str, layout: str, with_stock: bool) -> dict
 
 
 def resume(rank: int, size: int, path: str) -> list[str]:
-    """Save a model and its optimizer as they are; load into new ones that never made a step."""
+    """Save a model and its optimizer as objects; load into new ones that never made a step."""
     _, model, optim = job("fsdp", 3, 2)
     sk.save({"model": model, "optim": optim}, f"{path}/ours")
     stock.save({"model": model, "optim": optim}, checkpoint_id=f"{path}/stock")
@@ -187,7 +187,7 @@ def resume(rank: int, size: int, path: str) -> list[str]:
 
 
 def failing_save(rank: int, size: int, path: str, how: str, overwrite: bool) -> dict[str, Any]:
-    """Save; one rank fails in a way. What this rank got, how long it took."""
+    """Save while one rank fails in a given way; return this rank's result and the time it took."""
     from torch.distributed.tensor import Partial, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (size,))
@@ -212,7 +212,7 @@ def failing_save(rank: int, size: int, path: str, how: str, overwrite: bool) -> 
 
 
 def async_saves(rank: int, size: int, path: str) -> dict[str, Any]:
-    """Save twice in the background while all ranks go on with collectives of their own."""
+    """Save twice in the background while all ranks run collectives of their own."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (size,))
@@ -230,7 +230,7 @@ def async_saves(rank: int, size: int, path: str) -> dict[str, Any]:
 
 
 def failing_async_save(rank: int, size: int, path: str) -> dict[str, Any]:
-    """Save in the background; rank 2 can't write. What each rank got, and where."""
+    """Save in the background while rank 2 can't write; return each rank's error, and its origin."""
     state = {"mine": {rank: torch.full((4,), float(rank))}}
     at = "call"
     try:
@@ -245,7 +245,7 @@ def failing_async_save(rank: int, size: int, path: str) -> dict[str, Any]:
 
 
 def Broken(path: str, how: str) -> Any:
-    """A local store whose files can't be written to."""
+    """Return a local store whose files can't be written."""
     import errno
     import os
     import signal
@@ -266,7 +266,7 @@ def Broken(path: str, how: str) -> Any:
         def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
             self.inner.write_at(offset, [parts[0][:4096]])
             if how == "killed":
-                time.sleep(1)  # the others know the phase from its last sign of life
+                time.sleep(1)  # the others know the phase from its last heartbeat
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -278,7 +278,7 @@ def Broken(path: str, how: str) -> Any:
 
 
 def read_back(rank: int, size: int, path: str) -> dict[str, Any]:
-    """What the checkpoint holds, on this number of ranks."""
+    """Return the content of the checkpoint, read on this number of ranks."""
     state = {"w": torch.zeros(8, 3), "mine": {r: torch.zeros(4) for r in range(4)}}
     sk.load(state, path)
     return leaves(state)
@@ -289,7 +289,7 @@ def folder(path: str | Path) -> set[str]:
 
 
 def leaves_of_tree(checkpoint: Any) -> dict[str, Any]:
-    """The leaves of the nested state, each tensor read by the name that its place says."""
+    """Return the leaves of the nested state, reading each tensor by the name at its place."""
     found = {}
     for name, leaf in leaves(checkpoint.tree()).items():
         found[name] = leaf

@@ -1,4 +1,4 @@
-"""What is there, to the last bit, in very many states of a folder."""
+"""A judge of the checkpoint in a folder, bit for bit, for very many states of the folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Judge"]
 
 
 class Seen(MemoryStore):
-    """Notes what a reader looks at."""
+    """A store that records what a reader looks at."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(files=files)
@@ -32,10 +32,10 @@ class Seen(MemoryStore):
 
 
 class Judge:
-    """Says which of some states is there, whole; "none", or what is wrong with it.
+    """A function of a folder's files: the name of the intact state, "none", or what is wrong.
 
-    A reader that finds the same in all that it looks at comes to the same result, so most states
-    need not be read.
+    A reader that finds the same content in everything it looks at comes to the same result. So
+    results are cached by what the reader looked at, and most folders need not be read.
     """
 
     def __init__(self, states: Mapping[str, Mapping[str, Any]]) -> None:

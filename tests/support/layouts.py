@@ -1,4 +1,4 @@
-"""Random meshes and placements, and tensors of other kinds, on real ranks."""
+"""Scenarios of random meshes and placements, and of other kinds of tensors, on real ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def placements(chance: random.Random, mesh: DeviceMesh, ndim: int) -> list[Any]:
 
 
 def held(whole: torch.Tensor, mesh: DeviceMesh, placed: list[Any]) -> DTensor:
-    """The tensor, laid out; cut here by plain chunks, from left to right."""
+    """Return the tensor as a DTensor, cut here by plain chunks from left to right."""
     local = whole
     where = mesh.get_coordinate()
     if where is None:
@@ -57,7 +57,7 @@ def held(whole: torch.Tensor, mesh: DeviceMesh, placed: list[Any]) -> DTensor:
 def reshard_many(
     rank: int, size: int, path: str, seed: int, rounds: int, tensors: int
 ) -> dict[str, Any]:
-    """Rounds of a save of random DTensors and a load into others; the names of wrong ones."""
+    """Save random DTensors and load them into others; return the names of wrong ones."""
     chance = random.Random(seed)
     meshes = [DeviceMesh("cpu", mesh) for mesh in MESHES]
     wrong: list[str] = []
@@ -117,7 +117,7 @@ class Pair(torch.Tensor):
 
 
 def others(rank: int, size: int, path: str) -> str:
-    """ShardedTensor, a subclass, a group that saves alone, things that only some ranks have."""
+    """Save a ShardedTensor, a subclass, by a group alone, and names that only some ranks have."""
     _sharded(rank, size, f"{path}/sharded")
     _subclass(f"{path}/subclass")
     _some(rank, size, f"{path}/some")
@@ -126,7 +126,7 @@ def others(rank: int, size: int, path: str) -> str:
 
 
 def _sharded_tensor(rank: int, size: int, whole: torch.Tensor, fill: bool) -> Any:
-    """Rows in uneven shards, the second rank's two of them swapped; the last rank has none."""
+    """Return rows in uneven shards: the second rank has two in swapped order, the last has none."""
     rows = {0: [(0, 3)], 1: [(5, 2), (3, 2)], 2: [(7, 4)], 3: []}
     shards = []
     for start, count in rows[rank]:
@@ -166,7 +166,7 @@ def _subclass(path: str) -> None:
 
 
 def _some(rank: int, size: int, path: str) -> None:
-    """Tensors and objects that only some ranks have."""
+    """Save and load tensors and objects that only some ranks have."""
     mine = {f"rank{rank}": {"rng": values(f"r{rank}", (8,), torch.uint8), "note": (rank, "x")}}
     if rank == 2:
         mine["only"] = [{"deep": 2}, values("deep", (2,), torch.float64)]
@@ -188,10 +188,10 @@ def _some(rank: int, size: int, path: str) -> None:
 
 
 def _groups(rank: int, path: str) -> None:
-    """Ranks 1 and 3 save one thing while 0 and 2 save another."""
+    """Save on ranks 1 and 3 while ranks 0 and 2 save another state."""
     group = [1, 3] if rank % 2 else [2, 0]
     name, meshes = "b" if rank % 2 else "a", {}
-    for members in ([1, 3], [2, 0]):  # all ranks make both: that is how groups are made
+    for members in ([1, 3], [2, 0]):  # torch requires that all ranks create every group
         meshes[members[0]] = DeviceMesh("cpu", torch.tensor(members))
     whole = values(name, (5, 2), torch.float32)
     mesh = meshes[group[0]]

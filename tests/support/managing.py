@@ -1,4 +1,4 @@
-"""Runs under a manager, on real ranks."""
+"""Runs with a manager, on real ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import shardkeep as sk
 
 
 def state(rank: int, size: int, step: int) -> dict[str, Any]:
-    """A tensor that all ranks share in rows, one of each rank's own, and the step."""
+    """Return a tensor sharded by rows, a tensor of each rank's own, and the step."""
     rows = torch.arange(size * 300.0).reshape(size, 300) + step
     shard = sk.Shards((size, 300), [((rank, 0), rows[rank : rank + 1].clone())])
     return {"w": shard, "mine": {rank: torch.full((7,), float(rank + step))}, "step": step}
@@ -26,9 +26,11 @@ def state(rank: int, size: int, step: int) -> dict[str, Any]:
 def terminated(
     rank: int, size: int, path: str, rounds: int, signalled: list[int], seed: int
 ) -> list[dict[str, Any]]:
-    """Train with a collective in every step until SIGTERM comes, to some ranks or to all.
+    """Train with a collective in every step until SIGTERM arrives at some ranks or at all.
 
-    In each round: where this rank stopped, and the seconds from the signal until it was durable.
+    Returns:
+        For each round, the step at which this rank stopped, and the seconds from the signal until
+        the state was durable.
     """
     found = []
     for number in range(rounds):
@@ -55,7 +57,8 @@ def terminated(
                     break
                 assert step < 5000
             while rank in signalled and not sent[0]:
-                time.sleep(0.01)  # another's signal came first: ours must not come after the end
+                # Another rank's signal came first. This one must arrive before the block ends.
+                time.sleep(0.01)
         took = time.monotonic() - sent[0] if rank in signalled else 0.0
         assert signal.getsignal(signal.SIGTERM) == before
         found.append({"step": step, "took": took})
@@ -63,7 +66,7 @@ def terminated(
 
 
 def fallback(rank: int, size: int, path: str, culprit: int) -> dict[str, Any]:
-    """Save three steps; the newest loses a byte that one rank alone reads; restore."""
+    """Save three steps, change a byte of the newest that one rank alone reads, and restore."""
     with sk.Manager(path) as m:
         for step in (1, 2, 3):
             m.save(step, state(rank, size, step))

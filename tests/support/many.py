@@ -1,4 +1,7 @@
-"""Many saves, one after another, in a process that may open 256 files: what they leave, as JSON."""
+"""Measure what many successive saves leave behind, in a process that may open 256 files.
+
+The result is printed as JSON.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,24 @@ import shardkeep as sk
 from support.memory import rss
 
 WARM, EVERY = 20, 5
-"""Saves after which it is measured what those that follow leave, and how often: while none is under
-way, as each has buffers of some MB for a while.
+"""The number of saves before the first measurement, and between measurements.
+
+Each measurement waits until no save is running, since a running save has some MB of buffers.
 """
 
 
 def _asynchronous(path: str) -> Callable[[int, dict[str, Any]], Any]:
-    """To two places in turn."""
+    """Save to two paths in turn."""
     return lambda n, state: sk.async_save(state, f"{path}/{'ab'[n % 2]}", overwrite=True)
 
 
 def _managers(path: str) -> Callable[[int, dict[str, Any]], Any]:
-    """By two managers in turn, each of which keeps one step."""
+    """Save by two managers in turn, each of which keeps one step."""
     both = [sk.Manager(f"{path}/{name}", keep=sk.KeepLast(1)) for name in "ab"]
 
     def save(number: int, state: dict[str, Any]) -> Any:
         manager = both[number % 2]
-        manager.wait()  # until the step before is deleted, too: what is counted is what stays
+        manager.wait()  # until the previous step is deleted, so that only lasting growth is counted
         manager.save(number, state)
         return _SavedAndPruned(manager)
 
@@ -74,7 +78,7 @@ def main(way: str, saves: int, path: str) -> dict[str, Any]:
         "threads": threads,
         "files": files,
         "most files": most,
-        # Of most saves, and of all: once in a run malloc takes a megabyte or two, and keeps it.
+        # The median, and the total: malloc takes and keeps a megabyte or two once in a run.
         "bytes per save": float(np.median(np.diff(sizes))) / EVERY,
         "grown": max(sizes) - sizes[0],
         "seconds": at[-1],

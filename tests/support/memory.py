@@ -1,4 +1,4 @@
-"""What a save or a load takes of memory, measured in a process of its own: bytes, as JSON."""
+"""Measure the memory of a save or a load in a process of its own, in bytes; print it as JSON."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def rss() -> int:
 
 
 def peak(work: Callable[[], Any]) -> int:
-    """Bytes of resident memory at the peak of `work`, beyond what there was before.
+    """Return the bytes of resident memory at the peak of `work`, beyond those before it.
 
-    What earlier work has freed is given back first: it would be used again, and not be seen.
+    Memory freed by earlier work is first returned to the system: reusing it would not be counted.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there now
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak to the present size.
     before = rss()
     work()
     status = Path("/proc/self/status").read_text()
@@ -45,7 +45,7 @@ def peak(work: Callable[[], Any]) -> int:
 
 
 def state(fill: float = 1.0) -> dict[str, Any]:
-    """320 MiB: large tensors, one that is not contiguous, and small ones."""
+    """Return 320 MiB: large tensors, one that is not contiguous, and small ones."""
     made: dict[str, Any] = {f"l{n}": torch.full((4096, 2048), fill) for n in range(9)}
     made["t"] = torch.full((2048, 4096), fill).t()
     made["small"] = {str(n): torch.full((16,), fill) for n in range(200)}
@@ -53,13 +53,13 @@ def state(fill: float = 1.0) -> dict[str, Any]:
 
 
 def columns(fill: float) -> dict[str, Any]:
-    """The left half of each tensor's columns: rows were saved whole."""
+    """Return the left half of each tensor's columns; whole rows were saved."""
     half = torch.full((4096, 1024), fill)
     return {f"l{n}": sk.Shards((4096, 2048), [((0, 0), half), ((0, 1024), half)]) for n in range(9)}
 
 
 def exported(folder: Path) -> int:
-    """The peak of joining 192 MiB in two files of halves, of 6 tensors, to one file."""
+    """Return the peak of joining 6 tensors, each saved as halves in two files, 192 MiB in all."""
     for part in range(2):
         kind, begin = (DType.named("float32"), (2048, 2048)), (2048 * part, 0)
         names = [f"l{n}" for n in range(6)]
@@ -83,7 +83,7 @@ def exported(folder: Path) -> int:
 
 def main(path: str) -> dict[str, Any]:
     small = {"a": torch.ones(3), "n": 1}
-    sk.save(small, f"{path}/warm")  # what is imported or made once
+    sk.save(small, f"{path}/warm")  # imports and caches of the first save and load
     sk.load(small, f"{path}/warm")
     sk.async_save(small, f"{path}/warm2").result()
     sk.release_memory()
@@ -111,7 +111,7 @@ def main(path: str) -> dict[str, Any]:
 
 
 def growth(path: str, saves: int) -> dict[str, Any]:
-    """Resident memory after each of many saves, the first ones left out."""
+    """Return the resident memory after each of many saves, without the first ones."""
     mine = {str(n): torch.ones(1000) for n in range(300)} | {"big": torch.ones(MIB)}
     sizes = []
     for number in range(saves):

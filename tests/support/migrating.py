@@ -1,4 +1,4 @@
-"""A snippet of the documentation, run as a training script would be."""
+"""Snippets of the documentation, run as a training script would be."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["on_rank", "said_by", "script"]
 
 
 def script() -> types.ModuleType:
-    """A module for snippets to run in: their classes are pickled by its name."""
+    """Return a module for snippets to run in; their classes are pickled by its name."""
     return types.ModuleType("train")
 
 
 def said_by(code: str, module: types.ModuleType) -> str:
-    """What the code prints, or the last line of the error that it raises."""
+    """Return what the code prints, or the last line of the error that it raises."""
     out = io.StringIO()
     before = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module
@@ -39,7 +39,7 @@ def said_by(code: str, module: types.ModuleType) -> str:
 
 
 def on_rank(rank: int, size: int, code: str, folder: str) -> str:
-    """The same on one rank of a job."""
+    """Run the code on one rank of a job, in a folder; return its output."""
     before = os.getcwd()  # noqa: PTH109 - the counterpart of chdir
     os.chdir(folder)
     try:

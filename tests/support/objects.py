@@ -1,6 +1,6 @@
-"""An object store: no rename, no folders, no sync; a put or a removal is one step, seen at once.
+"""An object store without rename, folders or sync, in which each put or removal is one step.
 
-It notes what each rank changes, so that all that a kill may leave can be enumerated.
+It records the changes of each rank, so that every state that a kill may leave can be enumerated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Change:
     """One step of one rank: a put, or a removal (no data).
 
     Attributes:
-        round: how many times the rank had told the store that all of its files are there.
+        round: how many times the rank had synced the store before.
     """
 
     rank: str
@@ -34,7 +34,7 @@ class Change:
 
 
 class ObjectStore(MemoryStore):
-    """Objects appear whole, when they are put; a new one only if nothing has its name."""
+    """A store whose objects appear whole when they are put, and that records all changes."""
 
     def __init__(self, files: Files | None = None) -> None:
         super().__init__("objects", files)
@@ -57,7 +57,7 @@ class ObjectStore(MemoryStore):
                 self._note(name, None)
 
     def sync(self) -> None:
-        """Nothing to do; but after this a rank reports."""
+        """Count a round: nothing needs to be synced, but the rank reports after this."""
         rank = threading.current_thread().name
         self._rounds[rank] = self._rounds.get(rank, 0) + 1
 
@@ -67,11 +67,11 @@ class ObjectStore(MemoryStore):
 
 
 def cuts(changes: list[Change], before: Files) -> Iterator[tuple[list[Change], Files]]:
-    """Everything that may be there when all ranks are killed: what was done, and the objects.
+    """Yield each possible state after a kill of all ranks: the completed changes, and the objects.
 
-    Each rank is cut off anywhere. Only what waits for others is bound to them: nobody writes before
-    the first change of all (the lease), and who goes on after its first round has been told that
-    all have ended theirs.
+    Each rank may be killed anywhere, within the limits of waiting. No rank writes before the first
+    change of all, which is the lease. A rank continues after its first round only once all ranks
+    have completed theirs.
     """
     first, rest = changes[0], changes[1:]
     yield [], dict(before)

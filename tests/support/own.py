@@ -1,4 +1,4 @@
-"""A job whose ranks have values of their own: random numbers, positions of data loaders."""
+"""A job whose ranks have values of their own: random states, and positions of data loaders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardkeep.coordination.contract import Ranks
 
 
 class Loader:
-    """A data loader that knows where it is."""
+    """A data loader that can save and restore its position."""
 
     def __init__(self, seed: int) -> None:
         self.order = random.Random(seed).sample(range(1000), 100)
@@ -40,7 +40,7 @@ class Rank:
         self.loader = Loader(seed)
 
     def draw(self) -> tuple[Any, ...]:
-        """What comes next out of everything."""
+        """Return the next numbers of every generator, and the next items of the loader."""
         return (
             [self.python.random() for _ in range(5)],
             self.numpy.standard_normal(5).tobytes(),
@@ -70,7 +70,7 @@ class Rank:
 
 
 def resume(ranks: Ranks, path: str) -> dict[str, Any]:
-    """Save in the middle, go on; come back as somebody else, and draw the same once more."""
+    """Save in the middle of a run, load into a new rank, and compare the numbers drawn next."""
     one = Rank(100 + ranks.rank)
     one.draw()
     state = one.state()
@@ -89,7 +89,7 @@ def resume(ranks: Ranks, path: str) -> dict[str, Any]:
 
 
 def save(ranks: Ranks, path: str, state: dict[str, Any]) -> str:
-    """Save; what was refused. `state` has an entry for each rank."""
+    """Save this rank's entry of `state`; return "saved" or the text of the refusal."""
     try:
         sk.save(state[ranks.rank], path, ranks=ranks)
     except sk.Conflict as error:
@@ -98,7 +98,7 @@ def save(ranks: Ranks, path: str, state: dict[str, Any]) -> str:
 
 
 def load(ranks: Ranks, path: str, per_rank: Any) -> tuple[Any, ...]:
-    """Load on any number of ranks; what is in the values of this one, and the report."""
+    """Load on any number of ranks; return the values of this rank, and the report."""
     state = {"a": {"mine": sk.PerRank("untouched")}, "b": sk.PerRank("untouched"), "c": 0}
     try:
         report = sk.load(state, path, ranks=ranks, per_rank=per_rank)

@@ -1,4 +1,4 @@
-"""A 2x2 job of tensor and data parallelism on real ranks, with the generators of the process."""
+"""A 2x2 job of tensor and data parallelism on real ranks, with the process's random generators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves and loads in which something happens on one rank at the start of a phase."""
+"""Saves and loads with an event on one rank at the start of a phase."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALL = [(work, phase) for work, phases in PHASES.items() for phase in phases]
 
 @contextmanager
 def happening(phase: str, rank: int, act: Callable[[], None]) -> Iterator[None]:
-    """On one rank of each save and load in the block, `act` is called when it begins the phase."""
+    """Call `act` on one rank when a save or load in the block begins the phase."""
     begin = Clock.phase
 
     def phase_begins(clock: Clock, name: str) -> None:
@@ -40,7 +40,7 @@ def happening(phase: str, rank: int, act: Callable[[], None]) -> Iterator[None]:
 
 
 def state(rank: int, size: int, seed: float) -> dict[str, Any]:
-    """Sharded by hand, and something of each rank's own."""
+    """Return a state with a tensor sharded by hand, and values of each rank's own."""
     part = torch.arange(300.0).reshape(3, 100) + 1000 * rank + seed
     return {
         "w": sk.Shards((3 * size, 100), [((3 * rank, 0), part)]),
@@ -50,7 +50,7 @@ def state(rank: int, size: int, seed: float) -> dict[str, Any]:
 
 
 def do(work: str, rank: int, size: int, path: str, seed: float, ranks: Any = None) -> Any:
-    """One of the works, to its end."""
+    """Run a save, an asynchronous save or a load, and wait for its end."""
     mine = state(rank, size, seed)
     if work == "load":
         return sk.load(mine, path, ranks=ranks)
@@ -60,7 +60,7 @@ def do(work: str, rank: int, size: int, path: str, seed: float, ranks: Any = Non
 
 
 def ended(work: Callable[[], Any]) -> dict[str, Any]:
-    """How it ended, and when."""
+    """Return how a call ended, and when."""
     try:
         work()
     except sk.RankFailed as error:
@@ -72,7 +72,7 @@ def ended(work: Callable[[], Any]) -> dict[str, Any]:
 
 
 def gone(rank: int, work: str, phase: str, culprit: int, how: str, path: str) -> dict[str, Any]:
-    """On a real rank: the culprit is killed, freezes or falls asleep in the phase."""
+    """Run on a real rank while the culprit is killed, freezes or sleeps in the phase."""
     size = 4
     do("save", rank, size, path, 0.0)
 

@@ -1,4 +1,4 @@
-"""Two processes that commit to one path at the same instant, again and again."""
+"""Processes that commit to one path at the same time, repeatedly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
 
 class Racer:
-    """A process that saves when it is told to, and waits just before each commit."""
+    """A process that saves on request, and waits just before each commit."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -62,7 +62,7 @@ class Racer:
 
 @contextmanager
 def racers(count: int = 2) -> Iterator[list[Racer]]:
-    """Some of these processes, as long as the block lasts."""
+    """Start some of these processes, and end them after the block."""
     started = [Racer() for _ in range(count)]
     try:
         yield started
@@ -74,7 +74,7 @@ def racers(count: int = 2) -> Iterator[list[Racer]]:
 
 
 def serve() -> None:
-    """Save what standard input asks for, line by line."""
+    """Save for each request, one per line of standard input."""
     import warnings
 
     import torch
@@ -95,7 +95,7 @@ def serve() -> None:
     commit.put_record = put_record_when_told  # type: ignore[assignment]
 
     class OwnPlanner(dcp.DefaultSavePlanner):
-        """With a planner of the user's own, the drop-in commits, and not the engine."""
+        """A planner of a user's own class: the drop-in commits then, instead of the engine."""
 
     def save(path: str, seed: int, overwrite: bool, how: str) -> str:
         state = {"w": torch.arange(20.0) + seed, "n": seed}
@@ -110,7 +110,7 @@ def serve() -> None:
         try:
             answer = Outcome("saved", "", save(path, seed, overwrite, how))
         except BaseException as error:
-            # Torch's drop-in wraps what its coordinator raises.
+            # The drop-in wraps errors of the coordinator.
             inner = [*getattr(error, "failures", {}).values()]
             real = inner[0][0] if inner else error
             answer = Outcome(type(real).__name__, str(real), "")

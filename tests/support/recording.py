@@ -1,4 +1,4 @@
-"""The system calls of `LocalStore`, as they are made: real files, and a list of what was done."""
+"""A recording of the system calls of `LocalStore` on real files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Recorder:
         self.count = 0
 
     def inner(self, path: Any) -> str | None:
-        """The path below the root; "." for the root itself."""
+        """Return the path below the root; "." for the root itself."""
         if isinstance(path, int):
             return None
         text = os.path.relpath(os.path.realpath(os.fspath(path)), self.root)
@@ -50,7 +50,7 @@ class _Recorder:
         if inner is not None and flags & os.O_DIRECTORY:
             self.files[fd] = inner
         elif inner is not None and flags & os.O_CREAT:
-            assert flags & os.O_EXCL, "a file that may exist is no new file"
+            assert flags & os.O_EXCL, "a file must be created with O_EXCL"
             self.count += 1
             self.files[fd] = self.count
             self.operations.append(Create(inner, self.count))
@@ -106,7 +106,7 @@ class _Recorder:
             self.operations.append(Rename(inner, to))
 
     def rename_new(self, source: str, target: str) -> bool:
-        """A rename that refuses to replace; it is one step, as a rename is."""
+        """Record a rename that refuses to replace, which is one step like a rename."""
         done = self.real_rename_new(source, target)
         inner, to = self.inner(source), self.inner(target)
         if done and inner is not None and to is not None:
@@ -130,9 +130,9 @@ class _Recorder:
 
 @contextmanager
 def recorded(root: Path) -> Iterator[list[Operation]]:
-    """What this process does to files below `root`, in order, while the block lasts.
+    """Yield the list of this process's operations on files below `root`, in order.
 
-    By one thread at a time: what several do at once has no order.
+    Only one thread at a time may work: operations of several threads at once have no order.
     """
     recorder = _Recorder(root)
     for name in _CALLS:

@@ -14,11 +14,11 @@ from shardkeep.torch_state.placements import Placement, placed_boxes
 from shardkeep.types import Box
 
 Layout = tuple[tuple[int, ...], tuple[Placement, ...]]
-"""Mesh shape, and a placement for each of its dimensions."""
+"""The mesh shape, and a placement for each of its dimensions."""
 
 
 def values(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of random bits that follow from its name, the same on every rank."""
+    """Return a tensor of random bits that depend only on its name, so it is equal on all ranks."""
     made = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     size = prod(shape) * dtype.itemsize
     raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=made)
@@ -28,20 +28,20 @@ def values(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit."""
+    """Return whether two tensors are equal bit for bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return bits(a) == bits(b)
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes in C order."""
+    """Return a tensor's bytes in C order."""
     plain = tensor.detach().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def coordinate(rank: int, mesh: Sequence[int]) -> tuple[int, ...] | None:
-    """Where a rank is in a mesh of the first ranks; None outside of it."""
+    """Return the coordinate of a rank in a mesh of the first ranks; None outside of the mesh."""
     if rank >= prod(mesh):
         return None
     place = []
@@ -52,7 +52,7 @@ def coordinate(rank: int, mesh: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def shard(whole: torch.Tensor, rank: int, layout: Layout, *, empty: bool = False) -> sk.Shards:
-    """What a rank holds of a tensor in a layout: its true values, or zeros to be filled."""
+    """Return a rank's part of a tensor in a layout: its values, or zeros to be filled."""
     mesh, placements = layout
     here = coordinate(rank, mesh)
     held = () if here is None else placed_boxes(tuple(whole.shape), mesh, here, placements)
@@ -64,11 +64,11 @@ def shard(whole: torch.Tensor, rank: int, layout: Layout, *, empty: bool = False
 
 
 Tensor = tuple[str, tuple[int, ...], str, Layout, Layout]
-"""Name, shape, dtype, the layout it is saved in, the layout it is loaded into."""
+"""Name, shape, dtype, the layout of the save, and the layout of the load."""
 
 
 def save_layouts(ranks: Any, path: str, tensors: Sequence[Tensor]) -> int:
-    """Save tensors in their first layout; the bytes that this rank wrote."""
+    """Save tensors in their first layouts; return the number of bytes that this rank wrote."""
     state = {
         name: shard(values(name, shape, getattr(torch, dtype)), ranks.rank, first)
         for name, shape, dtype, first, _ in tensors
@@ -77,7 +77,7 @@ def save_layouts(ranks: Any, path: str, tensors: Sequence[Tensor]) -> int:
 
 
 def load_layouts(ranks: Any, path: str, tensors: Sequence[Tensor]) -> list[str]:
-    """Load into the second layouts; the names of tensors that are not what was saved."""
+    """Load into the second layouts; return the names of tensors that differ from the saved ones."""
     state = {
         name: shard(values(name, shape, getattr(torch, dtype)), ranks.rank, second, empty=True)
         for name, shape, dtype, _, second in tensors
@@ -93,7 +93,7 @@ def load_layouts(ranks: Any, path: str, tensors: Sequence[Tensor]) -> list[str]:
 
 
 def job_state(rank: int, size: int) -> dict[Any, Any]:
-    """A state with one of everything that a training job has."""
+    """Return a state with every kind of value of a training job."""
     shared = values("shared", (5, 3), torch.float32)
     weight = values("weight", (size * 2 + 1, 4), torch.bfloat16)
     tied = values("tied", (6, 2), torch.float32)
@@ -126,7 +126,7 @@ def job_state(rank: int, size: int) -> dict[Any, Any]:
 
 
 def blank(state: Any) -> Any:
-    """The same state with other values: a template."""
+    """Return a template for the state: the same structure with other values."""
     if isinstance(state, torch.Tensor):
         return torch.zeros_like(state)
     if isinstance(state, sk.Shards):
@@ -141,7 +141,7 @@ def blank(state: Any) -> Any:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Two states: the same types, keys, order and bits."""
+    """Return whether two states have the same types, keys, order and bits."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -157,7 +157,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def round_trip(ranks: Any, path: str) -> dict[str, Any]:
-    """Save and load one of everything; what the reports say."""
+    """Save and load every kind of value; return the figures of the reports."""
     state = job_state(ranks.rank, ranks.size)
     saved = sk.save(state, path, ranks=ranks)
     loaded = blank(state)
@@ -175,12 +175,12 @@ def round_trip(ranks: Any, path: str) -> dict[str, Any]:
 
 
 def save_state(ranks: Any, path: str, states: Sequence[dict[Any, Any]], **options: Any) -> str:
-    """Save what is meant for this rank; the save's id."""
+    """Save this rank's state; return the id of the save."""
     return sk.save(states[ranks.rank], path, ranks=ranks, **options).save_id
 
 
 def refused(ranks: Any, path: str, states: Sequence[dict[Any, Any]]) -> tuple[str, str]:
-    """The error that this rank gets from saving what contradicts itself."""
+    """Save contradictory states; return the error of this rank."""
     try:
         sk.save(states[ranks.rank], path, ranks=ranks)
     except sk.ShardkeepError as error:
@@ -189,5 +189,5 @@ def refused(ranks: Any, path: str, states: Sequence[dict[Any, Any]]) -> tuple[st
 
 
 def part(shape: Sequence[int], box: Box) -> sk.Shards:
-    """Zeros in one box of a tensor."""
+    """Return zeros in one box of a tensor."""
     return sk.Shards(shape, [(box, torch.zeros(box.sizes))])

@@ -1,4 +1,4 @@
-"""Scenarios of sessions, for simulated and for real ranks alike."""
+"""Scenarios of sessions, for simulated and for real ranks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PHASES = ["describe", "assign", "write", "report", "commit", "leave"]
 
 @lru_cache(maxsize=64)
 def payload(seed: int, size: int) -> bytes:
-    """Half of it can be compressed, half cannot."""
+    """Return random bytes and as many zeros: half of the payload can be compressed."""
     return random.Random(seed).randbytes(size // 2) + bytes(size - size // 2)
 
 
 def talk(session: Session, size: int) -> None:
-    """One call of each kind; every byte is compared."""
+    """Make one call of each kind and compare every byte."""
     rank, count = session.rank, session.size
     gathered = session.gather(payload(rank, size))
     assert gathered == (None if rank else [payload(r, size) for r in range(count)])
@@ -42,7 +42,7 @@ def conversation(ranks: Ranks, sizes: list[int]) -> str:
 
 
 def work(session: Session, step: Callable[[str], None]) -> None:
-    """What a save does, with `step(phase)` called at the start of each phase."""
+    """Make the calls of a save; call `step(phase)` at the start of each phase."""
 
     def enter(phase: str) -> None:
         session.phase(phase)
@@ -62,7 +62,7 @@ def work(session: Session, step: Callable[[str], None]) -> None:
 
 
 def outcome(ranks: Ranks, step: Callable[[str], None], path: str = "run/step") -> dict[str, Any]:
-    """How a save ended on this rank."""
+    """Return how a save ended on this rank."""
     began = time.monotonic()
     try:
         with ranks.session("save", path) as session:
@@ -78,7 +78,7 @@ def outcome(ranks: Ranks, step: Callable[[str], None], path: str = "run/step") -
 def failure(
     ranks: Ranks, culprit: int, phases: Sequence[str] = PHASES
 ) -> list[list[dict[str, Any]]]:
-    """For each phase: one rank raises in it; then another session on the same path."""
+    """Raise an error on one rank in each phase in turn, then hold another session on the path."""
 
     def one(where: str) -> list[dict[str, Any]]:
         def step(phase: str) -> None:
@@ -91,7 +91,7 @@ def failure(
 
 
 def until_done(ranks: Ranks) -> str:
-    """Try again and again, as tiny deadlines can be missed on a busy machine."""
+    """Repeat a session until it succeeds, as tiny deadlines can be missed on a busy machine."""
     for _ in range(30):
         if (end := outcome(ranks, nothing)["end"]) == "done":
             return end
@@ -99,7 +99,7 @@ def until_done(ranks: Ranks) -> str:
 
 
 def absence(ranks: Ranks, culprit: int, seconds: float) -> tuple[dict[str, Any] | None, str]:
-    """One rank leaves out a session; all come to a later one."""
+    """Leave out one session on one rank; all ranks take part in a later one."""
     if ranks.rank == culprit:
         time.sleep(seconds)
         return None, until_done(ranks)
@@ -107,7 +107,7 @@ def absence(ranks: Ranks, culprit: int, seconds: float) -> tuple[dict[str, Any] 
 
 
 def lateness(ranks: Ranks, culprit: int, where: str, seconds: float) -> tuple[dict[str, Any], str]:
-    """One rank is slower in a phase than the others wait; all come to a later session."""
+    """Delay one rank in a phase beyond the others' deadline; all take part in a later session."""
 
     def step(phase: str) -> None:
         if phase == where and ranks.rank == culprit:
@@ -117,12 +117,12 @@ def lateness(ranks: Ranks, culprit: int, where: str, seconds: float) -> tuple[di
 
 
 def strangers(ranks: Ranks) -> dict[str, Any]:
-    """The last rank has another idea of the path."""
+    """Hold a session for which the last rank has another path."""
     return outcome(ranks, nothing, "run/b" if ranks.rank == ranks.size - 1 else "run/a")
 
 
 def parallel(ranks: Ranks, count: int) -> list[str]:
-    """Sessions on several paths at once, one of which fails."""
+    """Hold sessions on several paths at the same time, one of which fails."""
 
     def one(number: int) -> str:
         def step(phase: str) -> None:
@@ -137,14 +137,15 @@ def parallel(ranks: Ranks, count: int) -> list[str]:
 
 
 def nothing(phase: str) -> None:
-    """For phases in which all goes well."""
+    """Do nothing, for phases without a failure."""
 
 
 @contextmanager
 def training() -> Iterator[list[int]]:
-    """Barriers of another thread on the same default group; gives their number as a list's item.
+    """Run collectives in another thread on the default group; yield their number in a list.
 
-    Reductions of a flag, rather: so all ranks' threads stop after the same one.
+    They are reductions of a flag, not barriers, so that the threads of all ranks stop after the
+    same one.
     """
     import torch
     from torch import distributed as dist
@@ -157,7 +158,7 @@ def training() -> Iterator[list[int]]:
             dist.all_reduce(flag, op=dist.ReduceOp.MIN)
             dist.barrier()
             rounds[0] += 1
-            time.sleep(0.002)  # training computes in between
+            time.sleep(0.002)  # As if training computed in between.
             if flag.item():
                 return
 
@@ -178,8 +179,10 @@ def stops(
 ) -> list[tuple[int, int]]:
     """Return (step of the stop, step of this rank's request or -1) for each round of an agreement.
 
-    Every step takes each rank a time of its own. With `collective`, no rank is done with a step
-    before all have begun it; without, they drift apart. `asking` are the ranks that ask.
+    Args:
+        collective: whether every step has a collective, so that no rank completes a step before all
+            ranks have begun it. Without it, ranks drift apart, as each step takes a random time.
+        asking: the ranks that request a stop.
     """
     agreement = ranks.stop_agreement("run")
     assert agreement is not None
@@ -206,7 +209,11 @@ def stops(
 
 
 def asked_and_left(ranks: Ranks, leaver: int) -> int:
-    """One rank leaves after three steps; then another asks. How many steps the others make."""
+    """Close one rank's agreement after three steps, then request a stop on the others.
+
+    Returns:
+        The number of steps that this rank made.
+    """
     agreement = ranks.stop_agreement("run")
     assert agreement is not None
     for step in range(3):
@@ -224,12 +231,12 @@ def asked_and_left(ranks: Ranks, leaver: int) -> int:
 
 
 def nobody_answers(ranks: Ranks, silent: int) -> dict[str, Any] | None:
-    """The thread of one rank answers no more; what the others are told."""
+    """Silence the thread of one rank; return the error that the other ranks raise."""
     agreement: Any = ranks.stop_agreement("run")
     if ranks.rank == silent:
         agreement._participant._run = lambda transport: None
     try:
-        agreement.stops_at(0)  # Another one may have asked before this one is here.
+        agreement.stops_at(0)  # Another rank may have requested a stop already.
         agreement.request()
         for step in range(1, 40):
             time.sleep(0.02)

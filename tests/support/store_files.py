@@ -1,4 +1,4 @@
-"""The files of a store, all at once: their names, their contents."""
+"""The names and contents of all files of a store."""
 
 from __future__ import annotations
 

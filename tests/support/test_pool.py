@@ -1,4 +1,4 @@
-"""The pool of processes itself."""
+"""The pool of processes for real ranks works as documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splitting the tests among several runs loses none of them."""
+"""Tests that are split among several runs are all run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_parallel_run_records_what_passed_and_what_was_skipped(tmp_path):
 
 
 def configured(file: Path) -> tuple[SimpleNamespace, list]:
-    """A configuration with `--leave-out`, and the list of the items that pytest deselects."""
+    """Return a configuration with `--leave-out`, and the list of items that pytest deselects."""
     left_out: list = []
 
     def pytest_deselected(items: list) -> None:

@@ -1,4 +1,4 @@
-"""Waiting in tests, and the one bound on elapsed time that they use."""
+"""Waiting in tests, and the only bound on elapsed time that they use."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 __all__ = ["PROMPT_SECONDS", "wait_until"]
 
 PROMPT_SECONDS = 45.0
-"""How long something may take that must not wait for a deadline, which is 100 s or more in tests.
+"""Seconds allowed for work that must not wait for a deadline, which is 100 s or more in tests.
 
-It usually takes less than a second. The bound has room for a machine that is busy with other work.
+Such work usually takes less than a second. The bound allows for a busy machine.
 """
 
 

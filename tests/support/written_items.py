@@ -1,4 +1,4 @@
-"""Writes items to files for tests that need no tensors of torch."""
+"""A function that writes items to files, for tests that need no tensors of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardkeep.types import Framing
 def write_items(
     store: Store, files: Mapping[str, Sequence[tuple[Framing | None, memoryview]]]
 ) -> Written:
-    """Write files with these items and return where they are, file by file, in the given order."""
+    """Write files with these items; return their locations, file by file, in the given order."""
     parts = []
     for name, items in files.items():
         with append_file(store, name) as file:
