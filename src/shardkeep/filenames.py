@@ -1,4 +1,4 @@
-"""What the files of a checkpoint are called, in DCP's way."""
+"""Names of a checkpoint's files, which follow DCP's conventions."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ _PER_RANK = re.compile(r"__([0-9]{1,9})\.metadata")
 
 
 def data_file(rank: int, number: int, save_id: str) -> str:
-    """The name of a data file, never used before. Stock torch loads any name."""
+    """Return the name of a data file; the save id makes it unique. Stock torch accepts any name."""
     return f"__{rank}_{number}_{save_id}.distcp"
 
 
 def data_file_parts(name: str) -> tuple[int, str] | None:
-    """The rank that wrote a data file, and the id of its save, which is empty where stock torch
-    gave the name; None for any other file."""
+    """Return the rank that wrote a data file and its save id; None for any other file.
+
+    The save id is empty if stock torch chose the name.
+    """
     found = _DATA_FILE.fullmatch(name)
     return (int(found[1]), found[2] or "") if found else None
 
 
 def metadata_rank(name: str) -> int | None:
-    """The rank whose own metadata that is (`use_collectives=False`); None for any other file."""
+    """Return the rank whose own metadata a file is (`use_collectives=False`); None for others."""
     found = _PER_RANK.fullmatch(name)
     return int(found[1]) if found else None
 
 
 def of_ranks(names: Iterable[str]) -> list[tuple[int, str]]:
-    """Each rank that has metadata of its own among these files, and what it is called: by rank."""
+    """Return (rank, name) of each metadata file of a single rank, sorted by rank."""
     ranks = ((metadata_rank(name), name) for name in names)
     return sorted((rank, name) for rank, name in ranks if rank is not None)

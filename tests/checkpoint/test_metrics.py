@@ -53,7 +53,7 @@ def test_kinds_of_numbers():
 def test_a_tensor_is_a_number_if_it_is_one():
     torch = pytest.importorskip("torch")
     assert finite({"loss": torch.tensor(1.5, requires_grad=True)}) == ({"loss": 1.5}, ())
-    with pytest.raises(TypeError, match="metric 'loss' is a Tensor, which is no number"):
+    with pytest.raises(TypeError, match="metric 'loss' must be a number, not a Tensor"):
         finite({"loss": torch.ones(2)})
 
 
@@ -67,12 +67,16 @@ def test_what_is_not_finite_is_named():
 @pytest.mark.parametrize(
     ("metrics", "error", "why"),
     [
-        ({"loss": "0.5"}, TypeError, "metric 'loss' is a str, which is no number"),
-        ({"loss": None}, TypeError, "metric 'loss' is a NoneType, which is no number"),
-        ({"loss": [1.0]}, TypeError, "metric 'loss' is a list, which is no number"),
-        ({"loss": 1j}, TypeError, "metric 'loss' is a complex, which is no number"),
-        ({3: 1.0}, TypeError, "the name of a metric is a text, not 3"),
-        (dict.fromkeys(map(str, range(10_001)), 1.0), ValueError, "10001 metrics of one step"),
+        ({"loss": "0.5"}, TypeError, "metric 'loss' must be a number, not a str"),
+        ({"loss": None}, TypeError, "metric 'loss' must be a number, not a NoneType"),
+        ({"loss": [1.0]}, TypeError, "metric 'loss' must be a number, not a list"),
+        ({"loss": 1j}, TypeError, "metric 'loss' must be a number, not a complex"),
+        ({3: 1.0}, TypeError, "the name of a metric must be a str, not 3"),
+        (
+            dict.fromkeys(map(str, range(10_001)), 1.0),
+            ValueError,
+            "a step may have at most 10000 metrics, not 10001",
+        ),
     ],
 )
 def test_what_is_refused(metrics, error, why):

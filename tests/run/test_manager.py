@@ -650,7 +650,7 @@ def test_metrics_that_are_not_finite_are_left_out(tmp_path):
     with sk.Manager(tmp_path) as m:
         with pytest.warns(UserWarning, match="metrics that are not finite are left out: 'loss'"):
             m.save(1, state(1), metrics={"loss": torch.tensor(float("nan")), "n": 3})
-        with pytest.raises(TypeError, match="metric 'loss' is a str, which is no number"):
+        with pytest.raises(TypeError, match="metric 'loss' must be a number, not a str"):
             m.save(2, state(2), metrics={"loss": "low"})
         m.save(2, state(2), metrics={"loss": torch.tensor(0.5)})
     assert [dict(m.metrics(step)) for step in (1, 2)] == [{"n": 3.0}, {"loss": 0.5}]

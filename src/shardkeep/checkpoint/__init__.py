@@ -1,1 +1,1 @@
-"""A checkpoint on a store: commit, leases, garbage, reader, read plan, verification."""
+"""A checkpoint in a store: commit, leases, garbage collection, reading and verification."""

@@ -1,4 +1,4 @@
-"""Where the bytes of each chunk lie: from the index, or from the header of the chunk's item."""
+"""Locations of chunks in data files, from the index or from the header of a chunk's item."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from shardkeep.types import DTYPES, I64, ITEMSIZES, ByteRange, DType, Index
 
 __all__ = ["ChunkLocations", "PlainChunks", "inside", "read_range", "unpacked_limit", "window"]
 
-_WHOLE = 64 * 1024
-"""Items up to this many bytes are read in one piece when their header is asked for."""
+_SMALL_ITEM_BYTES = 64 * 1024
+"""Items of at most this many bytes are read whole when their header is needed."""
 
-_TOGETHER = 1 << 20
-"""Bytes of the small items that are read at once."""
+_MERGED_READ_BYTES = 1 << 20
+"""Maximum number of bytes that one read of several small items covers."""
 
-_EDGE = 4096
-"""Bytes read at once from either end of a larger item: its header and its directory."""
+_EDGE_BYTES = 4096
+"""Bytes read at either end of a larger item, for its header and its directory."""
 
-_EXPANDED = 64 << 20
-"""A tensor may take this many bytes more than are stored (an expanded one does), not more."""
+_MAX_EXPANSION_BYTES = 64 << 20
+"""Bytes by which a tensor may exceed its stored bytes (a tensor made by `expand` does)."""
 
 _CARRIERS = {"uint16": "int16", "uint32": "int32", "uint64": "int64"}
-"""Shardkeep's items hold these dtypes as others of the same bits (`format.container_write`)."""
+"""Dtypes that Shardkeep's items store as another dtype of the same width (`container_write`)."""
 
-_UNPACKED = 32 << 20
-_RATIO = 64
-"""An object may unpack to so many bytes, or to so many times what is stored."""
+_MAX_UNPACKED_BYTES = 32 << 20
+_MAX_UNPACKED_RATIO = 64
+"""An unpacked object may have this many bytes, or this many times its stored bytes."""
 
-_OVERHEAD = 1 << 20
-"""Bytes that a decompressed item may have beyond its tensor: header, directory, padding."""
+_ITEM_OVERHEAD_BYTES = 1 << 20
+"""Bytes that an unpacked item may have beyond its tensor: header, directory, padding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlainChunks:
-    """K chunks that may be read whole, without a `ChunkSource`: their elements lie in C order.
+    """K chunks that are read whole, without a `ChunkSource`: their elements are stored in C order.
 
     Attributes:
-        start: [K] first byte in the file; -1 where there is more to say.
-        nbytes: [K] bytes of the elements, where `start` is not -1.
-        crc: [K] their CRC-32; -1 where none is known.
+        start: [K] offset of the first byte in the file; -1 for a chunk that needs a `ChunkSource`.
+        nbytes: [K] number of bytes of the elements, where `start` is not -1.
+        crc: [K] CRC-32 of these bytes; -1 where it is not known.
     """
 
     start: I64
@@ -63,12 +63,12 @@ class PlainChunks:
     crc: I64
 
     def take(self, rows: I64) -> PlainChunks:
-        """Those rows, in that order."""
+        """Return the given rows, in the given order."""
         return PlainChunks(self.start[rows], self.nbytes[rows], self.crc[rows])
 
 
 class ChunkLocations:
-    """The sources of one checkpoint's chunks, by their row in `Index.chunks`."""
+    """Sources of the chunks of one checkpoint, by their row in `Index.chunks`."""
 
     def __init__(self, store: Store, index: Index) -> None:
         self.store = store
@@ -78,16 +78,18 @@ class ChunkLocations:
         self._size = lru_cache(maxsize=None)(lambda file: store.head(file).size)
 
     def locate(self, rows: Iterable[int], *, threads: int | None = None) -> dict[int, ChunkSource]:
-        """The sources of these chunks. Reads item headers where the index does not say enough.
+        """Return the sources of chunks; read item headers where the index is not sufficient.
 
         Raises:
-            Damaged: an item lies beyond its file, or the file is missing.
+            Damaged: an item extends beyond the end of its file, or the file is missing.
             FormatError: an item's header contradicts the index.
         """
         wanted = list(rows)
         unknown = [row for row in wanted if row not in self._known]
         asked = [row for row in unknown if self.index.chunks.payload[row] < 0]
-        headers = self._ask(asked, threads or settings.read_threads()) if asked else {}
+        headers = (
+            self._locate_by_headers(asked, threads or settings.read_threads()) if asked else {}
+        )
         for row in unknown:
             found = headers[row] if row in headers else self._locate(row)
             if isinstance(found, ShardkeepError):
@@ -95,28 +97,34 @@ class ChunkLocations:
             self._known[row] = found
         return {row: self._known[row] for row in wanted}
 
-    def _ask(self, rows: list[int], threads: int) -> dict[int, ChunkSource | ShardkeepError]:
-        """The sources of chunks by the headers of their items, or what is wrong with those.
+    def _locate_by_headers(
+        self, rows: list[int], threads: int
+    ) -> dict[int, ChunkSource | ShardkeepError]:
+        """Return the sources of chunks from the headers of their items, or the error of each.
 
-        Small items that are near one another are read at once.
+        Small items that are near one another are read together.
         """
         wants = [
             WantedRange(item.file, item.offset, item.offset + item.length, row)
             for row, item in zip(rows, map(self.item, rows), strict=True)
         ]
-        small = [want for want in wants if want.high - want.low <= _WHOLE]
-        reads = list(merge_ranges(small, settings.read_gap_bytes(), _TOGETHER))
-        reads += [MergedRead(*want[:3], [want]) for want in wants if want.high - want.low > _WHOLE]
+        small = [want for want in wants if want.high - want.low <= _SMALL_ITEM_BYTES]
+        reads = list(merge_ranges(small, settings.read_gap_bytes(), _MERGED_READ_BYTES))
+        reads += [
+            MergedRead(*want[:3], [want])
+            for want in wants
+            if want.high - want.low > _SMALL_ITEM_BYTES
+        ]
         found: dict[int, ChunkSource | ShardkeepError] = {}
         with ThreadPoolExecutor(threads) as pool:
-            for some in pool.map(self._headers, reads):
+            for some in pool.map(self._read_headers, reads):
                 found |= some
         return found
 
-    def _headers(self, read: MergedRead) -> dict[int, ChunkSource | ShardkeepError]:
+    def _read_headers(self, read: MergedRead) -> dict[int, ChunkSource | ShardkeepError]:
         data = b""
         if len(read.wants) > 1 and 0 <= read.low < read.high <= self._size_or_none(read.file):
-            with suppress(OSError):  # what is wrong is found out item by item
+            with suppress(OSError):  # each item is then read alone, which reports the error
                 data = self.store.get_range(read.file, read.low, read.high - read.low)
         found: dict[int, ChunkSource | ShardkeepError] = {}
         for _, low, high, row in read.wants:
@@ -128,18 +136,20 @@ class ChunkLocations:
         return found
 
     def plain(self, rows: I64, *, limit: int, threads: int | None = None) -> PlainChunks:
-        """What is simple about these chunks, if they are small; all others are located.
+        """Return the locations of small, plain chunks, and locate all others as `locate` does.
 
         Args:
-            rows: ascending.
-            limit: bytes of a small chunk at most, not more than `BLOCK`.
+            rows: rows of chunks, in ascending order.
+            limit: maximum number of bytes of a small chunk, at most `BLOCK`.
+            threads: number of threads that read item headers.
 
         Raises:
-            Damaged, FormatError: as from `locate`.
+            Damaged: an item extends beyond the end of its file, or the file is missing.
+            FormatError: an item's header contradicts the index.
         """
         chunks, tensors = self.index.chunks, self.index.tensors
         itemsize = ITEMSIZES[tensors.dtype[chunks.tensor[rows]]]
-        # Roughly first: exact numbers of a hostile shape might wrap around.
+        # In floating point, because the product of a hostile shape could overflow an integer.
         rough = chunks.sizes[rows].prod(axis=1, dtype=np.float64) * itemsize
         small = rough <= limit
         nbytes = np.where(small, rough, -1).astype(np.int64)
@@ -147,7 +157,7 @@ class ChunkLocations:
         small &= checksums <= 1
         crc = np.full(len(rows), -1, dtype=np.int64)
         crc[checksums == 1] = chunks.checksums[chunks.block[rows[checksums == 1]]]
-        start = np.where(small & self._simple(rows, nbytes), chunks.payload[rows], -1)
+        start = np.where(small & self._located_by_index(rows, nbytes), chunks.payload[rows], -1)
         doubtful = np.flatnonzero(start < 0)
         found = self.locate(rows[doubtful].tolist(), threads=threads)
         for k in doubtful[small[doubtful]].tolist():
@@ -156,10 +166,10 @@ class ChunkLocations:
                 crc[k] = -1 if source.checksums is None else source.checksums[0]
         return PlainChunks(start, nbytes, crc)
 
-    def _simple(self, rows: I64, nbytes: I64) -> NDArray[np.bool_]:
-        """Whether the index says where these payloads are, inside their items, inside their files.
+    def _located_by_index(self, rows: I64, nbytes: I64) -> NDArray[np.bool_]:
+        """Return for each chunk whether the index locates its payload inside its item and file.
 
-        Negative `nbytes` are of no interest.
+        The result is False where `nbytes` is negative.
         """
         chunks = self.index.chunks
         files, place = np.unique(chunks.file[rows], return_inverse=True)
@@ -177,44 +187,46 @@ class ChunkLocations:
             return -1
 
     def name(self, row: int) -> str:
-        """The tensor that a chunk belongs to."""
+        """Return the name of the tensor that a chunk belongs to."""
         return self.index.tensors.names[int(self.index.chunks.tensor[row])]
 
     def nbytes(self, row: int) -> int:
-        """Bytes of a chunk's elements."""
+        """Return the number of bytes of a chunk's elements."""
         chunks = self.index.chunks
         dtype = DTYPES[self.index.tensors.dtype[int(chunks.tensor[row])]]
         nbytes: int = prod(chunks.sizes[row].tolist()) * dtype.itemsize
         return nbytes
 
     def item(self, row: int) -> ByteRange:
-        """The item of a chunk."""
+        """Return the range of a chunk's item."""
         chunks = self.index.chunks
         file = self.index.files[int(chunks.file[row])]
         return ByteRange(file, int(chunks.item[row]), int(chunks.length[row]))
 
     def bare(self, row: int, data: bytes | None = None) -> bool:
-        """Whether a chunk's item is its elements alone, as in a safetensors file.
+        """Return whether a chunk's item consists of its elements alone, as in a safetensors file.
 
-        `data` are the item's bytes, where they are known.
+        Args:
+            row: row of the chunk.
+            data: the bytes of its item, if they have already been read.
         """
         item = self.item(row)
         if self.index.chunks.transform[row] or item.length != self.nbytes(row):
             return False
-        # A tensor that repeats its elements may have a container that is as long by chance.
+        # The container of a tensor with repeated elements may have the same length by chance.
         if data is None:
             begin = ByteRange(item.file, item.offset, min(4, item.length))
             data = read_range(self.store, begin, self.name(row))
         return data[:4] != b"PK\x03\x04"
 
     def object(self, row: int) -> ByteRange:
-        """The item of an object, by its row in `Index.objects`."""
+        """Return the range of an object's item, by its row in `Index.objects`."""
         objects = self.index.objects
         file = self.index.files[int(objects.file[row])]
         return ByteRange(file, int(objects.item[row]), int(objects.length[row]))
 
     def _locate(self, row: int, data: bytes | None = None) -> ChunkSource:
-        """The source of a chunk; `data` are its item's bytes, where they are known."""
+        """Return the source of a chunk; `data` is its item, if that has already been read."""
         chunks, item, name = self.index.chunks, self.item(row), self.name(row)
         tensor = int(chunks.tensor[row])
         dtype = DTYPES[self.index.tensors.dtype[tensor]]
@@ -269,7 +281,7 @@ class ChunkLocations:
         nbytes = prod(sizes) * dtype.itemsize
         if start < item.offset or start + nbytes > item.offset + item.length:
             place = f"tensor {self.name(row)!r}"
-            raise FormatError("its payload leaves its item", file=item.file, place=place)
+            raise FormatError("its payload extends beyond its item", file=item.file, place=place)
         return ChunkSource(
             file=item.file,
             start=start,
@@ -296,7 +308,7 @@ def _source(
     *,
     data: memoryview | None = None,
 ) -> ChunkSource:
-    """A source from an item's own header, which must say the same as the index."""
+    """Return a source from the header of an item, which must agree with the index."""
     place = f"tensor {name!r}"
     if stored.dtype.name not in (dtype.name, _CARRIERS.get(dtype.name)) or stored.shape != sizes:
         raise FormatError(
@@ -306,9 +318,9 @@ def _source(
             place=place,
         )
     nbytes = prod(sizes) * dtype.itemsize
-    if nbytes > stored.record.nbytes + _EXPANDED:
+    if nbytes > stored.record.nbytes + _MAX_EXPANSION_BYTES:
         raise FormatError(
-            f"a tensor of {nbytes} bytes can't come out of {stored.record.nbytes} stored ones",
+            f"a tensor of {nbytes} bytes cannot be stored in {stored.record.nbytes} bytes",
             file=item.file,
             place=place,
         )
@@ -326,7 +338,7 @@ def _source(
 
 
 def _checksummed(source: ChunkSource) -> ChunkSource:
-    """The CRC-32 of a payload that is not larger than a block is that block's digest."""
+    """Use the CRC-32 of a payload of at most one block as the checksum of that block."""
     if source.crc is None or not 0 < source.payload[1] <= BLOCK:
         return source
     return replace(source, checksums=np.array([source.crc], dtype=np.uint32))
@@ -335,7 +347,7 @@ def _checksummed(source: ChunkSource) -> ChunkSource:
 def _check_record(
     stored: container.StoredTensor, source: ChunkSource, record: bytes, name: str
 ) -> None:
-    """Compare the bytes of a record, which are in memory, with its CRC-32."""
+    """Compare the bytes of a record with its CRC-32; raise `Damaged` if they differ."""
     found = crc32(record)
     if found != stored.record.crc32:
         raise Damaged(describe_mismatch(found, stored.record.crc32), file=source.file, name=name)
@@ -344,7 +356,10 @@ def _check_record(
 def _resolved(
     stored: container.StoredTensor, source: ChunkSource, record: bytes, name: str
 ) -> ChunkSource:
-    """A source whose elements are stored conjugated or negated: what they mean, in memory."""
+    """Return an in-memory source for elements that are stored conjugated or negated.
+
+    The elements are resolved to the values that they stand for.
+    """
     _check_record(stored, source, record, name)
     array = container.array(stored, memoryview(record))
     data = memoryview(array.tobytes())
@@ -353,8 +368,10 @@ def _resolved(
 
 
 def _is_plain(source: ChunkSource) -> bool:
-    """Whether a small chunk is its payload's elements in C order, where one checksum covers
-    those."""
+    """Return whether a small chunk is stored in C order, with a checksum of exactly its elements.
+
+    A chunk without block checksums qualifies, too, if its elements are inside its payload.
+    """
     if source.data is not None or source.strides != _c_strides(source.sizes, source.itemsize):
         return False
     first, nbytes = source.payload
@@ -374,42 +391,55 @@ def _c_strides(sizes: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def unpacked_limit(packed: int, nbytes: int | None = None) -> int:
-    """Bytes that may come out of the stream transforms of an item.
+    """Return the maximum number of bytes that an item may have after its transforms are undone.
 
     Args:
-        packed: bytes of the item.
-        nbytes: bytes of its tensor; None for an object, whose size nobody tells: a few bytes must
-            not fill the memory.
+        packed: number of bytes of the item.
+        nbytes: number of bytes of its tensor; None for an object, whose size is not recorded. The
+            limit keeps a small hostile item from filling the memory.
     """
-    return max(_UNPACKED, _RATIO * packed) if nbytes is None else nbytes + _OVERHEAD
+    return (
+        max(_MAX_UNPACKED_BYTES, _MAX_UNPACKED_RATIO * packed)
+        if nbytes is None
+        else nbytes + _ITEM_OVERHEAD_BYTES
+    )
 
 
 def inside(data: bytes) -> Callable[[int, int], bytes]:
-    """Reads parts of an item that is in memory."""
+    """Return a function that reads parts of an item that is in memory."""
     return lambda offset, length: data[offset : offset + length]
 
 
 def window(
     store: Store, item: ByteRange, name: str, whole: bytes | None = None
 ) -> Callable[[int, int], bytes]:
-    """Reads parts of an item, relative to its start; a few bytes at its ends come in one read.
+    """Return a function that reads parts of an item, relative to its start.
 
-    `whole` are the item's bytes, where they are known.
+    A small item is read whole, and short parts at the ends of a larger one are read together.
+
+    Args:
+        store: the checkpoint.
+        item: range of the item.
+        name: name of the tensor or object, for errors.
+        whole: the bytes of the item, if they have already been read.
+
+    Raises:
+        Damaged: a small item is missing or shorter than its range. The function raises this, too.
     """
-    if whole is None and item.length <= _WHOLE:
+    if whole is None and item.length <= _SMALL_ITEM_BYTES:
         whole = read_range(store, item, name)
 
     @lru_cache(maxsize=4)
     def edge(start: int) -> bytes:
-        return read_range(store, ByteRange(item.file, item.offset + start, _EDGE), name)
+        return read_range(store, ByteRange(item.file, item.offset + start, _EDGE_BYTES), name)
 
     def read_at(offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > item.length:
-            raise FormatError("a record leaves its item", file=item.file, place=name)
+            raise FormatError("a record extends beyond its item", file=item.file, place=name)
         if whole is not None:
             return whole[offset : offset + length]
-        for start in (0, item.length - _EDGE):
-            if start <= offset and offset + length <= start + _EDGE:
+        for start in (0, item.length - _EDGE_BYTES):
+            if start <= offset and offset + length <= start + _EDGE_BYTES:
                 return edge(start)[offset - start : offset - start + length]
         return read_range(store, ByteRange(item.file, item.offset + offset, length), name)
 
@@ -417,14 +447,18 @@ def window(
 
 
 def read_range(store: Store, where: ByteRange, name: str) -> bytes:
-    """All bytes of a range. Raises Damaged where the file is missing or ends before."""
+    """Return all bytes of a range.
+
+    Raises:
+        Damaged: the file is missing, or it ends before the range does.
+    """
     try:
         data = store.get_range(where.file, where.offset, where.length)
     except FileNotFoundError:
         raise Damaged("the file is missing", file=where.file, name=name) from None
     if len(data) < where.length:
         raise Damaged(
-            f"{where.length} bytes are wanted at {where.offset}, {len(data)} are there",
+            f"expected {where.length} bytes at offset {where.offset}, found {len(data)}",
             file=where.file,
             name=name,
         )

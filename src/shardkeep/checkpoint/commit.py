@@ -1,9 +1,9 @@
-"""The commit: publish a checkpoint in one step, and find what is committed.
+"""Commit of a checkpoint in one atomic step, and detection of what is committed.
 
-`.metadata` is the commit record. Behind its pickle, where `pickle.load` stops reading, a trailer
-says which manifest belongs to it; so one atomic replace of one file switches stock torch and
-Shardkeep to the new checkpoint at the same instant. Data files and manifests have names that were
-never used before: the checkpoint that is being overwritten stays whole until then.
+`.metadata` is the commit record. Its pickle is followed by a trailer, which `pickle.load` does not
+read and which names the manifest. So one atomic replacement of one file switches both stock torch
+and Shardkeep to the new checkpoint. Data files and manifests always get new names, so a checkpoint
+that is being overwritten stays complete until then.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ _MAX_INDEX_JSON = 1 << 28
 
 
 def new_id() -> str:
-    """An id that no other save has: 32 hexadecimal digits."""
+    """Return a new, unique save id of 32 hexadecimal digits."""
     return secrets.token_hex(16)
 
 
 def rank_of(file: str) -> int:
-    """The rank that wrote a data file."""
+    """Return the rank that wrote a data file."""
     parts = data_file_parts(file)
     if parts is None:
         raise ValueError(f"{file!r} is not the name of a data file")
@@ -95,11 +95,11 @@ class Found:
     Attributes:
         kind: "shardkeep" (with a manifest), "dcp" (`.metadata` of stock torch), "dcp-per-rank"
             (`use_collectives=False`), or "safetensors".
-        outline: reads names, dtypes, shapes and structure; chunk columns may be missing.
-        index: reads everything.
-        files: reads the names of data files, and as little else as it can.
-        file: what says so, for errors.
-        trailer: what ends `.metadata`, for the kind "shardkeep".
+        file: The file that was recognized, for errors.
+        outline: Reads names, dtypes, shapes and structure; the columns of chunks may be missing.
+        index: Reads everything.
+        files: Reads the names of the data files, and as little else as possible.
+        trailer: The trailer of `.metadata`, for the kind "shardkeep".
     """
 
     kind: str
@@ -111,23 +111,24 @@ class Found:
 
     @staticmethod
     def whole(kind: str, file: str, read: Callable[[], Index]) -> Found:
-        """One of which nothing can be read but all."""
-        once = cache(read)  # for all three of them: reading it twice takes seconds
+        """Return a checkpoint whose metadata can only be read as a whole."""
+        # The three functions share one result: reading takes seconds for a large checkpoint.
+        once = cache(read)
         return Found(kind, file, once, once, lambda: once().files)
 
 
 def find(store: Store, *, manifest: bool = True, rank: tuple[int, int] | None = None) -> Found:
-    """What is committed in this store.
+    """Return the checkpoint that is committed in a store.
 
     Args:
-        store: the folder.
-        manifest: False reads `.metadata` alone.
-        rank: who asks: a rank, of so many. If as many ranks saved, each with metadata of its own,
-            it sees what it saved itself; anybody else sees what all of them saved, as one.
+        store: The folder.
+        manifest: Whether to read the manifest; False reads only `.metadata`.
+        rank: The rank that reads, and the number of ranks. If each of as many ranks saved metadata
+            of its own, the result is what this rank saved. By default, it is what all ranks saved.
 
     Raises:
-        NotACheckpoint: nothing.
-        FormatError: the commit record is broken.
+        NotACheckpoint: No checkpoint is committed there.
+        FormatError: The commit record is broken.
     """
     there, trailer = read_trailer(store)
     if trailer is not None and manifest:
@@ -164,7 +165,7 @@ def admit(store: Store, *, overwrite: bool) -> Admission:
     Raises:
         AlreadyExists: There is a checkpoint, and `overwrite` is False.
     """
-    version = record_version(store)  # first: what changes after this is noticed by the commit
+    version = record_version(store)  # before all else, so that the commit notices later changes
     try:
         find(store)
     except NotACheckpoint:
@@ -193,17 +194,17 @@ def publish(
 ) -> None:
     """Commit: write the manifest, then `.metadata` with its trailer in one atomic step.
 
-    The data files that `index` names are already durable, names and all. To be called inside of
+    The data files of `index` and their names must be durable. The caller must call this inside
     `undone_on_failure`.
 
     Args:
         store: The folder.
         save_id: The id of the save.
-        index: What was saved.
-        header: What else the manifest says about it.
+        index: The saved tensors and objects.
+        header: Further entries of the manifest's header.
         yield_gil: Called between pieces of work.
-        admission: What may be replaced; by default nothing.
-        confirm: Called just before the commit; what it raises prevents that.
+        admission: The checkpoint that may be replaced; by default none.
+        confirm: Called just before the commit; an exception that it raises prevents the commit.
 
     Raises:
         AlreadyExists: Another save has committed meanwhile, and may not be replaced.
@@ -227,10 +228,11 @@ def publish(
 
 @contextmanager
 def removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
-    """What this rank can't finish does not stay, or a full disk would stay full.
+    """Remove the data files of a save if the block fails, so that they do not fill the disk.
 
-    To be left before anybody is told that the files are there: from then on, only the coordinator
-    knows whether they are committed. It removes all ranks' files: some of them may be dead.
+    A rank must leave the block before it reports that its files are complete. After that, only the
+    coordinator knows whether they are committed. The coordinator removes the files of all ranks,
+    because other ranks may have died.
     """
     try:
         yield
@@ -242,12 +244,16 @@ def removed_on_failure(store: Store, save_id: str, rank: int) -> Iterator[None]:
 
 @contextmanager
 def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iterator[None]:
-    """What was not committed does not stay, of any rank.
+    """Remove the files of a save, of all ranks, if the block fails before the commit.
 
-    Only who commits can know: False for `leads` does nothing.
+    Only the commit record tells whether the save is committed. The exception does not: a commit may
+    succeed and still report an error, over a network or when the folder is synced.
 
-    The commit record itself says whether it came about: an error of its publishing does not, as
-    one over a network may come after the fact, and so does that of a folder's sync.
+    Args:
+        store: The folder.
+        save_id: The id of the save.
+        leads: Whether this rank commits. If not, nothing is removed, because this rank cannot know
+            whether the save is committed.
     """
     try:
         yield
@@ -263,8 +269,8 @@ def undone_on_failure(store: Store, save_id: str, *, leads: bool = True) -> Iter
 def removed_if_refused(store: Store, save_id: str, *, rank: int | None = None) -> Iterator[None]:
     """Remove the files of a save that lost the commit to another one.
 
-    Other errors tell nothing about the commit, so after them the files stay: who collects garbage
-    decides.
+    After other errors it is unknown whether the save is committed. The files then stay until
+    garbage is collected.
 
     Args:
         store: The folder.
@@ -280,7 +286,7 @@ def removed_if_refused(store: Store, save_id: str, *, rank: int | None = None) -
 
 
 def _is_committed(store: Store, save_id: str) -> bool:
-    """Whether the commit record is that save's. One that is broken is an older one's."""
+    """Return whether this save is committed. A broken commit record belongs to an older save."""
     try:
         trailer = read_trailer(store)[1]
     except FormatError:
@@ -289,7 +295,7 @@ def _is_committed(store: Store, save_id: str) -> bool:
 
 
 def _remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
-    """Remove the data files of a save that is not committed: of one rank, or of all of them."""
+    """Remove the data files of a save that is not committed, of one rank or of all ranks."""
     for name in store.list().files:
         parts = data_file_parts(name)
         if parts and parts[1] == save_id and rank in (None, parts[0]):
@@ -297,9 +303,9 @@ def _remove_files(store: Store, save_id: str, rank: int | None = None) -> None:
 
 
 def files_of(store: Store) -> frozenset[str]:
-    """The files that the committed checkpoint is made of, without `.metadata`; none if unreadable.
+    """Return the files of the committed checkpoint without `.metadata`; none if it is unreadable.
 
-    What can't be read is not understood, and what is not understood is never removed.
+    Callers remove only the files that are returned, so files of an unreadable checkpoint stay.
     """
     try:
         return committed_files(store)
@@ -308,7 +314,13 @@ def files_of(store: Store) -> frozenset[str]:
 
 
 def committed_files(store: Store) -> frozenset[str]:
-    """As `files_of`, but raises as `find` and reading the index do."""
+    """Return the files of the committed checkpoint, without `.metadata`.
+
+    Raises:
+        NotACheckpoint: No checkpoint is committed there.
+        FormatError: The metadata is broken.
+        Damaged: The metadata does not match its checksum.
+    """
     found = find(store)
     if found.kind == "safetensors":
         return frozenset()
@@ -321,9 +333,9 @@ def committed_files(store: Store) -> frozenset[str]:
 
 
 def remove_replaced(store: Store, old: frozenset[str]) -> None:
-    """Remove the files of the checkpoint that was there before, after the new one is durable."""
+    """Remove the files of the replaced checkpoint; the new checkpoint must be durable."""
     if not old:
-        return  # and do not read again what was just written
+        return  # without reading the new checkpoint's metadata
     for name in sorted(old - files_of(store) - {METADATA}):
         store.delete(name)
 
@@ -371,9 +383,9 @@ def manifest_bytes(store: Store) -> tuple[str, bytes]:
     """Return the id of the committed save and the bytes of its manifest, verified.
 
     Raises:
-        NotACheckpoint: no checkpoint of Shardkeep's is committed there.
-        FormatError: the commit record is broken.
-        Damaged: the manifest is missing or does not match its checksum.
+        NotACheckpoint: The committed checkpoint has no manifest, or there is no checkpoint.
+        FormatError: The commit record is broken.
+        Damaged: The manifest is missing or does not match its checksum.
     """
     trailer = find(store).trailer
     if trailer is None:
@@ -387,7 +399,7 @@ def parse_manifest(manifest: bytes, save_id: str) -> Index:
 
 
 def _metadata(store: Store, trailer: Trailer | None) -> Index:
-    """The pickle's index; a trailer has its checksum, whoever reads it."""
+    """Return the index in the pickle of `.metadata`, verified if there is a trailer."""
     data = _whole(store, METADATA)
     if trailer is not None:
         trailer.check_pickle(data[: trailer.pickle_length])
@@ -408,7 +420,7 @@ def _manifest(store: Store, trailer: Trailer) -> bytes:
 
 
 def exists(store: Store, name: str) -> bool:
-    """Whether there is a file of that name."""
+    """Return whether a file exists."""
     return size_of(store, name) is not None
 
 
@@ -421,7 +433,11 @@ def _safetensors(store: Store, names: list[str]) -> Index:
 
 
 def headers(store: Store, names: Iterable[str]) -> dict[str, parse.Header]:
-    """The headers of safetensors files. FormatError if one is broken or hostile."""
+    """Return the headers of safetensors files, by file name.
+
+    Raises:
+        FormatError: A header is broken or hostile.
+    """
     return {
         name: parse.read_header(
             lambda offset, length, name=name: store.get_range(name, offset, length),  # type: ignore[misc]
@@ -433,10 +449,14 @@ def headers(store: Store, names: Iterable[str]) -> dict[str, parse.Header]:
 
 
 def weights(store: Store) -> dict[str, str] | None:
-    """What the index of a set of safetensors files says, if there is one. FormatError as above."""
+    """Return the weight map of a set of safetensors files; None if there is no index file.
+
+    Raises:
+        FormatError: The index file is broken or too large.
+    """
     listing = parse.INDEX
     if not exists(store, listing):
         return None
     if store.head(listing).size > _MAX_INDEX_JSON:
-        raise FormatError("larger than any index can be", file=listing)
+        raise FormatError(f"the index is larger than {_MAX_INDEX_JSON} bytes", file=listing)
     return parse.weight_map(_whole(store, listing))

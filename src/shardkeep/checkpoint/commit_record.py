@@ -1,8 +1,8 @@
 """The commit record: the file whose appearance commits a checkpoint.
 
-It is `.metadata`, or the file of that kind that a writer of torch's names. It is written on one
-condition: that nothing has been committed there since the save was admitted. So of several saves to
-one path at most one commits, and only what that one replaced is ever removed.
+It is `.metadata`, or the metadata file that a writer of torch's names. It is written only if
+nothing has been committed there since the save was admitted. So at most one of several saves to one
+path commits, and only the files that this save replaced are ever removed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Admission", "put_record", "read_trailer", "record_version", "size_of
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a save found at its path when it began: this, and nothing else, it may replace.
+    """What a save found at its path when it began, which is all that it may replace.
 
     Attributes:
         overwrite: Whether a checkpoint may be replaced.
@@ -41,7 +41,7 @@ def record_version(store: Store, name: str = METADATA) -> str | None:
 
 
 def put_record(store: Store, data: Buffer, admission: Admission, *, name: str = METADATA) -> None:
-    """Write a commit record if the one that was admitted is still there, or still none is.
+    """Write a commit record if the record is still the one that was admitted, or is still missing.
 
     Raises:
         AlreadyExists: A checkpoint has been committed meanwhile, and may not be replaced.
@@ -52,7 +52,7 @@ def put_record(store: Store, data: Buffer, admission: Admission, *, name: str = 
     try:
         store.put(name, data, mode="create" if version is None else IfMatch(version))
     except (FileExistsError, PreconditionFailed) as error:
-        # Over a network, an answer can get lost. The call is then repeated, and finds its own file.
+        # A network store may repeat a call whose answer was lost, and then find its own record.
         if not _contains(store, name, data):
             raise _conflict(store, admission) from error
 
@@ -63,7 +63,7 @@ def _contains(store: Store, name: str, data: Buffer) -> bool:
 
 
 def _conflict(store: Store, admission: Admission) -> AlreadyExists | Replaced:
-    """Return the error of a save that may not commit, because another one did."""
+    """Return the error of a save that cannot commit because another one did."""
     if not admission.overwrite:
         return AlreadyExists(
             f"{store.url}: another save committed a checkpoint there while this one was being "
@@ -83,9 +83,9 @@ def _conflict(store: Store, admission: Admission) -> AlreadyExists | Replaced:
 def read_trailer(store: Store) -> tuple[bool, Trailer | None]:
     """Return whether there is a commit record, and its trailer if Shardkeep wrote it.
 
-    A record without a whole trailer is read again until its size stays the same. Otherwise, one of
-    ours that replaces one of stock torch's meanwhile would be taken for stock torch's, and be read
-    without its checksums.
+    A record without a complete trailer is read again until its size stays the same. Otherwise a
+    record of Shardkeep's that replaces one of stock torch's during the read could be taken for one
+    of stock torch's, and the checkpoint would be read without its checksums.
 
     Raises:
         FormatError: The trailer is damaged.

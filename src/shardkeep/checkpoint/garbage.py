@@ -1,10 +1,10 @@
-"""What dead saves left behind: found by name and lease, and removed.
+"""Detection and removal of garbage: files that dead saves left behind.
 
-Only names that carry the id of a save are looked at. Of those, a file stays if a commit record
-names it or if its save may be alive. The order in which this is found out matters, as other saves
-go on meanwhile: files first, then leases, then commit records. A save whose files are in the first
-list has a lease in the second one, or has ended before: then, if it was committed, the third says
-so.
+Only files whose names contain a save id are considered, and temporary files of commit records. A
+file stays if a commit record names it or if its save may be alive. Other saves go on meanwhile, so
+the order of the steps matters: files are listed first, then leases, then commit records. A save
+with a file in the first list either has a lease in the second one or has ended before it. If it
+ended with a commit, the commit record that is read last names its files.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from shardkeep.stores.contract import Store
 __all__ = ["OrphanedFile", "collect_garbage", "find_garbage"]
 
 _ID = re.compile(r"[0-9a-f]{32}")
-_LEASE_TO_BE = re.compile(r"(\.lease_[0-9a-f]{32}\.json)\.[0-9a-f]{16}\.tmp")
-_RECORD_TO_BE = re.compile(r"\.metadata\.[0-9a-f]{16}\.tmp")
-"""A commit record that was not renamed. It does not say whose it is."""
+_TEMPORARY_LEASE = re.compile(r"(\.lease_[0-9a-f]{32}\.json)\.[0-9a-f]{16}\.tmp")
+_TEMPORARY_RECORD = re.compile(r"\.metadata\.[0-9a-f]{16}\.tmp")
+"""A commit record that was never renamed. Its name does not contain the save id."""
 
 
 @dataclass(frozen=True, slots=True)
 class OrphanedFile:
-    """A file that a dead save left.
+    """A file that a dead save left behind.
 
     Attributes:
-        name: in its store.
-        nbytes: its size.
-        save_id: of the save; empty where the name does not say.
+        name: Name of the file in its store.
+        nbytes: Size of the file in bytes.
+        save_id: The id of the save; empty if the name does not contain it.
     """
 
     name: str
@@ -47,15 +47,15 @@ class OrphanedFile:
 def find_garbage(
     store: Store, time: Callable[[], float | None], *, but: str | None = None
 ) -> list[OrphanedFile]:
-    """The files of dead saves; none if a commit record can't be read.
+    """Return the files of dead saves; none if a commit record cannot be read.
 
     Args:
-        store: the folder.
-        time: what time it is for the store, as `Lease.time`.
-        but: a save whose files need not be looked at.
+        store: The folder.
+        time: Returns the current time by the clock of the store, as `Lease.time` does.
+        but: A save whose files are left out.
 
     Raises:
-        OSError: from the store.
+        OSError: The store failed.
     """
     files = {
         name: save_id for name in store.list().files if (save_id := _save_id(name)) is not None
@@ -64,7 +64,7 @@ def find_garbage(
         return []
     leases = [name for name in store.list().files if lease_save_id(name)]
     alive = living(store, leases, time) | {but}
-    named = _named(store)
+    named = _recorded_files(store)
     if named is None:
         return []
     others = alive - {but}  # any of them may be about to rename its record
@@ -81,35 +81,36 @@ def find_garbage(
 
 
 def collect_garbage(store: Store, lease: Lease) -> list[OrphanedFile]:
-    """Remove what dead saves left; what was removed.
+    """Remove the files of dead saves, and return the files that were removed.
 
     Args:
-        store: the folder.
-        lease: of whoever collects, taken.
+        store: The folder.
+        lease: The caller's lease, which must be taken.
 
     Raises:
-        LeaseLost, OSError: from the store.
+        LeaseLost: Another process has taken the caller for dead.
+        OSError: The store failed.
     """
     found = find_garbage(store, lease.time, but=lease.save_id)
-    # The lease first: a save that is not dead after all sees by it what happened.
+    # Leases first: a save that is alive after all notices that its lease is gone before it commits.
     for one in sorted(found, key=lambda one: (lease_save_id(one.name) is None, one.name)):
         store.delete(one.name)
     return found
 
 
 def _save_id(name: str) -> str | None:
-    """Whose file it is: "" if that can't be said, None if it is not a save's."""
+    """Return the save id in a file name; "" if a save made it without an id, None if none did."""
     if parts := data_file_parts(name):
         return parts[1] if _ID.fullmatch(parts[1]) else None
-    if match := _LEASE_TO_BE.fullmatch(name):
+    if match := _TEMPORARY_LEASE.fullmatch(name):
         return lease_save_id(match[1])
-    if _RECORD_TO_BE.fullmatch(name):
+    if _TEMPORARY_RECORD.fullmatch(name):
         return ""
     return manifest_save_id(name) or lease_save_id(name)
 
 
-def _named(store: Store) -> frozenset[str] | None:
-    """All files that commit records name; None if one of them can't be read."""
+def _recorded_files(store: Store) -> frozenset[str] | None:
+    """Return all files that commit records name; None if one of the records cannot be read."""
     try:
         files = set(commit.committed_files(store))
         for _, name in of_ranks(store.list().files):

@@ -1,17 +1,18 @@
-"""Leases: which saves are alive, so that what dead ones left can be told from their files.
+"""Leases, which show which saves are alive and so which files are garbage.
 
-The coordinator of a save writes a lease before the first data file is made, and removes it when all
-is over. A file that carries the id of a save which is not committed and has no live lease belongs
-to nobody.
+The coordinator of a save writes a lease before the first data file, and removes it when the save
+has ended. A file with the id of a save that is not committed and has no live lease is garbage.
 
-A lease that was written on this machine lives as long as its process: there is one of that pid, and
-it began when the lease says. Elsewhere a lease lives as long as it is renewed. Its age is the time
-since it was written, by the clock of the store, which also tells what time it is now: it has just
-written the lease of whoever asks. So the clocks of hosts do not matter. Where a store does not tell
-when it wrote a file, leases of other machines count as alive.
+A lease that was written on this machine lives as long as its process. The process is identified by
+its pid and its start time. A lease of another machine lives as long as it is renewed. Its age is
+the time since the last renewal by the clock of the store. The current time by that clock is the
+modification time of the caller's own lease, which has just been written. So the clocks of the hosts
+do not matter. If a store does not report modification times, leases of other machines count as
+alive.
 
-Whoever collects removes the lease first, and whoever commits looks at its own lease just before: a
-save that was taken for dead, as its machine was suspended, does not commit files that are gone.
+Garbage collection removes a lease before the files of its save, and a save checks its own lease
+just before it commits. So a save that was taken for dead because its machine was suspended does not
+commit files that have been removed.
 """
 
 from __future__ import annotations
@@ -39,34 +40,34 @@ from shardkeep.util.forking import after_fork_in_child
 __all__ = ["Holder", "Lease", "lease_name", "lease_save_id", "living"]
 
 _NAME = re.compile(r"\.lease_([0-9a-f]{32})\.json")
-_MOST = 4096
-"""Bytes of a lease that are looked at: what others wrote may be anything."""
-_TRIES = 3
-"""To write a lease, while others collect."""
+_MAX_LEASE_BYTES = 4096
+"""Maximum number of bytes that are read of a lease, since the file may contain anything."""
+_WRITE_ATTEMPTS = 3
+"""Attempts to write a lease while other processes collect garbage."""
 _PROC = Path("/proc")
 
 
 def lease_name(save_id: str) -> str:
-    """The file of that save's lease."""
+    """Return the name of the lease file of a save."""
     return f".lease_{save_id}.json"
 
 
 def lease_save_id(name: str) -> str | None:
-    """The save that a lease's file name belongs to; None if it names no lease."""
+    """Return the save id in the name of a lease file; None if it is not a lease file's name."""
     match = _NAME.fullmatch(name)
     return match[1] if match else None
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process, so that it is known again.
+    """The process that holds a lease, described so that it can be recognized later.
 
     Attributes:
-        host: its host's name.
-        machine: one boot of one machine, and the namespace of the pid: containers have pids of
-            their own. Empty where the system does not say.
-        pid: its number there.
-        started: when it began, in clock ticks after the boot.
+        host: Host name.
+        machine: Boot id and PID namespace, since containers have pids of their own. Empty if the
+            system does not provide them.
+        pid: Process id in that namespace.
+        started: Start time of the process, in clock ticks after the boot.
     """
 
     host: str
@@ -76,7 +77,7 @@ class Holder:
 
     @staticmethod
     def here() -> Holder:
-        """This process."""
+        """Return this process as a holder."""
         pid = os.getpid()
         found = _process(pid)
         machine = _machine(pid) if found else ""
@@ -84,7 +85,7 @@ class Holder:
 
     @staticmethod
     def parse(data: bytes) -> Holder | None:
-        """Out of a lease's bytes; None if no save wrote them."""
+        """Return the holder named in the content of a lease; None if the content is not valid."""
         try:
             known = json.loads(data)
             holder = Holder(known["host"], known["machine"], known["pid"], known["started"])
@@ -95,9 +96,9 @@ class Holder:
         return holder if sane else None
 
     def ended(self) -> bool | None:
-        """Whether the process is gone; None if nobody can tell from here."""
+        """Return whether the process has ended; None if that cannot be determined from here."""
         here = Holder.here()
-        # The host, too: machines that were started from one snapshot share the id of their boot.
+        # The host name counts, too: machines started from one snapshot have the same boot id.
         if not self.machine or (self.host, self.machine) != (here.host, here.machine):
             return None
         try:
@@ -105,22 +106,23 @@ class Holder:
         except ProcessLookupError:
             return True
         except PermissionError:
-            pass  # it is there, but somebody else's
-        # Nothing to be seen: /proc may hide what others run.
+            pass  # it exists, and belongs to another user
+        # /proc may hide processes of other users, which then count as alive.
         found = _process(self.pid)
         return found is not None and (found[0] in "ZX" or found[1] != self.started)
 
 
 def _machine(pid: int) -> str:
     with suppress(OSError):
-        if (_PROC / "self").readlink() == Path(str(pid)):  # not that of another namespace
+        # false if /proc is mounted from another PID namespace
+        if (_PROC / "self").readlink() == Path(str(pid)):
             boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
             return f"{boot} {(_PROC / 'self/ns/pid').readlink()}"
     return ""
 
 
 def _process(pid: int) -> tuple[str, int] | None:
-    """State and start of a process, by fields 3 and 22 of proc_pid_stat(5)."""
+    """Return the state and the start time of a process: fields 3 and 22 of proc_pid_stat(5)."""
     try:
         fields = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
         return fields[0].decode(), int(fields[19])
@@ -129,14 +131,14 @@ def _process(pid: int) -> tuple[str, int] | None:
 
 
 class Lease:
-    """The lease of one save, or of whoever collects. Leaving its block ends it.
+    """The lease of one save or one garbage collection; leaving its block releases it.
 
-    One that nobody holds any more is not renewed, and its file is removed before long: what began
-    the save has given it up.
+    If the object is collected without a release, the lease is no longer renewed and its file is
+    removed soon after.
 
     Args:
-        store: where the save goes.
-        save_id: its id, of 32 hexadecimal digits.
+        store: The folder of the save.
+        save_id: The id of the save, 32 hexadecimal digits.
     """
 
     def __init__(self, store: Store, save_id: str) -> None:
@@ -149,17 +151,18 @@ class Lease:
         self._abandoned: weakref.finalize[..., Lease] | None = None
 
     def take(self) -> None:
-        """Write it; from now on the save's files are its own. On one rank only.
+        """Write the lease, which protects the files of the save from now on; on one rank only.
 
-        It appears whole: of one without its holder, nobody could tell that the holder was killed.
+        The file appears in one step: an incomplete lease would not name its holder, so other
+        processes could not determine whether the holder has been killed.
 
         Raises:
-            OSError: from the store.
+            OSError: The store failed.
         """
         try:
-            self._appear()
+            self._write_new()
         except BaseException:
-            # Over a network, an error may come after the fact.
+            # Over a network, the lease may have been written despite the error.
             with suppress(OSError):
                 self._store.delete(self._name)
             raise
@@ -167,52 +170,57 @@ class Lease:
         self._due = self._written + self._seconds / 4
         self._abandoned = _renewer.add(self, self._store, self._name)
 
-    def _appear(self) -> None:
-        for _ in range(_TRIES - 1):
-            # Whoever collects just now takes what is not yet renamed for that of a dead save.
+    def _write_new(self) -> None:
+        for _ in range(_WRITE_ATTEMPTS - 1):
+            # A collector may take the temporary file for a dead save's and remove it.
             with suppress(FileNotFoundError):
                 self._store.put(self._name, _content(self.save_id), mode="replace")
                 return
         self._store.put(self._name, _content(self.save_id), mode="replace")
 
     def confirm(self) -> None:
-        """Make sure that nobody has taken this save for dead.
+        """Make sure that no other process has taken this save for dead.
 
         Raises:
-            LeaseLost: somebody has, and may have removed its files.
-            OSError: from the store.
+            LeaseLost: Another process has done so, and may have removed the files.
+            OSError: The store failed.
         """
         if self._written is not None and _now() - self._written > self._seconds / 2:
             self._renew()
 
     def time(self) -> float | None:
-        """What time it is for the store; None if it does not tell. Raises as `confirm`."""
+        """Return the current time by the clock of the store; None if it does not report times.
+
+        Raises:
+            LeaseLost: Another process has taken this save for dead.
+            OSError: The store failed.
+        """
         if self._store.head(self._name).modified is None:
             return None
         self._renew()
         return self._store.head(self._name).modified
 
     def rest(self) -> float:
-        """Seconds until it is to be renewed."""
+        """Return the number of seconds until the next renewal is due."""
         return max(0.0, self._due - _now())
 
     def keep(self) -> None:
-        """Renew it if it is time to, and it has not ended."""
+        """Renew the lease if a renewal is due and the lease has not been released."""
         with self._lock:
             if self._written is None or self.rest():
                 return
-            # What is wrong here is met again, and told, by the commit.
+            # The commit checks the lease again, and then raises the error.
             with suppress(OSError, LeaseLost):
                 self._write_again()
 
     def release(self) -> None:
-        """End it, if it was taken."""
+        """Remove the lease if it was taken."""
         if self._abandoned is None:
             return
         self._abandoned.detach()
         self._abandoned = None
         _renewer.discard(self)
-        with self._lock:  # it may just be renewed
+        with self._lock:  # waits for a renewal that is in progress
             self._written = None
         with suppress(OSError):
             self._store.delete(self._name)
@@ -246,10 +254,11 @@ class Lease:
 
 
 class _Renewer:
-    """Renews the leases of this process, by one thread.
+    """The thread that renews all leases of this process.
 
-    The thread outlives a lease by a quarter of the time that leases live, so that a loop of short
-    saves does not start one for each: threads that come and go spread the allocator's memory.
+    After the last lease has ended, the thread waits for a quarter of the lease time before it ends,
+    so that a loop of short saves does not start one thread for each. Frequent new threads would
+    fragment the allocator's memory.
     """
 
     def __init__(self) -> None:
@@ -259,7 +268,7 @@ class _Renewer:
         self._thread: Thread | None = None
 
     def add(self, lease: Lease, store: Store, name: str) -> weakref.finalize[..., Lease]:
-        """Renew it as long as somebody holds it; what to detach when it ends well."""
+        """Renew a lease as long as the object is referenced; return the finalizer to detach."""
         with self._changed:
             self._leases.add(lease)
             if self._thread is None:
@@ -267,13 +276,13 @@ class _Renewer:
                 self._thread.start()
             else:
                 self._changed.notify()
-        # Collected on any thread, in the midst of anything: nothing more may happen there.
+        # The finalizer may run on any thread at any point, so it must do nothing but append.
         abandoned = weakref.finalize(lease, self._abandoned.append, (store, name))
         abandoned.atexit = False
         return abandoned
 
     def discard(self, lease: Lease) -> None:
-        """Renew it no longer."""
+        """Stop renewing a lease."""
         with self._changed:
             self._leases.discard(lease)
 
@@ -287,13 +296,16 @@ class _Renewer:
                     return
                 woken = self._changed.wait(settings.lease_seconds() / 4 if pause is None else pause)
                 idle = pause is None and not woken
-            self._look()
+            self._renew_all()
 
-    def _look(self) -> None:
-        """One round. It holds leases no longer than it takes."""
+    def _renew_all(self) -> None:
+        """Renew the leases that are due, and remove abandoned ones.
+
+        No reference to a lease outlives the call, so that abandoned leases can be collected.
+        """
         while self._abandoned:
             store, name = self._abandoned.popleft()
-            with suppress(Exception):  # of stores of any kind; there is nobody to tell
+            with suppress(Exception):  # of any store; there is no caller to report it to
                 store.delete(name)
         with self._changed:
             leases = list(self._leases)
@@ -305,7 +317,7 @@ _renewer = _Renewer()
 
 
 def _forget() -> None:
-    """In a forked process: the leases are its parent's, and the thread has stayed there."""
+    """Start afresh in a forked process: leases and thread belong to the parent."""
     global _renewer  # noqa: PLW0603
     _renewer = _Renewer()
 
@@ -314,24 +326,25 @@ after_fork_in_child(_forget)
 
 
 def living(store: Store, leases: Iterable[str], time: Callable[[], float | None]) -> frozenset[str]:
-    """The saves that may be alive.
+    """Return the ids of the saves that may be alive.
 
     Args:
-        leases: the names of their leases.
-        time: what time it is for the store, if it tells; asked only where it matters.
+        store: The folder.
+        leases: The names of lease files.
+        time: Returns the current time by the clock of the store, or None. Called only if needed.
 
     Raises:
-        OSError: from the store.
+        OSError: The store failed.
     """
     ids = {name: lease_save_id(name) for name in leases}
     return frozenset(
-        save_id for name, save_id in ids.items() if save_id and _lives(store, name, time)
+        save_id for name, save_id in ids.items() if save_id and _is_alive(store, name, time)
     )
 
 
-def _lives(store: Store, name: str, time: Callable[[], float | None]) -> bool:
+def _is_alive(store: Store, name: str, time: Callable[[], float | None]) -> bool:
     try:
-        holder = Holder.parse(store.get_range(name, 0, _MOST))
+        holder = Holder.parse(store.get_range(name, 0, _MAX_LEASE_BYTES))
         ended = holder.ended() if holder else None
         if ended is not None:
             return not ended
@@ -340,7 +353,7 @@ def _lives(store: Store, name: str, time: Callable[[], float | None]) -> bool:
             return True
         now = time()
         return now is None or now - modified <= settings.lease_seconds()
-    except FileNotFoundError:  # ended meanwhile
+    except FileNotFoundError:  # released meanwhile
         return False
 
 
@@ -359,5 +372,5 @@ def _content(save_id: str) -> bytes:
 
 
 def _now() -> float:
-    """Seconds that go on while the machine is suspended, where there is such a clock."""
+    """Return a clock's time in seconds that includes suspension, where the system has one."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

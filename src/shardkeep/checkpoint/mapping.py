@@ -1,4 +1,4 @@
-"""`shardkeep.open` and `Checkpoint`: a committed checkpoint as a mapping. No torch."""
+"""`shardkeep.open` and `Checkpoint`, a committed checkpoint as a mapping; independent of torch."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def open(
 
 
 class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
-    """A committed checkpoint: flat names, and what is stored under each. `shardkeep.open` makes it.
+    """A committed checkpoint: what is stored under each flat name. Returned by `shardkeep.open`.
 
-    As a mapping, it goes from the name of a tensor to its `TensorInfo` and from the name of an
-    object to its `ObjectInfo`. Tensor data is read by `read` alone, and only the bytes that are
-    asked for. It may be used from several threads.
+    As a mapping, it maps the name of a tensor to its `TensorInfo` and the name of an object to its
+    `ObjectInfo`. Only `read` reads tensor data, and only the requested bytes. It may be used from
+    several threads.
 
     Example:
         >>> import shardkeep as sk
@@ -79,14 +79,14 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
     @property
     def url(self) -> str:
-        """The checkpoint's path or URL."""
+        """Return the checkpoint's path or URL."""
         return self._url
 
     @property
     def kind(self) -> str:
-        """What wrote the checkpoint.
+        """Return which software wrote the checkpoint.
 
-        "shardkeep", "dcp" (`torch.distributed.checkpoint`), "dcp-per-rank" (the same, with a
+        It is "shardkeep", "dcp" (`torch.distributed.checkpoint`), "dcp-per-rank" (the same, with a
         `.metadata` file for each rank) or "safetensors".
         """
         return self._reader.kind
@@ -108,10 +108,10 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         raise KeyError(name)
 
     def is_tensor(self, name: str) -> bool:
-        """Return whether a name is a tensor's; otherwise it is an object's.
+        """Return whether a name belongs to a tensor; otherwise it belongs to an object.
 
         Raises:
-            KeyError: nothing has that name.
+            KeyError: the checkpoint has no such name.
 
         Example:
             >>> [name for name in ckpt if ckpt.is_tensor(name)]  # doctest: +SKIP
@@ -120,13 +120,13 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return self._reader.is_tensor(name)
 
     def tensor(self, name: str) -> TensorInfo:
-        """Return what is known of a tensor: its dtype, its global shape, its chunks.
+        """Return the dtype, the global shape and the chunks of a tensor.
 
         Args:
             name: flat name of the tensor.
 
         Raises:
-            KeyError: nothing has that name, or an object has it.
+            KeyError: the checkpoint has no such name, or it belongs to an object.
 
         Example:
             >>> info = ckpt.tensor("model.0.weight")  # doctest: +SKIP
@@ -140,14 +140,14 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     def value(self, name: str) -> Any:
         """Return the value of an object.
 
-        No code of the checkpoint is executed: parts of classes that Shardkeep does not know are
-        `Opaque` stand-ins.
+        No code of the checkpoint is executed: values of classes that Shardkeep does not know are
+        replaced by `Opaque` objects.
 
         Args:
             name: flat name of the object.
 
         Raises:
-            KeyError: nothing has that name, or a tensor has it.
+            KeyError: the checkpoint has no such name, or it belongs to a tensor.
             Damaged: bytes are missing or do not match their checksum.
 
         Example:
@@ -159,7 +159,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return self._reader.value(name)
 
     def read(self, name: str, box: Box | None = None, *, verify: bool = True) -> Any:
-        """Return a tensor, or a box of it, as a numpy array; or an object's value.
+        """Return a tensor, or a box of it, as a numpy array; or the value of an object.
 
         Args:
             name: flat name of the tensor or object.
@@ -167,12 +167,12 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
             verify: whether to check the checksums of what is read.
 
         Returns:
-            For a tensor, an array of the box's sizes and of the dtype `DType.numpy`. Where numpy
-            has no such dtype, it carries the bits, and `DType.note` says how.
+            For a tensor, an array with the sizes of the box and the dtype `DType.numpy`. If numpy
+            lacks the tensor's dtype, the array holds its bits, as described in `DType.note`.
 
         Raises:
-            KeyError: nothing has that name.
-            ValueError: the box reaches out of the tensor, or the name is an object's.
+            KeyError: the checkpoint has no such name.
+            ValueError: the box extends beyond the tensor, or the name belongs to an object.
             Damaged: bytes are missing or do not match their checksum.
 
         Example:
@@ -183,11 +183,10 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return self._reader.read(name, box, verify=verify)
 
     def tree(self) -> Any:
-        """Return the nested state as it was saved, without tensor data.
+        """Return the nested state as it was saved, with a `TensorInfo` in place of each tensor.
 
         Returns:
-            Nested dicts and lists, with a `TensorInfo` in place of each tensor, and the values of
-            the objects. All objects are read.
+            Nested dicts and lists with the values of all objects, which are read from the store.
 
         Raises:
             Damaged: bytes of an object are missing or do not match their checksum.
@@ -201,11 +200,11 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
     def verify(
         self, *, threads: int | None = None, progress: Progress | None = None
     ) -> VerifyReport:
-        """Check every byte that has a checksum; damage is reported, not raised.
+        """Check every byte that has a checksum, and return a report; damage is not raised.
 
         Args:
             threads: number of threads that read; by default `SHARDKEEP_READ_THREADS`.
-            progress: called with the number of bytes checked and to check.
+            progress: called with the number of bytes checked so far and the number to check.
 
         Example:
             >>> report = ckpt.verify()  # doctest: +SKIP
@@ -215,7 +214,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
         return self._reader.verify(threads=threads, progress=progress)
 
     def close(self) -> None:
-        """Close the files of the checkpoint; it can't be used afterwards.
+        """Close the files of the checkpoint, which must not be used afterwards.
 
         A store that was passed to `open` stays open, since the caller may go on using it.
 
@@ -257,7 +256,7 @@ class Checkpoint(Mapping[str, TensorInfo | ObjectInfo]):
 
 
 def _nbytes(reader: CheckpointReader) -> int:
-    """Return the bytes of all tensors. In Python's integers: a hostile shape must not overflow."""
+    """Return the bytes of all tensors, in Python integers: hostile shapes must not overflow."""
     tensors = reader.outline.tensors
     shapes, itemsizes = tensors.shape.tolist(), ITEMSIZES[tensors.dtype].tolist()
     return sum(prod(shape) * itemsize for shape, itemsize in zip(shapes, itemsizes, strict=True))

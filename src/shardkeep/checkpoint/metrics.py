@@ -1,4 +1,4 @@
-"""Metrics of a step. They are part of the commit, in the manifest's header: no file to go stale."""
+"""Metrics of a step, stored in the manifest's header so that they are committed with it."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any, SupportsFloat
 __all__ = ["HEADER", "finite", "metrics_in"]
 
 HEADER = "metrics"
-"""What the manifest's header calls them."""
+"""Key of the metrics in the manifest's header."""
 
-_MOST = 10_000
-"""Metrics of a step at most: more than that is no list of measured values."""
+_MAX_METRICS = 10_000
+"""Maximum number of metrics of a step, far more than a job measures."""
 
 
 def finite(metrics: Mapping[str, SupportsFloat]) -> tuple[dict[str, float], tuple[str, ...]]:
-    """What can be saved of metrics: numbers by name, and the names of those that are not finite.
+    """Return the finite metrics as floats, and the names of the others.
 
     Raises:
-        TypeError: a name is no text, or a value no number.
-        ValueError: there are more than any list of measured values has.
+        TypeError: a name is not a string, or a value is not a number.
+        ValueError: there are more metrics than a checkpoint may have.
     """
-    if len(metrics) > _MOST:
-        raise ValueError(f"{len(metrics)} metrics of one step: {_MOST} at most")
-    found, left = {}, []
+    if len(metrics) > _MAX_METRICS:
+        raise ValueError(f"a step may have at most {_MAX_METRICS} metrics, not {len(metrics)}")
+    found, not_finite = {}, []
     for name, value in metrics.items():
         if not isinstance(name, str):
-            raise TypeError(f"the name of a metric is a text, not {name!r}")
+            raise TypeError(f"the name of a metric must be a str, not {name!r}")
         number = _number(value)
         if number is None:
-            raise TypeError(f"metric {name!r} is a {type(value).__name__}, which is no number")
+            raise TypeError(f"metric {name!r} must be a number, not a {type(value).__name__}")
         if math.isfinite(number):
             found[name] = number
         else:
-            left.append(name)
-    return found, tuple(left)
+            not_finite.append(name)
+    return found, tuple(not_finite)
 
 
 def metrics_in(header: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that a manifest's header holds; what is no finite number is not one."""
-    told = header.get(HEADER)
-    if not isinstance(told, Mapping) or len(told) > _MOST:
+    """Return the metrics in a manifest's header, without entries that are not finite numbers."""
+    entries = header.get(HEADER)
+    if not isinstance(entries, Mapping) or len(entries) > _MAX_METRICS:
         return {}
     found = {}
-    for name, value in told.items():
+    for name, value in entries.items():
         number = _number(value) if type(value) in (int, float) else None
         if isinstance(name, str) and number is not None and math.isfinite(number):
             found[name] = number
@@ -52,11 +52,12 @@ def metrics_in(header: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _number(value: Any) -> float | None:
-    """A number as a float, infinite if it is too large for one; None if it is none."""
+    """Return a value as a float, infinite if it is too large; None if it is not a number."""
     if isinstance(value, str | bytes) or not hasattr(type(value), "__float__"):
         return None
     try:
-        return float(value.detach() if hasattr(value, "detach") else value)  # torch warns otherwise
+        # torch warns without the detach
+        return float(value.detach() if hasattr(value, "detach") else value)
     except OverflowError:
         return math.inf
     except (TypeError, ValueError, RuntimeError):  # arrays of several numbers

@@ -1,7 +1,7 @@
-"""Requested boxes into memory: small payloads as columns, all else as one copy for each chunk.
+"""Plan for reading boxes into memory: small payloads as arrays, the rest as copies of chunks.
 
-The fast way takes only what is beyond doubt: what contradicts itself, or is not there, goes the
-general way, which says what is wrong.
+The fast way takes only payloads whose metadata are complete and consistent. All others take the
+general way, which reports what is wrong.
 """
 
 from __future__ import annotations
@@ -38,44 +38,47 @@ Mask = NDArray[np.bool_]
 
 
 class Memory(Protocol):
-    """Where boxes go, by their rows. It stays where it is for as long as this object lives."""
+    """Destinations of boxes, by row. Their memory must not move while this object lives."""
 
     def addresses(self, rows: I64) -> I64:
-        """[R] where the memory of each of these rows begins; 0 where that does not say it all.
+        """Return the addresses [R] of the memory of these rows; 0 for a row that has none.
 
-        Memory with an address holds the elements of the box in C order without gaps, each as wide
-        as a stored one, and may be written to.
+        Memory with an address is writable and holds the elements of the box in C order without
+        gaps, in the item size of the stored elements.
         """
         ...
 
     def array(self, row: int) -> NDArray[Any] | None:
-        """An array for a whole box, to be filled as `io.jobs.Copy.into`. Asked for once a row.
+        """Return an array for a whole box, to read into as `ChunkCopy.into`; called once for a row.
 
-        None where bytes can't be read to: they are `put` there.
+        None means that bytes cannot be read into it directly: they are passed to `put`.
         """
         ...
 
     def put(self, row: int, part: Box, data: NDArray[np.uint8]) -> None:
-        """Take part of a box, whose elements `data` holds in C order, as they are stored.
+        """Store a part of a box, whose elements `data` holds in C order as they were stored.
 
         Args:
-            part: relative to the box.
-            data: is used again for something else.
+            row: row of the box.
+            part: the part, relative to the box.
+            data: bytes of the part; the buffer is reused after the call.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadPlan:
-    """What is to be read, and where it goes.
+    """The reads that fill some boxes, and where their bytes go.
 
     Attributes:
-        small: whole payloads for memory that has an address, and `reads`: how they are read.
-        copies: all else that is read to where it belongs.
-        rounds: what is not: it is put there, part by part. `room`: bytes of memory that this takes.
-        resharded: [R] whether a box is put together from other boxes than itself. Large chunks that
-            tile it run after run are itself: large boxes are cut like that when they are saved.
-        memory: kept alive by this.
+        small: whole small payloads whose destinations have addresses.
+        reads: the reads that fetch `small`.
+        copies: all other reads into the memory of a box.
+        rounds: reads into a buffer, whose parts are then passed to `Memory.put`.
+        room: number of bytes of that buffer.
+        resharded: [R] whether a box is assembled from boxes other than itself. Chunks that were cut
+            from one large box when it was saved count as that box.
+        memory: the destinations, which the plan keeps alive.
     """
 
     small: SmallPayloads
@@ -95,8 +98,8 @@ class ReadPlan:
         budget: int | None = None,
         progress: Progress | None = None,
     ) -> ReadStats:
-        """Read everything, as `io.read.read_copies` does; it raises what that does."""
-        told = _Told(progress, sum(read.high - read.low for read in self.reads))
+        """Read everything; see `io.read.copies.read_copies` for arguments and errors."""
+        combined = _CombinedProgress(progress, sum(read.high - read.low for read in self.reads))
         stats = read_copies(
             store,
             self.copies,
@@ -104,7 +107,7 @@ class ReadPlan:
             verify=verify,
             threads=threads,
             budget=MemoryBudget.of(budget).after_rounds(self.room).nbytes,
-            progress=told.copies,
+            progress=combined.copies,
         )
         nbytes = read_small(
             store,
@@ -112,7 +115,7 @@ class ReadPlan:
             self.reads,
             verify=verify,
             threads=threads,
-            progress=told.small,
+            progress=combined.small,
         )
         open_ = self.small.crc < 0 if verify else np.ones(len(self.small.crc), dtype=np.bool_)
         rows = dict.fromkeys(self.small.tensor[open_].tolist())
@@ -125,11 +128,11 @@ class ReadPlan:
         )
 
 
-class _Told:
-    """Makes one progress of two: copies first, then so many bytes of small payloads."""
+class _CombinedProgress:
+    """Progress of copies and then of small payloads, reported as one total."""
 
     def __init__(self, progress: Progress | None, later: int) -> None:
-        self._progress, self._later, self._before = progress or _nobody, later, 0
+        self._progress, self._later, self._before = progress or _ignore_progress, later, 0
 
     def copies(self, phase: str, done: int, total: int) -> None:
         self._before = total
@@ -139,8 +142,8 @@ class _Told:
         self._progress(phase, self._before + done, self._before + total)
 
 
-def _nobody(phase: str, done: int, total: int) -> None:
-    """Nobody listens."""
+def _ignore_progress(phase: str, done: int, total: int) -> None:
+    """Ignore progress."""
 
 
 def plan(
@@ -152,20 +155,24 @@ def plan(
     together: bool = False,
     budget: int | None = None,
 ) -> ReadPlan:
-    """Decide how to read some boxes. Item headers are read where the index does not say enough.
+    """Return how to read some boxes; read item headers where the index is not sufficient.
 
     Args:
-        wanted: [R] boxes; tensors count as in the index, and their chunks cover them.
-        memory: where each of them goes.
-        together: other ranks of this machine load at the same time. Whole tensors are what all of
-            them want: those are read through the page cache, so that the disk is read once.
-        budget: as of `ReadPlan.run`; a quarter of it is for what is not read to where it belongs.
+        sources: locations of the checkpoint's chunks.
+        wanted: [R] boxes of tensors of the index, which are covered by its chunks.
+        memory: destinations of the boxes.
+        threads: number of threads that read item headers.
+        together: whether other ranks of this machine load at the same time. If so, whole tensors,
+            which all of them need, are read through the page cache, so that the disk is read once.
+        budget: limit of the memory that reads use, in bytes. A quarter of it is for boxes that
+            cannot be read into directly.
 
     Raises:
-        Damaged, FormatError: as from `ChunkLocations.locate`.
+        Damaged: an item extends beyond the end of its file, or the file is missing.
+        FormatError: an item's header contradicts the index.
     """
     chunks = sources.index.chunks
-    found = _meet(wanted, chunks)
+    found = _overlapping_chunks(wanted, chunks)
     whole = (found.sizes == chunks.sizes[found.right]).all(axis=1)
     whole &= one_run(found.sizes, wanted.sizes[found.left])
     resharded = np.zeros(len(wanted.tensor), dtype=np.bool_)
@@ -214,7 +221,7 @@ def _rounds(
     threads: int,
     room: int,
 ) -> list[ReadRound]:
-    """These of the wanted boxes, in parts that are read to so many bytes of memory, and put."""
+    """Return rounds that read the given boxes through a buffer of at most `room` bytes."""
     if not len(rows):
         return []
     groups = plan_rounds(_shapes(sources.index, wanted, rows), room)
@@ -231,7 +238,7 @@ def _rounds(
     for at, part in enumerate(parts):
         boxes.offsets[at, : part.inside.ndim] += np.array(part.inside.offsets, dtype=np.int64)
         boxes.sizes[at, : part.inside.ndim] = part.inside.sizes
-    found = _meet(boxes, sources.index.chunks)
+    found = _overlapping_chunks(boxes, sources.index.chunks)
     ends = np.cumsum([len(group) for group in groups])
     cuts = np.searchsorted(found.left, [0, *ends])
     rounds = []
@@ -243,7 +250,7 @@ def _rounds(
 
 
 def _shapes(index: Index, wanted: Boxes, rows: I64) -> list[tuple[int, Box, int]]:
-    """For each of these rows itself, its box without padding, and the bytes of an element."""
+    """Return for each row the row, its box without padding, and the size of an element."""
     tensor = wanted.tensor[rows]
     ndims, itemsizes = index.tensors.ndim[tensor], ITEMSIZES[index.tensors.dtype[tensor]]
     sizes = wanted.sizes[rows].tolist()
@@ -263,8 +270,9 @@ def _put(
 
 
 def _as_saved(wanted: Boxes, found: Overlap, index: Index) -> Mask:
-    """For each part of a wanted box, whether it is all of it, or as large as parts of boxes that
-    were cut on saving (`plan.cutting`).
+    """Return for each part of a wanted box whether it corresponds to a chunk as it was saved.
+
+    It does if it is the whole box, or if it is so large that the box was cut when it was saved.
     """
     all_of_it: Mask = (found.sizes == wanted.sizes[found.left]).all(axis=1)
     nbytes = found.sizes.prod(axis=1) * ITEMSIZES[index.tensors.dtype[wanted.tensor[found.left]]]
@@ -272,8 +280,8 @@ def _as_saved(wanted: Boxes, found: Overlap, index: Index) -> Mask:
     return all_of_it
 
 
-def _meet(wanted: Boxes, chunks: Chunks) -> Overlap:
-    """Which chunks each wanted box needs, and which box of them."""
+def _overlapping_chunks(wanted: Boxes, chunks: Chunks) -> Overlap:
+    """Return which chunks each wanted box overlaps, and where."""
     mine = np.zeros(int(wanted.tensor.max(initial=-1)) + 1, dtype=np.bool_)
     mine[wanted.tensor] = True
     used = np.flatnonzero(chunks.tensor < len(mine))
@@ -291,7 +299,7 @@ def _small(
     address: I64,
     fast: I64,
 ) -> SmallPayloads:
-    """The rows `fast` of `found` as small payloads."""
+    """Return the rows `fast` of `found` as small payloads."""
     index = sources.index
     left, right = found.left[fast], found.right[fast]
     element = first_element(found.offsets[fast] - wanted.offsets[left], wanted.sizes[left])
@@ -317,7 +325,7 @@ def _copies(
     shared: Mask,
     threads: int,
 ) -> list[ChunkCopy]:
-    """The given rows of `found` as copies; `shared`: which wanted boxes others want, too."""
+    """Return these rows of `found` as copies; `shared` marks boxes that other ranks read, too."""
     left, right = found.left[rows], found.right[rows]
     index = sources.index
     known = sources.locate(sorted_unique(right).tolist(), threads=threads)
@@ -329,7 +337,7 @@ def _copies(
     for k, (ndim, to, row) in enumerate(zip(ndims, left.tolist(), right.tolist(), strict=True)):
         sizes = tuple(sizes_of[k, :ndim].tolist())
         target = Box(tuple(into[k, :ndim].tolist()), sizes)
-        view: tuple[Any, ...] = (*target.slices, ...)  # not a copy, even of a scalar
+        view: tuple[Any, ...] = (*target.slices, ...)  # with "...", a view even of a scalar
         copies.append(
             ChunkCopy(
                 name=sources.name(row),

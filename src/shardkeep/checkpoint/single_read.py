@@ -1,6 +1,6 @@
-"""A small part of a tensor, read and checked at once: no plan, no threads, no buffers.
+"""Read of a small part of a tensor, without a plan, threads or buffers.
 
-A plan costs as much as hundreds of such reads, and pays only for many boxes or many bytes.
+A plan costs as much as hundreds of such reads, so it pays only for many boxes or many bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shardkeep.types import Box, ByteRange
 __all__ = ["read_small_part"]
 
 _MAX_BYTES = 1 << 20
-"""Larger parts are read in parallel, and past the page cache where that pays."""
+"""Larger parts are read in parallel, and past the page cache where that is faster."""
 
 
 def read_small_part(
@@ -35,12 +35,12 @@ def read_small_part(
         name: name of the tensor, for errors.
         source: location of the chunk.
         box: the part to read, relative to the chunk; not empty.
-        into: an array of the box's sizes, with the tensor's item size.
+        into: an array with the sizes of the box and the tensor's item size.
         verify: whether to check the checksums.
 
     Returns:
-        False if nothing was read: the part is not that simple, or its metadata contradict
-        themselves. `read_copies` then reads it, or says what is wrong.
+        Whether the box was read. If not, the part is not that simple, or its metadata is
+        inconsistent; `read_copies` then reads it or raises an error.
 
     Raises:
         Damaged: bytes are missing or do not match their checksum.

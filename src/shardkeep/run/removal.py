@@ -1,7 +1,7 @@
-"""Steps go in an order in which no crash leaves half of one that looks whole.
+"""Removal of checkpoints, in an order that never leaves an incomplete one that looks complete.
 
-First the commit record, durably; only then what it names. So what a crash leaves behind is a folder
-in which nothing is committed: what is in it belongs to nobody, and goes like what dead saves left.
+The commit record is removed first, durably, and then the files that it names. So a crash leaves a
+folder without a committed checkpoint, whose files are garbage like those of dead saves.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["clear", "remove"]
 
 
 def remove(root: Store, folder: str) -> bool:
-    """Remove the checkpoint in a folder, and the folder if nothing else is in it.
+    """Remove the checkpoint in a folder, and the folder if it is then empty.
 
     Args:
-        root: where the folder is.
-        folder: its name; not a link.
+        root: The store that contains the folder.
+        folder: The name of the folder; not a symbolic link.
 
     Returns:
-        False if its metadata can't be read, or names no files: what is not understood stays.
+        False if nothing was removed, because the metadata cannot be read or names no files.
     """
     store = subfolder(root, folder)
     files = commit.files_of(store)
@@ -40,15 +40,16 @@ def remove(root: Store, folder: str) -> bool:
 
 
 def clear(root: Store, folder: str) -> None:
-    """Remove what dead saves and removals left in a folder in which nothing is committed.
+    """Remove what dead saves and removals left in a folder without a committed checkpoint.
 
-    Files of saves that are alive stay, and so does what no save of ours made.
+    Files of live saves stay, and so do files that Shardkeep did not write.
 
     Args:
-        root, folder: as of `remove`.
+        root: The store that contains the folder.
+        folder: The name of the folder; not a symbolic link.
     """
     store = subfolder(root, folder)
-    # As if it were the end of all time, when every lease is over: is there anything at all?
+    # At infinite time every lease has expired, so this tells cheaply whether there can be garbage.
     if find_garbage(store, lambda: math.inf):
         with Lease(store, commit.new_id()) as lease:
             lease.take()

@@ -1,4 +1,4 @@
-"""Ranks that are threads of one process: for simulation and for tests."""
+"""Ranks that are threads of one process, for simulation and for tests."""
 
 from __future__ import annotations
 
@@ -24,14 +24,22 @@ def run(
     timeouts: Timeouts | None = None,
     keys: MemoryKeyValueStore | None = None,
 ) -> list[T]:
-    """Call `function(ranks, *args)` on `size` ranks at once; the results, in rank order.
+    """Call `function(ranks, *args)` on `size` ranks at once; return the results in rank order.
 
-    Waits for all of them. Threads cannot be killed, so unless `timeouts` says otherwise there are
-    no heartbeats, and a rank that never enters a session is given up after the deadline.
+    The call waits for all ranks. Threads cannot be killed, so by default there are no heartbeats. A
+    rank that never enters a session is then given up only after the deadline.
+
+    Args:
+        size: The number of ranks.
+        function: The function to call.
+        *args: Further arguments of the function.
+        timeouts: Timeouts of the sessions; by default the settings, without heartbeats.
+        keys: The store through which the ranks communicate; by default a new one.
 
     Raises:
-        The error of the rank that failed first, with a note that names the rank. Where ranks only
-        passed on what they were told (`RankFailed`), the one they were told about is meant.
+        BaseException: The error of the rank that failed first, with a note that names the rank. A
+            `RankFailed`, which only reports the failure of another rank, is raised only if no rank
+            raised another error.
     """
     keys = keys if keys is not None else MemoryKeyValueStore()
     timeouts = timeouts or replace(Timeouts.from_settings(), heartbeat_seconds=0.0)

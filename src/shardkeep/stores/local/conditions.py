@@ -61,7 +61,7 @@ def rename_if_new(source: str, target: str) -> None:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        _warn_of(target, "neither exclusive renames nor hard links")
+        _warn_of_races(target, "neither exclusive renames nor hard links")
         if os.path.lexists(target):
             raise file_exists(target) from None
         os.replace(source, target)  # noqa: PTH105
@@ -113,7 +113,7 @@ def _locked(path: str, version: str) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                _warn_of(path, "no file locks")
+                _warn_of_races(path, "no file locks")
                 break
         yield
 
@@ -128,7 +128,7 @@ def _lockable(path: str) -> Descriptor:
     return opened(path, os.O_RDONLY | os.O_NONBLOCK)
 
 
-def _warn_of(path: str, lack: str) -> None:
+def _warn_of_races(path: str, lack: str) -> None:
     """Log what two writers at the same instant could do here. Nothing else prevents it."""
     _log.warning(
         "%s: this file system has %s, so two saves that commit at the same instant may both "

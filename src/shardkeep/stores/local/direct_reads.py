@@ -27,10 +27,10 @@ FLAG: int = getattr(os, "O_DIRECT", 0)
 PIECE = 4 << 20
 """Bytes of one read at most."""
 
-_LEAST = 64 * 1024
+_MIN_READ_BYTES = 64 * 1024
 """Fewer bytes are not worth a look: the kernel's own reading ahead may well serve the next ones."""
 
-_SAMPLE = 32 * 1024
+_SAMPLE_BYTES = 32 * 1024
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFAULT)
 """What such a read says of a file system, or of memory, that does not take it."""
@@ -59,13 +59,13 @@ class ColdReads:
         The sample is taken from the middle: reading ahead leaves the beginning cached, and to ask
         for all pages of a range takes a twentieth of the time that copying them takes.
         """
-        if not self.works or length < _LEAST:
+        if not self.works or length < _MIN_READ_BYTES:
             return False
-        found = syscalls.cached(fd, offset + (length - _SAMPLE) // 2, _SAMPLE)
+        found = syscalls.cached(fd, offset + (length - _SAMPLE_BYTES) // 2, _SAMPLE_BYTES)
         if found is None:
             self.works = False
             return False
-        return found < _SAMPLE // 2
+        return found < _SAMPLE_BYTES // 2
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
@@ -165,7 +165,7 @@ class ColdReads:
                 return self._free.pop()
             budget = MemoryBudget.of(self._budget)
             size = budget.direct_buffer_bytes(settings.read_threads(), PIECE)
-            if size < _LEAST or (self._taken + 1) * size > budget.direct_read_bytes():
+            if size < _MIN_READ_BYTES or (self._taken + 1) * size > budget.direct_read_bytes():
                 return None
             self._taken += 1
         # Private: a forked process must not write into its parent's buffers.

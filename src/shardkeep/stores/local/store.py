@@ -35,11 +35,11 @@ from shardkeep.types import I64
 
 __all__ = ["LocalStore"]
 
-_NO_EMPTY_FOLDER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
+_NOT_AN_EMPTY_FOLDER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
 """What removing a folder says of one that is not empty, is gone, or is a link or a file."""
 
 
-class _Open:
+class _OpenFile:
     """A file open for reading. Closed with its last reference, so never under a reader's feet."""
 
     def __init__(self, path: str, flags: int) -> None:
@@ -90,7 +90,7 @@ class LocalStore(Store):
         }
         self._limit = max(1, open_files)
         self._lock = Lock()
-        self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int], _OpenFile] = OrderedDict()
         self._cold = direct_reads.ColdReads(direct, budget)
         self._unsynced: set[str] = set()
         self._syncing = Lock()
@@ -163,7 +163,7 @@ class LocalStore(Store):
                 piece = view[low : low + direct_reads.PIECE]
                 done = 0
                 if not keep and self._cold.pays(file.fd, start + low, len(piece)):
-                    for done in self._past_the_cache(path, start + low, piece, step):
+                    for done in self._read_direct(path, start + low, piece, step):
                         yield low + done
                 while done < len(piece):
                     rest = piece[done : done + step]
@@ -224,7 +224,7 @@ class LocalStore(Store):
         synced them: then a power loss would take the folder away with all that is in it.
         """
         if not self._ancestors_synced:
-            for folder in _above(self._root):
+            for folder in _ancestors(self._root):
                 # What may not be opened is not this job's, so it was not made for it just now.
                 with suppress(PermissionError):
                     _sync_folder(folder)
@@ -264,7 +264,7 @@ class LocalStore(Store):
         try:
             os.rmdir(path)  # noqa: PTH106
         except OSError as error:
-            if error.errno not in _NO_EMPTY_FOLDER:
+            if error.errno not in _NOT_AN_EMPTY_FOLDER:
                 raise
 
     def close(self) -> None:
@@ -282,7 +282,7 @@ class LocalStore(Store):
     def __repr__(self) -> str:
         return f"LocalStore({self._root!r})"
 
-    def _file(self, path: str, flags: int = 0) -> _Open:
+    def _file(self, path: str, flags: int = 0) -> _OpenFile:
         key = path, flags
         with self._lock:
             file = self._open.get(key)
@@ -290,7 +290,7 @@ class LocalStore(Store):
                 self._open.move_to_end(key)
         if file is not None and not file.replaced():
             return file
-        file = _Open(path, flags)
+        file = _OpenFile(path, flags)
         with self._lock:
             self._open[key] = file
             self._open.move_to_end(key)
@@ -303,7 +303,7 @@ class LocalStore(Store):
             for flags in (0, direct_reads.FLAG):
                 self._open.pop((path, flags), None)
 
-    def _past_the_cache(self, path: str, offset: int, view: memoryview, step: int) -> Iterator[int]:
+    def _read_direct(self, path: str, offset: int, view: memoryview, step: int) -> Iterator[int]:
         """As `ColdReads.read`, of a file that is opened for it."""
         file = None
         with self._cold.refusals():
@@ -353,7 +353,7 @@ def _rename(source: str, target: str, mode: PutMode) -> None:
         os.replace(source, target)  # noqa: PTH105
 
 
-def _above(folder: str) -> list[str]:
+def _ancestors(folder: str) -> list[str]:
     """The folders above it, up to the root of its file system, nearest first; links followed."""
     found, inner = [], os.path.realpath(folder)
     device = os.stat(inner).st_dev  # noqa: PTH116
