@@ -1,4 +1,4 @@
-"""Folders of a store, also where only the names of files imply them (memory, object stores)."""
+"""Folders of a store, including stores where folders exist only as parts of file names."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def subfolder(store: Store, folder: str) -> Store:
 
 
 def remove_folder(store: Store, folder: str) -> None:
-    """Remove a folder if it is empty. Links, files and other folders stay."""
+    """Remove a folder if it is empty; links, files and other folders stay."""
     if isinstance(store, SupportsFolders):
         store.remove_folder(folder)
 
 
 class PrefixStore(Store):
-    """The files of a store below a folder: each name is passed on with the folder in front."""
+    """The files of a store below a folder; the folder is prepended to each name."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._prefix = store, checked_prefix(f"{folder}/")

@@ -17,18 +17,18 @@ __all__ = ["MemoryStore"]
 
 @dataclass(slots=True, eq=False)
 class _File:
-    """The content of one file, and the number of the write that made it."""
+    """The content of one file, and the number of the write that created it (its version)."""
 
     content: bytearray
     version: int
 
 
 class MemoryStore(Store):
-    """Files in a dictionary. Writes are visible at once; nothing outlives the object.
+    """A store that keeps files in a dictionary. Writes are visible at once; nothing is persistent.
 
     Args:
         url: The name of the store in errors and reports.
-        files: Files that it holds from the beginning, by name.
+        files: Initial files, by name.
     """
 
     def __init__(self, url: str = "memory", files: Mapping[str, Buffer] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Names of files inside a store: relative, with "/", never leaving the folder."""
+"""Validation of file names in a store: relative, separated by "/", and inside the folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["checked_name", "checked_prefix", "checked_range", "group_names"]
 
 
 def checked_name(name: str) -> str:
-    """Return the name in its plain form ("a/./b" and "c/../a/b" are "a/b").
+    """Return the name in its normal form ("a/./b" and "c/../a/b" become "a/b").
 
-    ".." is resolved here, in the text, and never by the file system: that would follow a symbolic
-    link first, and so could end up outside of the folder.
+    ".." is resolved textually and never by the file system. The file system would follow symbolic
+    links first, which could lead out of the folder.
 
     Raises:
         ValueError: The name is empty, is absolute, leaves the folder, contains a NUL, or cannot be
@@ -43,10 +43,10 @@ def checked_name(name: str) -> str:
 
 
 def checked_prefix(prefix: str) -> str:
-    """Return the prefix of a listing in its plain form: empty, or a folder that ends in "/".
+    """Return the prefix of a listing in its normal form: empty, or a folder that ends in "/".
 
     Raises:
-        ValueError: The prefix does not end in "/", or what precedes that is a bad name.
+        ValueError: The prefix does not end in "/", or the part before it is not a valid name.
     """
     if not prefix:
         return ""
@@ -56,17 +56,17 @@ def checked_prefix(prefix: str) -> str:
 
 
 def checked_range(start: int, length: int) -> None:
-    """Refuse negative numbers, which slices and system calls interpret in different ways."""
+    """Raise ValueError for negative numbers, which slices and system calls treat differently."""
     if start < 0 or length < 0:
         raise ValueError(f"bad range: {length} bytes from offset {start}")
 
 
 def group_names(names: Iterable[str], prefix: str, delimiter: str | None) -> Listing:
-    """Return the listing of a store without folders that holds files of these names.
+    """Return the listing of a store that has no folders of its own, from the names of its files.
 
     Args:
         names: The names of all files.
-        prefix: As returned by `checked_prefix`.
+        prefix: A prefix that `checked_prefix` returned.
         delimiter: "/", or None to list all files below the prefix.
     """
     below = [name for name in names if name.startswith(prefix)]

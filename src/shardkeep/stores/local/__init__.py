@@ -1,1 +1,1 @@
-"""A store in a folder of the local file system, or of one that is mounted (NFS, Lustre)."""
+"""Store in a folder of the local file system or of a mounted one (NFS, Lustre)."""

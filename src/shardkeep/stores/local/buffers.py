@@ -1,4 +1,4 @@
-"""Several parts of memory for one call that reads or writes them one after the other."""
+"""Lists of buffers for system calls that read or write several of them (preadv, pwritev)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 __all__ = ["AT_ONCE", "after"]
 
 AT_ONCE = 1024
-"""Parts that one call takes (IOV_MAX of Linux)."""
+"""Maximum number of buffers of one call (IOV_MAX of Linux)."""
 
 
 def after(parts: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left of the parts when the first `done` bytes of them are done."""
+    """Return the rest of the buffers after their first `done` bytes."""
     left = list(parts)
     while left and done >= len(left[0]):
         done -= len(left.pop(0))

@@ -1,8 +1,8 @@
-"""Renames that depend on what has the target's name, each in one step for all processes.
+"""Renames that are conditional on the target file, each atomic across processes.
 
-"Create" is one system call that fails where the name is taken. "If it matches" is a comparison and
-a rename under a lock (flock) on the file that is replaced. The kernel releases the lock when its
-holder dies. Whoever waited for the lock finds that the name leads to another file by then.
+"Create" is one system call that fails if the target exists. "If it matches" is a comparison and a
+rename under a lock (flock) on the file that is replaced. The kernel releases the lock when its
+holder dies. A process that waited for the lock then finds that the name refers to another file.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY)
 
 _LOCK_SECONDS = 10.0
-"""How long to wait for a lock, which is held for the time of a few system calls."""
+"""Maximum time to wait for a lock, which others hold for a few system calls only."""
 _POLL_SECONDS = 0.005
 
 _log = logging.getLogger("shardkeep")
 
 
 def version_of(found: os.stat_result) -> str:
-    """Return the version of a file: it differs for any two files that ever had one name.
+    """Return the version of a file, which differs between any two files that have had one name.
 
-    The change time is left out: a backup by hard links changes it, too.
+    It does not include the change time (ctime), which a backup by hard links changes.
     """
     return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
 
@@ -51,11 +51,11 @@ def rename_if_new(source: str, target: str) -> None:
             return
     except FileExistsError:
         raise file_exists(target) from None
-    # NFS cannot do the former, but links are exclusive there, too.
+    # NFS does not support renameat2, but hard links are exclusive there, too.
     try:
         os.link(source, target)
     except FileExistsError:
-        # An answer of a server that got lost: the call was repeated, and met its own result.
+        # An NFS client repeats a call whose reply was lost, and then finds its own link.
         if not _is_one_file(source, target):
             raise file_exists(target) from None
     except OSError as error:
@@ -70,16 +70,16 @@ def rename_if_new(source: str, target: str) -> None:
 
 
 def _is_one_file(source: str, target: str) -> bool:
-    """Return whether two names lead to one file; a link that leads to it does not count."""
+    """Return whether two names refer to the same file; symbolic links are not followed."""
     found = [os.stat(path, follow_symlinks=False) for path in (source, target)]  # noqa: PTH116
     return found[0].st_ino == found[1].st_ino and found[0].st_dev == found[1].st_dev
 
 
 def rename_if_matching(source: str, target: str, version: str) -> None:
-    """Rename a file over `target` if that has this version.
+    """Rename a file over `target` if `target` has the given version.
 
     Raises:
-        PreconditionFailed: It has another one, or is gone.
+        PreconditionFailed: `target` has another version, or does not exist.
         TimeoutError: Another process holds the lock for too long.
     """
     with _locked(target, version):
@@ -94,7 +94,7 @@ def rename_if_matching(source: str, target: str, version: str) -> None:
 
 @contextmanager
 def _locked(path: str, version: str) -> Iterator[None]:
-    """Hold the lock on a file inside the block, where its file system has locks."""
+    """Hold the lock on a file inside the block, if its file system supports locks."""
     try:
         file = _lockable(path)
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def _locked(path: str, version: str) -> Iterator[None]:
 
 
 def _lockable(path: str) -> Descriptor:
-    """Open a file to lock it. NFS locks only what is open for writing."""
+    """Open a file to lock it, for writing if possible, because NFS requires that."""
     try:
         return opened(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError as error:
@@ -129,7 +129,7 @@ def _lockable(path: str) -> Descriptor:
 
 
 def _warn_of_races(path: str, lack: str) -> None:
-    """Log what two writers at the same instant could do here. Nothing else prevents it."""
+    """Warn that two concurrent commits may both succeed on this file system."""
     _log.warning(
         "%s: this file system has %s, so two saves that commit at the same instant may both "
         "succeed; let only one job write here",

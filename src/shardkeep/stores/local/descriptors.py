@@ -1,4 +1,4 @@
-"""Open files that no Ctrl-C loses."""
+"""File descriptors that a KeyboardInterrupt cannot leak."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ __all__ = ["Descriptor", "opened"]
 
 
 class Descriptor(io.FileIO):
-    """A file's descriptor, closed with the last reference to it, if not before.
+    """A file descriptor that is closed with the last reference to it, if not before.
 
-    By C alone: a Ctrl-C that comes while a `__del__` runs is raised there, that is, nowhere, and
-    what was to be closed stays open.
+    It has no `__del__` method of Python code: a KeyboardInterrupt inside one is ignored there, and
+    the descriptor would stay open. `FileIO` closes it in C.
     """
 
     _finalizing = False
-    """Hides the flag by which FileIO would warn of files that nobody has closed: here, that is no
-    mistake. Where a Python has no such flag, this does nothing."""
+    """Suppresses FileIO's warning about files that were not closed, which is intended here.
+
+    A Python without this flag ignores the attribute.
+    """
 
 
 def opened(path: str, flags: int) -> Descriptor:
-    """Open a file; `flags` as for `os.open`.
+    """Open a file.
+
+    Args:
+        path: Path of the file.
+        flags: Flags of `os.open`.
 
     Raises:
-        OSError: as from there; also EINVAL for a folder.
+        OSError: The file cannot be opened, or it is a folder (EINVAL).
     """
     try:
-        # In one go of C code: between two calls, a Ctrl-C would lose the number.
+        # In one call of C code: a Ctrl-C between two calls would lose the descriptor.
         return next(map(Descriptor, map(os.open, [path], [flags], [0o666])))
     except IsADirectoryError as error:
-        if isinstance(error.filename, int):  # It was opened, and FileIO leaves it so.
+        if isinstance(error.filename, int):  # os.open succeeded, and FileIO did not close it
             os.close(error.filename)
         raise OSError(errno.EINVAL, "not a regular file", path) from None

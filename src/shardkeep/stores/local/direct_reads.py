@@ -1,4 +1,4 @@
-"""Reads past the page cache: what is not in it comes from the disk at the disk's own speed."""
+"""Direct reads (O_DIRECT) of data that is not in the page cache, at the speed of the disk."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ from shardkeep.stores.local.buffers import after
 __all__ = ["FLAG", "PIECE", "ColdReads"]
 
 FLAG: int = getattr(os, "O_DIRECT", 0)
-"""How to open a file for such reads; 0 where there are none."""
+"""Flag that opens a file for direct reads; 0 if the system does not support them."""
 
 PIECE = 4 << 20
-"""Bytes of one read at most."""
+"""Maximum number of bytes of one read."""
 
 _MIN_READ_BYTES = 64 * 1024
-"""Fewer bytes are not worth a look: the kernel's own reading ahead may well serve the next ones."""
+"""Shorter reads are not tested, since the kernel's read-ahead is likely to serve the next ones."""
 
 _SAMPLE_BYTES = 32 * 1024
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFAULT)
-"""What such a read says of a file system, or of memory, that does not take it."""
+"""Errors of a direct read that a file system, or the memory that is read into, does not support."""
 
 Bytes = NDArray[Any]
 
 
 class ColdReads:
-    """The buffers of one store, and whether its file system takes such reads at all.
+    """Direct reads of one store: its buffers, and whether its file system supports such reads.
 
-    That is found out by trying: after the first refusal there are no more of them. All buffers of
-    a store together take half of `budget` bytes at most (the other half is its callers'), by
-    default of `knobs.host_budget()`.
+    Support is detected by trying: after the first refusal there are no further direct reads. All
+    buffers of a store together take at most half of the budget; the other half belongs to the
+    callers.
+
+    Args:
+        wanted: Whether to read directly at all.
+        budget: Memory limit in bytes; by default the setting SHARDKEEP_MAX_HOST_MEMORY_BYTES.
     """
 
     def __init__(self, wanted: bool = True, budget: int | None = None) -> None:
@@ -54,10 +58,10 @@ class ColdReads:
         self._taken = 0
 
     def pays(self, fd: int, offset: int, length: int) -> bool:
-        """Whether a range, by a sample, has to come from the disk.
+        """Return whether a sample of a range is not in the page cache, so that direct reads pay.
 
-        The sample is taken from the middle: reading ahead leaves the beginning cached, and to ask
-        for all pages of a range takes a twentieth of the time that copying them takes.
+        The sample is taken from the middle, because read-ahead leaves the beginning in the cache.
+        Testing all pages of a range would take a twentieth of the time of copying them.
         """
         if not self.works or length < _MIN_READ_BYTES:
             return False
@@ -69,7 +73,7 @@ class ColdReads:
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
-        """A refusal inside ends direct reads, but is no error."""
+        """Disable direct reads, without an error, if one is refused in the block."""
         try:
             yield
         except OSError as error:
@@ -78,14 +82,21 @@ class ColdReads:
             self.works = False
 
     def read(self, fd: int, offset: int, view: memoryview, step: int) -> Iterator[int]:
-        """Fill `view`, of `PIECE` bytes at most, from `offset` of a file opened with `FLAG`.
+        """Fill `view`, of at most `PIECE` bytes, from a file that was opened with `FLAG`.
 
-        Where it lies as far past a page as its bytes do in the file (so `plan.layout` lays them),
-        nothing is copied but what is before its first page and behind its last one.
+        If the address of `view` and `offset` have the same position within a page, only the
+        incomplete pages at both ends are copied.
 
-        Yields how many of its bytes are there, every `step` or less. Ends early where the file
-        does, where such reads are refused, or if all buffers are taken: an ordinary read then
-        goes on from there.
+        Args:
+            fd: Descriptor of the file.
+            offset: Offset of the first byte in the file.
+            view: Memory to read into.
+            step: Maximum number of bytes between two numbers that are yielded.
+
+        Yields:
+            The number of bytes read so far. The last number is smaller than the length of `view` if
+            the file ends, if direct reads are refused, or if all buffers are in use. An ordinary
+            read then continues from there.
         """
         with self._buffer() as buffer:
             if buffer is None:
@@ -99,9 +110,9 @@ class ColdReads:
     def _in_place(
         self, fd: int, offset: int, target: Bytes, space: Bytes, step: int
     ) -> Iterator[int]:
-        """Read whole pages to where they belong; `space` takes the torn ones at the ends."""
+        """Read whole pages into the target; `space` takes the incomplete pages at both ends."""
         length, before = len(target), offset % PAGE
-        low = -offset % PAGE  # the whole pages of the target
+        low = -offset % PAGE  # start of the whole pages in the target
         high = length - (length - low) % PAGE
         head, tail = space[:PAGE], space[PAGE : 2 * PAGE]
         parts = [head.data] if before else []
@@ -115,7 +126,7 @@ class ColdReads:
     def _copied(
         self, fd: int, offset: int, target: Bytes, space: Bytes, step: int
     ) -> Iterator[int]:
-        """Read to `space`, and copy from there."""
+        """Read into `space`, and copy from there."""
         room = len(space) - PAGE
         for at in range(0, len(target), room):
             stop = min(at + room, len(target))
@@ -124,7 +135,7 @@ class ColdReads:
             there = self._fill(fd, offset + at - first, [space[: length + -length % PAGE].data])
             end, source = there - first, space[first:]
             for begin in range(0, min(end, stop - at), step):
-                # numpy's copies let other threads run; those between memoryviews do not.
+                # numpy releases the GIL while it copies; a memoryview does not.
                 done = min(begin + step, end, stop - at)
                 target[at + begin : at + done] = source[begin:done]
                 yield at + done
@@ -132,13 +143,13 @@ class ColdReads:
                 return
 
     def close(self) -> None:
-        """Give the buffers back to the system."""
+        """Free the buffers."""
         with self._lock:
             self._taken -= len(self._free)
             self._free.clear()
 
     def _fill(self, fd: int, offset: int, parts: Sequence[memoryview]) -> int:
-        """Bytes read, from a page on into parts that are whole pages: all, unless the file ends."""
+        """Read into whole pages, from a page boundary on; return the number of bytes read."""
         done = 0
         with self.refusals():
             while parts and done % PAGE == 0:
@@ -159,7 +170,7 @@ class ColdReads:
                     self._free.append(buffer)
 
     def _take(self) -> mmap.mmap | None:
-        """A buffer out of the pool, or a new one; None if there are as many as may be."""
+        """Return a pooled or new buffer; None if the budget allows no more."""
         with self._lock:
             if self._free:
                 return self._free.pop()
@@ -168,6 +179,6 @@ class ColdReads:
             if size < _MIN_READ_BYTES or (self._taken + 1) * size > budget.direct_read_bytes():
                 return None
             self._taken += 1
-        # Private: a forked process must not write into its parent's buffers.
+        # Private, so that a forked process does not write into its parent's buffers.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         return mmap.mmap(-1, size + PAGE, flags=flags)

@@ -1,4 +1,4 @@
-"""Errors that say which file it was."""
+"""File names in errors of system calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["naming"]
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Errors of calls that take a descriptor do not know the file: say which one it was."""
+    """Add the path to errors of calls that take a descriptor, which do not contain it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""New local files: written front to back, or at any place and past the page cache."""
+"""New local files, written sequentially or at any offset, with direct I/O where that works."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["Direct", "LocalPositionedWriter", "LocalWriter", "is_direct"]
 
 _REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _NOT_DIRECT = (errno.EINVAL, errno.EFAULT)
-"""What a direct write says of a file system, or of memory (a device's), that can't be used so."""
+"""Errors of a direct write that a file system, or a buffer in device memory, does not support."""
 
 
 class Direct:
-    """Whether a store's files take direct I/O: found out by trying, once."""
+    """Whether the files of a store support direct I/O, which is detected by trying once."""
 
     def __init__(self, wanted: bool = True) -> None:
         self.works = wanted and hasattr(os, "O_DIRECT")
 
     def ask(self, fd: int) -> None:
-        """Set direct I/O for a file that is open, if it works here."""
+        """Enable direct I/O for an open file, if the file system supports it."""
         if not self.works:
             return
         try:
@@ -41,22 +41,22 @@ class Direct:
             self.works = False
 
     def refuse(self, fd: int) -> None:
-        """Go on without: in this file, if it is direct until now, and in all that come after it."""
+        """Disable direct I/O for a file, if it is enabled, and for all later files of the store."""
         if is_direct(fd):
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
             self.works = False
 
 
 def is_direct(fd: int) -> bool:
-    """Whether a file is written to past the page cache."""
+    """Return whether writes to a file bypass the page cache."""
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
 class _NewFile:
-    """A file that is being written: durable when its block is left in peace, else gone.
+    """A file that is being written: durable when its block ends, removed if the block fails.
 
     Args:
-        path: of the file; it must not exist.
+        path: Path of the file, which must not exist.
     """
 
     def __init__(self, path: str) -> None:
@@ -68,7 +68,7 @@ class _NewFile:
         return self._file.fileno()
 
     def _end(self) -> None:
-        """What is to be done before it is synced."""
+        """Finish the content, before the file is synced."""
 
     def __exit__(
         self,
@@ -96,7 +96,7 @@ class _NewFile:
 
 
 class LocalWriter(_NewFile):
-    """See `stores.contract.Writer`."""
+    """Sequential writer of a new local file; see `stores.contract.Writer`."""
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
@@ -109,15 +109,18 @@ class LocalWriter(_NewFile):
 
 
 class LocalPositionedWriter(_NewFile):
-    """See `stores.abilities.PositionedWriter`. Its space is reserved when it is made.
+    """Writer of a new local file at any offset; see `stores.abilities.PositionedWriter`.
+
+    Its space is reserved when it is created.
 
     Args:
-        path: of the file; it must not exist.
-        nbytes: its size.
-        direct: what is known of the file system.
+        path: Path of the file, which must not exist.
+        nbytes: Size of the file in bytes.
+        direct: Whether the file system supports direct I/O.
 
     Raises:
-        FileExistsError, OSError: ENOSPC, if there is no room for it; nothing is left then.
+        FileExistsError: The file exists.
+        OSError: There is not enough space (ENOSPC), or another error; no file is left.
     """
 
     def __init__(self, path: str, nbytes: int, direct: Direct) -> None:
@@ -125,9 +128,10 @@ class LocalPositionedWriter(_NewFile):
         self._nbytes, self._direct = nbytes, direct
         try:
             with naming(path):
-                # Without its space at hand, each direct write would wait for the file to grow.
+                # Without reserved space, each direct write would wait until the file has grown.
                 syscalls.allocate(self._fd, -(-nbytes // PAGE) * PAGE)
-                # Only now: an open that asks for it may fail and leave the file behind.
+                # Set after opening, because an open with O_DIRECT may fail and leave the file
+                # behind.
                 direct.ask(self._fd)
         except BaseException:
             self._discard()
@@ -142,7 +146,7 @@ class LocalPositionedWriter(_NewFile):
     def write_at(self, offset: int, parts: Sequence[memoryview]) -> None:
         with naming(self._path):
             while parts:
-                # Before the call: another thread may be refused at the same time, and be first.
+                # Read before the call: another thread's refused write may clear the flag meanwhile.
                 direct = is_direct(self._fd)
                 try:
                     done = os.pwritev(self._fd, parts[:AT_ONCE], offset)
@@ -152,5 +156,5 @@ class LocalPositionedWriter(_NewFile):
                     self._direct.refuse(self._fd)
                     continue
                 if done % PAGE:
-                    self._direct.refuse(self._fd)  # What is left is not aligned any more.
+                    self._direct.refuse(self._fd)  # the rest is not aligned any more
                 parts, offset = after(parts, done), offset + done

@@ -1,4 +1,4 @@
-"""A folder of the local file system, or of one that is mounted (NFS, Lustre)."""
+"""Store in a folder of the local file system or of a mounted one (NFS, Lustre)."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from shardkeep.types import I64
 __all__ = ["LocalStore"]
 
 _NOT_AN_EMPTY_FOLDER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
-"""What removing a folder says of one that is not empty, is gone, or is a link or a file."""
+"""Errors of rmdir for a path that is not an empty folder: not empty, missing, a link or a file."""
 
 
 class _OpenFile:
-    """A file open for reading. Closed with its last reference, so never under a reader's feet."""
+    """A file that is open for reading; closed with the last reference, so never during a read."""
 
     def __init__(self, path: str, flags: int) -> None:
-        # Without O_NONBLOCK, opening a FIFO that lies in a hostile checkpoint would never return.
+        # Without O_NONBLOCK, opening a FIFO in a hostile checkpoint would block forever.
         self._file = opened(path, os.O_RDONLY | os.O_NONBLOCK | flags)
         self.fd = self._file.fileno()
         found = os.fstat(self.fd)
@@ -52,26 +52,33 @@ class _OpenFile:
         self._path, self._identity = path, (found.st_dev, found.st_ino)
 
     def replaced(self) -> bool:
-        """Whether the name that it was opened by is gone, or leads to another file by now.
+        """Return whether the path is gone or refers to another file by now.
 
-        Its count of links does not tell: a backup may hold one, and NFS keeps what is still open.
+        The link count is not sufficient: a backup may hold another link, and NFS keeps open files.
         """
         try:
             found = os.stat(self._path)  # noqa: PTH116 - hot
         except OSError:
-            return True  # opening it again says what is wrong
+            return True  # opening the file again raises the error
         return (found.st_dev, found.st_ino) != self._identity
 
 
 class LocalStore(Store):
-    """Files below `path`, which need not exist yet. Reading uses at most `open_files` descriptors.
+    """A store of the files below `path`, which need not exist yet.
 
-    Bytes that are in the page cache are copied out of it; others come past it, where the kernel
-    tells which is which and the file system lets. Files of known size are written past it, too.
-    Neither is so if `direct` is False. The buffers for it take half of `budget` bytes at most.
+    Bytes in the page cache are copied from it. Others are read with direct I/O, if the kernel
+    reports what is cached and the file system supports it. Files of known size are written with
+    direct I/O, too.
 
-    Closing it (or leaving its `with` block) closes the files and frees the buffers; it can be used
-    again afterwards.
+    Closing the store (or leaving its `with` block) closes its files and frees its buffers. It can
+    be used again afterwards.
+
+    Args:
+        path: Path of the folder.
+        open_files: Maximum number of descriptors that are kept open for reading.
+        direct: Whether to use direct I/O.
+        budget: Memory limit in bytes; at most half of it is used for buffers of direct reads. By
+            default the setting SHARDKEEP_MAX_HOST_MEMORY_BYTES.
     """
 
     def __init__(
@@ -103,12 +110,12 @@ class LocalStore(Store):
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Return the path of the folder."""
         return Path(self._root)
 
     def path_of(self, name: str) -> str:
-        """The file's path in the file system; ValueError if the name would leave the folder."""
-        return os.path.join(self._root, checked_name(name))  # noqa: PTH118 - hot, and text is wanted
+        """Return the path of a file; raise ValueError if its name would leave the folder."""
+        return os.path.join(self._root, checked_name(name))  # noqa: PTH118 - hot, and returns str
 
     @property
     def hints(self) -> StoreHints:
@@ -131,7 +138,7 @@ class LocalStore(Store):
         found = os.stat(path)  # noqa: PTH116 - hot
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        # Over a network, the time is the server's.
+        # On a network file system, the time is the server's.
         return FileInfo(found.st_size, version_of(found), found.st_mtime)
 
     def get_range(self, name: str, start: int, length: int) -> bytes:
@@ -139,7 +146,7 @@ class LocalStore(Store):
         path = self.path_of(name)
         with naming(path):
             file = self._file(path)
-            # Clamped first: a length out of a hostile checkpoint must not allocate memory.
+            # Limited to the file: a length from a hostile checkpoint must not allocate memory.
             left = max(0, min(length, os.fstat(file.fd).st_size - start))
             parts = []
             while left and (part := os.pread(file.fd, left, start)):
@@ -193,7 +200,7 @@ class LocalStore(Store):
         return LocalPositionedWriter(self._new(name), nbytes, self._direct)
 
     def _new(self, name: str) -> str:
-        """The path of a file that is about to be made: its folder will have to be synced."""
+        """Return the path of a file that is about to be created; its folder is synced later."""
         path = self.path_of(name)
         folder = os.path.dirname(path)  # noqa: PTH120
         self._make(folder)
@@ -210,7 +217,7 @@ class LocalStore(Store):
             self._sync_ancestors()
             _rename(self.path_of(temporary), path, mode)
         except BaseException:
-            with suppress(OSError):  # it must not hide what went wrong
+            with suppress(OSError):  # it must not hide the original error
                 self.delete(temporary)
             raise
         finally:
@@ -218,14 +225,14 @@ class LocalStore(Store):
         self.sync()
 
     def _sync_ancestors(self) -> None:
-        """Make durable what leads to the folder, once.
+        """Sync the folders above this one, once.
 
-        A save that was killed, or the caller, may have made it and those above it, and not have
-        synced them: then a power loss would take the folder away with all that is in it.
+        A save that was killed, or the caller, may have created them without a sync. A power loss
+        would then remove them with all their content.
         """
         if not self._ancestors_synced:
             for folder in _ancestors(self._root):
-                # What may not be opened is not this job's, so it was not made for it just now.
+                # This job did not create a folder that it may not open.
                 with suppress(PermissionError):
                     _sync_folder(folder)
             self._ancestors_synced = True
@@ -241,7 +248,7 @@ class LocalStore(Store):
             self._unsynced.add(os.path.dirname(path))  # noqa: PTH120
 
     def sync(self) -> None:
-        # One after the other: who finds nothing to sync must know that it is synced.
+        # One thread at a time: a thread that finds nothing to sync must know that it is synced.
         with self._syncing:
             with self._lock:
                 folders, self._unsynced = self._unsynced, set()
@@ -304,7 +311,7 @@ class LocalStore(Store):
                 self._open.pop((path, flags), None)
 
     def _read_direct(self, path: str, offset: int, view: memoryview, step: int) -> Iterator[int]:
-        """As `ColdReads.read`, of a file that is opened for it."""
+        """Read with `ColdReads.read` from a file that is opened for direct reads."""
         file = None
         with self._cold.refusals():
             file = self._file(path, direct_reads.FLAG)
@@ -312,21 +319,22 @@ class LocalStore(Store):
             yield from self._cold.read(file.fd, offset, view, step)
 
     def _make(self, folder: str) -> None:
-        """Make a folder and those above it; what gained a name by that is synced later."""
+        """Create a folder and its parents; the folders that gain a name are synced later."""
         if not folder or os.path.isdir(folder):  # noqa: PTH112
             return
         above = os.path.dirname(folder)  # noqa: PTH120
         self._make(above)
-        with self._lock:  # before it is made: another thread may find it, and sync what it uses
+        with self._lock:  # before mkdir: another thread may use the new folder and sync
             self._unsynced.add(above)
-        with suppress(FileExistsError):  # made by another rank at the same time: it syncs it
+        with suppress(FileExistsError):  # another rank created it meanwhile, and syncs it
             os.mkdir(folder)  # noqa: PTH102
 
 
 def _scan(root: str, prefix: str) -> tuple[list[str], list[tuple[str, bool]]]:
-    """Return the names in one folder: of its files; of its folders, and whether each is a link.
+    """Return the files in one folder, and its folders with whether each is a symbolic link.
 
-    A folder that is missing is empty; one that cannot be read must not look empty.
+    A missing folder is empty. A folder that cannot be read raises an error, so it does not look
+    empty.
     """
     files: list[str] = []
     folders: list[tuple[str, bool]] = []
@@ -334,7 +342,7 @@ def _scan(root: str, prefix: str) -> tuple[list[str], list[tuple[str, bool]]]:
         for entry in entries:
             try:
                 is_folder = entry.is_dir()
-            except OSError:  # a link that leads to itself
+            except OSError:  # a symbolic link to itself
                 is_folder = False
             if is_folder:
                 folders.append((f"{prefix}{entry.name}", entry.is_symlink()))
@@ -344,7 +352,7 @@ def _scan(root: str, prefix: str) -> tuple[list[str], list[tuple[str, bool]]]:
 
 
 def _rename(source: str, target: str, mode: PutMode) -> None:
-    """Give a new file its name, if the condition holds."""
+    """Rename a new file to its final name, if the condition holds."""
     if isinstance(mode, IfMatch):
         rename_if_matching(source, target, mode.version)
     elif mode == "create":
@@ -354,7 +362,10 @@ def _rename(source: str, target: str, mode: PutMode) -> None:
 
 
 def _ancestors(folder: str) -> list[str]:
-    """The folders above it, up to the root of its file system, nearest first; links followed."""
+    """Return the parents of a folder, nearest first, up to the root of its file system.
+
+    Symbolic links are resolved first.
+    """
     found, inner = [], os.path.realpath(folder)
     device = os.stat(inner).st_dev  # noqa: PTH116
     while (above := os.path.dirname(inner)) != inner:  # noqa: PTH120
@@ -370,7 +381,7 @@ def _sync_folder(folder: str) -> None:
     with naming(folder):
         held: list[int] = []
         try:
-            # In one go of C code: between two calls, a Ctrl-C would lose the number.
+            # In one call of C code: a Ctrl-C between two calls would lose the descriptor.
             held.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
             os.fsync(held[0])
         except OSError as error:

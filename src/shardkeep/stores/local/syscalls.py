@@ -1,4 +1,4 @@
-"""System calls of Linux that Python has no name for."""
+"""Linux system calls that Python does not provide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["allocate", "cached", "rename_new"]
 
 _CACHESTAT = 451
-"""Linux 6.5 and later; newer calls have one number on all architectures (but Alpha)."""
+"""Linux 6.5 or later; recent calls have the same number on all architectures except Alpha."""
 
 _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -21,7 +21,7 @@ _Counts = ctypes.c_uint64 * 5
 
 
 def _function(name: str) -> Any:
-    """A function of the C library of Linux; None elsewhere."""
+    """Return a function of the C library on Linux; None on other systems."""
     if sys.platform != "linux":
         return None
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
@@ -37,12 +37,12 @@ _RENAME_NOREPLACE = 1
 
 
 def cached(fd: int, offset: int, length: int) -> int | None:
-    """Bytes of a file's range that are in the page cache, in whole pages.
+    """Return how many bytes of a file's range are in the page cache, in whole pages.
 
-    Asking changes nothing: no page is read, and none counts as used. None if the kernel does not
-    say (an older one, a sandbox, a file system without a page cache).
+    The call does not read any page or mark it as used. The result is None if the kernel does not
+    provide the number (an old kernel, a sandbox, a file system without a page cache).
     """
-    if _call is None or length <= 0:  # for the call, a length of 0 goes to the end of the file
+    if _call is None or length <= 0:  # the call takes a length of 0 as up to the end
         return None
     counts = _Counts()
     where = _Range(offset, length)
@@ -52,12 +52,13 @@ def cached(fd: int, offset: int, length: int) -> int | None:
 
 
 def allocate(fd: int, nbytes: int) -> None:
-    """Set space aside for a file; where the file system can't, nothing happens.
+    """Reserve space for a file, if the file system supports that.
 
-    `os.posix_fallocate` would write a byte into each block there: over a network that takes ages.
+    `os.posix_fallocate` would instead write a byte into each block, which is very slow over a
+    network.
 
     Raises:
-        OSError: there is not so much space.
+        OSError: There is not enough space, or another error.
     """
     if _fallocate is None or not nbytes:
         return
