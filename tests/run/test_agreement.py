@@ -1,4 +1,4 @@
-"""What ranks agree on before a save, and the session that the save continues in. No torch."""
+"""Agreement of the ranks before a save, and the session in which the save continues. No torch."""
 
 import threading
 
@@ -13,7 +13,7 @@ from shardkeep.testing import simulated_ranks
 
 
 def agree(proposals):
-    """The decision, or the error, of each rank."""
+    """Return the decision or the error of each rank."""
 
     def one(ranks):
         try:
@@ -29,7 +29,7 @@ def proposal(step=1, busy=False, stops=True, error=None):
     return SaveProposal(step, busy, stops, error)
 
 
-def test_all_ranks_save_if_nothing_speaks_against_it():
+def test_all_ranks_save_if_none_objects():
     for decision in agree([proposal()] * 3):
         assert (decision.skip, decision.stop) == (False, False)
         assert decision.previous.severity is Severity.SUCCESS
@@ -66,7 +66,7 @@ def test_a_rank_at_another_step_is_refused_on_all_ranks():
     assert all(text.startswith("RankFailed: rank 2") and why in text for text in found[:2])
 
 
-def test_of_outcomes_of_the_same_severity_that_of_the_lowest_rank_is_told():
+def test_among_outcomes_of_equal_severity_that_of_the_lowest_rank_is_reported():
     def one(ranks):
         with ranks.session("restore", "run") as session:
             severity = Severity.UNREADABLE if ranks.rank else Severity.OTHER_RANK
@@ -99,7 +99,7 @@ def test_work_continues_in_the_session_that_was_entered():
     assert len(keys) == 0
 
 
-def test_an_error_names_the_path_of_the_work_and_not_the_one_where_ranks_met():
+def test_an_error_names_the_path_of_the_work_and_not_that_of_the_agreement():
     def one(ranks):
         with EnteredRanks(ranks, "save", "run") as entered:
             handed = entered.session("save", "run/step_1")
@@ -119,14 +119,14 @@ def test_an_error_names_the_path_of_the_work_and_not_the_one_where_ranks_met():
     assert simulated_ranks.run(2, caught) == [("run/step_1", "write"), (None, None)]
 
 
-def test_a_session_that_no_work_begins_in_is_left():
+def test_a_session_without_work_is_closed():
     with EnteredRanks(Solo(), "save", "run") as entered:
         pass
     with pytest.raises(RuntimeError, match="has ended before it began"):
         entered.session("save", "run/step_1")
 
 
-def test_work_that_can_not_begin_fails_on_the_other_ranks_too():
+def test_work_that_cannot_begin_fails_on_all_ranks():
     def one(ranks):
         try:
             with EnteredRanks(ranks, "save", "run") as entered:

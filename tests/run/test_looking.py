@@ -1,4 +1,4 @@
-"""Who only looks at a run, or cleans it up, needs no torch."""
+"""Inspecting and pruning a run without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def none(*shape: int, dtype: type = np.int64) -> np.ndarray:
 
 
 def save(path, step: int, **metrics: float) -> None:
-    """A step that holds one object."""
+    """Write a step that holds one object."""
     store, save_id = LocalStore(path / f"step_{step}"), commit.new_id()
     file = commit.data_file(0, 0, save_id)
     with store.open_writer(file) as sink:
@@ -38,7 +38,7 @@ def save(path, step: int, **metrics: float) -> None:
     commit.publish(store, save_id, index, {"save_id": save_id, "metrics": metrics})
 
 
-def test_a_run_is_looked_at_and_cleaned_up(tmp_path):
+def test_a_run_can_be_inspected_and_pruned_without_torch(tmp_path):
     for step, loss in {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.2}.items():
         save(tmp_path, step, loss=loss)
     m = sk.Manager(tmp_path, keep=sk.KeepLast(1) | sk.KeepBest("loss"))
@@ -66,7 +66,7 @@ def test_a_run_is_looked_at_and_cleaned_up(tmp_path):
         None,
     ],
 )
-def test_metrics_that_are_none_are_not_believed(tmp_path, metrics, monkeypatch):
+def test_invalid_metrics_in_a_commit_record_are_ignored(tmp_path, metrics, monkeypatch):
     from shardkeep.run import steps
 
     save(tmp_path, 1, loss=0.1)

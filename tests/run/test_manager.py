@@ -1,4 +1,4 @@
-"""A run under a manager: what was saved comes back, and no failure takes the last whole step."""
+"""Saves and restores of a run by a manager, also when saves, ranks, storage or processes fail."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def flip(folder: Path) -> None:
     data.write_bytes(content)
 
 
-def test_a_run(tmp_path):
+def test_a_run_saves_restores_and_prunes_steps(tmp_path):
     with sk.Manager(tmp_path / "run", keep=sk.KeepLast(2) | sk.KeepBest("loss")) as m:
         keep = "KeepLast(n=2) | KeepBest(metric='loss', n=1, mode='min')"
         assert repr(m) == f"<Manager: {tmp_path / 'run'}, rank 0 of 1, keeps {keep}>"
@@ -83,7 +83,7 @@ def test_a_run(tmp_path):
         assert sk.open(m.path(30))["step"].value == 30 == sk.open(m.store(30))["step"].value
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restoring_a_run_without_steps_is_refused(tmp_path):
     with pytest.raises(sk.NotACheckpoint, match=f"{tmp_path}: no step is committed there"):
         sk.Manager(tmp_path).restore(blank())
     with pytest.raises(sk.NotACheckpoint):
@@ -121,7 +121,7 @@ def test_a_damaged_newest_step_is_skipped_with_a_warning(tmp_path, damage):
         assert "Damaged: " in m.restored.passed_over[3] and "'w'" in m.restored.passed_over[3]
 
 
-def test_what_was_passed_over_may_be_saved_anew_and_is_not_deleted(tmp_path):
+def test_an_unreadable_step_is_not_deleted_and_may_be_saved_again(tmp_path):
     with sk.Manager(tmp_path) as m:
         for step in (1, 2, 3):
             m.save(step, state(step))
@@ -131,7 +131,7 @@ def test_what_was_passed_over_may_be_saved_anew_and_is_not_deleted(tmp_path):
         assert m.restore(blank()) == 2
     m.save(5, state(5))
     m.wait()
-    assert m.steps() == [3, 5]  # it is no whole step, so it is neither counted nor deleted
+    assert m.steps() == [3, 5]  # not a whole step: neither counted nor deleted
     m.save(3, state(3)).result(60)
     m.wait()
     assert restored(tmp_path, step=3)[1]["step"] == 3
@@ -164,9 +164,9 @@ def test_an_unreadable_step_prevents_only_its_own_deletion(tmp_path, looked):
     assert told == [] if looked else "not a regular file" in told[0]
 
 
-def test_a_step_that_can_not_be_removed_does_not_keep_the_others(tmp_path):
+def test_a_step_that_cannot_be_deleted_does_not_prevent_deleting_others(tmp_path):
     class Stuck(LocalStore):
-        """A root of which one step can't be removed."""
+        """A root in which the files of one step cannot be deleted."""
 
         def subfolder(self, folder):
             class Step(LocalStore):
@@ -207,20 +207,20 @@ def test_the_first_save_after_a_restore_imports_nothing(tmp_path):
     assert done.stdout == "[]\n"
 
 
-# --- a step that fails when some of it is there already ------------------------------------------
+# --- steps that fail after a part of them was loaded --------------------------------------------
 
 BLOCKS = 200_000
-"""Elements of a tensor of several blocks."""
+"""Number of elements of a tensor that has several blocks."""
 
 
 def wide(step: float, *more: str) -> dict:
-    """Tensors and objects that are not all read at once."""
+    """Return a state whose tensors and objects are not all read at once."""
     tensors = {name: torch.full((BLOCKS,), float(step)) for name in ("a", *more)}
     return {**tensors, "odd": {"kept", step}} if more else tensors
 
 
 def flip_last_block(folder: Path, value: float, pattern: str = "*.distcp") -> None:
-    """A bit of the last block of the first tensor of such a value."""
+    """Flip a bit in the last block of the first tensor that is filled with `value`."""
     (data,) = folder.glob(pattern)
     content = bytearray(data.read_bytes())
     first = content.find(torch.full((64,), value).numpy().tobytes())
@@ -236,7 +236,7 @@ def test_values_of_a_damaged_step_are_not_mixed_with_an_older_step(tmp_path, str
     flip_last_block(tmp_path / "step_2", 2.0)
     m = sk.Manager(tmp_path)
     with pytest.raises(sk.Mismatch, match="may have filled") as caught:
-        m.restore(wide(0, "b"), strict=strict)  # of which "b" may be of step 2 by now
+        m.restore(wide(0, "b"), strict=strict)  # now "b" may be of step 2
     assert f"{tmp_path / 'step_1'} does not have 'b', 'odd', which step 2" in str(caught.value)
     assert caught.value.report.missing == ("b", "odd") and m.restored is None
     assert m.restore(fresh := wide(0, "b"), step=1, strict=strict) == 1
@@ -256,7 +256,7 @@ def test_an_older_step_that_fills_everything_is_restored(tmp_path):
 
 
 def test_names_below_an_object_of_a_damaged_step_count_as_filled(tmp_path):
-    """A checkpoint may hold as one object what a template has as a mapping."""
+    """A checkpoint may hold one object where the template has a mapping."""
     import torch.distributed.checkpoint as stock
 
     with sk.Manager(tmp_path) as m:
@@ -284,7 +284,7 @@ def test_a_step_that_could_not_be_opened_has_filled_nothing(tmp_path):
 
 
 def mixing(ranks, path, strict):
-    """Only rank 1's part of step 2 is damaged; what it lacks is told as this rank sees it."""
+    """Restore with damage in rank 1's part of step 2 only; return the error that this rank raises."""
 
     def mine(value: float) -> dict:
         row = torch.full((1, BLOCKS), float(value))
@@ -340,7 +340,7 @@ def test_all_steps_damaged(tmp_path):
         sk.Manager(tmp_path).restore(blank(), step=2)
 
 
-def test_a_wrong_template_is_no_damage(tmp_path):
+def test_a_wrong_template_raises_instead_of_restoring_an_older_step(tmp_path):
     with sk.Manager(tmp_path) as m:
         m.save(1, state(1))
         m.save(2, state(2))
@@ -354,7 +354,7 @@ def test_a_step_is_not_overwritten_without_overwrite(tmp_path):
         m.save(1, state(1))
         with pytest.raises(sk.AlreadyExists, match="already holds a checkpoint"):
             m.save(1, state(9))
-        m.save(2, state(2))  # the one before was refused at once: nothing is left to tell
+        m.save(2, state(2))  # the previous save was refused at once: no failure is pending
         m.save(1, state(9), overwrite=True)
     assert restored(tmp_path, step=1)[1]["step"] == 9
 
@@ -374,7 +374,7 @@ def test_a_step_saved_again_by_fewer_ranks_keeps_no_stale_shard(tmp_path):
 
 
 class Gate(LocalStore):
-    """A root where no data file of a step is written before it is opened."""
+    """A root in which no data file of some steps is created before an event is set."""
 
     def __init__(self, path, steps=()):
         super().__init__(path)
@@ -392,7 +392,7 @@ class Gate(LocalStore):
         return Step(self.path_of(folder))
 
 
-def test_a_save_waits_for_the_one_before(tmp_path):
+def test_a_save_waits_for_the_previous_one(tmp_path):
     gate = Gate(tmp_path, ["step_1"])
     with sk.Manager(gate) as m:
         first = m.save(1, state(1))
@@ -422,14 +422,14 @@ def skipping(ranks, path, gate):
 
 
 def test_a_save_is_skipped_by_all_ranks_or_by_none(tmp_path):
-    """Only rank 2 is slow: to the others, the first save looks as much under way as to it."""
+    """Only rank 2 is slow, and the other ranks treat the first save as unfinished, too."""
     gate = Gate(tmp_path, ["step_1"])
     assert simulated_ranks.run(4, skipping, tmp_path, gate) == [[False, True, False]] * 4
     assert Steps(tmp_path).numbers() == [1, 3]
 
 
 class Full(LocalStore):
-    """A root where steps can't be written as long as it is full."""
+    """A root in which no data file can be created as long as it is full."""
 
     full: bool = True
 
@@ -445,7 +445,7 @@ class Full(LocalStore):
         return Step(self.path_of(folder))
 
 
-def test_a_failure_is_raised_by_the_result_and_not_again(tmp_path):
+def test_a_failure_raised_by_the_result_is_not_raised_again(tmp_path):
     root = Full(tmp_path)
     m = sk.Manager(root)
     handle = m.save(1, state(1))
@@ -457,7 +457,7 @@ def test_a_failure_is_raised_by_the_result_and_not_again(tmp_path):
     assert m.steps() == [2]
 
 
-def test_a_failure_that_nobody_asked_for_is_raised_by_the_next_save(tmp_path):
+def test_an_unretrieved_failure_is_raised_by_the_next_save(tmp_path):
     root = Full(tmp_path)
     m = sk.Manager(root)
     m.save(1, state(1))
@@ -470,7 +470,7 @@ def test_a_failure_that_nobody_asked_for_is_raised_by_the_next_save(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["wait", "close"])
-def test_a_failure_is_raised_by_who_waits(tmp_path, call):
+def test_wait_and_close_raise_a_pending_failure(tmp_path, call):
     m = sk.Manager(Full(tmp_path))
     m.save(1, state(1))
     with pytest.raises(OSError, match="No space left on device"):
@@ -478,7 +478,7 @@ def test_a_failure_is_raised_by_who_waits(tmp_path, call):
     m.close()
 
 
-def test_a_failure_does_not_take_the_place_of_another(tmp_path):
+def test_a_pending_failure_does_not_hide_an_exception_in_the_block(tmp_path):
     with (
         pytest.raises(KeyError, match="training"),
         pytest.warns(UserWarning, match="step 1 was not"),
@@ -509,7 +509,7 @@ def test_failures_of_saves_can_be_warnings(tmp_path):
 
 
 class Shaky(LocalStore):
-    """A root whose files can't be written at some calls: those that `fails` says, by a count."""
+    """A root in which some writes fail: those for which `fails` is true, given their number."""
 
     def __init__(self, path, fails):
         super().__init__(path)
@@ -549,7 +549,7 @@ def test_a_job_on_unreliable_storage_finishes_and_shows_only_whole_steps(tmp_pat
     assert root.calls > 30 if how == {"retries": 5} else 1 <= len(failed) <= 15
     for step in m.steps():
         assert sk.open(m.path(step)).verify().ok and same(restored(tmp_path, step=step)[1], step)
-        assert len(list((tmp_path / f"step_{step}").iterdir())) == 3  # nothing of failed tries
+        assert len(list((tmp_path / f"step_{step}").iterdir())) == 3  # no files of failed attempts
     assert {path.name for path in tmp_path.iterdir()} >= {f"step_{step}" for step in m.steps()}
 
 
@@ -584,10 +584,10 @@ def failing_together(ranks, path, root):
     seen = []
     with sk.Manager(root if ranks.rank == 1 else path, ranks=ranks) as m:
         handle = m.save(1, {"mine": {ranks.rank: torch.ones(9)}})
-        if ranks.rank == 0:  # only one of them looks
+        if ranks.rank == 0:  # only one rank retrieves the result
             with contextlib.suppress(sk.RankFailed):
                 handle.result(60)
-            root.full = False  # the others wait for this one before they write again
+            root.full = False  # the others wait for this rank before they write again
         for step in (2, 3):
             try:
                 m.save(step, {"mine": {ranks.rank: torch.ones(9)}})
@@ -604,7 +604,7 @@ def test_all_ranks_raise_a_failure_at_the_same_save(tmp_path):
 
 def test_a_save_has_one_session_and_its_errors_name_the_step(tmp_path):
     class Recorded(KeyValueRanks):
-        """Ranks that note what they meet for."""
+        """Ranks that record the work of each session."""
 
         def session(self, work, path, **how):
             met.append((self.rank, work))
@@ -625,7 +625,7 @@ def test_a_save_has_one_session_and_its_errors_name_the_step(tmp_path):
 
     met: list[tuple[int, str]] = []
     assert simulated_ranks.run(2, one) == [str(tmp_path / "step_2"), None]
-    once = [(rank, "stop agreement") for rank in (0, 1)]  # of the step to stop at
+    once = [(rank, "stop agreement") for rank in (0, 1)]  # on the step to stop at
     assert sorted(met) == sorted([*once, *[(0, "save"), (1, "save")] * 2])
 
 
@@ -665,7 +665,7 @@ def test_names_and_synchronous_saves(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.ckpt", "000004.ckpt"]
 
 
-def test_what_is_no_step_of_ours_stays(tmp_path):
+def test_folders_that_are_not_steps_of_the_run_are_not_deleted(tmp_path):
     others = ["step_01", "step_1.bak", "step_x", "best", "step_2_old"]
     for name in others:
         sk.save(state(1), tmp_path / name)
@@ -693,7 +693,7 @@ def test_a_policy_that_fails_deletes_nothing(tmp_path):
     assert {str(one.message) for one in caught} == {f"{tmp_path}: old steps stay: no idea"}
 
 
-def test_after_going_back_the_step_just_saved_stays(tmp_path):
+def test_the_latest_save_is_kept_even_if_its_step_number_is_lower(tmp_path):
     with sk.Manager(tmp_path, keep=sk.KeepLast(1)) as m:
         m.save(30, state(30))
         m.save(20, state(20))
@@ -712,7 +712,7 @@ def test_after_going_back_the_step_just_saved_stays(tmp_path):
         ({"name": "step"}, "name must contain {step} exactly once"),
     ],
 )
-def test_arguments_that_are_refused(tmp_path, wrong, why):
+def test_invalid_manager_arguments_are_refused(tmp_path, wrong, why):
     with pytest.raises(ValueError) as caught:
         sk.Manager(tmp_path, **wrong)
     assert why in str(caught.value)
@@ -746,7 +746,7 @@ def two_steps() -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("kind", "when"), WAYS)
 def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
-    """A run of two saves with deletion; at each operation of the store in turn, it goes wrong."""
+    """Two saves with deletion, in which one operation of the store fails: each one in turn."""
     ends = []
     for at in range(2000):
         inner = memory_of(two_steps)
@@ -760,7 +760,7 @@ def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
                 committed.append(step)
                 m.wait()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # the newest loads at once: nothing is passed over
+            warnings.simplefilter("error")  # The newest step loads without falling back.
             newest, found = restored(inner)
         assert newest >= committed[-1] and same(found, newest)
         steps = Steps(inner)
@@ -782,7 +782,7 @@ def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
 @pytest.mark.gloo
 @pytest.mark.parametrize(("size", "signalled"), [(2, [1]), (4, [2]), (4, [0, 1, 2, 3])])
 def test_sigterm_saves_one_step_on_all_ranks(gloo, tmp_path, size, signalled):
-    """Sent at any moment, to one rank or to all, with a collective of the job in every step."""
+    """The signal comes at any moment, to one rank or all, in a job with a collective in each step."""
     rounds = 3
     found = gloo.run(managing.terminated, str(tmp_path), rounds, signalled, 1, size=size)
     for number in range(rounds):
@@ -805,7 +805,7 @@ def test_damage_seen_by_one_rank_makes_all_ranks_fall_back(gloo, tmp_path, culpr
         assert text.startswith("Damaged: ") and f"'mine.{culprit}'" in text
 
 
-def test_a_request_is_met_at_the_next_step_and_the_handler_goes_on(tmp_path):
+def test_a_save_request_is_met_at_the_next_step_and_the_previous_handler_still_runs(tmp_path):
     before, seen = signal.getsignal(signal.SIGUSR1), []
     signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     mine = signal.getsignal(signal.SIGUSR1)
@@ -828,7 +828,7 @@ def test_a_request_is_met_at_the_next_step_and_the_handler_goes_on(tmp_path):
     assert m.steps() == [2, 4]
 
 
-def test_a_handler_that_came_later_is_left_alone(tmp_path):
+def test_a_signal_handler_installed_later_is_not_replaced(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
     try:
         with sk.Manager(tmp_path) as m:
@@ -839,7 +839,7 @@ def test_a_handler_that_came_later_is_left_alone(tmp_path):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_ranks_without_a_store_say_that_they_can_not_agree(tmp_path):
+def test_ranks_without_a_key_value_store_report_that_they_cannot_agree(tmp_path):
     class Storeless(Solo):
         def stop_agreement(self, path):
             return None

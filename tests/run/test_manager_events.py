@@ -1,4 +1,4 @@
-"""What a manager reports: events, log lines, and the text of its values."""
+"""Reports of a manager: events, log lines, and its values as text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def of_kind(seen, *kinds):
 
 
 def lines(caplog, start):
-    """Level and text of the log lines that begin with a word."""
+    """Return level and text of the log lines that begin with a word."""
     return [
         (record.levelname, record.getMessage())
         for record in caplog.records
@@ -115,7 +115,7 @@ def test_an_error_of_the_hook_does_not_lose_a_step(tmp_path, caplog):
     assert len(lines(caplog, "on_event=")) == 1
 
 
-def test_values_print_as_one_line(tmp_path):
+def test_values_are_printed_on_one_line(tmp_path):
     m = sk.Manager(tmp_path, every=100)
     assert repr(m) == f"<Manager: {tmp_path}, rank 0 of 1, every 100 steps, keeps all steps>"
     handle = m.save(1, state(1))
@@ -146,7 +146,7 @@ def test_a_manager_takes_every_option_of_a_save(tmp_path, options):
     assert ("model" in sk.open(tmp_path / "step_1")) == ("flatten" in options)
 
 
-def test_an_unknown_option_is_refused_before_anything_is_made(tmp_path):
+def test_an_unknown_option_is_refused_before_any_file_is_created(tmp_path):
     with pytest.raises(TypeError, match="'low_prio'; did you mean 'low_priority'"):
         sk.Manager(tmp_path / "run", low_prio=True)
     assert not (tmp_path / "run").exists()

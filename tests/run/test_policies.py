@@ -1,4 +1,4 @@
-"""Policies say what stays; `|` keeps what either keeps."""
+"""Retention policies: which steps each keeps, and that `|` keeps what either of two keeps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SIMPLE = st.one_of(
 
 
 class Odd:
-    """A policy of somebody else."""
+    """A policy without a base class, as users may write one."""
 
     def keep(self, steps):
         return [step.number for step in steps if step.number % 2]
 
 
 @given(STEPS, st.integers(1, 5))
-def test_the_last(steps, n):
+def test_keep_last_keeps_the_highest_steps(steps, n):
     numbers = [step.number for step in steps]
     kept = sk.KeepLast(n).keep(steps)
     assert len(kept) == min(n, len(steps))
@@ -42,13 +42,13 @@ def test_the_last(steps, n):
 
 
 @given(STEPS, st.integers(1, 20))
-def test_every(steps, n):
+def test_keep_every_keeps_multiples(steps, n):
     kept = sk.KeepEvery(n).keep(steps)
     assert kept == {step.number for step in steps} & set(range(0, 61, n))
 
 
 @given(STEPS, st.integers(1, 4), st.sampled_from(["min", "max"]))
-def test_the_best(steps, n, mode):
+def test_keep_best_keeps_the_best_steps(steps, n, mode):
     having = {step.number: step.metrics["loss"] for step in steps if "loss" in step.metrics}
     kept = sk.KeepBest("loss", n, mode).keep(steps)
     assert len(kept) == min(n, len(having)) and set(kept) <= set(having)
@@ -61,7 +61,7 @@ def test_the_best(steps, n, mode):
 
 
 @given(STEPS, SIMPLE, SIMPLE, SIMPLE)
-def test_either_of_several(steps, a, b, c):
+def test_a_union_keeps_what_any_policy_keeps(steps, a, b, c):
     kept = set((a | b | c).keep(steps))
     assert kept == {*a.keep(steps), *b.keep(steps), *c.keep(steps)}
     assert kept == set((a | (b | c)).keep(steps))
@@ -70,7 +70,7 @@ def test_either_of_several(steps, a, b, c):
 
 
 @given(STEPS, SIMPLE, st.sets(st.integers(0, 60), max_size=3))
-def test_what_is_kept_or_protected_is_not_steps_to_delete(steps, policy, protected):
+def test_kept_and_protected_steps_are_not_deleted(steps, policy, protected):
     gone = steps_to_delete(steps, policy, protected)
     assert set(gone) == {step.number for step in steps} - set(policy.keep(steps)) - protected
     assert gone == sorted(gone)
@@ -78,11 +78,11 @@ def test_what_is_kept_or_protected_is_not_steps_to_delete(steps, policy, protect
 
 @pytest.mark.parametrize("make", [sk.KeepLast, sk.KeepEvery, lambda n: sk.KeepBest("loss", n)])
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "3"])
-def test_numbers_that_are_refused(make, n):
+def test_invalid_numbers_are_refused(make, n):
     with pytest.raises(ValueError, match=r"n of Keep\w+ must be a whole number from 1 on, not"):
         make(n)
 
 
-def test_a_mode_that_is_refused():
+def test_an_invalid_mode_is_refused():
     with pytest.raises(ValueError, match="mode must be 'min' or 'max', not 'least'"):
         sk.KeepBest("loss", mode="least")

@@ -1,4 +1,4 @@
-"""A run that keeps few steps: whatever a power loss leaves, the newest durable step is whole."""
+"""Power losses during a run that keeps few steps: the newest durable step is always whole."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _RECORD = re.compile(r"run/step_(\d+)/\.metadata")
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Operations of several threads have no order. And once the power is gone, no save is alive."""
+    """Use one thread, for a fixed order of operations. After a power loss, no save is alive."""
     monkeypatch.setenv("SHARDKEEP_READ_THREADS", "1")
     monkeypatch.setenv("SHARDKEEP_WRITE_THREADS", "1")
     monkeypatch.setattr(Holder, "ended", lambda _: True)
 
 
 def run(root: Path) -> list[Operation]:
-    """Four steps, of which two are kept, each deleted behind the next save's back."""
+    """Save four steps and keep two; each deletion happens after the next save."""
     with (
         recording.recorded(root) as operations,
         sk.Manager(root / "run", keep=sk.KeepLast(2), asynchronous=False) as manager,
@@ -50,7 +50,7 @@ def run(root: Path) -> list[Operation]:
 
 
 def commits(operations: Sequence[Operation]) -> Iterator[tuple[int, int, int]]:
-    """Of each step: number of the operation that publishes it, and of the one that ends that."""
+    """Yield each step, the number of the operation that publishes it, and of the one that syncs it."""
     for number, one in enumerate(operations):
         if isinstance(one, Rename) and (found := _RECORD.fullmatch(one.target)):
             folder = Sync(one.target.rpartition("/")[0])
@@ -58,7 +58,7 @@ def commits(operations: Sequence[Operation]) -> Iterator[tuple[int, int, int]]:
 
 
 def found_in(files: Mapping[str, bytes], judge: Judge) -> dict[int, str]:
-    """What is in the folder of each step."""
+    """Return what the judge finds in the folder of each step."""
     folders: dict[int, dict[str, bytes]] = defaultdict(dict)
     for name, data in files.items():
         folder, inner = name.split("/")
@@ -67,7 +67,7 @@ def found_in(files: Mapping[str, bytes], judge: Judge) -> dict[int, str]:
 
 
 def explore(operations: Sequence[Operation]) -> tuple[int, list[str]]:
-    """How many states there are, and what is wrong with some."""
+    """Return the number of states, and a description of each wrong one."""
     judge, count, wrong = Judge(STATES), 0, []
     published = list(commits(operations))
     for number, files in disk.states(operations, {}):
@@ -88,7 +88,7 @@ def test_after_any_power_loss_the_newest_durable_step_of_a_run_is_whole(tmp_path
     assert len(gone) == 2
     count, wrong = explore(operations)
     assert not wrong
-    assert count >= 2000  # 2,336, says docs/reliability.md; deletion has a thread of its own
+    assert count >= 2000  # 2,336 according to docs/reliability.md; deletion has a thread of its own
 
 
 def test_the_model_detects_steps_deleted_too_early_or_in_a_wrong_order(tmp_path):
@@ -107,9 +107,9 @@ def test_the_model_detects_steps_deleted_too_early_or_in_a_wrong_order(tmp_path)
     rest = [one for one in operations if one not in gone]
     durable = rest.index(operations[published[2]]) + 2
     for wrong in (
-        # Before the next one is durable, all of it.
+        # Delete the whole step before the next one is durable.
         [*rest[:durable], *gone, *rest[durable:]],
-        # What the commit record names before the record.
+        # Delete the files that the commit record names before the record.
         [*rest, *others, record],
     ):
         assert explore(wrong)[1]
@@ -119,10 +119,10 @@ def test_the_model_detects_steps_deleted_too_early_or_in_a_wrong_order(tmp_path)
 
 
 def run_on_objects(ranks: int) -> list[list[Change]]:
-    """The same run, saved by so many ranks: what changed from each step's beginning to the next's.
+    """Save the same run by several ranks; return the changes of each step.
 
-    Nobody begins a step before all have ended the one before, deletion included: that is what
-    they meet for.
+    The changes of a step begin with its first write. No rank begins a step before all ranks have
+    finished the previous one and its deletions, because of the agreement before each save.
     """
     store = ObjectStore()
 
@@ -147,7 +147,10 @@ def run_on_objects(ranks: int) -> list[list[Change]]:
 
 
 def _of_one_step(changes: Sequence[Change]) -> Iterator[Change]:
-    """Rounds counted from the step's beginning; what the coordinator's threads do is its doing."""
+    """Yield changes with rounds counted from the start of the step.
+
+    Changes by the coordinator's threads count as those of rank 0.
+    """
     before: dict[str, int] = {}
     for one in changes:
         if one.rank.startswith("rank "):
@@ -158,7 +161,7 @@ def _of_one_step(changes: Sequence[Change]) -> Iterator[Change]:
 
 
 def explore_objects(steps: Sequence[Sequence[Change]]) -> tuple[int, list[str]]:
-    """How many states there are, all ranks cut off anywhere, and what is wrong with some."""
+    """Cut all ranks off at any point; return the number of states and a description of wrong ones."""
     judge, count, wrong = Judge(STATES), 0, []
     before: Files = {}
     for number, changes in enumerate(steps, 1):
@@ -184,7 +187,7 @@ def test_after_a_crash_on_an_object_store_the_newest_committed_step_is_whole(ran
     ]
     count, wrong = explore_objects(steps)
     assert not wrong
-    assert count == states  # what docs/reliability.md says
+    assert count == states  # as docs/reliability.md states
 
 
 def test_the_model_of_object_stores_detects_steps_deleted_too_early_or_in_a_wrong_order():

@@ -1,4 +1,4 @@
-"""What is committed is looked up; what goes, goes in an order that no crash makes a lie of."""
+"""Look-up of committed steps, and removal in an order in which no crash leaves a broken step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def state(step: int) -> dict:
 
 
 def with_metrics(step: int, store, metrics, **how) -> None:
-    """As a manager saves it."""
+    """Save a step with metrics, as a manager does."""
     config = SaveConfig(metrics=metrics, **how)
     run_save(lambda: state(step), store, detect_ranks(), config, ForegroundExecution())
 
@@ -44,16 +44,16 @@ def root(request, tmp_path):
     return LocalStore(tmp_path / "run") if request.param == "local" else MemoryStore("run")
 
 
-def test_what_is_committed(root):
+def test_only_committed_steps_are_listed(root):
     steps = Steps(root)
     assert steps.numbers() == [] and steps.latest() is None and steps.best("loss") is None
     for step in (10, 9, 100):
         sk.save(state(step), steps.store(step))
     with pytest.raises(sk.NotACheckpoint):
         sk.open(steps.store(11))
-    with subfolder(root, "step_12").open_writer("__0_0_aa.distcp") as sink:  # a save under way
+    with subfolder(root, "step_12").open_writer("__0_0_aa.distcp") as sink:  # a save in progress
         sink.write(b"x")
-    with subfolder(root, "step_0013").open_writer(".metadata") as sink:  # only resembles one
+    with subfolder(root, "step_0013").open_writer(".metadata") as sink:  # a similar name only
         sink.write(b"x")
     assert steps.numbers() == [9, 10, 100] and steps.latest() == 100
     assert list(steps.folders()) == [9, 10, 12, 100]
@@ -72,13 +72,13 @@ def test_metrics_are_part_of_the_commit(root):
     assert steps.metrics(5) == {} == steps.metrics(77)
     assert [step.number for step in steps.all()] == [1, 2, 3, 4, 5]
     assert open_reader(steps.store(4)).outline.header["metrics"] == {"loss": 0.75, "only 4": 4}
-    # What replaces a step has metrics of its own: nothing is remembered by the step alone.
+    # A replaced step has new metrics, so no cache may depend on the number of the step alone.
     with_metrics(3, steps.store(3), {"loss": 2.0}, overwrite=True)
     assert steps.metrics(3) == {"loss": 2.0} and steps.best("loss") == 2
 
 
-def test_what_can_not_be_looked_at_counts_as_there(tmp_path):
-    """A newest step that can't be read is for the restore to tell, not to be passed in silence."""
+def test_an_unreadable_step_is_listed(tmp_path):
+    """An unreadable newest step is listed, so that the restore reports it."""
     steps = Steps(tmp_path)
     sk.save(state(1), steps.store(1))
     (tmp_path / "step_2" / ".metadata").mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_linked_steps_are_read_and_never_removed(tmp_path):
     assert steps.folders(links=False) == {}
 
 
-def test_what_is_missing_of_a_step_is_told(tmp_path):
+def test_the_reason_why_a_step_is_incomplete_is_reported(tmp_path):
     steps = Steps(tmp_path)
     sk.save(state(1), steps.store(1))
     assert steps.why_not_whole(1) is None
@@ -116,7 +116,7 @@ def test_what_is_missing_of_a_step_is_told(tmp_path):
     assert "the manifest is missing" in steps.why_not_whole(1)
 
 
-def test_a_removed_step_leaves_nothing(root):
+def test_removing_a_step_removes_all_of_its_files(root):
     steps = Steps(root)
     sk.save(state(1), steps.store(1))
     sk.save(state(2), steps.store(2))
@@ -126,7 +126,7 @@ def test_a_removed_step_leaves_nothing(root):
     assert not remove(root, "step_1")
 
 
-def test_what_stock_torch_wrote_is_removed_too(tmp_path):
+def test_checkpoints_of_stock_torch_are_removed(tmp_path):
     import torch.distributed.checkpoint as stock
 
     stock.save({"w": torch.ones(3)}, checkpoint_id=tmp_path / "step_1", no_dist=True)
@@ -135,7 +135,7 @@ def test_what_stock_torch_wrote_is_removed_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_what_belongs_to_the_checkpoint_is_removed(tmp_path):
+def test_only_files_of_the_checkpoint_are_removed(tmp_path):
     sk.save(state(1), tmp_path / "step_1")
     kept = tmp_path / "elsewhere"
     kept.write_text("mine")
@@ -149,7 +149,7 @@ def test_only_what_belongs_to_the_checkpoint_is_removed(tmp_path):
     assert kept.read_text() == (tmp_path / "step_1" / "plots" / "__0_0_aa.distcp").read_text()
 
 
-def test_a_data_file_that_is_a_link_goes_alone(tmp_path):
+def test_a_linked_data_file_is_removed_but_not_its_target(tmp_path):
     sk.save(state(1), tmp_path / "step_1")
     (data,) = (tmp_path / "step_1").glob("*.distcp")
     shutil.move(data, tmp_path / "moved")
@@ -159,7 +159,7 @@ def test_a_data_file_that_is_a_link_goes_alone(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no manifest"])
-def test_what_can_not_be_read_is_not_removed(tmp_path, damage):
+def test_an_unreadable_checkpoint_is_not_removed(tmp_path, damage):
     sk.save(state(1), tmp_path / "step_1")
     metadata = tmp_path / "step_1" / ".metadata"
     if damage == "no manifest":
@@ -172,7 +172,7 @@ def test_what_can_not_be_read_is_not_removed(tmp_path, damage):
 
 
 @pytest.mark.parametrize(("kind", "when"), WAYS)
-def test_a_removal_that_ends_anywhere_leaves_the_step_whole_or_uncommitted(kind, when):
+def test_an_interrupted_removal_leaves_the_step_whole_or_uncommitted(kind, when):
     start = MemoryStore("run")
     sk.save(state(1), subfolder(start, "step_1"))
     files = {name: start.get_range(name, 0, start.head(name).size) for name in names_in(start)}
@@ -195,7 +195,7 @@ def test_a_removal_that_ends_anywhere_leaves_the_step_whole_or_uncommitted(kind,
     assert order == ["delete", "sync", *["delete"] * (len(files) - 1)]
 
 
-def test_the_commit_record_is_gone_durably_before_anything_else(tmp_path, monkeypatch):
+def test_the_commit_record_is_removed_durably_before_any_other_file(tmp_path, monkeypatch):
     sk.save(state(1), tmp_path / "step_1")
     log = []
     unlink, fsync = os.unlink, os.fsync
@@ -209,8 +209,8 @@ def test_the_commit_record_is_gone_durably_before_anything_else(tmp_path, monkey
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_a_crash_leaves_of_a_removal_goes_with_the_next(tmp_path, when):
-    """Also where others have put something into the folder: that stays."""
+def test_the_next_removal_completes_one_that_crashed(tmp_path, when):
+    """Files that others have put into the folder are kept."""
     start = MemoryStore("run")
     for step in (1, 2, 3):
         sk.save(state(step), subfolder(start, f"step_{step}"))
@@ -234,7 +234,7 @@ def test_what_a_crash_leaves_of_a_removal_goes_with_the_next(tmp_path, when):
     assert halves == set(range(len(files) // 3 + 1, len(files) + 1))
 
 
-def test_folders_that_a_crash_emptied_go(tmp_path):
+def test_empty_step_folders_after_a_crash_are_removed(tmp_path):
     sk.save(state(2), tmp_path / "step_2")
     (tmp_path / "step_1").mkdir()
     (tmp_path / "step_x").mkdir()
@@ -242,7 +242,7 @@ def test_folders_that_a_crash_emptied_go(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_x"]
 
 
-def test_a_step_that_another_job_is_writing_stays(tmp_path):
+def test_a_step_that_another_job_is_writing_is_not_removed(tmp_path):
     sk.save(state(2), tmp_path / "step_2")
     store = subfolder(LocalStore(tmp_path), "step_1")
     lease = Lease(store, "a" * 32)
@@ -258,7 +258,7 @@ def test_a_step_that_another_job_is_writing_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
-def test_nothing_is_removed_where_no_step_is_whole(tmp_path):
+def test_whole_steps_are_not_removed_before_a_newer_one_is_whole(tmp_path):
     for step in (1, 2):
         sk.save(state(step), tmp_path / f"step_{step}")
         next((tmp_path / f"step_{step}").glob("*.distcp")).unlink()
@@ -266,4 +266,4 @@ def test_nothing_is_removed_where_no_step_is_whole(tmp_path):
     assert Steps(tmp_path).numbers() == [1, 2]
     sk.save(state(0), tmp_path / "step_0")
     assert Pruner(Steps(tmp_path), sk.KeepLast(1)).prune(()) == (1,)
-    assert Steps(tmp_path).numbers() == [0, 2]  # the one that is whole, and the last one
+    assert Steps(tmp_path).numbers() == [0, 2]  # the whole one, and the last one
