@@ -1,4 +1,4 @@
-"""Memory that is used again: never less than was asked for, and of the kind that was asked for."""
+"""Memory that is used again is large enough and of the requested kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pinned(nbytes):
     return allocate_pages(nbytes)
 
 
-def test_memory_is_kept_until_it_is_too_small_or_given_back():
+def test_memory_is_kept_until_it_is_too_small_or_released():
     arena = Arena()
     assert arena.nbytes == 0
     first = arena.take(5000)
@@ -25,10 +25,10 @@ def test_memory_is_kept_until_it_is_too_small_or_given_back():
     assert arena.take(6000).nbytes == arena.nbytes == 6000
     arena.release()
     assert arena.nbytes == 0
-    first[:] = 1  # It is there as long as it is used.
+    first[:] = 1  # still valid, as the array exists
 
 
-def test_what_it_held_is_gone_before_more_is_made():
+def test_old_memory_is_freed_before_new_memory_is_allocated():
     arena, held = Arena(), []
 
     def watched(nbytes):
@@ -44,8 +44,8 @@ def test_what_it_held_is_gone_before_more_is_made():
     assert held == [False] * 3
 
 
-def test_memory_that_is_not_pinned_does_not_do_where_pinned_is_wanted():
-    """As when a state that was on the CPU is on a device now, or an empty one was saved first."""
+def test_unpinned_memory_is_replaced_if_pinned_memory_is_requested():
+    """For example, a state moved from the CPU to a device, or an empty state was saved first."""
     arena, asked = Arena(), []
 
     def pin(nbytes):
@@ -64,20 +64,20 @@ def test_memory_that_is_not_pinned_does_not_do_where_pinned_is_wanted():
     assert asked == [100]
 
 
-def test_what_is_released_meanwhile_is_not_taken_from_who_takes():
-    """`release_memory` on another thread: what is copied there would go past its end."""
+def test_a_concurrent_release_does_not_affect_memory_being_taken():
+    """`release_memory` on another thread must not leave the caller with too little memory."""
     allocating = threading.Event()
     thread = threading.Thread(target=lambda: allocating.wait(10) and arena.release())
     thread.start()
 
     class Interrupted(Arena):
-        """Released as soon as what it gives has been made."""
+        """An arena that another thread releases as soon as its new memory exists."""
 
         def __setattr__(self, name, value):
             super().__setattr__(name, value)
             if name == "_memory" and value.nbytes:
                 allocating.set()
-                thread.join(0.5)  # not for ever: it may have to wait for this one
+                thread.join(0.5)  # a timeout: it may have to wait for this thread
 
     arena = Interrupted()
     assert arena.take(5000).nbytes == 5000

@@ -32,7 +32,7 @@ def random_bytes(n):
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("n", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 77])
-def test_blocks_and_whole(n):
+def test_block_checksums_combine_to_that_of_the_whole(n):
     data = random_bytes(n)
     blocks, whole = checksum_payload(data)
     assert blocks.dtype == np.uint32
@@ -48,7 +48,7 @@ def test_blocks_and_whole(n):
 @pytest.mark.usefixtures("library")
 @given(st.binary(max_size=200), st.binary(max_size=200), st.integers(0, 2**32 - 1))
 @settings(max_examples=60)
-def test_running_and_combined(a, b, value):
+def test_continued_and_combined_checksums_are_equal(a, b, value):
     assert crc32(a + b) == crc32(b, crc32(a)) == module.combine(crc32(a), crc32(b), len(b))
     assert crc32(a, value) == zlib.crc32(a, value)
 
@@ -61,7 +61,7 @@ def test_combining_long_runs_agrees_with_the_fast_library():
         )
 
 
-def test_arrays_count_as_their_bytes():
+def test_the_checksum_of_an_array_is_that_of_its_bytes():
     array = np.arange(12, dtype=np.float32).astype(ml_dtypes.bfloat16)
     assert crc32(array.view(np.uint8)) == zlib.crc32(array.tobytes())
     assert checksum_payload(array.view(np.uint8))[1] == zlib.crc32(array.tobytes())

@@ -1,4 +1,4 @@
-"""Threads end with the call that started them."""
+"""Threads of a parallel call end with the call, also after errors and interrupts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_first_error_stops_all(threads):
     assert len(done) < 100
 
 
-def test_an_interrupt_is_raised_once_all_have_ended():
+def test_an_interrupt_is_raised_after_all_threads_have_ended():
     main, ended = threading.current_thread(), threading.Event()
     begun = threading.Event()
 
@@ -71,7 +71,7 @@ def test_an_interrupt_is_raised_once_all_have_ended():
     assert ended.is_set()
 
 
-def test_the_meter_adds_up():
+def test_the_meter_sums_the_progress_of_threads():
     told = []
     meter = ProgressMeter(lambda *what: told.append(what), "read", 10)
     meter.add(4)
@@ -81,11 +81,13 @@ def test_the_meter_adds_up():
 
 
 class Refused(threading.Thread):
-    """The third one of a call can't be started."""
+    """A thread whose start fails if it is the third one of a call."""
 
     why: BaseException = RuntimeError("can't start new thread")
     after = False
-    """Whether it has been started all the same, as a Ctrl-C can come while `start` waits for it."""
+    """Whether the thread was started nevertheless, as if Ctrl-C came while `start` waited for it.
+
+    """
 
     def start(self) -> None:
         if not self.name.endswith("-2"):
@@ -98,7 +100,7 @@ class Refused(threading.Thread):
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("why", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
-def test_a_thread_that_can_not_be_started_stops_the_others(monkeypatch, why, after):
+def test_a_thread_that_cannot_be_started_stops_the_others(monkeypatch, why, after):
     monkeypatch.setattr(Refused, "why", why)
     monkeypatch.setattr(Refused, "after", after)
     monkeypatch.setattr(pool, "Thread", Refused)

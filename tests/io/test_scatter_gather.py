@@ -1,4 +1,4 @@
-"""What is moved many at a time is what a loop would move, and nothing else is touched."""
+"""Copies of many ranges at a time, compared with a loop: no other bytes are touched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardkeep.io.scatter_gather import gather_bytes, scatter_bytes
 
 @st.composite
 def things(draw):
-    """Things that lie apart in some memory: [N] where, and how many bytes; some of a few sizes."""
+    """Generate [N] offsets and sizes of ranges with gaps. Sizes are often equal."""
     count = draw(st.integers(0, 150))
     sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
@@ -34,7 +34,7 @@ def end(starts, sizes):
 
 @settings(max_examples=200)
 @given(st.integers(0, 40), st.integers(0, 60), st.sampled_from([1, 4, 8]), st.integers(0, 9))
-def test_what_is_picked_up_is_what_lies_there(size, count, step, seed):
+def test_gathered_bytes_are_those_at_the_addresses(size, count, step, seed):
     rng = np.random.default_rng(seed)
     starts = rng.permutation(np.arange(count) * (-(-size // step) * step + step * seed))
     here, gap = memory(end(starts, np.full(count, size))), int(rng.integers(0, 9))
@@ -49,7 +49,7 @@ def test_what_is_picked_up_is_what_lies_there(size, count, step, seed):
 
 @settings(max_examples=200)
 @given(things(), st.integers(0, 9))
-def test_what_is_put_down_touches_nothing_else(lying, seed):
+def test_scattering_changes_no_other_bytes(lying, seed):
     places, sizes = lying
     source = memory(int(sizes.sum()) + 8 * len(sizes) + 8, seed)
     starts = np.cumsum(-(-sizes // 8) * 8) - sizes
@@ -61,8 +61,8 @@ def test_what_is_put_down_touches_nothing_else(lying, seed):
     assert np.array_equal(there, wanted)
 
 
-def test_things_alike_are_moved_at_once(monkeypatch):
-    """A call for each costs more than all the rest of a save of many small tensors."""
+def test_ranges_of_equal_size_are_copied_together(monkeypatch):
+    """A call for each tensor would cost more than the rest of a save of many small tensors."""
     calls = []
     real = scatter_gather.ctypes.memmove
     monkeypatch.setattr(scatter_gather.ctypes, "memmove", lambda *a: calls.append(a) or real(*a))

@@ -1,4 +1,4 @@
-"""Claims of many ranks, settled: everything is written once, by somebody who holds it."""
+"""Assignment of writers: every payload is written once, by a rank that holds it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardkeep.types import Box, Claim, DType, Structure, Tensors
 
 
 def claim(tensors=(), objects=None, *, legacy_duplicates=None, containers=None, alias=None):
-    """A rank's claim: tensors are (name, dtype, shape, [boxes])."""
+    """Return the claim of a rank. Tensors are (name, dtype, shape, [boxes])."""
     width = max((len(shape) for _, _, shape, _ in tensors), default=0)
 
     def padded(rows, fill):
@@ -61,7 +61,7 @@ def rows(name, shape, start, stop, dtype="float32"):
 
 @st.composite
 def jobs(draw):
-    """Tensors cut into rows, each part held by at least one rank."""
+    """Generate claims on tensors that are cut into rows, each held by at least one rank."""
     ranks = draw(st.integers(1, 5))
     held = [[] for _ in range(ranks)]
     for t in range(draw(st.integers(0, 5))):
@@ -119,7 +119,7 @@ def test_aliases_are_one_payload():
     assert len(done.writer) == 2
 
 
-def test_aliases_seen_by_another_rank_only_are_still_one_payload():
+def test_aliases_on_another_rank_are_one_payload():
     done = assign_writers(
         [claim([whole("a", 4)]), claim([whole("b", 4), whole("a", 4)], alias=[0, 0])]
     )
@@ -174,7 +174,7 @@ def test_objects_are_written_by_the_lowest_rank_that_has_them():
     assert [names for _, names in done.orders(2)] == [("a",), ("b",)]
 
 
-def test_a_twin_is_written_after_everything_else():
+def test_a_legacy_duplicate_is_written_last():
     done = assign_writers([claim(objects={"opt.lr": 1}, legacy_duplicates={"opt": ("opt",)})])
     assert done.objects == ("opt.lr",)
     assert done.legacy_duplicates == {"opt": ("opt",)}
@@ -186,14 +186,14 @@ def test_a_twin_is_written_after_everything_else():
     [claim(objects={"opt.more": 2}), claim([whole("opt.t", 2)])],
     ids=["another leaf", "a tensor"],
 )
-def test_no_twin_where_another_rank_has_more_in_that_container(other):
+def test_a_container_with_more_leaves_on_another_rank_has_no_legacy_duplicate(other):
     done = assign_writers(
         [claim(objects={"opt.lr": 1}, legacy_duplicates={"opt": ("opt",)}), other]
     )
     assert done.legacy_duplicates == {}
 
 
-def test_nothing_to_save_is_fine():
+def test_empty_claims_are_valid():
     done = assign_writers([claim(), claim()])
     assert done.tensors.names == ()
     assert [pieces.tolist() for pieces, _ in done.orders(2)] == [[], []]

@@ -1,4 +1,4 @@
-"""Coverage against boxes painted into arrays."""
+"""Coverage of tensors by boxes, compared with boxes that are painted into arrays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def paint(shape, boxes):
 
 
 def check(shapes, rows):
-    """`rows`: (tensor, Box) in any order."""
+    """Return the problems of rows of (tensor, Box) in any order."""
     ndim = len(shapes[0])
     return coverage(
         i64([t for t, _ in rows]),
@@ -37,7 +37,7 @@ def check(shapes, rows):
 
 
 def cut(draw, box, depth):
-    """Parts of a box, split again and again at random places."""
+    """Yield the parts of a box that is split again and again at random positions."""
     d = draw(st.integers(0, box.ndim - 1))
     if depth == 0 or box.sizes[d] < 2:
         return [box]
@@ -69,7 +69,7 @@ def layouts(draw):
 
 
 def compare(shapes, rows):
-    """What is found against what painting shows."""
+    """Compare the problems with those that painting shows."""
     problems = check(shapes, rows)
     assert list(problems) == sorted(problems, key=lambda p: (p.tensor, p.kind))
     for t, shape in enumerate(shapes):
@@ -105,8 +105,8 @@ def test_few_boxes_anywhere_agree_with_painting(seed):
         compare([shape], [(0, box) for box in boxes])
 
 
-def test_a_box_may_reach_over_several_others():
-    """The cut before the third box is not clean, though the second one ends before it."""
+def test_a_box_may_extend_past_several_others():
+    """The cut before the third box crosses the first one, though not the second one."""
     boxes = [Box((0, 0), (10, 5)), Box((1, 5), (1, 5)), Box((3, 0), (1, 5))]
     (overlap,) = [p for p in check([(10, 10)], [(0, b) for b in boxes]) if p.kind == "overlap"]
     assert overlap == Problem(0, "overlap", (0, 2), Box((3, 0), (1, 5)))
@@ -114,8 +114,8 @@ def test_a_box_may_reach_over_several_others():
 
 @settings(max_examples=100)
 @given(st.integers(0, 2**32), st.integers(300, 900), st.booleans())
-def test_many_boxes_that_no_cut_sets_apart(seed, count, clash):
-    """Pinwheels: five boxes each that no straight cut parts; enough of them to halve space."""
+def test_many_boxes_that_no_cut_separates(seed, count, clash):
+    """Pinwheels of five boxes, which no straight cut separates, in a number that needs halving."""
     rng = np.random.default_rng(seed)
     wheel = [(0, 0, 1, 2), (0, 2, 2, 1), (2, 1, 1, 2), (1, 0, 2, 1), (1, 1, 1, 1)]
     side = int(np.sqrt(count / 5)) + 1
@@ -127,7 +127,7 @@ def test_many_boxes_that_no_cut_sets_apart(seed, count, clash):
                 sizes.append((h, w))
     order = rng.permutation(len(offsets))
     offsets, sizes = i64(offsets, 2)[order], i64(sizes, 2)[order]
-    # Boxes larger than a wheel tie all wheels together: the last one covers them in one corner.
+    # A box beside all wheels connects them, and overlaps one box of each wheel at that side.
     if clash:
         offsets, sizes = np.append(offsets, [[0, 0]], 0), np.append(sizes, [[3 * side, 1]], 0)
     shape = i64([(3 * side, 3 * side)], 2)
@@ -136,7 +136,7 @@ def test_many_boxes_that_no_cut_sets_apart(seed, count, clash):
 
 
 def test_one_giant_pinwheel_is_compared_box_by_box():
-    """Spiral of thin strips around a core: no clean cut exists anywhere."""
+    """A spiral of thin strips around a core, which has no cut that crosses no box."""
     low, high, boxes = 0, 2000, []
     while high - low > 2:
         n = high - low
@@ -182,7 +182,7 @@ def test_huge_tensors_do_not_wrap_around():
     part = Box((0, 0), (2**40, 2**40 - 1))
     (problem,) = check([(2**40, 2**40)], [(0, part)])
     assert problem.box == Box((0, 2**40 - 1), (2**40, 1))
-    # 2**64 elements are 0 in 64 bits.
+    # 2**64 elements would be 0 in 64 bits.
     assert [p.kind for p in check([(2**32, 2**32)], [])] == ["hole"]
 
 

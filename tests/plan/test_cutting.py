@@ -1,4 +1,4 @@
-"""Large boxes, cut into parts that tile them."""
+"""Cutting of large boxes into parts that tile them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_parts_tile_the_box_in_c_order_and_keep_to_the_limit(case):
     parts = cut(box, itemsize, limit)
     order = np.arange(box.numel).reshape(box.sizes)
     inside = [order[part.relative_to(box).slices].ravel() for part in parts]
-    # Each part is one stretch of the box's elements in C order, and they follow each other.
+    # Each part is contiguous in C order, and parts follow one another.
     assert np.concatenate(inside).tolist() == list(range(box.numel))
     assert all(part.numel * itemsize <= max(limit, itemsize) for part in parts)
     assert all(part.within(box.ends) for part in parts)

@@ -1,4 +1,4 @@
-"""Rows, numbered by their content."""
+"""Numbering of rows by their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every byte of a file has one place, and files are cut only where windows can be made alone."""
+"""Layouts of files: items tile the file, and cuts leave windows that can be made independently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shardkeep.types import Frame
 
 
 class Framing:
-    """Frames as a container's: the head ends where the payload may begin."""
+    """Frames like those of a container: the head ends where the payload may start."""
 
     def __init__(self, least, tail):
         self.least, self.tail = least, bytes(tail)
@@ -100,12 +100,12 @@ def test_items_tile_the_file_and_windows_can_be_made_alone(kinds, runs, blocks, 
 
 @given(st.integers(0, 3000), st.integers(1, 3000))
 @settings(max_examples=30)
-def test_few_windows_however_small_the_items(size, count):
+def test_windows_are_few_however_small_the_items_are(size, count):
     none = np.zeros(count, np.int64)
     layout = lay_out(np.full(count, size), none, [Framing(400, 300)], none, 8 * BLOCK)
     assert len(layout.cuts) - 1 <= layout.nbytes / (2 * BLOCK) + 1
     frames = layout.nbytes - size * count
-    # Padding to a page is rare, and that to ALIGNMENT small.
+    # Padding to a page is rare, and padding to ALIGNMENT is small.
     assert frames <= count * (708 + ALIGNMENT) + PAGE * (len(layout.cuts) + 1)
 
 
@@ -117,8 +117,8 @@ def test_large_items_come_first_then_small_ones_by_kind_and_bare_ones_last():
     assert layout.order.tolist() == [1, 3, 4, 6, 0, 5, 2]
 
 
-def test_what_is_alike_is_framed_once_or_twice():
-    """A call for each of many small tensors took longer than to write them."""
+def test_equal_items_share_one_or_two_frames():
+    """A call for each of many small tensors would take longer than writing them."""
     calls = []
 
     def framing(position, paged):
@@ -138,7 +138,7 @@ def test_a_window_too_small_to_cut_is_refused():
         lay_out(none, none, [], none, 4096)
 
 
-def test_a_payload_without_a_place_to_cut_starts_at_a_page():
+def test_a_small_payload_must_start_at_a_page():
     nbytes, past = np.array([MIN_IN_PLACE_BYTES, MIN_IN_PLACE_BYTES - 1]), np.array([64, 64])
     with pytest.raises(
         ValueError, match="a payload of less than 524288 bytes must start at a multiple of 4096"

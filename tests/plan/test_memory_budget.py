@@ -1,4 +1,4 @@
-"""The shares of a memory budget fit into it, down to the least that the work needs."""
+"""Shares of a memory budget: they fit into it, down to the smallest amount that the work needs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_reads_leave_half_of_the_budget_to_the_store(budget, threads):
 
 
 @given(budgets)
-def test_rounds_are_taken_off_both_halves(budget):
+def test_memory_for_rounds_is_taken_from_both_halves(budget):
     rounds = budget.round_bytes()
     left = budget.after_rounds(rounds)
     assert rounds % BLOCK == 0 and BLOCK <= rounds <= max(BLOCK, budget.nbytes // 4)
@@ -50,7 +50,7 @@ def test_conversions_hold_a_slab_its_reads_and_a_window(nbytes, files):
     assert held <= each.nbytes
 
 
-def test_staging_counts_where_a_limit_was_given(monkeypatch):
+def test_staging_counts_only_if_a_limit_is_given(monkeypatch):
     given_budget = MemoryBudget.of(8 * MIB)
     assert given_budget.can_stage(7 * MIB) and not given_budget.can_stage(7 * MIB + 1)
     assert given_budget.after_staging(5 * MIB).nbytes == 3 * MIB
@@ -61,7 +61,7 @@ def test_staging_counts_where_a_limit_was_given(monkeypatch):
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 1000])
-def test_a_budget_of_nothing_still_lets_one_thread_work(nbytes):
+def test_a_budget_of_zero_still_allows_one_thread(nbytes):
     budget = MemoryBudget.of(nbytes)
     assert budget.write_threads(8) == 1 and budget.window_bytes(1) == MIN_WINDOW_BYTES
     assert budget.direct_buffer_bytes(4, MIB) == 0

@@ -1,4 +1,4 @@
-"""The join against every pair compared one by one."""
+"""Intersections of two sets of boxes, compared with all pairs one by one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def boxes(tensor, offsets, sizes, ndim):
 
 
 def rows(side, ndim):
-    """Single boxes, filled up to `ndim`."""
+    """Return single boxes as columns, padded to `ndim` dimensions."""
     for t, offsets, sizes in zip(side.tensor, side.offsets, side.sizes, strict=True):
         more = ndim - len(sizes)
         yield t, Box((*map(int, offsets), *[0] * more), (*map(int, sizes), *[1] * more))
@@ -69,7 +69,7 @@ def test_overlap_agrees_with_every_pair_compared(both):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_portions_of_pairs_join_up(monkeypatch, seed):
+def test_results_are_the_same_in_small_portions(monkeypatch, seed):
     monkeypatch.setattr(module, "_WORKING_BYTES", 0)  # 1,024 pairs at a time
     rng = np.random.default_rng(seed)
 
@@ -112,7 +112,7 @@ def test_thousands_of_chunks_on_both_sides():
 
 
 def test_memory_stays_bounded():
-    """Nearly all pairs meet along either dimension, and none meets in both."""
+    """Nearly all pairs intersect along each dimension, but none of them in both."""
     n = 6000
     left, right = chunks(n, 2, 0), chunks(n, 2, 1)
     left.sizes[:, 1] = 1
@@ -128,7 +128,7 @@ def test_memory_stays_bounded():
 
 
 @given(st.data(), dims)
-def test_runs_and_places_are_those_of_numpy(data, ndim):
+def test_runs_and_positions_are_those_of_numpy(data, ndim):
     outer = [data.draw(st.integers(1, 4)) for _ in range(ndim)]
     offsets = [data.draw(st.integers(0, size - 1)) for size in outer]
     sizes = [
@@ -145,5 +145,5 @@ def test_runs_and_places_are_those_of_numpy(data, ndim):
 
 
 @given(st.lists(st.integers(-5, 5)))
-def test_each_number_once(numbers):
+def test_sorted_unique_returns_each_number_once(numbers):
     assert sorted_unique(np.array(numbers, dtype=np.int64)).tolist() == sorted(set(numbers))

@@ -1,4 +1,4 @@
-"""Byte ranges against numpy's own indexing."""
+"""Byte ranges of boxes, compared with numpy's indexing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shardkeep.types import Box
 
 @st.composite
 def stored(draw):
-    """A payload inside a file, a chunk with any strides in it, and a box of the chunk."""
+    """Generate a chunk with any strides in a payload of a file, and a box of the chunk."""
     itemsize = draw(st.sampled_from([1, 2, 4, 16]))
     ndim = draw(st.integers(0, 4))
     sizes = tuple(draw(st.integers(1, 5)) for _ in range(ndim))
-    if draw(st.booleans()):  # dense in some order of the dimensions, maybe with gaps or expanded
+    if draw(st.booleans()):  # dense in some order of the dimensions, or with gaps, or expanded
         strides, step = [0] * ndim, itemsize
         for d in draw(st.permutations(range(ndim))):
             strides[d] = draw(st.sampled_from([step, step, step, step + 3, 0]))
@@ -43,7 +43,7 @@ def view(source, file):
 
 
 def put(found, file, into):
-    """Scatter runs as the reader does: only bytes inside a run may be used."""
+    """Scatter runs as the reader does, using bytes inside of the runs only."""
     outer = [into.shape[d] for d in found.outer]
     for start, index in zip(found.starts.tolist(), np.ndindex(*outer), strict=True):
         place = [slice(None)] * into.ndim
@@ -57,7 +57,7 @@ def put(found, file, into):
 
 @settings(max_examples=300)
 @given(stored(), st.integers(0, 30), st.integers(1, 200))
-def test_runs_bring_the_box(chunk, gap, limit):
+def test_runs_contain_the_box(chunk, gap, limit):
     source, box = chunk
     end = sum(source.payload)
     file = np.random.default_rng(0).integers(0, 256, end, dtype=np.uint8)
@@ -115,7 +115,7 @@ def source(sizes, strides, start=0, nbytes=10_000, itemsize=4):
     return ChunkSource("f", start, strides, sizes, itemsize, (0, nbytes))
 
 
-def test_neighbours_merge_and_gaps_part():
+def test_near_runs_are_merged_and_distant_ones_are_not():
     rows = source((10, 100), (400, 4))
     whole = byte_runs(rows, Box((2, 0), (5, 100)), 0)
     assert (whole.starts.tolist(), whole.span, whole.outer) == ([800], 2000, ())
@@ -161,7 +161,7 @@ def test_split_parts_are_as_large_as_the_limit_allows():
         ),
     ],
 )
-def test_what_contradicts_itself_is_refused(chunk, box, message):
+def test_contradictory_chunks_are_refused(chunk, box, message):
     with pytest.raises(FormatError) as caught:
         byte_runs(chunk, box, 64)
     assert str(caught.value).startswith(message)

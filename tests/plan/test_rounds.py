@@ -1,4 +1,4 @@
-"""Boxes pass through a small memory: every element once, no two parts of a round in one place."""
+"""Rounds of boxes through a small memory: each element once, and no overlap within a round."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_parts_tile_boxes_and_fit_into_half_of_the_room(given_boxes, units, most
     assert rows == sorted(rows)
 
 
-def test_a_round_takes_all_that_fits():
+def test_a_round_contains_all_that_fits():
     small = [(row, Box.whole((100,)), 1) for row in range(20)]
     rounds = plan_rounds(small, 2048)
     assert [len(parts) for parts in rounds] == [8, 8, 4]

@@ -1,4 +1,4 @@
-"""Who writes what, and into which file."""
+"""Distribution of pieces over ranks, and of items over files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def columns(rows):
 
 @settings(max_examples=150)
 @given(holdings(), st.randoms(use_true_random=False), st.sampled_from([0, 2, 1000]))
-def test_one_owner_a_key_that_holds_it_whatever_the_order(rows, random, greedy):
+def test_each_key_has_one_owner_that_holds_it_in_any_order(rows, random, greedy):
     key, rank, nbytes = columns(rows)
     chosen = owners(key, rank, nbytes, greedy=greedy)
     assert chosen.dtype == bool and chosen.shape == key.shape
@@ -43,7 +43,7 @@ def test_one_owner_a_key_that_holds_it_whatever_the_order(rows, random, greedy):
 
 @settings(max_examples=100)
 @given(st.lists(sizes, min_size=1, max_size=60), st.integers(1, 8))
-def test_where_all_hold_all_the_largest_key_bounds_the_imbalance(weights, ranks):
+def test_with_full_replicas_the_largest_key_bounds_the_imbalance(weights, ranks):
     key = np.tile(np.arange(len(weights)), ranks)
     rank = np.repeat(np.arange(ranks), len(weights))
     nbytes = np.tile(np.array(weights, dtype=np.int64), ranks)
@@ -52,7 +52,7 @@ def test_where_all_hold_all_the_largest_key_bounds_the_imbalance(weights, ranks)
     assert load.max() - load.min() <= max(*weights, 1)
 
 
-def test_many_small_keys_are_even_by_hash_and_the_large_ones_fill_up():
+def test_small_keys_are_spread_by_hash_and_large_ones_balance_the_load():
     rng = np.random.default_rng(0)
     keys, ranks = 50_000, 16
     weights = rng.integers(1, 1000, keys)
@@ -70,7 +70,7 @@ def test_many_small_keys_are_even_by_hash_and_the_large_ones_fill_up():
     assert counts.max() < 1.06 * counts.mean()
 
 
-def test_what_ranks_hold_alone_counts():
+def test_pieces_with_one_holder_count_in_the_load():
     key = np.array([0, 1, 1, 2, 2], dtype=np.int64)
     rank = np.array([0, 0, 1, 0, 1], dtype=np.int64)
     nbytes = np.array([100, 30, 30, 20, 20], dtype=np.int64)
@@ -84,7 +84,7 @@ def test_the_same_piece_twice_on_one_rank_is_written_once():
 
 @settings(max_examples=200)
 @given(st.lists(sizes, max_size=60), st.integers(1, 8))
-def test_files_are_even(weights, files):
+def test_files_have_about_equal_sizes(weights, files):
     nbytes = np.array(weights, dtype=np.int64)
     file = pack(nbytes, files)
     assert file.dtype == np.int64 and file.shape == nbytes.shape
@@ -96,6 +96,6 @@ def test_files_are_even(weights, files):
         assert set(file) == set(range(files))
 
 
-def test_no_files_is_refused():
+def test_packing_into_no_files_is_refused():
     with pytest.raises(ValueError, match="files must be at least 1, not 0"):
         pack(np.zeros(1, dtype=np.int64), 0)

@@ -284,7 +284,7 @@ def test_a_step_that_could_not_be_opened_has_filled_nothing(tmp_path):
 
 
 def mixing(ranks, path, strict):
-    """Restore with damage in rank 1's part of step 2 only; return the error that this rank raises."""
+    """Restore after damage to rank 1's part of step 2; return the error of this rank."""
 
     def mine(value: float) -> dict:
         row = torch.full((1, BLOCKS), float(value))
@@ -782,7 +782,7 @@ def test_no_crash_removes_the_last_whole_step(two_steps, kind, when):
 @pytest.mark.gloo
 @pytest.mark.parametrize(("size", "signalled"), [(2, [1]), (4, [2]), (4, [0, 1, 2, 3])])
 def test_sigterm_saves_one_step_on_all_ranks(gloo, tmp_path, size, signalled):
-    """The signal comes at any moment, to one rank or all, in a job with a collective in each step."""
+    """The signal comes at any moment, to one rank or to all, and each step has a collective."""
     rounds = 3
     found = gloo.run(managing.terminated, str(tmp_path), rounds, signalled, 1, size=size)
     for number in range(rounds):

@@ -50,7 +50,7 @@ def run(root: Path) -> list[Operation]:
 
 
 def commits(operations: Sequence[Operation]) -> Iterator[tuple[int, int, int]]:
-    """Yield each step, the number of the operation that publishes it, and of the one that syncs it."""
+    """Yield each step, with the numbers of the operations that publish and sync it."""
     for number, one in enumerate(operations):
         if isinstance(one, Rename) and (found := _RECORD.fullmatch(one.target)):
             folder = Sync(one.target.rpartition("/")[0])
@@ -161,7 +161,7 @@ def _of_one_step(changes: Sequence[Change]) -> Iterator[Change]:
 
 
 def explore_objects(steps: Sequence[Sequence[Change]]) -> tuple[int, list[str]]:
-    """Cut all ranks off at any point; return the number of states and a description of wrong ones."""
+    """Stop all ranks at any point; return the number of states, and the wrong ones as text."""
     judge, count, wrong = Judge(STATES), 0, []
     before: Files = {}
     for number, changes in enumerate(steps, 1):

@@ -1,4 +1,4 @@
-"""A nested state and its flat names, held against torch's own flattening."""
+"""Flattening and merging of nested states, compared with torch's own flattening."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardkeep.types import Structure
 
 
 class Tensor:
-    """Stands for a tensor; equal only to itself."""
+    """A stand-in for a tensor, equal only to itself."""
 
     def __repr__(self) -> str:
         return f"T{id(self) % 997}"
@@ -36,7 +36,7 @@ def values(flattened: Flat) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, with the types of containers and keys, and the order of mappings."""
+    """Return whether values are equal, including types of containers and keys, and the order."""
     if isinstance(a, Tensor):
         return a is b
     if type(a) is not type(b):
@@ -93,7 +93,7 @@ def test_every_leaf_is_at_its_path_and_can_be_set_there(state: Any) -> None:
 
 
 @given(STATES)
-def test_twins_are_the_outermost_containers_without_a_tensor(state: Any) -> None:
+def test_legacy_duplicates_are_the_outermost_containers_without_a_tensor(state: Any) -> None:
     flattened = try_flat(state)
     if flattened is None:
         return
@@ -160,13 +160,13 @@ def test_names_paths_and_leaves_are_those_of_torch(state: Any) -> None:
         ({None: 1, "x": 2, "None": 3}, "[None]", "['None']"),
     ],
 )
-def test_two_things_under_one_name_are_refused(state: Any, first: str, second: str) -> None:
+def test_two_values_with_one_name_are_refused(state: Any, first: str, second: str) -> None:
     with pytest.raises(Conflict) as caught:
         flat(state)
     assert f"{first} and {second} would both be saved under the name" in str(caught.value)
 
 
-def test_twins_repeat_what_old_readers_look_up() -> None:
+def test_legacy_duplicates_are_what_old_readers_look_up() -> None:
     weight = Tensor()
     groups = [MappingProxyType({"lr": 0.1, "params": [0, 1]})]
     state = {
@@ -185,14 +185,14 @@ def test_twins_repeat_what_old_readers_look_up() -> None:
     assert type(found["rng"]["cuda"]) is OrderedDict
 
 
-def test_a_twin_gives_way_to_a_leaf_and_to_another_container() -> None:
+def test_a_name_in_use_gets_no_legacy_duplicate() -> None:
     weight = Tensor()
     state = {"a": {"b": {"c": 1}, "w": weight}, "a.b": weight, "d": {"e": {1: 1}, "w": weight}}
     assert [twin.name for twin in flat(state).legacy_duplicates] == ["d.e"]
     assert flat({"a": {"b": {"c": 1}, "w": weight}, "a.b": {"d": 1}}).legacy_duplicates == ()
 
 
-def test_the_place_of_empty_containers_is_kept() -> None:
+def test_the_position_of_empty_containers_is_kept() -> None:
     state = OrderedDict(z={}, y=1, x={"u": {}, "v": OrderedDict()}, w=[{}, 2, {}], a={})
     flattened = flat(state)
     assert same(unflatten(flattened.structure, values(flattened)), state)
@@ -210,7 +210,7 @@ def test_a_state_is_a_mapping(state: Any) -> None:
 
 
 @pytest.mark.parametrize("key", [object(), float("nan"), (1, object()), frozenset(), 1j])
-def test_keys_that_can_not_be_written_are_refused(key: Any) -> None:
+def test_keys_of_other_types_are_refused(key: Any) -> None:
     with pytest.raises(Conflict, match=r"key .* of \['a'\] is a "):
         flat({"a": {key: 1}})
 
@@ -231,7 +231,7 @@ def test_cycles_are_refused() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda x: {"a": x}, lambda x: [x], lambda x: [{"a": x}, [x]]])
-def test_depth_is_refused_clearly(wrap: Any) -> None:
+def test_deep_nesting_is_refused(wrap: Any) -> None:
     state: Any = 1
     for _ in range(10_000):
         state = wrap(state)
@@ -239,14 +239,14 @@ def test_depth_is_refused_clearly(wrap: Any) -> None:
         flat({"s": state})
 
 
-def test_lists_that_share_lists_are_looked_through_once() -> None:
+def test_shared_lists_are_searched_once() -> None:
     shared: list[Any] = [1]
     for _ in range(50):
         shared = [shared, shared]
     assert values(flat({"s": shared}))["s"] is shared
 
 
-def test_get_and_put_say_what_is_wrong() -> None:
+def test_errors_of_get_and_put_name_the_problem() -> None:
     state = {"a": [1], "t": (1, 2), "p": MappingProxyType({"k": 1})}
     put(state, ("a", 3), "x")
     assert state["a"] == [1, None, None, "x"]
@@ -289,20 +289,20 @@ def test_a_hostile_structure_is_refused(leaves: Any, kinds: Any, message: str) -
         unflatten(structure, lambda name: name)
 
 
-def test_places_that_a_list_leaves_out_become_none() -> None:
+def test_missing_entries_of_a_list_become_none() -> None:
     structure = Structure({"b": ("l", 3), "a": ("l", 1)}, {(): "dict", ("l",): "list"})
     assert unflatten(structure, str.upper) == {"l": [None, "A", None, "B"]}
 
 
 def subset(state: Any, keep: Any) -> Any:
-    """Leave out some entries of mappings, as ranks of a pipeline do."""
+    """Return the state without some entries of its mappings, as on a rank of a pipeline."""
     if isinstance(state, dict):
         return type(state)((k, subset(v, keep)) for k, v in state.items() if keep())
     return [subset(entry, keep) for entry in state] if isinstance(state, list) else state
 
 
 @given(STATES, st.data())
-def test_what_ranks_hold_together_is_merged(state: Any, data: st.DataObject) -> None:
+def test_merging_contains_the_leaves_of_all_ranks(state: Any, data: st.DataObject) -> None:
     if try_flat(state) is None:
         return
 
@@ -313,7 +313,7 @@ def test_what_ranks_hold_together_is_merged(state: Any, data: st.DataObject) -> 
     try:
         merged = merge([rank.structure for rank in ranks])
     except Conflict as error:
-        # A list loses what made it a container when its mappings do not lose their entries.
+        # A list may lose the entries because of which it was flattened, and be a leaf on one rank.
         assert "but a" in str(error)
         return
     names = {name for rank in ranks for name in rank.structure.leaves}
@@ -361,7 +361,7 @@ def test_merge_keeps_the_order_of_first_appearance() -> None:
         ({1: 1}, {True: 1}, r"'1' and 'True' \(rank 1\) are at one place"),
     ],
 )
-def test_ranks_that_contradict_each_other_are_refused(here: Any, there: Any, message: str) -> None:
+def test_contradictory_ranks_are_refused(here: Any, there: Any, message: str) -> None:
     with pytest.raises(Conflict, match=message):
         merge([flat(here).structure, flat(there).structure])
 
@@ -379,7 +379,7 @@ def test_a_structure_knows_the_containers_around_its_paths(state: Any) -> None:
 
 
 @given(STATES)
-def test_ranks_with_the_same_state_have_its_structure_together(state: Any) -> None:
+def test_ranks_with_the_same_state_share_its_structure(state: Any) -> None:
     one, other = try_flat(state), try_flat(state)
     if one is not None and other is not None:
         assert merge([one.structure, one.structure]) is one.structure

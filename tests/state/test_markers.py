@@ -1,4 +1,4 @@
-"""Values of each rank, and values that all ranks have: marked, kept apart, compared."""
+"""Values marked as per rank or replicated: stored apart, compared, and restored."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def test_a_policy_assigns_per_rank_values_on_another_number_of_ranks(
     ("policy", "message"),
     [("nearest", "not 'nearest'"), (lambda *_: 4, "per_rank chose rank 4 for 'a.mine': 4 ranks")],
 )
-def test_a_policy_that_is_none(by_four, policy, message):
+def test_an_invalid_policy_is_refused(by_four, policy, message):
     with pytest.raises(ValueError, match=message):
         simulated_ranks.run(2, own.load, by_four, policy)
 
 
-def test_to_a_reader_they_are_ordinary_entries(by_four):
+def test_readers_see_per_rank_values_as_ordinary_entries(by_four):
     for checkpoint in (sk.open(by_four), sk.open(by_four, manifest=False)):
         assert set(checkpoint) == {
             "c", *(f"{name}.rank_{rank}_of_4" for name in ("a.mine", "b") for rank in range(4))
@@ -100,7 +100,7 @@ def test_to_a_reader_they_are_ordinary_entries(by_four):
         assert checkpoint.tree()["a"]["mine"] == {f"rank_{rank}_of_4": rank for rank in range(4)}
 
 
-def test_stock_torch_reads_them_as_such(by_four):
+def test_stock_torch_reads_per_rank_values_as_ordinary_entries(by_four):
     import torch.distributed.checkpoint as stock
 
     state = {"b": {"rank_2_of_4": None}, "a": {"mine": {"rank_0_of_4": None}}}
@@ -120,12 +120,12 @@ def test_torch_2_3_finds_a_mapping_without_tensors_as_one_object(tmp_path):
     assert torch.load(io.BytesIO(data), weights_only=True) == {"x": 1, "y": {}}
 
 
-def test_a_value_that_only_some_ranks_have(tmp_path):
+def test_only_some_ranks_may_have_a_per_rank_value(tmp_path):
     path = str(tmp_path / "ckpt")
     states = {rank: {"b": sk.PerRank(rank)} if rank % 2 else {"c": 1} for rank in range(4)}
     assert simulated_ranks.run(4, own.save, path, states) == ["saved"] * 4
     assert set(sk.open(path)) == {"c", "b.rank_1_of_4", "b.rank_3_of_4"}
-    state = {"b": sk.PerRank(None)}  # rank 0 of 1: another number of ranks
+    state = {"b": sk.PerRank(None)}  # rank 0 of 1: another number of ranks than saved
     with pytest.raises(sk.Mismatch, match="b: per rank: 4 ranks saved"):
         sk.load(state, path)
 
@@ -158,7 +158,7 @@ def test_a_value_that_only_some_ranks_have(tmp_path):
         ({"b": (sk.PerRank(1),)}, {}, "object 'b' holds a PerRank inside"),
     ],
 )
-def test_collisions_are_refused(tmp_path, first, second, message):
+def test_contradictory_markers_are_refused(tmp_path, first, second, message):
     with pytest.raises(sk.Conflict) as caught:
         simulated_ranks.run(2, two, str(tmp_path / "ckpt"), [first, second])
     assert message in str(caught.value)
@@ -170,7 +170,7 @@ def two(ranks, path, states) -> None:
 
 
 class Odd:
-    """Has no form but its pickle."""
+    """An object that can only be pickled."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -214,7 +214,7 @@ def test_replicas_that_differ_are_refused(tmp_path, kind, what, groups):
     assert sk.open(tmp_path / "ckpt").verify().ok
 
 
-def test_a_state_that_is_saved_is_not_changed(tmp_path):
+def test_a_save_does_not_change_a_state_with_markers(tmp_path):
     inner = {"x": sk.PerRank(1), "y": [1, {"z": sk.Replicated(2)}]}
     state = {"a": inner, "b": [3]}
     sk.save(state, tmp_path / "ckpt")

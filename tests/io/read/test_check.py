@@ -1,4 +1,4 @@
-"""Whole payloads against their checksums: every damage is named, nothing else is."""
+"""Verification of whole payloads: all damage is found, and nothing else is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ sizes = st.one_of(
 
 @st.composite
 def layouts(draw):
-    """Payloads with gaps between them, in two files."""
+    """Generate payloads with gaps between them, in two files."""
     files, payloads = {"f": b"", "g/h": b""}, []
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     for number, n in enumerate(draw(st.lists(sizes, min_size=1, max_size=6))):
@@ -57,7 +57,7 @@ def store_of(files):
 
 @settings(max_examples=80)
 @given(layouts(), st.integers(1, 3), st.data())
-def test_flipped_bytes_are_named_and_nothing_else(layout, threads, data):
+def test_only_payloads_with_flipped_bytes_are_reported(layout, threads, data):
     files, payloads = layout
     assert verify_payloads(store_of(files), payloads, threads=threads) == []
     broken = {name: bytearray(content) for name, content in files.items()}
@@ -81,7 +81,7 @@ def test_flipped_bytes_are_named_and_nothing_else(layout, threads, data):
 
 @settings(max_examples=60)
 @given(layouts(), st.integers(1, 3), st.data())
-def test_cut_files_name_every_payload_that_is_cut(layout, threads, data):
+def test_every_payload_beyond_the_end_of_its_file_is_reported(layout, threads, data):
     files, payloads = layout
     cut = {
         name: content[: data.draw(st.integers(0, len(content)))] for name, content in files.items()
@@ -96,7 +96,7 @@ def test_cut_files_name_every_payload_that_is_cut(layout, threads, data):
         assert str(error) == f"{error.file}, {error.name!r}: {what}"
 
 
-def test_damage_before_the_cut_is_named_as_well():
+def test_damage_before_the_end_of_a_short_file_is_reported():
     data = bytearray(np.random.default_rng(0).bytes(4 * BLOCK))
     crcs = block_checksums(data)
     data[BLOCK + 5] ^= 1
@@ -116,14 +116,14 @@ def test_missing_files():
     assert not [t for t in threading.enumerate() if t.name.startswith("shardkeep-io")]
 
 
-def test_too_few_digests():
+def test_too_few_block_checksums_are_reported():
     store = store_of({"f": bytes(2 * BLOCK)})
     payload = StoredPayload("t", "f", 0, 2 * BLOCK, block_checksums(bytes(BLOCK)))
     (error,) = verify_payloads(store, [payload], threads=1)
     assert str(error) == f"f, 't': 1 block checksums for {2 * BLOCK} bytes"
 
 
-def test_a_length_out_of_a_hostile_checkpoint_costs_nothing():
+def test_a_hostile_length_takes_no_memory():
     tracemalloc.start()
     (error,) = verify_payloads(
         store_of({"f": b"abc"}), [StoredPayload("t", "f", 1, 2**60, crc=5)], threads=2
@@ -160,7 +160,7 @@ def test_media_errors_are_damage_and_others_are_not():
 
 
 class BadSector(MemoryStore):
-    """What holds one byte of the file can't be read; told how far it came."""
+    """A store in which reads of one byte fail, after they have reported how far they came."""
 
     def __init__(self, data: bytes, at: int) -> None:
         super().__init__()
@@ -177,8 +177,8 @@ class BadSector(MemoryStore):
 
 @given(st.integers(0, 12 * BLOCK + 299), st.booleans())
 @settings(max_examples=30)
-def test_what_lies_beside_a_bad_sector_is_not_named(at, blocks):
-    sizes = (100, 9 * BLOCK, 100, 3 * BLOCK, 100)  # all read at once
+def test_payloads_beside_a_bad_sector_are_not_reported(at, blocks):
+    sizes = (100, 9 * BLOCK, 100, 3 * BLOCK, 100)  # one read for all payloads
     data, payloads = np.random.default_rng(0).bytes(sum(sizes)), []
     broken, first = bytearray(data), 0
     broken[500] ^= 1
@@ -196,7 +196,7 @@ def test_what_lies_beside_a_bad_sector_is_not_named(at, blocks):
 
 
 class Noting(LocalStore):
-    """Notes reads, and which would take a copy on the way from the disk."""
+    """A store that records reads, and how many of them are not aligned for direct reads."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -209,7 +209,7 @@ class Noting(LocalStore):
         return super().read_steps(name, offset, buffer, step, keep=keep)
 
 
-def test_large_payloads_come_in_few_reads_that_need_no_copy(tmp_path):
+def test_large_payloads_are_read_with_few_aligned_reads(tmp_path):
     data = np.random.default_rng(0).bytes(33 * BLOCK + 5)
     (tmp_path / "f").write_bytes(b"x" * 777 + data)
     store = Noting(tmp_path)
@@ -228,7 +228,7 @@ def test_memory_stays_bounded(tmp_path):
     assert peak < 4 << 20
 
 
-def test_progress_comes_to_the_total():
+def test_progress_reaches_the_total():
     told = []
     store = store_of({"f": bytes(9 * BLOCK)})
     payload = StoredPayload("t", "f", 0, 9 * BLOCK, crc=0)

@@ -1,4 +1,4 @@
-"""Reading against numpy's own indexing, and every kind of damage against silence."""
+"""Reads of boxes, compared with numpy's indexing, and every kind of damage to their files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shardkeep.types import Box
 
 
 class Logging(MemoryStore):
-    """Remembers what was read; says that a file is shorter than it is, if told so."""
+    """A store that records reads."""
 
     def __init__(self, **files):
         super().__init__()
@@ -37,7 +37,7 @@ class Logging(MemoryStore):
 
 
 class InSteps(Logging):
-    """Tells how far a read has come, in steps of any size; reads in rows, or doesn't like to."""
+    """A store that reports progress in steps of any size, and reads rows only at times."""
 
     def __init__(self, seed, **files):
         super().__init__(**files)
@@ -47,7 +47,7 @@ class InSteps(Logging):
         self.reads.append((name, offset, offset + buffer.nbytes))
         self.kept.append(keep)
         data = super().get_range(name, offset, buffer.nbytes)
-        # What is not there yet must not be looked at.
+        # Bytes that have not been reported yet must not be used.
         buffer[:] = b"\xee" * buffer.nbytes
         done = 0
         while done < len(data):
@@ -78,7 +78,7 @@ def stored(source):
 
 
 def spread(shape, itemsize, draw):
-    """An array with any strides: dimensions in any order, with room between the elements."""
+    """Return an array with any strides: permuted dimensions, and gaps between elements."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.integers(1, 2)) for _ in shape]
     room = np.zeros([shape[d] * steps[d] for d in order], f"V{itemsize}")
@@ -88,7 +88,7 @@ def spread(shape, itemsize, draw):
 
 @st.composite
 def copies(draw):
-    """A copy of anything, out of a payload of several blocks."""
+    """Generate any copy out of a payload of several blocks."""
     itemsize = draw(st.sampled_from([1, 2, 4, 8, 16]))
     ndim = draw(st.integers(0, 3))
     big = draw(st.booleans())
@@ -140,7 +140,7 @@ def expected(copy, first):
     st.sampled_from([0, 64, 1 << 16, 1 << 20]),
     st.one_of(st.none(), st.integers(0, 99)),
 )
-def test_every_box_arrives(wanted, verify, threads, gap, steps):
+def test_every_box_is_read(wanted, verify, threads, gap, steps):
     store = Logging(f=FILE) if steps is None else InSteps(steps, f=FILE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDKEEP_READ_GAP_BYTES", str(gap))
@@ -154,11 +154,11 @@ def test_every_box_arrives(wanted, verify, threads, gap, steps):
 
 @settings(max_examples=120)
 @given(copies(), st.integers(1, 3), st.sampled_from(["plain", "steps"]), st.data())
-def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, kind, data):
+def test_a_flipped_bit_is_found_whenever_its_block_is_read(wanted, threads, kind, data):
     copy, first = wanted
     source, nbytes = copy.source, copy.source.payload[1]
     good = checksums(first, nbytes)
-    # A byte of the box itself: of some element, at its place in the file.
+    # The first byte of any element of the box, at its offset in the file.
     index = [
         data.draw(st.integers(low, high - 1))
         for low, high in zip(copy.box.offsets, copy.box.ends, strict=True)
@@ -192,7 +192,7 @@ def test_a_flipped_bit_is_found_wherever_its_block_is_touched(wanted, threads, k
 
 
 def flat(first, count, *, name="t", dtype=np.uint8, checked=True, into=None):
-    """A copy of a whole payload."""
+    """Return a copy of a whole payload."""
     into = np.zeros(count, dtype) if into is None else into
     nbytes = into.nbytes
     crcs = checksums(first, nbytes) if checked else None
@@ -206,7 +206,7 @@ def flat(first, count, *, name="t", dtype=np.uint8, checked=True, into=None):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("count", [1, 1000, BLOCK, 9 * BLOCK + 5])
 @pytest.mark.parametrize("steps", [True, False])
-def test_files_that_end_early(count, threads, checked, steps):
+def test_a_file_that_ends_early_is_damaged(count, threads, checked, steps):
     cut = FILE[: 100 + count - 1]
     store = InSteps(1, f=cut) if steps else Logging(f=cut)
     with pytest.raises(Damaged) as caught:
@@ -216,7 +216,7 @@ def test_files_that_end_early(count, threads, checked, steps):
     assert not [t for t in threading.enumerate() if t.name.startswith("shardkeep-io")]
 
 
-def test_the_tensor_named_is_the_one_that_is_cut():
+def test_the_error_names_the_tensor_that_is_cut():
     store = Logging(f=FILE[:1000])
     wanted = [flat(100, 50, name="whole"), flat(990, 50, name="cut"), flat(2000, 9, name="gone")]
     with pytest.raises(Damaged) as caught:
@@ -232,7 +232,7 @@ def test_missing_files(count):
     assert str(caught.value) == "f, 'a.b': the file is missing"
 
 
-def test_memory_that_ends_early():
+def test_a_payload_in_memory_that_ends_early_is_damaged():
     source = ChunkSource("f", 0, (1,), (50,), 1, (0, 50), None, memoryview(FILE[:49]))
     with pytest.raises(Damaged, match="f, 't': the file ends at byte 49, but its data go on to 50"):
         read_copies(
@@ -257,7 +257,7 @@ def test_far_ranges_are_not_read(monkeypatch):
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_whole_payloads_go_straight_and_are_read_once(checked):
+def test_whole_payloads_are_read_in_place_and_only_once(checked):
     store = Logging(f=FILE)
     copy = flat(77, 10 * BLOCK + 9, checked=checked)
     found = read_copies(store, [copy], threads=2)
@@ -317,8 +317,8 @@ def test_neighbouring_parts_of_a_payload_check_a_shared_block_once(monkeypatch):
     assert len(store.reads) == 1
 
 
-def test_rows_apart_go_straight_to_memory():
-    """Half of each row of a wide matrix, into an own array: no buffer in between."""
+def test_distant_rows_are_read_in_place():
+    """Half of each row of a wide matrix, into an array of its own."""
     store = Logging(f=FILE)
     source = ChunkSource("f", 8, (4 * BLOCK, 1), (3, 4 * BLOCK), 1, (8, 12 * BLOCK))
     into = np.zeros((3, 2 * BLOCK), np.uint8)
@@ -331,7 +331,7 @@ def test_rows_apart_go_straight_to_memory():
 
 
 def columns(rows, width, low, high, *, first=64, checked=True, shared=False):
-    """A copy of some columns of a matrix of bytes."""
+    """Return a copy of some columns of a matrix of bytes."""
     crcs = checksums(first, rows * width) if checked else None
     source = ChunkSource("f", first, (width, 1), (rows, width), 1, (first, rows * width), crcs)
     into = np.zeros((rows, high - low), np.uint8)
@@ -340,7 +340,7 @@ def columns(rows, width, low, high, *, first=64, checked=True, shared=False):
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_columns_take_few_reads_and_no_block_twice(checked):
-    """Rows to columns: a quarter of each row, every block read and checked once."""
+    """A quarter of each row: every block is read and checked once."""
     store = Logging(f=FILE)
     copy = columns(14 * BLOCK // 4096, 4096, 1024, 2048, checked=checked)
     found = read_copies(store, [copy], threads=4)
@@ -368,7 +368,7 @@ def test_columns_within_a_small_budget_read_no_block_twice(monkeypatch):
 
 
 def test_a_column_slice_reads_little_more_than_it_needs():
-    """Wide rows, unverified: only the bytes that are wanted; verified: only their blocks."""
+    """Verified reads are rounded out to blocks, and others read the needed bytes only."""
     wide, low = BLOCK, BLOCK // 2
     for checked, most in ((False, 1000), (True, BLOCK)):
         store = Logging(f=FILE)
@@ -378,7 +378,7 @@ def test_a_column_slice_reads_little_more_than_it_needs():
         assert found.bytes_read == sum(high - low for _, low, high in store.reads) <= 8 * most
 
 
-def test_only_bytes_that_others_want_are_to_stay_in_the_cache():
+def test_only_bytes_that_other_processes_need_stay_in_the_cache():
     whole, half = flat(0, 9 * BLOCK), columns(3 * BLOCK // 4096, 4096, 0, 2048, first=9 * BLOCK)
     quarter = columns(BLOCK // 4096, 4096, 0, 1000, first=13 * BLOCK)
     for wanted, kept in (
@@ -394,8 +394,8 @@ def test_only_bytes_that_others_want_are_to_stay_in_the_cache():
 
 
 @pytest.mark.parametrize("checked", [True, False])
-def test_large_payloads_take_one_call_for_4_mib(checked):
-    """What a call costs in Python must not show beside the bytes."""
+def test_large_payloads_are_read_in_calls_of_4_mib(checked):
+    """The cost of a call in Python must be small compared to that of its bytes."""
     store = Logging(f=FILE)
     read_copies(store, [flat(0, 16 * BLOCK, checked=checked)], threads=4)
     assert len(store.reads) == 1
@@ -403,7 +403,7 @@ def test_large_payloads_take_one_call_for_4_mib(checked):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_cold_files_are_read_past_the_cache(tmp_path, monkeypatch, verify):
+def test_uncached_files_are_read_directly(tmp_path, monkeypatch, verify):
     from shardkeep.stores.local import direct_reads, syscalls
 
     monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
@@ -433,8 +433,8 @@ def _noting(real, made):
 
 
 @pytest.mark.parametrize("end", ["whole", "cut", "gone"])
-def test_rows_far_apart_take_one_call_each_and_no_buffer(tmp_path, monkeypatch, end):
-    """A slice of wide rows, unchecked: only its own bytes, right to their places."""
+def test_distant_rows_are_read_with_one_call_each_and_no_buffer(tmp_path, monkeypatch, end):
+    """Part of each wide row, unverified: only the needed bytes are read, directly into place."""
     import os
 
     from shardkeep.io.read.copies import _Worker
@@ -465,7 +465,7 @@ def test_rows_far_apart_take_one_call_each_and_no_buffer(tmp_path, monkeypatch, 
     assert not buffers
 
 
-def test_rows_that_are_cold_are_read_with_what_lies_between(tmp_path, monkeypatch):
+def test_uncached_rows_are_read_together_with_their_gaps(tmp_path, monkeypatch):
     from shardkeep.stores.local import syscalls
 
     monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
@@ -476,8 +476,8 @@ def test_rows_that_are_cold_are_read_with_what_lies_between(tmp_path, monkeypatc
     assert found.bytes_read == 99 * 40_000 + 7000
 
 
-def test_items_are_moved_as_they_are():
-    """Signalling NaNs and padding bits survive, and foreign dtypes of the same size do."""
+def test_elements_are_copied_without_conversion():
+    """Signalling NaNs, padding bits and dtypes of the same size are preserved."""
     raw = np.array([0x7F81, 0xFF85, 0x0001, 0x8000], np.uint16)
     store = Logging(f=raw.tobytes())
     source = ChunkSource("f", 0, (4, 2), (2, 2), 2, (0, 8))
@@ -528,7 +528,7 @@ def test_nothing_to_read():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_read(change, error, message):
+def test_invalid_copies_are_refused_before_any_read(change, error, message):
     from dataclasses import replace
 
     store = Logging(f=FILE)
@@ -555,7 +555,7 @@ def test_other_work_stops_at_the_first_error(monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("shardkeep-io")]
 
 
-def test_errors_of_the_store_come_as_they_are():
+def test_errors_of_the_store_are_raised_unchanged():
     class Denied(MemoryStore):
         def read_into(self, name, offset, buffer):
             raise PermissionError(13, "Permission denied", name)
@@ -565,7 +565,7 @@ def test_errors_of_the_store_come_as_they_are():
 
 
 def test_buffers_stay_in_their_budget(tmp_path, monkeypatch):
-    """A transposed payload larger than the buffers: it comes through them part by part."""
+    """A transposed payload that is larger than the buffers is read in parts."""
     import tracemalloc
 
     monkeypatch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(2 << 20))
@@ -585,7 +585,7 @@ def test_buffers_stay_in_their_budget(tmp_path, monkeypatch):
     assert peak < 3 << 20
 
 
-def test_progress_comes_to_the_total():
+def test_progress_reaches_the_total():
     told = []
     store = Logging(f=FILE)
     memory = ChunkSource("f", 0, (1,), (50,), 1, (0, 50), None, memoryview(FILE[:50]))

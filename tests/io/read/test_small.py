@@ -1,4 +1,4 @@
-"""Small payloads in columns against the general way: same bytes, same damage, few reads."""
+"""Reads of small payloads as columns, compared with the general way: bytes, errors and reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GAP = 4096
 
 
 class Counting(MemoryStore):
-    """Holds the files, and remembers what was read."""
+    """A store that holds the files and records reads."""
 
     def __init__(self, files):
         super().__init__()
@@ -41,11 +41,11 @@ places = st.tuples(
     st.one_of(st.integers(1, 100), st.sampled_from([BLOCK, BLOCK - 1, 4096])),
     st.booleans(),
 )
-"""File, start, bytes, and whether there is a digest."""
+"""File, first byte, number of bytes, and whether there is a checksum."""
 
 
 def columns(wanted, space):
-    """The payloads as columns, one after the other into `space`."""
+    """Return the payloads as columns, to be read into `space` one after the other."""
     file, start, nbytes, checksummed = (np.array(column) for column in zip(*wanted, strict=True))
     parts = [FILES[NAMES[f]][s : s + n] for f, s, n, _ in wanted]
     return SmallPayloads(
@@ -61,7 +61,7 @@ def columns(wanted, space):
 
 
 def copies(wanted, space):
-    """The same for the general way."""
+    """Return the same payloads for the general way."""
     found, at = [], 0
     for row, (f, start, nbytes, checksummed) in enumerate(wanted):
         checksums = (
@@ -80,7 +80,7 @@ def fast(store, wanted, space, **options):
 
 @settings(max_examples=150)
 @given(st.lists(places, min_size=1, max_size=30), st.booleans(), st.integers(1, 3))
-def test_every_payload_arrives(wanted, verify, threads):
+def test_every_payload_is_read(wanted, verify, threads):
     store, space = Counting(FILES), np.zeros(sum(place[2] for place in wanted), np.uint8)
     told = []
     read = fast(
@@ -99,7 +99,7 @@ def test_every_payload_arrives(wanted, verify, threads):
 
 @settings(max_examples=300)
 @given(st.lists(places, min_size=1, max_size=12), st.booleans(), st.data())
-def test_damage_is_called_what_the_general_way_calls_it(wanted, verify, data):
+def test_errors_are_those_of_the_general_way(wanted, verify, data):
     files = {name: bytearray(content) for name, content in FILES.items()}
     f, start, nbytes, _ = data.draw(st.sampled_from(wanted))
     how = data.draw(st.sampled_from(["flip", "cut", "gone"]))
@@ -134,7 +134,7 @@ def test_neighbours_share_a_read():
     assert store.reads == [("b", 100, 100 + 64 * 2000)]
 
 
-def test_reads_end_at_gaps_and_where_a_core_caches_no_more():
+def test_reads_end_at_gaps_and_at_the_size_limit():
     far = [(0, 0, 10, False), (0, 10 + GAP, 10, False), (0, 21 + 2 * GAP, 10, False)]
     small = sorted_by_place(columns(far, np.zeros(30, np.uint8)))
     assert [read[1:3] for read in merge_small_reads(small, GAP)] == [
@@ -150,7 +150,7 @@ def test_reads_end_at_gaps_and_where_a_core_caches_no_more():
     assert all(read.high - read.low == 4 * BLOCK for read in found)
 
 
-def test_nothing_is_nothing():
+def test_reading_no_payloads_is_valid():
     none = np.zeros(0, np.int64)
     small = sorted_by_place(SmallPayloads([], [], none, none, none, none, none, none))
     assert merge_small_reads(small, GAP) == []

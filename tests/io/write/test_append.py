@@ -1,4 +1,4 @@
-"""Appended items are stored where the columns say, with the checksums that the columns hold."""
+"""Appended items are stored at the offsets and with the checksums that the columns state."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("error", "message"), ERRORS)
 @pytest.mark.parametrize("plain", [False, True])
-def test_errors_name_the_file_and_leave_no_thread_and_no_such_file(error, message, plain):
+def test_a_write_error_names_the_file_and_leaves_no_thread_and_no_file(error, message, plain):
     before = threading.active_count()
     store = Counting(type(error)(*error.args))
     payloads = BytesPayloads([bytes(10)])
@@ -199,7 +199,7 @@ def test_a_file_without_items_is_empty():
     assert store.head("f").size == 0
 
 
-def test_memory_is_the_buffers(tmp_path):
+def test_appending_takes_memory_for_buffers_only(tmp_path):
     payload = np.zeros(32 << 20, np.uint8)
     store = LocalStore(tmp_path)
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""What is staged lies where it can be written from, digested, and is looked at once."""
+"""Staged payloads have checksums and an alignment for direct writes, after a single copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shardkeep.settings import BLOCK, PAGE
 
 
 class Memory:
-    """Payloads of random bytes, so many bytes past a page each; None: nowhere."""
+    """Payloads of random bytes, each at an offset from a page, or without an address for None."""
 
     def __init__(self, sizes, past):
         rng = np.random.default_rng(len(sizes))
@@ -55,7 +55,9 @@ lying = st.lists(
 
 @settings(max_examples=60)
 @given(lying, st.integers(1, 3))
-def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_before(lying, threads):
+def test_payloads_are_staged_once_with_checksums_and_large_ones_keep_their_alignment(
+    lying, threads
+):
     sizes, past = [size for size, _ in lying], [at for _, at in lying]
     source = Memory(sizes, past)
     places = StagingLayout(source, np.array(sizes, np.int64))
@@ -65,7 +67,7 @@ def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_befo
 
     wanted = [bytes(data) for data in source.data]
     for data in source.data:
-        data[:] = 0  # what happens to it now is not of interest any more
+        data[:] = 0  # later changes must not matter
     got = []
     for row, size in enumerate(sizes):
         copy = ctypes.create_string_buffer(size + 1)
@@ -92,7 +94,7 @@ def test_each_payload_is_copied_once_with_its_digests_and_large_ones_lie_as_befo
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
 
 
-def test_a_payload_that_can_not_be_had_is_told(monkeypatch):
+def test_an_error_of_a_payload_is_raised_by_staging(monkeypatch):
     source = Memory([100, 3 * BLOCK, 200], [0, 64, 0])
 
     def broken(row, start, nbytes, address):

@@ -1,4 +1,4 @@
-"""A file made in windows is the file that one would write front to back."""
+"""A file that is written in windows equals one that is written from front to back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.store_files import names_in
 
 
 class Bytes:
-    """Payloads of random bytes; what is copied is counted."""
+    """Payloads of random bytes, which count the bytes that are copied."""
 
     def __init__(self, sizes, seed=0):
         rng = np.random.default_rng(seed)
@@ -38,7 +38,7 @@ class Bytes:
         self.addresses = np.array(at, dtype=np.int64)
 
     def lie(self, past):
-        """Let each payload lie so many bytes past the start of a page; None: nowhere."""
+        """Move each payload to an offset from a page; None removes its address."""
         for row, data in enumerate(self.data):
             memory = allocate_pages(len(data) + PAGE)[past[row] or 0 :][: len(data)]
             memory[:] = np.frombuffer(data, np.uint8)
@@ -54,7 +54,7 @@ class Bytes:
 
 
 def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=False, staged=0):
-    """Images, in place or not; `staged` by so many threads first, if any."""
+    """Return payloads and files, written in place if so asked, or staged by `staged` threads."""
     payloads = payloads or Bytes(sizes)
     keys = [None if row in bare else n for row, n in enumerate(sizes)]
     kinds = list(dict.fromkeys(keys))
@@ -67,13 +67,13 @@ def made(sizes, bare=(), files=1, window=4 * BLOCK, payloads=None, in_place=Fals
     if staged:
         places = StagingLayout(payloads, nbytes)
         source = stage_payloads(payloads, places, allocate_pages(places.nbytes), threads=staged)
-        payloads.copy = payloads.addresses = None  # not looked at again
+        payloads.copy = payloads.addresses = None  # must not be used any more
         how = {"in_place": True, "checksums": source.checksums}
     return payloads, lay_out_files(names, nbytes, kind, framings, source, crcs, window, **how)
 
 
 def check(store, images, payloads, bare):
-    """Every item is where the columns say, bit for bit, with the checksums that they hold."""
+    """Check that all items and checksums are as the columns state."""
     written = collect_written(images)
     ends = dict.fromkeys(written.files, 0)
     for row, data in enumerate(map(bytes, payloads.data)):
@@ -138,7 +138,7 @@ def test_any_way_of_writing_makes_the_same_file(tmp_path_factory, nbytes, bare, 
     st.integers(1, 4),
     st.sampled_from(["direct", "buffered", "in order", "copied", "staged"]),
 )
-def test_large_payloads_lie_in_files_as_in_memory_and_are_written_from_there(
+def test_large_payloads_keep_their_alignment_and_are_written_in_place(
     tmp_path_factory, lying, files, threads, way
 ):
     sizes, past = [size for size, _ in lying], [at for _, at in lying]
@@ -159,13 +159,13 @@ def test_large_payloads_lie_in_files_as_in_memory_and_are_written_from_there(
         if known:
             assert place % PAGE == at
         if known and in_place:
-            assert copied < 2 * PAGE  # its ends, on pages that it shares with something else
-        else:  # light ones are picked up, many at once
+            assert copied < 2 * PAGE  # its ends, on pages that hold other bytes, too
+        else:  # light payloads may be gathered in one call
             assert copied == size or (at is not None and not copied and size <= LIGHT_BYTES)
 
 
-def test_a_light_payload_that_a_window_begins_with_has_its_digest_when_staged():
-    """It was made alone, and nobody had digested it: its CRC-32 was 0."""
+def test_a_staged_light_payload_at_the_start_of_a_window_has_a_checksum():
+    """It is made alone. If nothing computed its checksum, its CRC-32 would be 0."""
     payloads, images = made([BLOCK - 1, BLOCK - 1, 1, BLOCK - 2, BLOCK - 2], staged=1)
     assert images[0].layout.payload[2] in images[0].layout.cuts
     store = MemoryStore()
@@ -182,8 +182,8 @@ def test_a_light_payload_that_a_window_begins_with_has_its_digest_when_staged():
     st.sampled_from([0, 2]),
     st.integers(1, 2),
 )
-def test_light_payloads_alike_are_made_together(runs, step, nowhere, staged, files):
-    """At any address or at none, in files that are cut between them."""
+def test_light_payloads_of_equal_size_are_made_together(runs, step, nowhere, staged, files):
+    """Payloads have any addresses or none, and files are cut between them."""
     sizes = [size for size, count in runs for _ in range(count)]
     payloads = Bytes(sizes)
     past = [(row * step) % PAGE for row in range(len(sizes))]
@@ -197,7 +197,7 @@ def test_light_payloads_alike_are_made_together(runs, step, nowhere, staged, fil
     check(store, images, payloads, ())
 
 
-def test_memory_is_not_looked_at_after_it_was_taken():
+def test_on_made_is_called_when_all_payloads_are_copied():
     payloads, images = made([3 * BLOCK, LIGHT_BYTES + 1, 9 * BLOCK])
     calls = []
     with open_targets(MemoryStore(), images) as targets:
@@ -207,7 +207,7 @@ def test_memory_is_not_looked_at_after_it_was_taken():
     assert calls == [12 * BLOCK + LIGHT_BYTES + 1]
 
 
-def test_nothing_to_write_is_taken_at_once():
+def test_on_made_is_called_at_once_if_there_is_nothing_to_write():
     calls = []
     write_windows([], [], threads=2, on_made=lambda: calls.append(1))
     assert calls == [1]
@@ -226,12 +226,12 @@ def test_progress_counts_every_byte_of_the_files(tmp_path):
 class Broken(Bytes):
     def copy(self, row, start, nbytes, address):
         if start >= BLOCK * 4:
-            time.sleep(0.05)  # the window with the tail waits for this one by now
+            time.sleep(0.05)  # by now the window with the tail waits for this one
             raise OSError(5, "it broke")
         super().copy(row, start, nbytes, address)
 
 
-def test_a_window_that_fails_keeps_no_other_waiting(tmp_path):
+def test_a_failed_window_does_not_block_the_others(tmp_path):
     sizes = [16 * BLOCK]
     _, images = made(sizes, payloads=Broken(sizes))
     store = LocalStore(tmp_path)
@@ -244,7 +244,7 @@ def test_a_window_that_fails_keeps_no_other_waiting(tmp_path):
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_system_calls_are_few(tmp_path, monkeypatch, in_place):
-    """One write for a window, aligned; one file is one reservation, one cut, one sync."""
+    """There is one aligned write per window. A file is reserved, truncated and synced once."""
     import os
 
     calls = []
@@ -278,8 +278,8 @@ def test_system_calls_are_few(tmp_path, monkeypatch, in_place):
             assert np.frombuffer(part, np.uint8).ctypes.data % PAGE == 0
 
 
-def test_files_are_even_in_all_bytes():
-    """Small payloads have more around them than in them."""
+def test_files_have_equal_sizes_including_frames():
+    """The frames of small payloads have more bytes than the payloads."""
     _, images = made([64] * 1000 + [500_000], files=2)
     lengths = [image.layout.nbytes for image in images]
     assert max(lengths) - min(lengths) < 40_000, lengths
