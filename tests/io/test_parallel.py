@@ -85,9 +85,7 @@ class Refused(threading.Thread):
 
     why: BaseException = RuntimeError("can't start new thread")
     after = False
-    """Whether the thread was started nevertheless, as if Ctrl-C came while `start` waited for it.
-
-    """
+    """Whether the thread was started anyway, as if Ctrl-C came while `start` waited for it."""
 
     def start(self) -> None:
         if not self.name.endswith("-2"):
