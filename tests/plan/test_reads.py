@@ -147,13 +147,13 @@ def test_split_parts_are_as_large_as_the_limit_allows():
         (
             source((4,), (4,), 9_990),
             Box((0,), (1,)),
-            "f: elements at bytes 9990 to 10006 lie outside the payload, which is at 0 to 10000",
+            "f: elements at bytes 9990 to 10006 are outside the payload, which is at 0 to 10000",
         ),
-        (source((4,), (4,), -1), Box((0,), (4,)), "f: elements at bytes -1 to 15 lie outside"),
+        (source((4,), (4,), -1), Box((0,), (4,)), "f: elements at bytes -1 to 15 are outside"),
         (source((4,), (4,)), Box((1,), (4,)), "f: box [1:5] is not in a chunk of (4,)"),
         (source((4,), (4,)), Box((1,), (0,)), "f: box [1:1] is not in a chunk of (4,)"),
         (source((4,), (4,)), Box((-1,), (1,)), "f: box [-1:0] is not in a chunk of (4,)"),
-        (source((4,), (4,)), Box((), ()), "f: box [] is not one of a chunk of (4,)"),
+        (source((4,), (4,)), Box((), ()), "f: box [] has other dimensions than a chunk of (4,)"),
         (
             source((5000, 5000), (100_000, 100_000), 0, 10**10),
             Box((0, 0), (5000, 5000)),

@@ -358,7 +358,7 @@ def test_merge_keeps_the_order_of_first_appearance() -> None:
         ({"a": 1}, {"a": {}}, r"\['a'\] is a value on rank 0, but a dict on rank 1"),
         ({"a": {0: 1}}, {"a": [{}]}, r"\['a'\] is a dict on rank 0, but a list on rank 1"),
         ({0: 1}, {"0": 1}, r"\[0\] and \['0'\] \(rank 1\) would both be saved under the name '0'"),
-        ({1: 1}, {True: 1}, r"'1' and 'True' \(rank 1\) are at one place"),
+        ({1: 1}, {True: 1}, r"'1' and 'True' \(rank 1\) have the same path"),
     ],
 )
 def test_contradictory_ranks_are_refused(here: Any, there: Any, message: str) -> None:

@@ -38,7 +38,7 @@ __getattr__ = forward_to_torch("_consolidate_hf_safetensors")
 _MAX_SLAB_BYTES = 16 << 20
 """Size limit of the slab that a thread reads at a time."""
 
-_SHOWN = 5
+_MAX_NAMES_SHOWN = 5
 
 _Files = dict[str, list[str]]
 """File -> names of the tensors that are written to it."""
@@ -125,10 +125,13 @@ def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[CheckpointReader,
     source.check_coverage()
     left = [name for name in source if name not in mapping]
     if left:
-        raise ValueError(f"fqn_to_index_mapping lacks {len(left)} tensors: {_some(left)}")
+        raise ValueError(f"fqn_to_index_mapping lacks {len(left)} tensors: {_first_names(left)}")
     absent = [name for name in mapping if name not in source]
     if absent:
-        warn(f"{len(absent)} tensors of the mapping are in no file: {_some(absent)}", stacklevel=4)
+        warn(
+            f"{len(absent)} tensors of the mapping are in no file: {_first_names(absent)}",
+            stacklevel=4,
+        )
     last = max(mapping.values())
     files: _Files = {}
     for name, number in mapping.items():
@@ -137,8 +140,8 @@ def _open(folder: Folder, mapping: Mapping[str, int]) -> tuple[CheckpointReader,
     return source, files
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (", ..." if len(names) > _MAX_NAMES_SHOWN else "")
 
 
 def _nbytes(source: CheckpointReader, names: Sequence[str]) -> int:

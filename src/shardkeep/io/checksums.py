@@ -38,10 +38,10 @@ def _libdeflate() -> Any:
 
 
 _at = _libdeflate()
-_WORTH = 32 * 1024
+_MIN_FAST_BYTES = 32 * 1024
 """Size from which the faster function makes up for its more expensive call."""
 
-_LARGE = 128 * 1024
+_MIN_FAST_LOOKUP_BYTES = 128 * 1024
 """Size from which the faster function makes up for finding the address, too."""
 
 __all__ = [
@@ -63,7 +63,7 @@ _POLYNOMIAL = 0xEDB88320
 def crc32(data: Bytes, value: int = 0) -> int:
     """Return the CRC-32 of contiguous bytes (that of zip and zlib), continued from `value`."""
     found: int  # no casts: called for every small tensor
-    if _at is not None and len(data) >= _LARGE:
+    if _at is not None and len(data) >= _MIN_FAST_LOOKUP_BYTES:
         plain = np.frombuffer(data, dtype=np.uint8)
         found = _at(value, plain.ctypes.data, plain.nbytes)
     else:
@@ -73,7 +73,7 @@ def crc32(data: Bytes, value: int = 0) -> int:
 
 def crc32_at(address: int, data: memoryview, value: int = 0) -> int:
     """Return the CRC-32 of bytes at a known address, continued from `value`."""
-    worth = _at is not None and len(data) >= _WORTH
+    worth = _at is not None and len(data) >= _MIN_FAST_BYTES
     found: int = _at(value, address, len(data)) if worth else _zlib.crc32(data, value)
     return found
 
@@ -89,7 +89,7 @@ def crc32_blocks(address: int, nbytes: int) -> list[int]:
 
 def crc32_each(small: Sequence[bytes | memoryview]) -> list[int]:
     """Return the CRC-32 of each of many small buffers."""
-    tiny = max(map(len, small), default=0) < _LARGE
+    tiny = max(map(len, small), default=0) < _MIN_FAST_LOOKUP_BYTES
     return list(map(_zlib.crc32 if tiny else crc32, small))
 
 

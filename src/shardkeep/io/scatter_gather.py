@@ -16,10 +16,10 @@ from shardkeep.types import I64
 
 __all__ = ["gather_bytes", "scatter_bytes"]
 
-_WORD = 8
+_WORD_BYTES = 8
 """Unit of a fast copy: sizes and addresses must be multiples of it."""
 
-_FEW = 32
+_FEW_ROWS = 32
 """Up to this many places of one size, a call for each is as fast."""
 
 
@@ -36,7 +36,7 @@ def gather_bytes(addresses: I64, into: NDArray[np.uint8]) -> None:
     if not size or not len(rows):
         return
     there = addresses[rows]
-    if size % _WORD == 0 and not (there % _WORD).any():
+    if size % _WORD_BYTES == 0 and not (there % _WORD_BYTES).any():
         words, index = _words(there, size)
         into[rows] = words[index].view(np.uint8)
         return
@@ -54,8 +54,8 @@ def scatter_bytes(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses:
         addresses: [N] destination of each range.
     """
     left = np.ones(len(sizes), dtype=np.bool_)
-    whole = source[: len(source) // _WORD * _WORD].view(np.int64)
-    for size, rows in _alike(sizes, (addresses % _WORD == 0) & (starts % _WORD == 0)):
+    whole = source[: len(source) // _WORD_BYTES * _WORD_BYTES].view(np.int64)
+    for size, rows in _alike(sizes, (addresses % _WORD_BYTES == 0) & (starts % _WORD_BYTES == 0)):
         words, index = _words(addresses[rows], size, write=True)
         words[index] = whole[_places(starts[rows], size)]
         left[rows] = False
@@ -67,9 +67,9 @@ def scatter_bytes(source: NDArray[np.uint8], starts: I64, sizes: I64, addresses:
 
 def _alike(sizes: I64, aligned: NDArray[np.bool_]) -> Iterator[tuple[int, I64]]:
     """Yield each size in whole words that many aligned ranges have, and their rows."""
-    rows = np.flatnonzero(aligned & (sizes % _WORD == 0) & (sizes > 0))
+    rows = np.flatnonzero(aligned & (sizes % _WORD_BYTES == 0) & (sizes > 0))
     number, first = distinct([sizes[rows]])
-    for kind in np.flatnonzero(np.bincount(number) > _FEW).tolist():
+    for kind in np.flatnonzero(np.bincount(number) > _FEW_ROWS).tolist():
         yield int(sizes[rows[first[kind]]]), rows[number == kind]
 
 
@@ -81,5 +81,5 @@ def _words(addresses: I64, size: int, *, write: bool = False) -> tuple[NDArray[n
 
 
 def _places(starts: I64, size: int) -> I64:
-    places: I64 = starts[:, None] // _WORD + np.arange(size // _WORD)
+    places: I64 = starts[:, None] // _WORD_BYTES + np.arange(size // _WORD_BYTES)
     return places

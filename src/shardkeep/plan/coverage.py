@@ -13,8 +13,8 @@ from shardkeep.types import I64, Box
 
 __all__ = ["Problem", "coverage"]
 
-_PAIRWISE = 256
-_ROOM = float(1 << 60)
+_MAX_COMPARED_BOXES = 256
+_MAX_INT64_ELEMENTS = float(1 << 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,10 @@ def coverage(tensor: I64, shape: I64, offsets: I64, sizes: I64) -> tuple[Problem
     if outside.any():
         problems += _outside(tensor, offsets, sizes, np.flatnonzero(outside))
     rows = np.flatnonzero(~outside & (sizes > 0).all(axis=1))
-    alone, crowded = _set_apart(rows, tensor[rows], offsets, sizes)
+    alone, crowded = _separate(rows, tensor[rows], offsets, sizes)
     if len(crowded):
         crowded = _distinct(crowded, tensor, offsets, sizes)
-        more, crowded = _set_apart(crowded, tensor[crowded], offsets, sizes)
+        more, crowded = _separate(crowded, tensor[crowded], offsets, sizes)
         alone = np.concatenate([alone, more])
         problems += _overlaps(tensor, offsets, sizes, crowded)
     kept = np.concatenate([alone, crowded])
@@ -89,7 +89,7 @@ def _outside(tensor: I64, offsets: I64, sizes: I64, rows: I64) -> list[Problem]:
     ]
 
 
-def _set_apart(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I64]:
+def _separate(rows: I64, group: I64, offsets: I64, sizes: I64) -> tuple[I64, I64]:
     """Separate the boxes of each group by cuts that cross no box, as far as possible.
 
     Returns:
@@ -153,7 +153,7 @@ def _crossing(low: I64, high: I64) -> tuple[int, int] | None:
     parts = [(np.arange(len(low)), low, high)]
     while parts:
         which, lo, hi = parts.pop()
-        halves = _halve(lo, hi) if len(which) > _PAIRWISE else None
+        halves = _halve(lo, hi) if len(which) > _MAX_COMPARED_BOXES else None
         if halves is None:
             pair = _compare(lo, hi)
             if pair is not None:
@@ -210,7 +210,7 @@ def _holes(shape: I64, tensor: I64, offsets: I64, sizes: I64, skip: I64) -> list
     """Return the tensors whose distinct boxes have fewer elements than they have."""
     rough = np.bincount(tensor, sizes.prod(axis=1, dtype=np.float64), len(shape))
     most = np.maximum(rough, shape.prod(axis=1, dtype=np.float64)).max(initial=0)
-    exact = bool(most > _ROOM)
+    exact = bool(most > _MAX_INT64_ELEMENTS)
     want = _volumes(shape, exact)
     have = np.zeros_like(want)
     np.add.at(have, tensor, _volumes(sizes, exact))

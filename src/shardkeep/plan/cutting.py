@@ -31,7 +31,7 @@ def cut(box: Box, itemsize: int, limit: int) -> tuple[Box, ...]:
     inner = [prod(box.sizes[d + 1 :]) * itemsize for d in range(ndim)]
     last = next((d for d in range(ndim) if inner[d] <= limit), ndim - 1)
     most = [1] * last + [max(1, limit // inner[last])] if ndim else []
-    sides = [_stretches(box.sizes[d], most[d]) for d in range(len(most))]
+    sides = [_even_ranges(box.sizes[d], most[d]) for d in range(len(most))]
     return tuple(
         Box(
             tuple(o + start for o, (start, _) in zip(box.offsets, part, strict=False))
@@ -42,7 +42,7 @@ def cut(box: Box, itemsize: int, limit: int) -> tuple[Box, ...]:
     )
 
 
-def _stretches(size: int, most: int) -> list[tuple[int, int]]:
+def _even_ranges(size: int, most: int) -> list[tuple[int, int]]:
     """Return (start, length) of as few even stretches as possible, none longer than `most`."""
     count = -(-size // most)
     ends = [size * i // count for i in range(count + 1)]

@@ -13,7 +13,7 @@ from shardkeep.types import I64
 
 __all__ = ["distinct"]
 
-_DENSE = 16
+_MAX_TABLE_PER_ROW = 16
 """Up to this many possible contents per row, a table of all of them is faster than sorting."""
 
 
@@ -31,7 +31,7 @@ def distinct(columns: Sequence[NDArray[Any]]) -> tuple[I64, I64]:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     lows = [int(column.min()) for column in varying]
     spans = [int(column.max()) - low + 1 for column, low in zip(varying, lows, strict=True)]
-    if prod(spans) <= _DENSE * len(columns[0]):
+    if prod(spans) <= _MAX_TABLE_PER_ROW * len(columns[0]):
         return _counted(varying, lows, spans, len(columns[0]))
     return _sorted(varying)
 

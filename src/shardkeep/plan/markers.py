@@ -43,7 +43,7 @@ def _refuse_unmarked(marks: dict[Path, tuple[str, int]], claims: Sequence[Claim]
             other = claim.marks.get(path, "not marked")
             raise Conflict(
                 f"{show(path)} is {kind} on rank {first}, but {other} on rank {rank}: mark it "
-                "alike on all ranks that have it; nothing was written"
+                "the same way on all ranks that have it; nothing was written"
             )
 
 

@@ -95,7 +95,7 @@ def _graft(
 
 def _agree(path: Path, known: _Node, node: _Node) -> None:
     if known.kind is None and node.kind is None:
-        raise Conflict(f"{known.name!r} and {node.name!r} (rank {node.rank}) are at one place")
+        raise Conflict(f"{known.name!r} and {node.name!r} (rank {node.rank}) have the same path")
     if None in (known.kind, node.kind) or (known.kind == "list") != (node.kind == "list"):
         raise Conflict(
             f"{show(path)} is {known} on rank {known.rank}, but {node} on rank {node.rank}"

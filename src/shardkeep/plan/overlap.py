@@ -64,7 +64,7 @@ def overlap(left: Boxes, right: Boxes) -> Overlap:
     """
     ndim = max(left.offsets.shape[1], right.offsets.shape[1])
     a, b = _sides(left, right, max(ndim, 1))
-    found = [_meet(a, b, i, j) for i, j in _candidates(a, b)]
+    found = [_intersecting(a, b, i, j) for i, j in _candidates(a, b)]
     found = [pairs for pairs in found if len(pairs[0])]
     if not found:
         none = np.zeros(0, dtype=np.int64)
@@ -210,7 +210,7 @@ def _expand(begin: I64, count: I64, limit: int) -> Iterator[tuple[I64, I64]]:
         yield np.repeat(rows, share), at
 
 
-def _meet(a: _Side, b: _Side, i: I64, j: I64) -> tuple[I64, I64]:
+def _intersecting(a: _Side, b: _Side, i: I64, j: I64) -> tuple[I64, I64]:
     """Return those of the pairs that intersect in every dimension."""
     for low_a, high_a, low_b, high_b in zip(a.low, a.high, b.low, b.high, strict=True):
         keep = np.maximum(low_a[i], low_b[j]) < np.minimum(high_a[i], high_b[j])

@@ -16,7 +16,7 @@ from shardkeep.types import I64, Box
 
 __all__ = ["ByteRuns", "ChunkSource", "block_range", "byte_runs", "split"]
 
-_MOST_RUNS = 1 << 24
+_MAX_RUNS = 1 << 24
 """Limit for the runs of one box: hostile strides must not make columns that fill the memory."""
 
 
@@ -83,10 +83,10 @@ def byte_runs(source: ChunkSource, box: Box, gap: int) -> ByteRuns:
     """
     base = _first_byte(source, box)
     starts = np.array([base], dtype=np.int64)
-    make = _make(box.sizes, source.strides, source.itemsize, gap)
-    if prod(box.sizes[d] for d in make.outer) > _MOST_RUNS:
+    make = _run_layout(box.sizes, source.strides, source.itemsize, gap)
+    if prod(box.sizes[d] for d in make.outer) > _MAX_RUNS:
         raise FormatError(
-            f"the box has more than {_MOST_RUNS} separate byte ranges", file=source.file
+            f"the box has more than {_MAX_RUNS} separate byte ranges", file=source.file
         )
     for d in make.outer:
         steps = np.arange(box.sizes[d], dtype=np.int64) * source.strides[d]
@@ -94,7 +94,7 @@ def byte_runs(source: ChunkSource, box: Box, gap: int) -> ByteRuns:
     return ByteRuns(starts, make.span, make.outer, make.sizes, make.strides, make.gapless)
 
 
-class _Make(NamedTuple):
+class _RunLayout(NamedTuple):
     """Layout that all runs of a box share; see `ByteRuns`."""
 
     span: int
@@ -105,15 +105,17 @@ class _Make(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _make(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int) -> _Make:
+def _run_layout(
+    sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int
+) -> _RunLayout:
     """Return the layout of the runs of a box. Cached, since most boxes have the sizes of others."""
     if _gapless(sizes, strides, itemsize):
-        return _Make(prod(sizes) * itemsize, (), sizes, strides, True)
+        return _RunLayout(prod(sizes) * itemsize, (), sizes, strides, True)
     span, inner = _inner(sizes, strides, itemsize, gap)
     outer = tuple(d for d in range(len(sizes)) if d not in inner)
     kept = tuple(sizes[d] for d in sorted(inner))
     steps = tuple(strides[d] for d in sorted(inner))
-    return _Make(span, outer, kept, steps, _gapless(kept, steps, itemsize))
+    return _RunLayout(span, outer, kept, steps, _gapless(kept, steps, itemsize))
 
 
 def split(
@@ -192,7 +194,9 @@ def block_range(start: int, stop: int, payload: tuple[int, int], block: int) -> 
 def _first_byte(source: ChunkSource, box: Box) -> int:
     """Return the first byte of a box, after checking that the chunk is inside its payload."""
     if len(box.sizes) != len(source.sizes):
-        raise FormatError(f"box {box} is not one of a chunk of {source.sizes}", file=source.file)
+        raise FormatError(
+            f"box {box} has other dimensions than a chunk of {source.sizes}", file=source.file
+        )
     start, first, last = source.start, source.start, source.start + source.itemsize
     for offset, wanted, size, stride in zip(
         box.offsets, box.sizes, source.sizes, source.strides, strict=True
@@ -206,7 +210,7 @@ def _first_byte(source: ChunkSource, box: Box) -> int:
     begin, nbytes = source.payload
     if first < begin or last > begin + nbytes:
         raise FormatError(
-            f"elements at bytes {first} to {last} lie outside the payload, "
+            f"elements at bytes {first} to {last} are outside the payload, "
             f"which is at {begin} to {begin + nbytes}",
             file=source.file,
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from shardkeep.types import I64
 
-_ROOM = 1 << 62
+_MAX_KEY = 1 << 62
 
 
 def joint_keys(group: I64, *values: I64) -> list[I64]:
@@ -23,7 +23,7 @@ def joint_keys(group: I64, *values: I64) -> list[I64]:
         return [column.copy() for column in values]
     low = min(int(column.min()) for column in values)
     span = max(int(column.max()) for column in values) - low + 1
-    if (int(group.max()) + 1) * span < _ROOM:
+    if (int(group.max()) + 1) * span < _MAX_KEY:
         return [group * span + (column - low) for column in values]
     # Products of hostile coordinates would wrap around. Ranks are small, whatever the values.
     every = sorted_unique(np.concatenate(values))

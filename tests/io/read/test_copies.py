@@ -519,7 +519,7 @@ def test_nothing_to_read():
         (
             {"source": ChunkSource("f", 0, (1,), (10,), 1, (0, 9))},
             FormatError,
-            "f, tensor 't': elements at bytes 0 to 10 lie outside the payload",
+            "f, tensor 't': elements at bytes 0 to 10 are outside the payload",
         ),
         (
             {"source": ChunkSource("f", 0, (1,), (10,), 1, (0, 10), np.zeros(2, np.uint32))},

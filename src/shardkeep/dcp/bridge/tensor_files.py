@@ -126,7 +126,7 @@ def _resolved_tensors(
         if item.type == WriteItemType.BYTE_IO:
             dtype, sizes = _BYTES, (data.nbytes,)
         if dtype is None:
-            raise Conflict(f"tensor {name!r}: safetensors files have none of its kind")
+            raise Conflict(f"tensor {name!r}: safetensors files cannot hold a tensor of its kind")
         chunk = item.tensor_data.chunk if item.tensor_data else None
         if name in tensors and chunk is not None:
             name = f"{name} {Box(tuple(chunk.offsets), tuple(chunk.sizes))}"

@@ -32,9 +32,9 @@ from shardkeep.stores.names import checked_name, checked_prefix, checked_range, 
 __all__ = ["FsspecStore", "StreamStore", "replace", "store_of"]
 
 _METADATA = ".metadata"
-_PATTERN = frozenset("*?[")
+_PATTERN_CHARACTERS = frozenset("*?[")
 """Characters that make a path a pattern for fsspec."""
-_LARGE = 64 << 20
+_LARGE_READ_BYTES = 64 << 20
 """Larger reads are limited to the size of the file: a hostile length must not take memory."""
 _SAMPLE_BYTES = 4096
 """Number of bytes at the beginning and at the end of a file that its version is computed from, if
@@ -56,12 +56,12 @@ def store_of(storage: Any) -> Store:
     sync = getattr(storage, "sync_files", True)
     fsspec = torch_module("fsspec_filesystem", "_fsspec_filesystem")
     kind = getattr(fsspec, "_FileSystem", None) or getattr(fsspec, "FileSystem", None)
-    if kind is not None and isinstance(fs, kind) and _reads_as(fs, kind):
+    if kind is not None and isinstance(fs, kind) and _has_original_streams(fs, kind):
         return FsspecStore(fs, path, sync=sync)
     return StreamStore(fs, path, sync=sync)
 
 
-def _reads_as(fs: Any, kind: Any) -> bool:
+def _has_original_streams(fs: Any, kind: Any) -> bool:
     """Return whether a file system has its class's `create_stream`. A user's own must be called."""
     return type(fs).create_stream is kind.create_stream and "create_stream" not in vars(fs)
 
@@ -89,7 +89,7 @@ def replace(fs: Any, source: Any, target: Any) -> None:
 def _remove(fs: Any, path: Any) -> None:
     """Remove one file. Torch's `rm_file` lets fsspec interpret its path as a pattern."""
     inner: Any = getattr(fs, "fs", None)
-    if _PATTERN.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
+    if _PATTERN_CHARACTERS.isdisjoint(str(path)) or not hasattr(inner, "rm_file"):
         fs.rm_file(path)
     else:
         inner.rm_file(path)
@@ -112,7 +112,7 @@ class StreamStore(Store):
         self._fs, self._path, self._sync = fs, path, sync
         self._reading = Lock()
         self._lock = Lock()
-        self._made: set[str] = set()
+        self._created: set[str] = set()
         self._writing: set[str] = set()
         self._folders: set[str] = set()
 
@@ -150,7 +150,7 @@ class StreamStore(Store):
     def _known(self) -> set[str]:
         """Return the files that this object made, and the commit record if it exists."""
         with self._lock:
-            known = set(self._made)
+            known = set(self._created)
         if self._exists(self.path_of(_METADATA)):
             known.add(_METADATA)
         return known
@@ -207,8 +207,8 @@ class StreamStore(Store):
             self.delete(temporary)
             raise
         with self._lock:
-            self._made.discard(temporary)
-            self._made.add(plain)
+            self._created.discard(temporary)
+            self._created.add(plain)
 
     def _check(self, name: str, mode: PutMode) -> None:
         """Raise an error if the condition for writing a file is not met."""
@@ -226,7 +226,7 @@ class StreamStore(Store):
     def delete(self, name: str) -> None:
         path = self.path_of(name)
         with self._lock:
-            self._made.discard(checked_name(name))
+            self._created.discard(checked_name(name))
         try:
             _remove(self._fs, path)
         except Exception:
@@ -243,7 +243,7 @@ class StreamStore(Store):
         with self._lock:
             self._writing.discard(name)
             if done:
-                self._made.add(name)
+                self._created.add(name)
 
     def _exists(self, path: Any) -> bool:
         return bool(self._fs.exists(path))
@@ -419,7 +419,7 @@ class FsspecStore(StreamStore):
     def get_range(self, name: str, start: int, length: int) -> bytes:
         checked_range(start, length)
         path = self.path_of(name)
-        if length > _LARGE:
+        if length > _LARGE_READ_BYTES:
             length = max(0, min(length, self.head(name).size - start))
         if not length:
             return b""

@@ -30,7 +30,7 @@ from shardkeep.types import Progress
 
 __all__ = ["StoredPayload", "verify_payloads"]
 
-_PIECE = 4 << 20
+_MAX_READ_BYTES = 4 << 20
 """Size limit of a read, and of the memory that each thread takes."""
 
 _STEP = 8 * BLOCK
@@ -102,9 +102,9 @@ def verify_payloads(
             found[row].problem = MISSING
         elif there < end:
             found[row].end = there
-        for at in range(payload.offset, there, _PIECE):
-            wants.append(WantedRange(payload.file, at, min(at + _PIECE, end), row))
-    jobs = list(merge_ranges(wants, settings.read_gap_bytes(), _PIECE))
+        for at in range(payload.offset, there, _MAX_READ_BYTES):
+            wants.append(WantedRange(payload.file, at, min(at + _MAX_READ_BYTES, end), row))
+    jobs = list(merge_ranges(wants, settings.read_gap_bytes(), _MAX_READ_BYTES))
     meter = ProgressMeter(progress, "verify", sum(job.high - job.low for job in jobs))
     parallel(jobs, partial(_work, store, payloads, found, meter), threads)
     return [damage for pair in zip(payloads, found, strict=True) for damage in _damage(*pair)]
@@ -125,7 +125,7 @@ def _work(
     meter: ProgressMeter,
     jobs: Iterator[MergedRead],
 ) -> None:
-    space = allocate_pages(_PIECE + PAGE)
+    space = allocate_pages(_MAX_READ_BYTES + PAGE)
     for job in jobs:
         _read(store, payloads, found, job, space)
         meter.add(job.high - job.low)
@@ -233,6 +233,6 @@ def _damage(payload: StoredPayload, found: _Found) -> Iterator[Damaged]:
     elif checksums is None and payload.crc is not None:
         crc = 0
         for low in sorted(found.crcs):
-            crc = combine(crc, found.crcs[low], min(_PIECE, end - low))
+            crc = combine(crc, found.crcs[low], min(_MAX_READ_BYTES, end - low))
         if crc != payload.crc:
             yield damaged(describe_mismatch(crc, payload.crc))

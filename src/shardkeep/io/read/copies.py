@@ -41,7 +41,7 @@ from shardkeep.types import Progress
 
 __all__ = ["ChunkCopy", "ReadRound", "ReadStats", "read_copies"]
 
-_STEP = 8 * BLOCK
+_STEP_BYTES = 8 * BLOCK
 """Bytes that are checksummed at a time, while they are in the cache. With fewer, threads spend more
 time waiting for the interpreter than they save."""
 
@@ -172,7 +172,7 @@ class _Worker:
             job()
             return 0
         if isinstance(job, InPlaceRead):
-            _read_straight(self._store, job, self._sums)
+            _read_in_place(self._store, job, self._sums)
         elif isinstance(job, MergedRead):
             space = self._buffer(job.low, job.high)
             _read(self._store, job, uses, space, self._verify, self._sums)
@@ -206,7 +206,7 @@ def _check(copy: ChunkCopy) -> int:
     if into.shape != box.sizes or into.itemsize != source.itemsize:
         raise ValueError(
             f"{copy.name!r}: a box of sizes {list(box.sizes)} and items of {source.itemsize} bytes "
-            f"can't go into an array of shape {list(into.shape)} and items of {into.itemsize}"
+            f"cannot be copied to an array of shape {list(into.shape)} and items of {into.itemsize}"
         )
     if not into.flags.writeable:
         raise ValueError(f"{copy.name!r}: its destination is read-only")
@@ -220,7 +220,7 @@ def _check(copy: ChunkCopy) -> int:
     return into.nbytes
 
 
-def _read_straight(store: Store, job: InPlaceRead, sums: RunningChecksums) -> None:
+def _read_in_place(store: Store, job: InPlaceRead, sums: RunningChecksums) -> None:
     """Read in place, and compute one CRC-32 of all bytes of the job on the way.
 
     Only if it differs from the combined checksums of the blocks, each block is checked.
@@ -229,7 +229,7 @@ def _read_straight(store: Store, job: InPlaceRead, sums: RunningChecksums) -> No
     summed = sums.wants(copy.source)
     checksumming = job.crc is not None or summed
     address = job.into.ctypes.data
-    step = _STEP if checksumming else len(view)
+    step = _STEP_BYTES if checksumming else len(view)
     for done in fetch_steps(store, job.file, job.low, view, copy.name, step=step, keep=copy.shared):
         if checksumming:
             crc = crc32_at(address + end, view[end:done], crc)
@@ -265,7 +265,7 @@ def _read(
     want: WantedRange | None = next(waiting)
     checked: dict[tuple[int, int], int] = {}
     end, first = job.low, uses[job.wants[0].use].copy
-    step = _STEP if verify and first.source.checksums is not None else len(space)
+    step = _STEP_BYTES if verify and first.source.checksums is not None else len(space)
     keep = _shared(job, uses)
     for done in fetch_steps(store, job.file, job.low, space.data, first.name, step=step, keep=keep):
         end = job.low + done

@@ -22,10 +22,10 @@ _PIECE = 16 << 20
 """Size limit of a request that reads in place. Smaller ones would cost more time in Python, during
 which the other threads wait."""
 
-_STRAIGHT = 2 * BLOCK
+_MIN_IN_PLACE_BYTES = 2 * BLOCK
 """Runs of this size or more are read in place. Smaller ones share reads with others."""
 
-_ROW = 16 * 1024
+_ROW_COST_BYTES = 16 * 1024
 """Reading one more row costs as much as reading this many bytes, so rows that are nearer are read
 together with the gap between them. (Measured: 2.5 us a row, 0.2 ns a byte.)"""
 
@@ -137,9 +137,9 @@ class RequestPlanner:
         gap = max(self._gap, BLOCK) if checked else self._gap
         found = byte_runs(source, box, gap)
         if found.gapless and _first_part(found, into).flags.c_contiguous:
-            for use in _plain_uses(copy, found):
-                if found.span >= _STRAIGHT:
-                    self._go_straight(use, checked)
+            for use in _plain_targets(copy, found):
+                if found.span >= _MIN_IN_PLACE_BYTES:
+                    self._add_in_place(use, checked)
                 else:
                     self._want(use, found.span, checked)
             return
@@ -151,11 +151,11 @@ class RequestPlanner:
     def _add_rows(self, copy: ChunkCopy) -> bool:
         """Plan a copy by rows if its runs are long and far enough apart; return whether it was."""
         source, box = copy.source, copy.box
-        found = byte_runs(source, box, min(self._gap, _ROW))
+        found = byte_runs(source, box, min(self._gap, _ROW_COST_BYTES))
         if not found.outer or not found.gapless:
             return False
         first = _first_part(found, copy.into)
-        if found.span >= _STRAIGHT or not first.flags.c_contiguous:
+        if found.span >= _MIN_IN_PLACE_BYTES or not first.flags.c_contiguous:
             return False
         counts = [box.sizes[d] for d in found.outer]
         strides = [copy.into.strides[d] for d in found.outer]
@@ -186,7 +186,7 @@ class RequestPlanner:
         self._wants.append(WantedRange(source.file, low, high, len(self.uses)))
         self.uses.append(use)
 
-    def _go_straight(self, use: RunTarget, checked: bool) -> None:
+    def _add_in_place(self, use: RunTarget, checked: bool) -> None:
         """Plan to read whole blocks in place, and the rest at both ends through a buffer."""
         source, start, stop = use.copy.source, use.start, use.start + len(use.into)
         low, high = start, stop
@@ -222,7 +222,7 @@ def run_targets(copy: ChunkCopy, found: ByteRuns, into: NDArray[Any]) -> Iterato
         yield RunTarget(copy, start, part, found.sizes, found.strides)
 
 
-def _plain_uses(copy: ChunkCopy, found: ByteRuns) -> Iterator[RunTarget]:
+def _plain_targets(copy: ChunkCopy, found: ByteRuns) -> Iterator[RunTarget]:
     """Yield each run with its part of `into`, where both are bytes without gaps."""
     for start, part in _parts(found, copy.into):
         yield RunTarget(copy, start, part.reshape(-1).view(np.uint8), None, ())

@@ -32,7 +32,7 @@ class RunningChecksums:
         self._copies, self._verify = copies, verify
         needed = Counter[_Payload]()
         for copy in copies:
-            if _has_one(copy.source):
+            if _has_payload_crc(copy.source):
                 needed[_payload(copy.source)] += copy.into.nbytes
         self._parts: dict[_Payload, dict[int, tuple[int, int]]] = {
             payload: {} for payload, nbytes in needed.items() if verify and nbytes >= payload[2]
@@ -59,22 +59,22 @@ class RunningChecksums:
         unchecked = []
         for copy in self._copies:
             source = copy.source
-            found = whole.get(_payload(source)) if _has_one(source) else None
+            found = whole.get(_payload(source)) if _has_payload_crc(source) else None
             if found is not None and source.crc is not None and found != source.crc:
                 first, nbytes = source.payload
                 what = f"its {nbytes} bytes at {first}: {describe_mismatch(found, source.crc)}"
                 raise Damaged(what, file=source.file, name=copy.name)
-            if not self._verify or (found is None and not _has_others(source)):
+            if not self._verify or (found is None and not _is_checked_otherwise(source)):
                 unchecked.append(copy)
         return unchecked
 
 
-def _has_one(source: ChunkSource) -> bool:
+def _has_payload_crc(source: ChunkSource) -> bool:
     """Return whether a source has a CRC-32 of its whole payload that is not compared yet."""
     return source.crc is not None and source.checksums is None and source.data is None
 
 
-def _has_others(source: ChunkSource) -> bool:
+def _is_checked_otherwise(source: ChunkSource) -> bool:
     """Return whether a source's bytes are checked by blocks, or were checked before."""
     return source.checksums is not None or (source.data is not None and source.crc is not None)
 

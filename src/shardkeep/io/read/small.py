@@ -20,10 +20,10 @@ from shardkeep.types import I64, Progress
 
 __all__ = ["SmallPayloads", "SmallRead", "merge_small_reads", "read_small", "sorted_by_place"]
 
-_SPAN = 1 << 20
+_READ_SPAN_BYTES = 1 << 20
 """The payloads of one read start within this many bytes, so they are cached until moved."""
 
-_SHARED = 16 * 1024
+_MULTITHREADED_BYTES = 16 * 1024
 """Mean size of a payload above which several threads are faster. Below, they wait for the
 interpreter."""
 
@@ -85,7 +85,7 @@ def merge_small_reads(small: SmallPayloads, gap: int) -> list[SmallRead]:
         first = start
         while first < stop:
             begin = int(low[first])
-            last = first + int(np.searchsorted(low[first:stop], begin + _SPAN))
+            last = first + int(np.searchsorted(low[first:stop], begin + _READ_SPAN_BYTES))
             end = int(high[first:last].max())
             found.append(SmallRead(small.files[file[first]], begin, end, first, last))
             first = last
@@ -119,12 +119,16 @@ def read_small(
     meter = ProgressMeter(progress, "read", total)
 
     def worker(mine: Iterator[SmallRead]) -> None:
-        space = np.empty(_SPAN + BLOCK, dtype=np.uint8)
+        space = np.empty(_READ_SPAN_BYTES + BLOCK, dtype=np.uint8)
         for batch in mine:
             _read(store, small, batch, space, verify)
             meter.add(batch.high - batch.low)
 
-    parallel(reads, worker, threads if small.nbytes.sum() >= _SHARED * len(small.nbytes) else 1)
+    parallel(
+        reads,
+        worker,
+        threads if small.nbytes.sum() >= _MULTITHREADED_BYTES * len(small.nbytes) else 1,
+    )
     return total
 
 

@@ -18,10 +18,10 @@ from shardkeep.types import I64
 
 __all__ = ["StagedPayloads", "StagingLayout", "stage_payloads"]
 
-_JOB = 8 << 20
+_JOB_BYTES = 8 << 20
 """Size of a copy job: small enough that all threads end at about the same time."""
 
-_JOB_LIGHT = 1024
+_LIGHT_PAYLOADS_PER_JOB = 1024
 """Number of light payloads in a copy job."""
 
 
@@ -128,9 +128,9 @@ def _jobs(sizes: I64) -> list[list[tuple[int, int, int]]]:
     )
     jobs = []
     for row, size in zip(heavy.tolist(), sizes[heavy].tolist(), strict=True):
-        jobs += [[(row, at, min(at + _JOB, size))] for at in range(0, size, _JOB)]
-    for first in range(0, len(light), _JOB_LIGHT):
-        rows = light[first : first + _JOB_LIGHT]
+        jobs += [[(row, at, min(at + _JOB_BYTES, size))] for at in range(0, size, _JOB_BYTES)]
+    for first in range(0, len(light), _LIGHT_PAYLOADS_PER_JOB):
+        rows = light[first : first + _LIGHT_PAYLOADS_PER_JOB]
         ends = sizes[rows].tolist()
         jobs.append([(row, 0, end) for row, end in zip(rows.tolist(), ends, strict=True)])
     return jobs

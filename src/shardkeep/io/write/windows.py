@@ -213,7 +213,7 @@ class FileWindows:
         begin = len(frame.head)
         end = begin + size
         if size:  # Empty payloads have no address.
-            self._pick_up(rows, items[:, begin:end])
+            self._gather(rows, items[:, begin:end])
         view = into.data
         starts = range(begin, begin + len(rows) * length, length)
         crcs = np.array(crc32_each([view[at : at + size] for at in starts]), dtype="<u4")
@@ -224,7 +224,7 @@ class FileWindows:
         if size:  # An empty payload has no block.
             self._checksums[self.block[rows]] = crcs
 
-    def _pick_up(self, rows: I64, into: NDArray[np.uint8]) -> None:
+    def _gather(self, rows: I64, into: NDArray[np.uint8]) -> None:
         """Copy payloads of one size to `into` [N, size]: those with an address all at once."""
         addresses = self._memory[rows]
         gather_bytes(addresses, into)
