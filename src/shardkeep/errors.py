@@ -182,6 +182,12 @@ class LeaseLost(ShardkeepError):
     """A save did not renew its lease for so long that it may be taken for dead; it was given up.
 
     Nothing was committed. Save again; raise `SHARDKEEP_LEASE_SECONDS` if the storage stalls often.
+
+    Example:
+        >>> try:
+        ...     shardkeep.save(state, "run/step_100")
+        ... except shardkeep.LeaseLost:
+        ...     shardkeep.save(state, "run/step_100")
     """
 
 
@@ -190,6 +196,12 @@ class Replaced(ShardkeepError):
 
     Nothing of this save was committed, and what is there now was not changed. Make sure that only
     one job writes to the path, then save again.
+
+    Example:
+        >>> try:
+        ...     shardkeep.save(state, "run/latest", overwrite=True)
+        ... except shardkeep.Replaced as error:
+        ...     raise SystemExit(f"another job writes to run/latest: {error}")
     """
 
 

@@ -88,7 +88,11 @@ class Session(Protocol):
 
 @runtime_checkable
 class Ranks(Protocol):
-    """The ranks that take part. `rank` counts from 0 among them."""
+    """The ranks that take part. `rank` counts from 0 among them.
+
+    Example:
+        >>> shardkeep.save(state, "run/step_100", ranks=[0, 1])  # of a job of four ranks
+    """
 
     @property
     def rank(self) -> int: ...

@@ -24,7 +24,12 @@ PerRankPolicy = PerRankMode | ChooseRank | Mapping[str, PerRankMode | ChooseRank
 
 
 class LoadOptions(TypedDict, total=False):
-    """Keyword arguments that `load` and `Manager.restore` share."""
+    """Keyword arguments that `load` and `Manager.restore` share.
+
+    Example:
+        >>> options: shardkeep.LoadOptions = {"strict": {"optim.*": False}, "dtype": "cast"}
+        >>> report = shardkeep.load(state, "run/step_100", **options)
+    """
 
     strict: StrictPolicy
     """Whether a name that the checkpoint lacks is an error; also per name pattern."""

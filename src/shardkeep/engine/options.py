@@ -21,7 +21,12 @@ _SAVE_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class SaveOptions(TypedDict, total=False):
-    """Keyword arguments that `save`, `async_save` and `Manager` share."""
+    """Keyword arguments that `save`, `async_save` and `Manager` share.
+
+    Example:
+        >>> options: shardkeep.SaveOptions = {"files": 4, "max_host_memory": 256 << 20}
+        >>> report = shardkeep.save(state, "run/step_100", **options)
+    """
 
     flatten: bool
     """Store nested containers leaf by leaf. False stores each top-level value as one object."""
@@ -42,7 +47,12 @@ class SaveOptions(TypedDict, total=False):
 
 
 class AsyncSaveOptions(SaveOptions, total=False):
-    """Keyword arguments that only saves in the background take, besides `SaveOptions`."""
+    """Keyword arguments that only saves in the background take, besides `SaveOptions`.
+
+    Example:
+        >>> options: shardkeep.AsyncSaveOptions = {"low_priority": True}
+        >>> handle = shardkeep.async_save(state, "run/step_100", **options)
+    """
 
     low_priority: bool
     """Write with the lowest scheduling priority."""

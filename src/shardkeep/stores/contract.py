@@ -53,6 +53,12 @@ class Store(Protocol):
 
     All methods can be called from several threads. A missing file raises `FileNotFoundError`, a
     name that leaves the folder `ValueError`; other failures are `OSError`s that name the file.
+
+    Example:
+        >>> class TestMyStore(shardkeep.testing.StoreTests):  # verifies an implementation
+        ...     def make_store(self, folder):
+        ...         return MyStore(folder)
+        >>> shardkeep.save(state, MyStore("run/step_100"))
     """
 
     @property
