@@ -110,7 +110,7 @@ def counted(monkeypatch):
     count(reader.read_plan, "plan", "plan")
     count(reader, "read_copies", "read_copies")
     count(reader, "coverage", "coverage")
-    count(LocalStore, "read", "read")
+    count(LocalStore, "get_range", "read")
     return counts
 
 

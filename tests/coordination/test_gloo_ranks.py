@@ -30,7 +30,7 @@ def beside_training(ranks: Ranks) -> tuple[int, list[Any]]:
             sessions.conversation(ranks, [0, 100_000]),
             [
                 [one["end"] for one in ends]
-                for ends in sessions.failure(ranks, 1, ["own", "commit"])
+                for ends in sessions.failure(ranks, 1, ["assign", "commit"])
             ],
             sessions.parallel(ranks, 3),
         ]

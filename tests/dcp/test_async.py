@@ -344,7 +344,9 @@ def test_two_hundred_saves_leave_nothing_behind(tmp_path):
         ]
         for one in done:
             one.result()
-    assert quiet() == before
+    threads, files = quiet()
+    assert threads == before[0]
+    assert files <= before[1]  # A file that an earlier test left open may be closed meanwhile.
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -118,7 +118,7 @@ def test_an_error_is_of_torchs_class_and_of_its_own(cause, again):
     where = 2 if isinstance(cause, sk.RankFailed) else 3
     ((rank, (inner, trace)),) = error.failures.items()
     assert (rank, type(inner)) == (where, before[0])
-    assert "test_an_error_is_torchs_and_its_own" in [frame.name for frame in trace]
+    assert "test_an_error_is_of_torchs_class_and_of_its_own" in [frame.name for frame in trace]
     last = traceback.format_exception_only(type(cause), cause)[-1].strip()
     assert last in str(error)
     assert "test_errors.py" in str(error)

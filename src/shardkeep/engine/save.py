@@ -409,7 +409,7 @@ def _remove_replaced(save: SaveContext, assignment: WriteAssignment) -> None:
         return
     save.execution.yield_gil()
     removed = committing.remove_replaced(
-        save.store, assignment.admission.files, save.lease, stacklevel=5
+        save.store, assignment.admission.files, save.lease, stacklevel=6
     )
     if removed:
         save.send(ReplacedFilesRemoved(files=removed))
