@@ -60,6 +60,10 @@ class DType:
         name: torch's name without the module, such as "bfloat16".
         numpy: the little-endian numpy dtype that `read` returns. Its item size is the stored one.
         note: a description of the numpy values, if numpy lacks the type and only carries its bits.
+
+    Example:
+        >>> sk.DType.named("torch.bfloat16").itemsize
+        2
     """
 
     name: str
@@ -127,6 +131,7 @@ _CODES = {dtype.name: code for code, dtype in enumerate(DTYPES)}
 @dataclass(frozen=True, slots=True)
 class Box:
     """A rectangular part of a tensor: `sizes[d]` elements from `offsets[d]` on, for each d.
+
     Attributes:
         offsets: index of the first element in each dimension.
         sizes: number of elements in each dimension.
@@ -186,7 +191,12 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A range of `length` bytes from `offset` on, in a file named relative to the checkpoint."""
+    """A range of `length` bytes from `offset` on, in a file named relative to the checkpoint.
+
+    Example:
+        >>> item = sk.open("run/step_100").tensor("model.0.weight").chunks[0].item
+        >>> print(f"{item.length} bytes at {item.offset} of {item.file}")
+    """
 
     file: str
     offset: int
@@ -239,7 +249,12 @@ def never_yield() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One stored box of a tensor, and the location of the item that holds it."""
+    """One stored box of a tensor, and the location of the item that holds it.
+
+    Example:
+        >>> for chunk in sk.open("run/step_100").tensor("model.0.weight").chunks:
+        ...     print(chunk.box, chunk.item.file)
+    """
 
     box: Box
     item: ByteRange
@@ -254,6 +269,11 @@ class TensorInfo:
         dtype: its element type.
         shape: its global shape, in elements.
         chunks: the stored boxes, which together cover the tensor.
+
+    Example:
+        >>> info = sk.open("run/step_100").tensor("model.0.weight")
+        >>> print(info.dtype, info.shape, info.nbytes)
+        float32 (256, 64) 65536
     """
 
     name: str
@@ -275,6 +295,10 @@ class ObjectInfo:
         name: its flat name.
         item: the location of the item that holds it; None if the manifest holds the value.
         value: the object. Parts of it that have an unknown class are replaced by `Opaque` values.
+
+    Example:
+        >>> sk.open("run/step_100")["epoch"].value
+        3
     """
 
     name: str
@@ -295,6 +319,10 @@ class Opaque:
         module, qualname: module and qualified name of the class, as stored in the checkpoint.
         args: the arguments that the class or function would have been called with.
         state: the state that the instance would have been given; None if there is none.
+
+    Example:
+        >>> sk.open("run/step_100").value("config")
+        <Opaque mymodule.Config>
     """
 
     module: str
@@ -459,6 +487,11 @@ class Step:
     Attributes:
         number: the training step, 0 or more.
         metrics: the metrics that were saved with it: finite numbers by name.
+
+    Example:
+        >>> class KeepLowLoss:  # a policy of your own
+        ...     def keep(self, steps: Sequence[sk.Step]) -> list[int]:
+        ...         return [step.number for step in steps if step.metrics.get("loss", 9.0) < 1.0]
     """
 
     number: int

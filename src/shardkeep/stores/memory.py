@@ -29,6 +29,11 @@ class MemoryStore(Store):
     Args:
         url: The name of the store in errors and reports.
         files: Initial files, by name.
+
+    Example:
+        >>> store = sk.MemoryStore()
+        >>> report = sk.save(state, store)
+        >>> report = sk.load(state, store)
     """
 
     def __init__(self, url: str = "memory", files: Mapping[str, Buffer] | None = None) -> None:

@@ -79,6 +79,10 @@ class LocalStore(Store):
         direct: Whether to use direct I/O.
         budget: Memory limit in bytes; at most half of it is used for buffers of direct reads. By
             default the setting SHARDKEEP_MAX_HOST_MEMORY_BYTES.
+
+    Example:
+        >>> with sk.LocalStore("run/step_100", direct=False) as store:
+        ...     report = sk.load(state, store)
     """
 
     def __init__(
