@@ -146,10 +146,12 @@ class Box:
 
     @staticmethod
     def whole(shape: tuple[int, ...]) -> Box:
+        """Return the box that covers a tensor of a shape."""
         return Box((0,) * len(shape), tuple(shape))
 
     @property
     def ndim(self) -> int:
+        """Number of dimensions."""
         return len(self.sizes)
 
     @property
@@ -159,6 +161,7 @@ class Box:
 
     @property
     def ends(self) -> tuple[int, ...]:
+        """Index after the last element in each dimension."""
         return tuple(o + s for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def within(self, shape: tuple[int, ...]) -> bool:
@@ -332,6 +335,7 @@ class Opaque:
 
     @property
     def name(self) -> str:
+        """Full name of the class, with its module."""
         return f"{self.module}.{self.qualname}"
 
     def __repr__(self) -> str:

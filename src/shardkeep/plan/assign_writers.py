@@ -334,7 +334,7 @@ def _describe(problem: Any, tensors: Tensors, pieces: _Pieces, first: I64) -> st
         )
         return f"{name}: no rank holds {box} ({have})"
     ranks = sorted({int(pieces.rank[first[r]]) for r in problem.rows})
-    word = "overlap at" if problem.kind == "overlap" else "lie outside of it at"
+    word = "overlap at" if problem.kind == "overlap" else "exceed it at"
     return f"{name}: boxes of {format_ranks(ranks)} {word} {box}"
 
 

@@ -26,6 +26,7 @@ class _PauseCount:
         self._was_enabled = False
 
     def begin(self) -> None:
+        """Count one more pause, and turn the collector off if it is the first."""
         with self._lock:
             if not self._depth:
                 self._was_enabled = gc.isenabled()
@@ -33,6 +34,7 @@ class _PauseCount:
             self._depth += 1
 
     def end(self) -> None:
+        """Count one pause less, and turn the collector on again after the last."""
         with self._lock:
             self._depth -= 1
             if not self._depth and self._was_enabled:
