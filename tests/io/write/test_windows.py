@@ -37,7 +37,7 @@ class Bytes:
         at = [np.frombuffer(data, np.uint8).ctypes.data for data in self.data]
         self.addresses = np.array(at, dtype=np.int64)
 
-    def lie(self, past):
+    def move(self, past):
         """Move each payload to an offset from a page; None removes its address."""
         for row, data in enumerate(self.data):
             memory = allocate_pages(len(data) + PAGE)[past[row] or 0 :][: len(data)]
@@ -143,7 +143,7 @@ def test_large_payloads_keep_their_alignment_and_are_written_in_place(
 ):
     sizes, past = [size for size, _ in lying], [at for _, at in lying]
     payloads = Bytes(sizes)
-    payloads.lie(past)
+    payloads.move(past)
     in_place = way not in ("copied", "staged")
     staged = threads if way == "staged" else 0
     _, images = made(sizes, (), files, payloads=payloads, in_place=in_place, staged=staged)
@@ -189,7 +189,7 @@ def test_light_payloads_of_equal_size_are_made_together(runs, step, nowhere, sta
     past = [(row * step) % PAGE for row in range(len(sizes))]
     if nowhere:
         past = [None if row % nowhere == 0 else at for row, at in enumerate(past)]
-    payloads.lie(past)
+    payloads.move(past)
     _, images = made(sizes, files=files, payloads=payloads, staged=staged)
     store = MemoryStore()
     with open_targets(store, images) as targets:
@@ -261,7 +261,7 @@ def test_system_calls_are_few(tmp_path, monkeypatch, in_place):
         monkeypatch.setattr(os, name, counted(name))
     sizes = [16 * BLOCK] * 3 + [64] * 5000
     payloads = Bytes(sizes)
-    payloads.lie([64] * len(sizes))
+    payloads.move([64] * len(sizes))
     _, images = made(sizes, window=8 * BLOCK, payloads=payloads, in_place=in_place)
     store = LocalStore(tmp_path, direct=True)
     with open_targets(store, images) as targets:

@@ -151,7 +151,7 @@ class AppendedFile:
         return self._batch.copied + len(self._batch.nbytes) * _FRAME_BYTES >= _BATCH_BYTES
 
     def _copy(self, payload: memoryview) -> int:
-        """Copy a small payload to where the caller can't change it, and return its address."""
+        """Copy a small payload to memory that the caller cannot change, and return its address."""
         if not payload.nbytes:
             return 0
         if not len(self._copies):
