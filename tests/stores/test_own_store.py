@@ -1,4 +1,4 @@
-"""A store as a user would write one: the six members that have no default, and nothing else."""
+"""A custom store that implements only the six required members."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TestDatabaseStore(StoreTests):
 
 
 @pytest.mark.torch
-def test_a_checkpoint_is_saved_to_it_and_loaded_from_it(tmp_path: Path) -> None:
+def test_a_checkpoint_is_saved_to_and_loaded_from_a_custom_store(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     store = DatabaseStore(tmp_path / "files.db")
     state = {"w": torch.arange(1000.0), "n": 3, "set": {1, 2}}

@@ -1,4 +1,4 @@
-"""The stores in memory and on the local disk: the suite that ships, and what is theirs alone."""
+"""The memory and local stores: the public test suite, and tests of the local store alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from shardkeep.stores.local.descriptors import Descriptor, opened
 from shardkeep.testing import FaultyStore, StoreTests
 from support.store_files import names_in
 
-# The store is shared by the examples of a test, which leave it empty; the same test runs in several
-# subclasses.
+# All examples of a test share one store and leave it empty, and subclasses inherit the tests.
 shared_fixture = settings(
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
@@ -34,7 +33,7 @@ def put(store: Store, name: str, data: bytes) -> None:
 
 
 class StoreProperties(StoreTests):
-    """The suite that ships, and two properties tested with hypothesis."""
+    """The public test suite, and two properties tested with hypothesis."""
 
     @shared_fixture
     @given(
@@ -85,8 +84,8 @@ class StoreProperties(StoreTests):
 
 
 @pytest.mark.parametrize("kind", [LocalStore, MemoryStore])
-def test_a_name_can_contain_what_separates_urls_for_fsspec(tmp_path: Path, kind: Any) -> None:
-    """fsspec takes "::" for a chain of URLs, so the property above leaves it out."""
+def test_a_name_can_contain_two_colons(tmp_path: Path, kind: Any) -> None:
+    """The property above excludes "::", which fsspec interprets as a chain of URLs."""
     store = kind(str(tmp_path))
     put(store, "a/::", b"1")
     assert names_in(store) == ["a/::"]
@@ -106,7 +105,7 @@ class TestPrefixStore(StoreProperties):
 
 
 class TestFaultyStore(StoreProperties):
-    """One that does not fail."""
+    """A faulty store that is set not to fail."""
 
     def make_store(self, folder: Path) -> Store:
         return FaultyStore(MemoryStore())
@@ -114,12 +113,12 @@ class TestFaultyStore(StoreProperties):
 
 class TestLocalStore(StoreProperties):
     def make_store(self, folder: Path) -> Store:
-        # Fewer descriptors than files, so that they are dropped and opened again all the time.
+        # Fewer descriptors than files, so that files are often closed and opened again.
         return LocalStore(folder / "run" / "step", open_files=4)
 
     @pytest.fixture
     def synced(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Paths of what was synced, in order."""
+        """Return a list that collects the paths that are synced, in order."""
         paths: list[str] = []
         real = os.fsync
 
@@ -149,7 +148,7 @@ class TestLocalStore(StoreProperties):
     def test_publish_syncs_the_file_before_and_the_folder_after_the_rename(
         self, store: LocalStore, synced: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        store.put("x", b"1", mode="replace")  # and, once, what leads to the folder
+        store.put("x", b"1", mode="replace")  # this also syncs the folder's parents, once
         assert {str(folder) for folder in tmp_path.parents} <= set(synced)
         synced.clear()
         real = os.replace
@@ -163,7 +162,7 @@ class TestLocalStore(StoreProperties):
         assert synced[0].endswith(".tmp")
         assert synced[1:] == ["replace x", str(tmp_path / "run/step")]
 
-    def test_failed_folder_sync_is_not_forgotten(
+    def test_a_failed_folder_sync_is_repeated(
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, synced: list[str]
     ) -> None:
         put(store, "x", b"1")
@@ -199,7 +198,7 @@ class TestLocalStore(StoreProperties):
         assert list(names_in(store)) == ["x"]
         assert store.get_range("x", 0, 9) == b"old"
 
-    def test_publishing_below_folders_that_can_not_be_synced_leaves_nothing(
+    def test_publishing_below_folders_that_cannot_be_synced_leaves_no_file(
         self, store: LocalStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         real = os.fsync
@@ -265,7 +264,7 @@ class TestLocalStore(StoreProperties):
             reader.get_range("x", 0, 9)
 
     def test_a_replaced_file_is_not_read_where_another_link_keeps_it(self, tmp_path: Path) -> None:
-        """As backups by `cp -al` or `rsync --link-dest` do."""
+        """Backups by `cp -al` or `rsync --link-dest` make such links."""
         reader, writer = LocalStore(tmp_path), LocalStore(tmp_path)
         writer.put("x", b"old", mode="replace")
         assert writer.get_range("x", 0, 9) == reader.get_range("x", 0, 9) == b"old"
@@ -300,7 +299,7 @@ class TestLocalStore(StoreProperties):
         with pytest.raises(NotADirectoryError):
             list(names_in(LocalStore(tmp_path / "file")))
 
-    def test_a_folder_below_is_used_as_the_store_was_told_to(self, tmp_path: Path) -> None:
+    def test_a_subfolder_inherits_the_options_of_its_store(self, tmp_path: Path) -> None:
         store = LocalStore(tmp_path, open_files=3, direct=False, budget=1 << 20)
         inner = store.subfolder("a").subfolder("b")
         assert isinstance(inner, LocalStore)
@@ -317,7 +316,7 @@ class TestLocalStore(StoreProperties):
         reading = LocalStore(tmp_path, budget=1 << 20).subfolder("a")
         assert reading._cold._budget == 1 << 20
 
-    def test_a_listing_does_not_look_into_folders(
+    def test_a_listing_does_not_scan_subfolders(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for number in range(50):
@@ -334,10 +333,10 @@ class TestLocalStore(StoreProperties):
         assert len(LocalStore(tmp_path).list("", None).files) == 51
         assert len(scanned) == 2 + 52
 
-    def test_only_a_full_listing_needs_folders_that_cannot_be_read(
+    def test_only_a_full_listing_fails_on_unreadable_folders(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Root may read all folders, so the refusal is simulated."""
+        """The refusal is simulated, because root may read all folders."""
         (tmp_path / "lost+found").mkdir()
         scandir = os.scandir
 
@@ -379,7 +378,7 @@ class TestLocalStore(StoreProperties):
             store.delete("x")
 
 
-def test_a_file_that_nobody_closed_is_closed_without_a_word(tmp_path: Path) -> None:
+def test_an_unclosed_file_is_closed_without_a_warning(tmp_path: Path) -> None:
     before = descriptors()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -391,7 +390,7 @@ def test_a_file_that_nobody_closed_is_closed_without_a_word(tmp_path: Path) -> N
     assert descriptors() == before
 
 
-def test_a_folder_is_no_file_and_does_not_stay_open(tmp_path: Path) -> None:
+def test_opening_a_folder_raises_and_leaks_no_descriptor(tmp_path: Path) -> None:
     before = descriptors()
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match=r"not a regular file.*folder"):

@@ -1,4 +1,4 @@
-"""Conditional renames: where file systems lack something, beside locks, after lost answers."""
+"""Conditional renames with missing system calls, held locks and lost replies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuse(number: int) -> Any:
 
 @pytest.fixture(params=["renameat2", "link", "neither"])
 def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the file system can do: NFS has no exclusive rename, FAT has no hard links either."""
+    """Simulate a file system: NFS has no exclusive rename, FAT has no hard links either."""
     if request.param != "renameat2":
         monkeypatch.setattr(syscalls, "rename_new", lambda *_: False)
     if request.param == "neither":
@@ -62,10 +62,10 @@ def test_a_broken_link_counts_as_a_file_that_exists(store: LocalStore, file_syst
     assert (store.path / "x").is_symlink()
 
 
-def test_a_hard_link_whose_answer_was_lost_is_not_taken_for_another_file(
+def test_a_repeated_hard_link_recognizes_its_own_result(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An NFS client repeats a call whose answer it did not get, and meets its own result."""
+    """An NFS client repeats a call whose reply was lost, and finds its own result."""
     monkeypatch.setattr(syscalls, "rename_new", lambda *_: False)
     link = os.link
 
@@ -100,7 +100,7 @@ def test_the_exclusive_rename_of_this_system(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_there_are_no_locks_the_version_is_compared_all_the_same(
+def test_versions_are_compared_even_without_file_locks(
     store: LocalStore,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -126,7 +126,7 @@ def test_a_backup_by_hard_links_does_not_change_the_version(store: LocalStore) -
     assert store.get_range("backup", 0, 9) == b"old"
 
 
-def test_a_file_that_is_read_only_can_be_replaced(store: LocalStore) -> None:
+def test_a_read_only_file_can_be_replaced(store: LocalStore) -> None:
     store.put("x", b"old", mode="create")
     (store.path / "x").chmod(0o444)
     store.put("x", b"new", mode=IfMatch(store.head("x").version))
@@ -144,7 +144,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(store: LocalStore) -> Any:
-    """Another process that holds the lock on a file."""
+    """Start another process that holds the lock on a file."""
     store.put("x", b"old", mode="create")
     command = [sys.executable, "-c", HOLD, str(store.path / "x")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -154,7 +154,7 @@ def holder(store: LocalStore) -> Any:
     process.communicate()
 
 
-def test_a_lock_that_is_held_for_long_is_an_error_that_names_the_file(
+def test_waiting_too_long_for_a_lock_raises_and_names_the_file(
     store: LocalStore, holder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditions, "_LOCK_SECONDS", 0.05)
@@ -165,7 +165,7 @@ def test_a_lock_that_is_held_for_long_is_an_error_that_names_the_file(
     assert store.get_range("x", 0, 9) == b"old"
 
 
-def test_the_lock_of_a_process_that_is_killed_is_free(
+def test_the_lock_of_a_killed_process_is_released(
     store: LocalStore, holder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = threading.Event()

@@ -1,4 +1,4 @@
-"""Reads past the page cache: the same bytes as ever, whatever the kernel lets or refuses."""
+"""Direct reads return the same bytes as others, whatever the kernel supports."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from shardkeep.settings import PAGE
 from shardkeep.stores import LocalStore
 from shardkeep.stores.abilities import SupportsReadSteps
-from shardkeep.stores.local import direct_reads as past_cache
-from shardkeep.stores.local import syscalls
+from shardkeep.stores.local import direct_reads, syscalls
 
-pytestmark = pytest.mark.skipif(not past_cache.FLAG, reason="there are no direct reads here")
+pytestmark = pytest.mark.skipif(not direct_reads.FLAG, reason="this system has no direct reads")
 
-DATA = os.urandom(3 * past_cache.PIECE + 12_345)
+DATA = os.urandom(3 * direct_reads.PIECE + 12_345)
 
 
 @pytest.fixture
@@ -35,18 +34,18 @@ def store(tmp_path):
 
 @pytest.fixture
 def cold(monkeypatch):
-    """The kernel says that nothing is in the page cache."""
+    """Simulate that nothing is in the page cache."""
     monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(descriptor opened for direct reads?, offset, bytes asked for) of every read."""
+    """Return a list that collects (is direct, offset, requested bytes) of all reads."""
     made = []
     real = os.preadv
 
     def preadv(fd, buffers, offset):
-        made.append((bool(flags_of(fd) & past_cache.FLAG), offset, sum(map(len, buffers))))
+        made.append((bool(flags_of(fd) & direct_reads.FLAG), offset, sum(map(len, buffers))))
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
@@ -63,12 +62,12 @@ def flags_of(fd):
 
 @pytest.fixture(params=[False, True], ids=["copied", "in place"])
 def in_place(request):
-    """Whether bytes go to memory that lies in its pages as they do in theirs."""
+    """Return whether target and file range have the same position within a page."""
     return request.param
 
 
 def memory(length, offset, in_place):
-    """Room for bytes from that offset on: as far past a page as these, or one byte further."""
+    """Return memory with the offset's position within a page, or one byte after it."""
     room = np.empty(length + 2 * PAGE, np.uint8)
     past = (offset + (not in_place) - room.ctypes.data) % PAGE
     return room[past : past + length]
@@ -80,7 +79,9 @@ def read(store, offset=0, length=None, *, in_place=False, **more):
     step = more.pop("step", 1 << 20)
     done = 0
     for done in store.read_steps("f", offset, buffer, step, **more):
-        assert bytes(buffer[:done]) == DATA[offset : offset + done], "what is said to be there is"
+        assert bytes(buffer[:done]) == DATA[offset : offset + done], (
+            "the bytes up to a reported number are read"
+        )
     return bytes(buffer[:done])
 
 
@@ -96,11 +97,11 @@ Path(FOLDER.name, "f").write_bytes(DATA)
 @given(
     st.integers(0, len(DATA) + 5000),
     st.integers(0, len(DATA)),
-    st.integers(1, past_cache.PIECE),
+    st.integers(1, direct_reads.PIECE),
     st.sampled_from([1 << 20, 3 << 20, 64 << 20]),
     st.booleans(),
 )
-def test_any_range_arrives(offset, length, step, budget, in_place):
+def test_any_range_is_read(offset, length, step, budget, in_place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(syscalls, "cached", lambda fd, offset, length: 0)
         patch.setenv("SHARDKEEP_MAX_HOST_MEMORY_BYTES", str(budget))
@@ -114,16 +115,16 @@ def test_any_range_arrives(offset, length, step, budget, in_place):
         assert store.read_into("f", offset, buffer) == len(expected)
 
 
-def test_cold_bytes_come_past_the_cache_in_few_reads(store, cold, calls, in_place):
-    found = read(store, 77, 2 * past_cache.PIECE, in_place=in_place)
-    assert found == DATA[77 : 77 + 2 * past_cache.PIECE]
+def test_uncached_bytes_are_read_directly_in_few_reads(store, cold, calls, in_place):
+    found = read(store, 77, 2 * direct_reads.PIECE, in_place=in_place)
+    assert found == DATA[77 : 77 + 2 * direct_reads.PIECE]
     assert [past for past, _, _ in calls] == [True, True]
     assert all(offset % 4096 == length % 4096 == 0 for _, offset, length in calls)
-    assert sum(length for _, _, length in calls) <= 2 * past_cache.PIECE + 4 * 4096
+    assert sum(length for _, _, length in calls) <= 2 * direct_reads.PIECE + 4 * 4096
 
 
-def test_whole_pages_are_read_to_where_they_belong(store, cold, monkeypatch):
-    """No byte is moved but those on a page with something else."""
+def test_whole_pages_are_read_in_place(store, cold, monkeypatch):
+    """Only the bytes on incomplete pages are copied."""
     real, lengths = os.preadv, []
 
     def preadv(fd, parts, at):
@@ -135,41 +136,41 @@ def test_whole_pages_are_read_to_where_they_belong(store, cold, monkeypatch):
         return real(fd, parts, at)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    into = memory(2 * past_cache.PIECE, 77, in_place=True)
+    into = memory(2 * direct_reads.PIECE, 77, in_place=True)
     begin = into.ctypes.data
     assert store.read_into("f", 77, into.data) == len(into)
     assert into.tobytes() == DATA[77 : 77 + len(into)]
     assert sum(lengths) == len(into) - 2 * PAGE
 
 
-def test_cached_bytes_come_out_of_the_cache(store, calls, monkeypatch):
+def test_cached_bytes_are_read_through_the_cache(store, calls, monkeypatch):
     monkeypatch.setattr(syscalls, "cached", lambda fd, offset, length: length)
     assert read(store, step=len(DATA)) == DATA
     assert [past for past, _, _ in calls] == [False] * 4
     assert sum(length for _, _, length in calls) == len(DATA)
 
 
-def test_few_bytes_are_not_asked_for(store, monkeypatch):
+def test_short_reads_do_not_test_the_cache(store, monkeypatch):
     monkeypatch.setattr(syscalls, "cached", lambda *_: pytest.fail("asked"))
     assert read(store, 5, 60_000) == DATA[5:60_005]
 
 
-def test_a_store_that_is_told_so_reads_through_the_cache(store, cold, calls):
+def test_a_store_without_direct_io_reads_through_the_cache(store, cold, calls):
     assert read(LocalStore(store.path, direct=False)) == DATA
     assert not any(past for past, _, _ in calls)
 
 
-def test_what_others_want_too_goes_through_the_cache(store, cold, calls):
+def test_data_that_others_need_is_read_through_the_cache(store, cold, calls):
     assert read(store, keep=True) == DATA
     assert not any(past for past, _, _ in calls)
 
 
-def test_the_kernel_tells_what_is_cached(store):
+def test_the_kernel_reports_what_is_cached(store):
     fd = os.open(store.path / "f", os.O_RDONLY)
     try:
         os.fsync(fd)
         if syscalls.cached(fd, 0, len(DATA)) is None:
-            pytest.skip("this kernel does not tell")
+            pytest.skip("this kernel has no cachestat")
         store.get_range("f", 0, len(DATA))
         assert syscalls.cached(fd, 0, len(DATA)) >= len(DATA)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -177,7 +178,7 @@ def test_the_kernel_tells_what_is_cached(store):
             pytest.skip("this file system keeps its files in memory")
         assert read(store) == DATA
         left = syscalls.cached(fd, 0, len(DATA))
-        assert left < 1 << 20, "only what is less than a direct read was read through the cache"
+        assert left < 1 << 20, "only parts too small for a direct read were read through the cache"
         assert read(store, keep=True) == DATA
         assert syscalls.cached(fd, 0, len(DATA)) >= len(DATA)
     finally:
@@ -186,12 +187,14 @@ def test_the_kernel_tells_what_is_cached(store):
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EFAULT])
 @pytest.mark.parametrize("call", ["open", "preadv"])
-def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, code, in_place):
+def test_a_refusal_disables_direct_reads_without_an_error(
+    store, cold, monkeypatch, call, code, in_place
+):
     refused = []
     real = getattr(os, call)
 
     def refuse(first, second, *rest, **more):
-        if (second if call == "open" else flags_of(first)) & past_cache.FLAG:
+        if (second if call == "open" else flags_of(first)) & direct_reads.FLAG:
             refused.append(call)
             raise OSError(code, os.strerror(code))
         return real(first, second, *rest, **more)
@@ -202,7 +205,7 @@ def test_a_refusal_is_no_error_and_is_met_once(store, cold, monkeypatch, call, c
     assert len(refused) == 1
 
 
-def test_a_kernel_that_does_not_tell_is_asked_once(store, calls, monkeypatch):
+def test_a_kernel_without_cachestat_is_called_once(store, calls, monkeypatch):
     asked = []
     monkeypatch.setattr(syscalls, "cached", lambda *where: asked.append(where))
     assert read(store) == read(store) == DATA
@@ -210,11 +213,11 @@ def test_a_kernel_that_does_not_tell_is_asked_once(store, calls, monkeypatch):
     assert not any(past for past, _, _ in calls)
 
 
-def test_other_errors_of_direct_reads_come_as_they_are(store, cold, monkeypatch, in_place):
+def test_other_errors_of_direct_reads_are_raised(store, cold, monkeypatch, in_place):
     real = os.preadv
 
     def fail(fd, *rest):
-        if flags_of(fd) & past_cache.FLAG:
+        if flags_of(fd) & direct_reads.FLAG:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(fd, *rest)
 
@@ -232,15 +235,15 @@ def test_short_direct_reads_are_continued(store, cold, monkeypatch, in_place):
     assert read(store, in_place=in_place) == DATA
 
 
-def test_a_file_that_shrinks_ends_early(store, cold, in_place):
+def test_reads_of_a_file_that_shrank_end_early(store, cold, in_place):
     assert read(store, 0, 1 << 20, in_place=in_place) == DATA[: 1 << 20]
-    os.truncate(store.path / "f", past_cache.PIECE + 1000)
-    assert read(store, in_place=in_place) == DATA[: past_cache.PIECE + 1000]
+    os.truncate(store.path / "f", direct_reads.PIECE + 1000)
+    assert read(store, in_place=in_place) == DATA[: direct_reads.PIECE + 1000]
     os.truncate(store.path / "f", 0)
     assert read(store, in_place=in_place) == b""
 
 
-def test_a_replaced_file_is_opened_anew(store, cold):
+def test_a_replaced_file_is_opened_again(store, cold):
     assert read(store, 0, 1 << 20) == DATA[: 1 << 20]
     store.put("f", bytes(1 << 20), mode="replace")
     buffer = bytearray(1 << 20)
@@ -248,7 +251,7 @@ def test_a_replaced_file_is_opened_anew(store, cold):
     assert not any(buffer)
 
 
-def test_memory_that_looks_like_a_disk(cold):
+def test_files_in_shared_memory_are_read(cold):
     shared = Path("/dev/shm")
     if not shared.is_dir():
         pytest.skip("there is no /dev/shm")
@@ -257,11 +260,11 @@ def test_memory_that_looks_like_a_disk(cold):
         assert read(LocalStore(folder)) == DATA
 
 
-def test_buffers_are_few_and_used_again(store, cold, monkeypatch, in_place):
+def test_buffers_are_limited_and_reused(store, cold, monkeypatch, in_place):
     made = []
     real = mmap.mmap
     monkeypatch.setattr(
-        past_cache.mmap,
+        direct_reads.mmap,
         "mmap",
         lambda fd, length, **more: made.append((length, more)) or real(fd, length, **more),
     )
@@ -277,13 +280,13 @@ def test_buffers_are_few_and_used_again(store, cold, monkeypatch, in_place):
     assert sum(length for length, _ in made) <= (2 << 20) + 4 * 4096
 
 
-def test_a_budget_of_nothing_is_less_than_the_usual_one(store, cold, calls):
+def test_a_budget_of_zero_disables_direct_reads(store, cold, calls):
     with LocalStore(store.path, budget=0) as bare:
         assert read(bare) == DATA
-    assert not any(direct for direct, *_ in calls)  # without a buffer
+    assert not any(direct for direct, *_ in calls)  # there is no buffer
 
 
-def test_descriptors_for_direct_reads_count_too(tmp_path, cold):
+def test_descriptors_of_direct_reads_count_toward_the_limit(tmp_path, cold):
     store = LocalStore(tmp_path, open_files=3)
     before = descriptors()
     for number in range(6):

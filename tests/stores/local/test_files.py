@@ -1,4 +1,4 @@
-"""New files at any place: past the page cache where that works, whole or gone in any case."""
+"""Positioned writers: direct writes where they work; a file is complete or removed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TMPFS = Path("/dev/shm")
 from support.store_files import names_in
 
 
-def test_who_finds_nothing_to_sync_waits_for_who_syncs_it(tmp_path, monkeypatch):
+def test_sync_waits_for_a_concurrent_sync(tmp_path, monkeypatch):
     store = LocalStore(tmp_path)
     with store.open_writer("x"):
         pass
@@ -63,7 +63,7 @@ def content(store: LocalStore, name: str) -> bytes:
     return store.get_range(name, 0, 1 << 20)
 
 
-def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
+def test_parts_are_written_in_any_order_and_the_last_is_cut(tmp_path):
     store = LocalStore(tmp_path)
     with store.open_positioned_writer("a/x", 2 * PAGE + 10) as target:
         target.write_at(2 * PAGE, [page(3).data])
@@ -71,7 +71,7 @@ def test_parts_come_in_any_order_and_the_last_is_cut(tmp_path):
     assert content(store, "a/x") == bytes([1]) * PAGE + bytes([2]) * PAGE + bytes([3]) * 10
 
 
-def test_a_file_that_exists_is_refused(tmp_path):
+def test_an_existing_file_is_refused(tmp_path):
     store = LocalStore(tmp_path)
     with store.open_positioned_writer("x", 0):
         pass
@@ -82,8 +82,8 @@ def test_a_file_that_exists_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not TMPFS.is_dir(), reason="no tmpfs")
-def test_a_full_disk_is_told_before_anything_is_written():
-    # Not on a disk: ext4 takes all space that there is, for a moment, before it refuses.
+def test_a_full_disk_is_reported_before_anything_is_written():
+    # On tmpfs, because ext4 briefly takes all free space before it refuses.
     folder = TMPFS / f"shardkeep-full-{os.getpid()}"
     store, room = LocalStore(folder), os.statvfs(TMPFS)
     try:
@@ -97,7 +97,7 @@ def test_a_full_disk_is_told_before_anything_is_written():
 
 
 @pytest.mark.skipif(not TMPFS.is_dir(), reason="no tmpfs")
-def test_where_direct_writes_are_refused_it_is_buffered():
+def test_writes_are_buffered_where_direct_writes_are_refused():
     folder = TMPFS / f"shardkeep-{os.getpid()}"
     store = LocalStore(folder)
     try:
@@ -110,7 +110,7 @@ def test_where_direct_writes_are_refused_it_is_buffered():
         folder.rmdir()
 
 
-def test_a_refusal_at_the_flag_is_found_once_a_store(tmp_path, monkeypatch):
+def test_a_refused_flag_disables_direct_writes_of_the_store(tmp_path, monkeypatch):
     real, asked = fcntl.fcntl, []
 
     def refuse(fd, command, *rest):
@@ -128,8 +128,8 @@ def test_a_refusal_at_the_flag_is_found_once_a_store(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
-def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatch):
-    """Some FUSE file systems take the flag, and fail only then."""
+def test_a_refused_first_write_disables_direct_writes_of_the_store(tmp_path, monkeypatch):
+    """Some FUSE file systems accept the flag, and fail at the first write."""
     real, refused = os.pwritev, []
 
     def pwritev(fd, parts, offset):
@@ -147,12 +147,12 @@ def test_a_refusal_at_the_first_write_is_found_once_a_store(tmp_path, monkeypatc
     assert refused == [0]
 
 
-def test_threads_that_are_refused_at_once_both_go_on(tmp_path, monkeypatch):
+def test_threads_whose_direct_writes_are_refused_together_continue(tmp_path, monkeypatch):
     real, both = os.pwritev, threading.Barrier(2)
 
     def pwritev(fd, parts, offset):
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-            both.wait(30)  # each is in its call before the other one's is refused
+            both.wait(30)  # both calls are in progress before either is refused
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(fd, parts, offset)
 
@@ -166,7 +166,7 @@ def test_threads_that_are_refused_at_once_both_go_on(tmp_path, monkeypatch):
     assert content(store, "x") == bytes([4]) * PAGE + bytes([5]) * PAGE
 
 
-def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
+def test_an_invalid_buffered_write_raises(tmp_path, monkeypatch):
     def refuse(fd, parts, offset):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
@@ -179,7 +179,7 @@ def test_an_invalid_buffered_write_is_an_error(tmp_path, monkeypatch):
     assert list(names_in(store)) == []
 
 
-def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
+def test_short_writes_are_continued(tmp_path, monkeypatch):
     real, calls = os.pwrite, []
 
     def pwritev(fd, parts, at):
@@ -193,11 +193,11 @@ def test_writes_that_stop_half_way_go_on(tmp_path, monkeypatch):
             target.write_at(0, [page(8, 9).data, page(6).data, page(7).data])
         made = b"".join(bytes([value]) * PAGE for value in (8, 9, 6, 7))
         assert content(store, str(most)) == made
-    assert calls[-2:] == [3, 2]  # what is written is not handed over again
+    assert calls[-2:] == [3, 2]  # written parts are not passed again
 
 
 def test_memory_that_direct_writes_refuse_is_written_through_the_cache(tmp_path, monkeypatch):
-    """What belongs to a device may be readable, and yet not be pinned by the kernel."""
+    """Device memory may be readable although the kernel cannot pin it."""
     real = os.pwritev
 
     def pwritev(fd, parts, at):
@@ -212,7 +212,7 @@ def test_memory_that_direct_writes_refuse_is_written_through_the_cache(tmp_path,
     assert content(store, "x") == bytes([5]) * PAGE
 
 
-def test_more_parts_than_one_call_takes(tmp_path):
+def test_more_parts_than_one_call_takes_are_written(tmp_path):
     store, pages = LocalStore(tmp_path), page(*range(200))
     parts = [pages[at * PAGE : (at + 1) * PAGE].data for at in range(200)] * 12
     with store.open_positioned_writer("x", 2400 * PAGE - 5) as target:
@@ -220,13 +220,13 @@ def test_more_parts_than_one_call_takes(tmp_path):
     assert store.get_range("x", 0, 2400 * PAGE) == (pages.tobytes() * 12)[:-5]
 
 
-def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeypatch):
+def test_a_direct_write_that_stops_inside_a_page_continues_buffered(tmp_path, monkeypatch):
     real, seen = os.pwritev, []
 
     def pwritev(fd, parts, at):
         direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
         seen.append(bool(direct))
-        if direct:  # as a file system may do when a signal or its own limits cut it short
+        if direct:  # as if a signal or a limit of the file system cut it short
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
             done = real(fd, [parts[0][:700]], at)
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
@@ -245,7 +245,7 @@ def test_direct_writes_that_stop_off_a_boundary_go_on_buffered(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("call", ["pwritev", "ftruncate", "fsync", "close"])
-def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch, call):
     store, where, failed = LocalStore(tmp_path), Descriptor if call == "close" else os, []
     real = getattr(where, call)
 
@@ -265,7 +265,7 @@ def test_what_fails_leaves_nothing(tmp_path, monkeypatch, call):
     assert list(names_in(store)) == []
 
 
-def test_where_space_can_not_be_set_aside_files_grow(tmp_path, monkeypatch):
+def test_files_grow_where_space_cannot_be_reserved(tmp_path, monkeypatch):
     def refuse(*_):
         syscalls.ctypes.set_errno(errno.EOPNOTSUPP)
         return -1
