@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, and no byte of it changes unnoticed."""
+"""Commits: a checkpoint is complete or absent, and changed bytes are detected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OLD, NEW = state("old"), state("newer")
 
 
 def contents(checkpoint) -> dict:
-    """Every leaf's bytes or value."""
+    """Return the bytes or the value of every leaf, by name."""
     found = {}
     for name in checkpoint:
         value = checkpoint.read(name)
@@ -80,8 +80,8 @@ def whole() -> dict[str, dict]:
     return {"old": contents(sk.open(saved(OLD))), "new": contents(sk.open(saved(NEW)))}
 
 
-def what_is_there(store: MemoryStore, whole: dict[str, dict]) -> str:
-    """Which of the states is there, whole in every view of it."""
+def committed_state(store: MemoryStore, whole: dict[str, dict]) -> str:
+    """Return which state is committed, after checking that it can be read in every way."""
     try:
         checkpoint = sk.open(store)
     except sk.NotACheckpoint:
@@ -114,24 +114,24 @@ def test_a_save_that_fails_anywhere_leaves_the_old_or_the_new(whole, before, kin
             failed = False
         except (OSError, Crashed):
             failed = True
-        there = what_is_there(inner, whole)
+        there = committed_state(inner, whole)
         assert there in (before, "new")
         committed = ("put", ".metadata") in store.log[: at + (when == "after")]
         assert there == ("new" if committed else before), store.log[at]
         if not failed:
             assert there == "new"
         elif kind == "error" and not committed:
-            assert files(inner) == start  # nothing of it is left
+            assert files(inner) == start  # all new files are removed
         ends.append(there)
         if len(store.log) <= at:
             break
         sk.save(NEW, inner, overwrite=True)
-        assert what_is_there(inner, whole) == "new"
-    assert ends == sorted(ends, key=[before, "new"].index)  # one instant, and never back
+        assert committed_state(inner, whole) == "new"
+    assert ends == sorted(ends, key=[before, "new"].index)  # one switch, in one direction
     assert len(ends) > 10
 
 
-def test_after_an_error_nothing_stays_of_what_was_not_committed(whole):
+def test_an_error_before_the_commit_leaves_no_new_files(whole):
     for at in range(1000):
         inner = store_of(files(saved(OLD)))
         before = set(names_in(inner))
@@ -140,14 +140,14 @@ def test_after_an_error_nothing_stays_of_what_was_not_committed(whole):
             sk.save(NEW, store, overwrite=True)
         except OSError:
             if ("open_writer", ".manifest") in [(what, name[:9]) for what, name in store.log]:
-                break  # from here on nobody can know whether it was committed
+                break  # from here on an error may follow a commit
             assert set(names_in(inner)) == before
     else:
         pytest.fail("the save never came as far as its manifest")
     assert at > 5
 
 
-def test_old_files_go_only_after_the_commit(tmp_path, whole):
+def test_old_files_are_removed_only_after_the_commit(tmp_path, whole):
     stock.save(dict(OLD["model"]), checkpoint_id=tmp_path, no_dist=True)
     local = LocalStore(tmp_path)
     content = {name: local.get_range(name, 0, local.head(name).size) for name in names_in(local)}
@@ -161,50 +161,50 @@ def test_old_files_go_only_after_the_commit(tmp_path, whole):
     order = [what for what, _ in store.log]
     assert order.index("put") < order.index("delete")
     assert not theirs & set(names_in(store.inner))
-    assert what_is_there(store.inner, whole) == "new"
+    assert committed_state(store.inner, whole) == "new"
 
 
 def linked_backup(path):
-    """A backup as `cp -al` makes it: the old commit record keeps a link when it is replaced."""
+    """Make a backup by hard links, as `cp -al` does, which keep the files that are replaced."""
     backup = path.with_name("backup")
     backup.mkdir()
     for file in path.iterdir():
         (backup / file.name).hardlink_to(file)
 
 
-def test_beside_a_backup_of_hard_links_old_files_go(tmp_path, whole):
+def test_old_files_are_removed_despite_a_backup_of_hard_links(tmp_path, whole):
     path = tmp_path / "ckpt"
     sk.save(OLD, path)
     linked_backup(path)
     old = {file.name for file in path.iterdir()}
     sk.save(NEW, path, overwrite=True)
     assert {file.name for file in path.iterdir()} & old == {commit.METADATA}
-    assert what_is_there(LocalStore(path), whole) == "new"
-    assert what_is_there(LocalStore(tmp_path / "backup"), whole) == "old"
+    assert committed_state(LocalStore(path), whole) == "new"
+    assert committed_state(LocalStore(tmp_path / "backup"), whole) == "old"
 
 
 class Late(LocalStore):
-    """Commits, and says that it could not: as when syncing the folder fails after the rename."""
+    """A store that commits and then raises, as if the folder's sync failed after the rename."""
 
     def put(self, name, data, *, mode):
         super().put(name, data, mode=mode)
-        if name == commit.METADATA:  # not at the lease: then it had not begun
+        if name == commit.METADATA:  # and not for the lease, which is written first
             raise OSError(errno.EIO, "Input/output error", name)
 
 
 @pytest.mark.parametrize("backup", [False, True])
-def test_what_was_committed_stays_whatever_is_raised_afterwards(tmp_path, whole, backup):
+def test_an_error_after_the_commit_keeps_the_new_checkpoint(tmp_path, whole, backup):
     path = tmp_path / "ckpt"
     sk.save(OLD, path)
     if backup:
         linked_backup(path)
     with pytest.raises(OSError, match="Input/output error"):
         sk.save(NEW, Late(path), overwrite=True)
-    assert what_is_there(LocalStore(path), whole) == "new"
+    assert committed_state(LocalStore(path), whole) == "new"
 
 
 @pytest.mark.parametrize("part", ["put", "open_writer"])
-def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part):
+def test_a_full_disk_leaves_no_new_files_beside_a_broken_record(whole, part):
     content = files(saved(OLD))
     record = bytearray(content[commit.METADATA])
     record[-10] ^= 1
@@ -219,8 +219,8 @@ def test_a_full_disk_is_named_and_left_clean_beside_a_broken_record(whole, part)
     assert files(inner) == content
 
 
-def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, monkeypatch):
-    """An answer that is lost: its message arrived, and the others may commit what it wrote."""
+def test_a_rank_that_fails_after_its_report_keeps_its_files(whole, monkeypatch):
+    """The report arrives and only the reply is lost, so the other rank commits the files."""
     store, committed = MemoryStore(), threading.Event()
     report, publish = save.report, commit.publish
 
@@ -249,7 +249,7 @@ def test_who_fails_after_its_report_leaves_its_files_to_the_coordinator(whole, m
 
 
 class Kept(MemoryStore):
-    """Takes new data files, and keeps them."""
+    """A store that refuses to delete data files."""
 
     def delete(self, name):
         if name.endswith(".distcp"):
@@ -257,7 +257,7 @@ class Kept(MemoryStore):
         super().delete(name)
 
 
-def test_the_warning_of_old_files_names_the_line_that_saved():
+def test_the_warning_about_old_files_names_the_calling_line():
     store = Kept()
     sk.save(OLD, store)
     with pytest.warns(UserWarning, match="files of the overwritten checkpoint") as caught:
@@ -265,7 +265,7 @@ def test_the_warning_of_old_files_names_the_line_that_saved():
     assert [one.filename for one in caught] == [__file__]
 
 
-def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole):
+def test_a_stock_checkpoint_that_replaced_one_of_shardkeep_is_opened(tmp_path, whole):
     sk.save(OLD, tmp_path)
     newer = {"model": NEW["model"], "note": "from torch"}
     stock.save(newer, checkpoint_id=tmp_path, no_dist=True)
@@ -282,8 +282,8 @@ def test_what_stock_torch_saves_over_a_checkpoint_is_what_opens(tmp_path, whole)
 
 
 @pytest.mark.parametrize("late", [1, 2, 3])
-def test_a_commit_that_comes_while_one_looks_is_never_taken_for_stocks(late):
-    """Or it would be read without its digests."""
+def test_a_commit_during_find_is_not_taken_for_one_of_stock_torch(late):
+    """Otherwise the checkpoint would be read without its checksums."""
 
     class Late(MemoryStore):
         looks = 0
@@ -305,7 +305,7 @@ def test_a_commit_that_comes_while_one_looks_is_never_taken_for_stocks(late):
     assert kind in ("shardkeep", None)
 
 
-def test_a_commit_that_replaces_one_of_another_size_meanwhile_is_not_taken_for_stocks():
+def test_a_replacement_during_find_is_not_taken_for_one_of_stock_torch():
     class Replaced(MemoryStore):
         other = b""
 
@@ -330,7 +330,7 @@ def test_a_commit_that_replaces_one_of_another_size_meanwhile_is_not_taken_for_s
         assert contents(sk.open(store)) == contents(sk.open(new))
 
 
-def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():
+def test_an_unreadable_checkpoint_is_overwritten_only_on_request():
     content = files(saved(OLD))
     content[".metadata"] = content[".metadata"][:-1]
     with pytest.raises(sk.AlreadyExists, match="holds a checkpoint that can't be read"):
@@ -338,27 +338,27 @@ def test_a_checkpoint_that_can_not_be_read_is_not_overwritten_unasked():
     store = store_of({**content, "__0_0.distcp": b"of another tool"})
     sk.save(NEW, store, overwrite=True)
     assert sk.open(store).read("note") == "newer state"
-    # Nothing names its files any more: they go with what dead saves left. Others' files stay.
+    # No record names the old files of Shardkeep's, so they are garbage. Those of others stay.
     assert set(content) & set(names_in(store)) == {".metadata"}
     assert "__0_0.distcp" in set(names_in(store))
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Threads cost more than what they read here."""
+    """Read on one thread: the files are so small that threads would only cost time."""
     monkeypatch.setenv("SHARDKEEP_READ_THREADS", "1")
 
 
-def damaged(content: dict[str, bytes], original: dict, what: str, names: list[str]) -> None:
-    """Hold that changed files are noticed: by opening or by verifying; and never read as data."""
+def assert_detected(content: dict[str, bytes], original: dict, what: str, names: list[str]) -> None:
+    """Assert that opening or verifying detects the change, and that reads return no wrong data."""
     try:
         checkpoint = sk.open(store_of(content))
         report = checkpoint.verify()
     except sk.ShardkeepError as error:
         assert str(error)
         return
-    assert not report.ok, f"{what}: not found by verify"
-    assert set(checkpoint) <= set(original), f"{what}: names were made up"
+    assert not report.ok, f"{what}: not detected by verify"
+    assert set(checkpoint) <= set(original), f"{what}: unknown names appeared"
     for name in names:
         try:
             value = checkpoint.read(name)
@@ -367,24 +367,24 @@ def damaged(content: dict[str, bytes], original: dict, what: str, names: list[st
                 value = (info.dtype, info.shape, value.shape, value.tobytes())
         except sk.ShardkeepError:
             continue
-        assert value == original[name], f"{what}: {name!r} was read wrong"
+        assert value == original[name], f"{what}: {name!r} has a wrong value"
 
 
 @pytest.mark.parametrize("kind", [".metadata", ".manifest", "__0_"])
 def test_every_flipped_byte_is_found(quick, kind):
     content = files(saved(OLD))
     original = contents(sk.open(store_of(content)))
-    assert sk.open(store_of(content)).verify().ok, "else whatever is flipped would be found"
+    assert sk.open(store_of(content)).verify().ok, "otherwise any flipped bit would be detected"
     chance = random.Random(kind)
     (name,) = [name for name in content if name.startswith(kind)]
     data = content[name]
-    # The manifest is read for every name, .metadata for none: any few names will do there.
+    # Damage there does not depend on the name that is read, so a few names are sufficient.
     names = 12 if kind == "__0_" else 2
     for place in sorted(chance.sample(range(len(data)), 1200)):
         flipped = bytearray(data)
         flipped[place] ^= 1 << chance.randrange(8)
         some = chance.sample(sorted(original), min(names, len(original)))
-        damaged({**content, name: bytes(flipped)}, original, f"{name} byte {place}", some)
+        assert_detected({**content, name: bytes(flipped)}, original, f"{name} byte {place}", some)
 
 
 @pytest.mark.parametrize("kind", [".metadata", ".manifest", "__0_"])
@@ -400,10 +400,10 @@ def test_every_cut_is_found(quick, kind):
             continue
         cut = {**content, name: data[:length]}
         if name == ".metadata" and length == pickle:
-            # Nothing is missing of what stock torch would have written: then this is that.
+            # What is left is exactly a checkpoint of stock torch.
             assert sk.open(store_of(cut)).kind == "dcp"
             assert sk.open(store_of(cut)).verify().ok
         else:
-            damaged(cut, original, f"{name} cut to {length}", list(original))
-    yield_gil = {n: d for n, d in content.items() if n != name}
-    damaged(yield_gil, original, f"{name} removed", list(original))
+            assert_detected(cut, original, f"{name} cut to {length}", list(original))
+    others = {n: d for n, d in content.items() if n != name}
+    assert_detected(others, original, f"{name} removed", list(original))

@@ -1,6 +1,6 @@
-"""Of several saves that commit to one path at the same instant, exactly one commits.
+"""Exactly one of several saves that commit to one path at the same time succeeds.
 
-Two real processes save. Each stops just before it writes its commit record; then both are let go.
+Two processes save. Each waits just before it writes its commit record, and then both continue.
 `COMMIT_RACES=1000` runs as many races as docs/decisions reports.
 """
 
@@ -26,7 +26,7 @@ from support.racing import Outcome, Racer, racers
 RACES = int(os.environ.get("COMMIT_RACES", "24"))
 
 KINDS = {
-    # what is there before, whether the saves overwrite, how they save, how the loser ends
+    # existing checkpoint, overwrite, API that saves, error of the loser
     "new path": ("nothing", False, "save", "AlreadyExists"),
     "new path, overwriting": ("nothing", True, "save", "Replaced"),
     "over a checkpoint": ("ours", True, "save", "Replaced"),
@@ -51,7 +51,7 @@ def prepare(path: Path, before: str) -> None:
 
 
 def race(pair: list[Racer], path: Path, kind: str, first: int) -> tuple[Outcome, Outcome, int]:
-    """Return how the winner and the loser ended, and which racer won."""
+    """Run one race; return the outcomes of winner and loser, and the number of the winner."""
     before, overwrite, how, _ = KINDS[kind]
     prepare(path, before)
     for seed, racer in enumerate(pair):
@@ -89,8 +89,8 @@ def test_exactly_one_of_two_saves_commits_and_the_other_touches_none_of_its_file
     assert RACES < 20 or min(wins[0], wins[1]) > 0, "both processes win some races"
 
 
-def test_a_requeued_job_beside_its_zombie_keeps_its_checkpoint(tmp_path, pair):
-    """The zombie commits late, long after the new job has finished its save."""
+def test_a_late_commit_of_a_stale_job_does_not_replace_a_newer_checkpoint(tmp_path, pair):
+    """The stale job tries to commit long after the new job has finished its save."""
     zombie, job = pair
     path = tmp_path / "step_1"
     for seed, racer in enumerate(pair):

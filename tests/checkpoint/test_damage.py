@@ -1,4 +1,4 @@
-"""One changed byte, anywhere: it is refused and named, or nothing that depends on it came back."""
+"""Detection of any changed bit: it is refused with its place, or it changes no value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardkeep.checkpoint.reader import open_reader
 from support import damage
 
 ALL = bool(os.environ.get("TEST_EVERY_BYTE"))
-"""Every byte but those of large payloads; it takes half an hour."""
+"""Whether to test every byte outside large payloads, which takes half an hour."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
 
 
 def places(path: Path, count: int) -> list[tuple[str, int, int]]:
-    """File, byte and bit: some of every file, most of them where structures are."""
+    """Return (file, byte, bit) of places in every file, most of them in its structures."""
     dice, found = random.Random(1), []
     for file in sorted(path.iterdir()):
         size = file.stat().st_size
@@ -40,7 +40,7 @@ def places(path: Path, count: int) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
-def test_a_flipped_bit_is_refused_or_changes_nothing(made, kind):
+def test_a_flipped_bit_is_detected_or_changes_nothing(made, kind):
     path, refused = made / kind, 0
     ways = {
         "load": lambda: damage.by_load(path),
@@ -54,19 +54,19 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(made, kind):
         place = f"bit {bit} of byte {at} of {file}"
         allowed = {"same", "refused"}
         if kind == "stock" and file == ".metadata":
-            allowed.add("other values came back")  # nothing covers it: it says what the values are
+            allowed.add("other values came back")  # it has no checksum, and defines the values
         assert set(ends.values()) <= allowed, f"{place}: {ends}"
         if kind == "ours":
-            assert found != "same", f"{place}: verify saw nothing"
+            assert found != "same", f"{place}: verify did not detect it"
         elif file != ".metadata" and "refused" in ends.values():
-            assert found != "same", f"{place}: {ends}, but verify saw nothing"
+            assert found != "same", f"{place}: {ends}, but verify did not detect it"
         refused += "refused" in ends.values()
     assert refused > 20
     assert damage.by_load(path)
 
 
 def payload(path: Path, name: str) -> tuple[Path, int, int]:
-    """File, first byte and length of the payload of a tensor that is one chunk."""
+    """Return file, offset and length of the payload of a tensor that is one chunk."""
     checkpoint = open_reader(path)
     (row,) = checkpoint.chunk_rows(name)
     first, nbytes = checkpoint.locations.locate([row])[row].payload
@@ -125,7 +125,7 @@ def test_an_object_is_one_block_whatever_its_size(tmp_path):
 
 
 @pytest.mark.parametrize("codec", [False, True])
-def test_what_a_load_could_not_check_is_said(made, tmp_path, codec):
+def test_the_report_names_what_a_load_could_not_check(made, tmp_path, codec):
     path = made / "stock"
     if codec:
         from torch.distributed.checkpoint._extension import ZStandard
@@ -140,7 +140,7 @@ def test_what_a_load_could_not_check_is_said(made, tmp_path, codec):
     rows = {"large": sk.Shards((300, 500), [((100, 0), torch.zeros(50, 500))])}
     rows["small"] = sk.Shards((20, 3), [((5, 0), torch.zeros(3, 3))])
     part = sk.load(rows, path)
-    expected = () if codec else ("large",)  # what was decompressed was checked as a whole
+    expected = () if codec else ("large",)  # a decompressed item is checked as a whole
     assert part.unchecked == expected
     assert part.bytes_unchecked == (0 if codec else 100_000)
     assert codec or str(part).endswith("; unchecked: 97.7 KiB of 1 tensor")
@@ -150,7 +150,7 @@ def test_what_a_load_could_not_check_is_said(made, tmp_path, codec):
     assert set(nothing.unchecked) == set(TENSORS)
 
 
-def test_two_parts_that_are_the_whole_are_checked_together(made):
+def test_two_parts_that_cover_a_tensor_are_checked_together(made):
     path = made / "stock"
     halves = [((at, 0), torch.zeros(150, 500)) for at in (0, 150)]
     template = {"large": sk.Shards((300, 500), halves)}
@@ -160,7 +160,7 @@ def test_two_parts_that_are_the_whole_are_checked_together(made):
         sk.load(template, path)
 
 
-def test_safetensors_without_digests_are_unchecked(tmp_path):
+def test_safetensors_without_checksums_are_unchecked(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file({"w": torch.ones(100)}, tmp_path / "model.safetensors")
     report = sk.load({"w": torch.zeros(100)}, tmp_path)
@@ -168,7 +168,7 @@ def test_safetensors_without_digests_are_unchecked(tmp_path):
     assert sk.open(tmp_path).verify().unchecked == ("w",)
 
 
-def test_another_memory_layout_is_checked_as_well(made):
+def test_tensors_of_another_memory_layout_are_checked(made):
     path = made / "stock"
     template = {"large": torch.zeros(500, 300).T, "across": torch.zeros(400, 260)}
     assert sk.load(template, path).unchecked == ()

@@ -1,4 +1,4 @@
-"""What a dead save left is found and removed; nothing else ever is."""
+"""Garbage collection removes the files of dead saves, and no others."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_next_save_removes_the_files_of_a_dead_save_and_nothing_else(tmp_pat
     assert sk.open(store).verify().ok
 
 
-def test_a_live_save_loses_nothing(tmp_path):
+def test_files_of_a_live_save_are_kept(tmp_path):
     store = LocalStore(tmp_path)
     with Lease(store, A) as lease:
         lease.take()
@@ -93,7 +93,7 @@ def test_a_live_save_loses_nothing(tmp_path):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_two_concurrent_saves_the_first_commit_remains(tmp_path, first, monkeypatch):
-    """One is stopped just before its commit; the other one saves and collects meanwhile."""
+    """One waits just before its commit, while the other one saves and collects garbage."""
     publish, waits, goes = commit.publish, threading.Event(), threading.Event()
 
     def slow(*args, **options):
@@ -138,7 +138,7 @@ def test_saving_from_fewer_ranks_leaves_no_stale_shard(tmp_path):
     assert {one.name for one in tmp_path.iterdir()} == {".metadata", *files(save_id)}
 
 
-def test_a_save_ends_its_lease_well_or_not(tmp_path):
+def test_a_save_removes_its_lease_whether_it_succeeds_or_fails(tmp_path):
     sk.save(STATE, tmp_path / "well")
     with pytest.raises(sk.Conflict):
         sk.save({"a.b": 1, "a": {"b": 2}}, tmp_path / "refused")
@@ -156,7 +156,7 @@ def test_a_save_ends_its_lease_well_or_not(tmp_path):
     assert not [name for name in names(LocalStore(tmp_path)) if "lease" in name]
 
 
-def test_nothing_is_removed_beside_a_record_that_can_not_be_read(tmp_path):
+def test_nothing_is_garbage_beside_an_unreadable_record(tmp_path):
     store = LocalStore(tmp_path)
     sk.save(STATE, store)
     put(store, *files(A))
@@ -167,7 +167,7 @@ def test_nothing_is_removed_beside_a_record_that_can_not_be_read(tmp_path):
     assert {one.name for one in garbage.find_garbage(store, time.time)} == set(files(A))
 
 
-def test_what_ranks_committed_each_for_itself_stays(tmp_path):
+def test_checkpoints_of_single_ranks_are_kept(tmp_path):
     import shardkeep.dcp as dcp
 
     writer = dcp.FileSystemWriter(tmp_path)
@@ -177,12 +177,12 @@ def test_what_ranks_committed_each_for_itself_stays(tmp_path):
     assert not [name for name in own if name.startswith(".lease")]
     sk.save(STATE, tmp_path / "x")
     for name in (".metadata", *files(open_reader(tmp_path / "x").found.trailer.save_id, 1)):
-        (tmp_path / "x" / name).rename(tmp_path / name)  # a record that hides them
+        (tmp_path / "x" / name).rename(tmp_path / name)  # takes precedence over __0.metadata
     assert garbage.find_garbage(LocalStore(tmp_path), time.time) == []
 
 
-def test_what_another_record_names_stays(tmp_path):
-    """A writer of the user's own may call the record as it likes: nobody else finds it."""
+def test_a_checkpoint_with_a_custom_record_name_is_kept(tmp_path):
+    """A writer of the user's may name the record as it likes, so other saves do not find it."""
     import shardkeep.dcp as dcp
 
     class Writer(dcp.FileSystemWriter):
@@ -196,7 +196,7 @@ def test_what_another_record_names_stays(tmp_path):
     assert own < names(LocalStore(tmp_path))
 
 
-def test_a_writer_of_torch_s_kind_holds_a_lease_until_it_has_finished(tmp_path):
+def test_a_dcp_writer_holds_a_lease_until_it_has_finished(tmp_path):
     import shardkeep.dcp as dcp
 
     seen = []
@@ -231,7 +231,7 @@ def test_only_files_of_dead_saves_are_found(some):
             here = Holder.here()
             gone = {"host": here.host, "machine": here.machine, "pid": here.pid, "started": 0}
             sink.write(json.dumps(gone).encode())
-    # What is in the lease of B names no process: where there are no times, it is alive.
+    # The lease of B names no process, and this store reports no times, so B is alive.
     expected = set(some) & {*files(A), lease_name(A)}
     if lease_name(B) not in some:
         expected |= set(some) & set(files(B))
@@ -251,7 +251,7 @@ sk.save({"w": torch.ones(4)}, PATH, overwrite=True)
 """
 
 
-def test_gc_lists_what_a_killed_save_left_and_removes_it_when_told(tmp_path, capsys):
+def test_gc_lists_the_files_of_a_killed_save_and_removes_them_on_request(tmp_path, capsys):
     run, other = tmp_path / "run", tmp_path / "run" / "other"
     sk.save(STATE, run)
     sk.save(STATE, other)

@@ -1,4 +1,4 @@
-"""A lease lives as long as its save, wherever that runs, and no longer."""
+"""Leases live exactly as long as their saves, on this and on other machines."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def put(store, save_id: str, data: bytes, *, age: float = 0.0) -> str:
 
 
 def never() -> float:
-    raise AssertionError("the time was asked for")
+    raise AssertionError("the time was read")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_names():
         assert lease_save_id(other) is None
 
 
-def test_a_lease_is_there_while_its_block_is(store):
+def test_a_lease_exists_while_its_block_runs(store):
     with Lease(store, ID) as lease:
         assert list(names_in(store)) == []
         lease.take()
@@ -97,7 +97,7 @@ def test_one_thread_renews_all_leases_and_ends_when_there_are_none(store, monkey
     assert list(names_in(store)) == []
 
 
-def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
+def test_an_abandoned_lease_is_removed(store, monkeypatch):
     monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "0.4")
     lease = Lease(store, ID)
     lease.take()
@@ -108,7 +108,7 @@ def test_a_lease_that_nobody_holds_goes(store, monkeypatch):
     assert list(names_in(store)) == []
 
 
-def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
+def test_a_forked_process_leaves_the_leases_of_its_parent_alone(store, monkeypatch):
     monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "0.4")
     lease = Lease(store, ID)
     lease.take()
@@ -117,13 +117,13 @@ def test_a_fork_renews_and_removes_nothing_of_its_parent(store, monkeypatch):
         try:
             del lease
             gc.collect()
-            Lease(store, OTHER).take()  # its own one goes
+            Lease(store, OTHER).take()  # the child's own lease is removed
             time.sleep(1)
             os._exit(0)
         finally:
-            os._exit(1)  # an error must not reach pytest, which would go on in this process
+            os._exit(1)  # otherwise pytest would continue in the child
     assert os.waitpid(child, 0)[1] == 0
-    # Not at once: the parent may just be renewing it, by a temporary file.
+    # Not immediately: the parent may just be renewing it, which makes a temporary file.
     wait_for(lambda: list(names_in(store)) == [lease_name(ID)])
     lease.release()
 
@@ -135,7 +135,7 @@ def wait_for(true, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_process_of_this_machine_is_asked_for_whatever_the_clock_says(store):
+def test_a_lease_of_this_machine_depends_on_its_process_not_on_the_clock(store):
     code = "import time\nfrom shardkeep.checkpoint.leases import *\n"
     code += "from shardkeep.stores import LocalStore\n"
     code += f"lease = Lease(LocalStore({str(store.path)!r}), {ID!r}); lease.take()\n"
@@ -147,7 +147,7 @@ def test_a_process_of_this_machine_is_asked_for_whatever_the_clock_says(store):
         os.utime(store.path / name, (0, 0))
         assert living(store, [name], never) == {ID}
         child.kill()
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, but not buried
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie
         assert living(store, [name], never) == set()
     finally:
         child.kill()
@@ -157,8 +157,8 @@ def test_a_process_of_this_machine_is_asked_for_whatever_the_clock_says(store):
 
 
 @pytest.mark.parametrize("moment", ["open", "write", "fsync", "replace"])
-def test_a_process_that_is_killed_while_it_takes_one_leaves_none(store, moment):
-    """Half of one would be alive for minutes, and with it all that carries its id."""
+def test_a_process_killed_while_it_takes_a_lease_leaves_no_live_lease(store, moment):
+    """An incomplete lease would keep all files of its save alive for minutes."""
     code = f"""
 import os, signal
 from shardkeep.checkpoint.leases import Lease
@@ -185,26 +185,28 @@ Lease(LocalStore({str(store.path)!r}), {ID!r}).take()
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_one_that_is_collected_before_it_has_its_name_is_written_again(store, times):
-    class Met(LocalStore):
-        """Somebody collects before a new file gets its name."""
+def test_a_lease_collected_before_its_rename_is_written_again(store, times):
+    class CollectedStore(LocalStore):
+        """A store where garbage is collected before a new file is renamed."""
 
-        met = 0
+        collections = 0
 
-        def _anchor(self) -> None:
-            if self.met < times:
-                self.met += 1
+        def _sync_ancestors(self) -> None:
+            if self.collections < times:
+                self.collections += 1
                 with Lease(store, OTHER) as other:
                     other.take()
                     assert [one.save_id for one in collect_garbage(store, other)] == [ID]
 
-    with Lease(Met(store.path), ID) as lease:
+    collected = CollectedStore(store.path)
+    with Lease(collected, ID) as lease:
         lease.take()
+        assert collected.collections == times
         assert list(names_in(store)) == [lease_name(ID)]
         assert living(store, names_in(store), never) == {ID}
 
 
-def test_a_lease_that_can_not_be_written_is_an_error(store):
+def test_a_lease_that_cannot_be_written_raises(store):
     class Broken(LocalStore):
         def put(self, name, data, *, mode):
             raise FileNotFoundError(name)
@@ -213,14 +215,14 @@ def test_a_lease_that_can_not_be_written_is_an_error(store):
         Lease(Broken(store.path), ID).take()
 
 
-def test_another_process_that_got_the_same_pid_does_not_count(store):
+def test_another_process_with_the_same_pid_does_not_count(store):
     here = Holder.here()
     assert here.ended() is False
     older = Holder(here.host, here.machine, here.pid, here.started - 1)
     assert living(store, [put(store, ID, lease_of(older))], never) == set()
 
 
-def test_a_container_has_pids_of_its_own(store):
+def test_processes_of_other_containers_and_machines_are_unknown(store):
     here = Holder.here()
     for holder in (
         Holder(here.host, here.machine + "0", here.pid, here.started - 1),
@@ -230,17 +232,17 @@ def test_a_container_has_pids_of_its_own(store):
         assert holder.ended() is None
 
 
-def test_of_another_machine_the_store_s_clock_tells(store, monkeypatch):
+def test_a_lease_of_another_machine_expires_by_the_clock_of_the_store(store, monkeypatch):
     monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "100")
     young = put(store, ID, lease_of(ELSEWHERE), age=90)
     old = put(store, OTHER, lease_of(ELSEWHERE), age=110)
-    monkeypatch.setattr(time, "time", lambda: 0.0)  # the clock of this host is wrong
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # a wrong clock of this host
     with Lease(store, "3" * 32) as lease:
         lease.take()
         assert living(store, [young, old], lease.time) == {ID}
 
 
-def test_where_a_store_tells_no_times_leases_of_other_machines_are_alive():
+def test_leases_of_other_machines_are_alive_if_the_store_reports_no_times():
     store = MemoryStore()
     with Lease(store, OTHER) as lease:
         lease.take()
@@ -257,18 +259,18 @@ def test_where_a_store_tells_no_times_leases_of_other_machines_are_alive():
 @example(b'{"host": "h", "machine": "m", "pid": 1e99, "started": 0}')
 @example(b'{"host": [], "machine": "m", "pid": 1, "started": 0}')
 @example(b'{"host": "h", "machine": "m", "pid": ' + b"9" * 4000 + b', "started": 0}')
-def test_whatever_is_in_it_a_lease_is_judged_by_its_age(data):
+def test_a_lease_with_invalid_content_is_alive_if_the_store_reports_no_times(data):
     assert Holder.parse(data) is None
     store = MemoryStore()
     assert living(store, [put(store, ID, data)], never) == {ID}
 
 
-def test_a_lease_that_ended_meanwhile_is_dead(store):
+def test_a_lease_that_was_removed_meanwhile_is_dead(store):
     assert living(store, [lease_name(ID)], never) == set()
 
 
-def test_a_lease_is_renewed_while_it_lives(store, monkeypatch):
-    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "1")  # the least
+def test_a_lease_is_renewed_until_it_is_released(store, monkeypatch):
+    monkeypatch.setenv("SHARDKEEP_LEASE_SECONDS", "1")  # the minimum
     with Lease(store, ID) as lease:
         lease.take()
         path = store.path / lease_name(ID)
@@ -284,13 +286,13 @@ def test_a_save_that_was_taken_for_dead_is_not_committed(store, monkeypatch):
     with Lease(store, ID) as lease:
         lease.take()
         store.delete(lease_name(ID))
-        lease.confirm()  # it was written just now: nobody can have taken it for dead by right
+        lease.confirm()  # does not check: the lease was written just now
         now = leases._now()
         monkeypatch.setattr(leases, "_now", lambda: now + 151)
         with pytest.raises(LeaseLost) as caught:
             lease.confirm()
         assert str(caught.value) == (
-            f"{store.url}: there was no sign of save {ID} for more than 300 s, so another one has "
-            "removed its files; nothing was committed"
+            f"{store.url}: save {ID} did not renew its lease for more than 300 s, so "
+            "another save removed its files; nothing was committed"
         )
     assert list(names_in(store)) == []

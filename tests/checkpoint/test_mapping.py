@@ -1,4 +1,4 @@
-"""`sk.open` and the mapping that it returns: accessors, closing, and what single reads cost."""
+"""`sk.open` and the mapping that it returns: accessors, closing, and the cost of reads."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_repr_is_one_useful_line(path):
     assert repr(checkpoint) == f"<Checkpoint {path}: closed>"
 
 
-def test_a_closed_checkpoint_says_so(path):
+def test_using_a_closed_checkpoint_raises(path):
     with sk.open(path) as checkpoint:
         checkpoint.read("model.w")
     checkpoint.close()
@@ -95,7 +95,7 @@ def test_closing_closes_the_store_that_open_made_and_no_other(path, given, monke
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Counts calls: plans of many boxes, parallel reads, looks at coverage, reads of the store."""
+    """Count plans, parallel reads, checks of coverage, and reads of the store."""
     counts = dict.fromkeys(("plan", "read_copies", "coverage", "read"), 0)
 
     def count(owner, name, key):
@@ -122,7 +122,7 @@ def test_a_single_small_read_is_one_read_of_the_store(tmp_path, counted, kind):
     else:
         stock.save(state, checkpoint_id=tmp_path, no_dist=True)
     checkpoint = sk.open(tmp_path)
-    for name, tensor in state.items():  # The first read of a tensor may look at its item's header.
+    for name, tensor in state.items():  # The first read of a tensor may read its item's header.
         assert np.array_equal(checkpoint.read(name), tensor.numpy())
     for key in counted:
         counted[key] = 0

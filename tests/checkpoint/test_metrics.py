@@ -1,4 +1,4 @@
-"""Only finite numbers are metrics, whatever is given or found."""
+"""Metrics: only finite numbers are saved, and only finite numbers are read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANYTHING = st.recursive(
 
 
 @given(st.dictionaries(st.text(), st.floats() | st.integers(), max_size=6))
-def test_what_is_saved_comes_back(metrics):
+def test_saved_metrics_are_read_back(metrics):
     kept, left = finite(metrics)
     assert metrics_in({"metrics": kept}) == kept
     assert set(kept) | set(left) == set(metrics) and not set(kept) & set(left)
@@ -31,14 +31,14 @@ def test_what_is_saved_comes_back(metrics):
 
 
 @given(st.dictionaries(st.text() | st.just("metrics"), ANYTHING))
-@example({"metrics": {"": 2**53 + 1}})  # no float is that
-def test_what_a_header_holds_is_read_safely(header):
+@example({"metrics": {"": 2**53 + 1}})  # not representable as a float
+def test_any_header_is_read_safely(header):
     for name, value in metrics_in(header).items():
         assert type(name) is str and type(value) is float and math.isfinite(value)
         assert float(header["metrics"][name]) == value
 
 
-def test_kinds_of_numbers():
+def test_all_kinds_of_real_numbers_are_accepted():
     given = {
         "int": 3, "numpy": np.float32(0.5), "one": np.array(2), "decimal": Decimal("0.25"),
         "fraction": Fraction(1, 8), "true": True,
@@ -50,14 +50,14 @@ def test_kinds_of_numbers():
     assert {type(value) for value in kept.values()} == {float} and left == ()
 
 
-def test_a_tensor_is_a_number_if_it_is_one():
+def test_a_tensor_with_one_element_is_a_number():
     torch = pytest.importorskip("torch")
     assert finite({"loss": torch.tensor(1.5, requires_grad=True)}) == ({"loss": 1.5}, ())
     with pytest.raises(TypeError, match="metric 'loss' must be a number, not a Tensor"):
         finite({"loss": torch.ones(2)})
 
 
-def test_what_is_not_finite_is_named():
+def test_names_of_metrics_that_are_not_finite_are_returned():
     assert finite({"a": math.nan, "b": -math.inf, "c": 1, "d": 10**400}) == (
         {"c": 1.0},
         ("a", "b", "d"),
@@ -79,6 +79,6 @@ def test_what_is_not_finite_is_named():
         ),
     ],
 )
-def test_what_is_refused(metrics, error, why):
+def test_invalid_metrics_are_refused(metrics, error, why):
     with pytest.raises(error, match=re.escape(why)):
         finite(metrics)

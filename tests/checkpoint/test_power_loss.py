@@ -1,7 +1,7 @@
-"""The commit, explored: whatever a power loss leaves, the old or the new checkpoint is there.
+"""Exploration of power losses: each leaves the old or the new checkpoint.
 
 The operations are those of the real store and the real save. The disk is a model (`support.disk`)
-that loses whatever POSIX lets it lose.
+that may lose everything that POSIX allows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FOLDER = "run/step_1"
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Operations of several threads have no order. And once the power is gone, no save is alive."""
+    """Use one thread, so that operations have an order; no save survives a power loss."""
     monkeypatch.setenv("SHARDKEEP_READ_THREADS", "1")
     monkeypatch.setenv("SHARDKEEP_WRITE_THREADS", "1")
     monkeypatch.setattr(Holder, "ended", lambda _: True)
@@ -47,11 +47,11 @@ def one_thread(monkeypatch):
 
 @dataclass(frozen=True)
 class Saved:
-    """A save as it went.
+    """A recorded save.
 
     Attributes:
-        before: what was on the disk, durably.
-        operations: what was done.
+        before: Durable files before the save, by name.
+        operations: The operations of the save, in order.
     """
 
     before: dict[str, bytes]
@@ -59,13 +59,13 @@ class Saved:
 
     @property
     def publishes(self) -> int:
-        """Number of the operation that replaces the commit record."""
+        """The number of the operation that replaces the commit record."""
         (at,) = (n for n, one in enumerate(self.operations) if _is_record(one))
         return at
 
     @property
     def durable(self) -> int:
-        """Number of the operation after which that is durable."""
+        """The number of the operation after which the commit record is durable."""
         return self.operations.index(Sync(FOLDER), self.publishes)
 
     @property
@@ -83,7 +83,7 @@ def files_below(root: Path) -> dict[str, bytes]:
 
 
 def save(root: Path, *, old: bool, act: Callable[[Path], None] | None = None) -> Saved:
-    """Save, over an old checkpoint or not."""
+    """Return the record of a save, over an old checkpoint or to a new path."""
     if old:
         sk.save(OLD, root / FOLDER)
     before = files_below(root)
@@ -96,7 +96,7 @@ def save(root: Path, *, old: bool, act: Callable[[Path], None] | None = None) ->
 
 @dataclass
 class Explored:
-    """How many states there were, those that differ, and what was wrong with some."""
+    """The number of states, the different ones, and a description of each wrong one."""
 
     states: int
     different: dict[int, dict[str, bytes]]
@@ -104,7 +104,7 @@ class Explored:
 
 
 def explore(saved: Saved, *, without: Container[int] = ()) -> Explored:
-    """All states of a save; with some operations left out, up to the first that is wrong."""
+    """Return all states of a save. With operations left out, stop at the first wrong one."""
     kept = [n for n in range(len(saved.operations)) if n not in without]
     operations = [saved.operations[n] for n in kept]
     begins = sum(n < saved.publishes for n in kept)
@@ -140,7 +140,7 @@ def test_a_power_loss_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch
     assert isinstance(record, HardLink if how == "link" else Rename)
     explored = explore(saved)
     assert not explored.wrong
-    # What docs/reliability.md says of this.
+    # The numbers in docs/reliability.md.
     assert explored.states >= 1350
     assert len(explored.different) >= 560
 
@@ -153,7 +153,7 @@ def file_syncs(saved: Saved) -> Iterator[tuple[str, set[int]]]:
 
 
 def folder_syncs(saved: Saved) -> Iterator[tuple[str, set[int]]]:
-    """All syncs of a folder before the commit record is replaced; and those after that."""
+    """Yield the syncs of each folder before, and those after the commit record is replaced."""
     for folder in FOLDERS:
         numbers = {n for n, one in enumerate(saved.operations) if one == Sync(folder)}
         for when, some in (
@@ -169,7 +169,7 @@ def test_the_model_detects_any_missing_sync(tmp_path, old):
     saved = save(tmp_path, old=old)
     left_out = dict([*file_syncs(saved), *folder_syncs(saved)])
     missed = {what for what, some in left_out.items() if not explore(saved, without=some).wrong}
-    # A lease is of no use after a power loss; old folders were durable before.
+    # Leases need not survive a power loss, and old folders are already durable.
     (lease,) = [what for what in left_out if ".lease" in what]
     assert missed == {lease, *(("run before", ". before") if old else ())}
     assert len(left_out) >= 7
@@ -202,13 +202,13 @@ def _makes(operation: Operation, name: str) -> bool:
     return isinstance(operation, Create) and operation.path.startswith(f"{FOLDER}/{name}")
 
 
-def test_folders_that_others_made_and_did_not_sync_are_made_durable(tmp_path):
+def test_folders_created_without_a_sync_are_made_durable(tmp_path):
     saved = save(tmp_path, old=False, act=lambda root: (root / FOLDER).mkdir(parents=True))
     assert not explore(saved).wrong
 
 
 class Later(MemoryStore):
-    """What a power loss left, an hour after it."""
+    """The files that a power loss left, an hour after it."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(files=files)

@@ -1,4 +1,4 @@
-"""What can't be read to where it belongs passes through a small memory, and is checked as well."""
+"""Reads that need a cast go through a small buffer in rounds, and are verified."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def template(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Every plan that a load makes."""
+    """Return a list that collects the plans of loads."""
     made, plan = [], load._plan
 
     def seen(*args):
@@ -50,14 +50,14 @@ def planned(monkeypatch):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("threads", ["1", "3"])
-def test_a_cast_is_that_of_the_whole_tensor_whatever_the_budget(
+def test_a_cast_equals_that_of_the_whole_tensor_under_any_budget(
     monkeypatch, planned, verify, threads
 ):
     monkeypatch.setenv("SHARDKEEP_READ_THREADS", threads)
     store, saved = MemoryStore(), state()
     sk.save(saved, store)
     for budget in (MIB, 4 * MIB, 64 * MIB):
-        mine, told = template(), []
+        mine, reported = template(), []
         mine["large"] = torch.zeros(1100, 700, dtype=torch.float16).t()  # not in C order
         report = sk.load(
             mine,
@@ -65,12 +65,12 @@ def test_a_cast_is_that_of_the_whole_tensor_whatever_the_budget(
             dtype="cast",
             verify=verify,
             max_host_memory=budget,
-            progress=lambda *what, told=told: told.append(what),
+            progress=lambda *what, reported=reported: reported.append(what),
         )
         for name, one in saved.items():
             assert torch.equal(mine[name], one.to(mine[name].dtype)), name
         assert set(report.cast) == set(saved) and report.resharded == ()
-        assert told[-1][1] == told[-1][2] == max(done for _, done, _ in told)
+        assert reported[-1][1] == reported[-1][2] == max(done for _, done, _ in reported)
     rounds = [len(read_plan.rounds) for read_plan in planned]
     assert rounds[0] > rounds[1] > rounds[2] == 1
     assert all(
@@ -81,7 +81,7 @@ def test_a_cast_is_that_of_the_whole_tensor_whatever_the_budget(
     )
 
 
-def test_parts_of_shards_that_lie_across_the_saved_ones():
+def test_shards_that_cross_the_saved_ones_are_read():
     saved = torch.arange(1200.0 * 900).reshape(1200, 900)
     store = MemoryStore()
     rows = [((at, 0), saved[at : at + 300]) for at in range(0, 1200, 300)]
@@ -110,8 +110,8 @@ def test_tensors_that_require_grad_or_are_conjugated_are_cast_in_place():
     assert np.array_equal(lazy.numpy(), found.read("z").conj())
 
 
-def test_a_checkpoint_of_stock_torch_is_checked_over_all_rounds(tmp_path, planned):
-    """Its payloads have one CRC-32 each, for bytes that come in several rounds."""
+def test_a_stock_checkpoint_is_checked_across_rounds(tmp_path, planned):
+    """Each payload has one CRC-32, which covers bytes of several rounds."""
     saved = state()
     dcp.save(saved, checkpoint_id=tmp_path)
     mine = template()
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_stock_torch_is_checked_over_all_rounds(tmp_path, planne
         sk.load(template(), tmp_path, dtype="cast", max_host_memory=MIB)
 
 
-def test_a_cast_that_torch_can_not_do_is_a_mismatch(monkeypatch):
+def test_a_cast_that_torch_refuses_raises_mismatch(monkeypatch):
     store = MemoryStore()
     sk.save({"t": torch.ones(3)}, store)
     real = torch.Tensor.copy_
@@ -145,7 +145,7 @@ def test_a_cast_that_torch_can_not_do_is_a_mismatch(monkeypatch):
         sk.load({"t": torch.zeros(3, dtype=torch.float64)}, store, dtype="cast")
 
 
-def test_what_can_be_read_to_where_it_belongs_has_no_rounds(planned):
+def test_reads_into_tensors_of_the_saved_dtype_need_no_rounds(planned):
     store, saved = MemoryStore(), state()
     sk.save(saved, store)
     mine = {name: torch.zeros_like(one) for name, one in saved.items()}

@@ -1,4 +1,4 @@
-"""Opening and reading checkpoints that stock torch wrote, beyond the golden ones."""
+"""Opening and reading checkpoints of stock torch, in addition to the golden tests."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_conjugated_and_negated_elements(tmp_path, zstd):
     assert all(torch.equal(template[name], tensor) for name, tensor in state.items())
 
 
-def test_boxes_of_what_lies_transposed(tmp_path):
+def test_boxes_of_tensors_stored_transposed(tmp_path):
     whole = values("w", (30, 20), torch.int32)
     checkpoint = saved(tmp_path, {"w": whole.T})
     part = checkpoint.read("w", sk.Box((3, 7), (10, 11)))
     assert part.tobytes() == bits(whole.T[3:13, 7:18])
 
 
-def test_boxes_outside_and_names_that_are_not_there(tmp_path):
+def test_invalid_boxes_and_unknown_names_raise(tmp_path):
     checkpoint = saved(tmp_path, {"w": torch.zeros(4, 4), "n": 3})
     message = r"box \[0:5, 0:4\] reaches out of tensor 'w' of shape \[4, 4\]"
     with pytest.raises(ValueError, match=message):
@@ -58,7 +58,7 @@ def test_boxes_outside_and_names_that_are_not_there(tmp_path):
     assert "x" not in checkpoint
 
 
-def test_no_checkpoint(tmp_path):
+def test_a_folder_without_a_checkpoint_raises(tmp_path):
     with pytest.raises(sk.NotACheckpoint, match="is empty or does not exist"):
         sk.open(tmp_path / "nothing")
     (tmp_path / "file").write_text("x")
@@ -66,7 +66,7 @@ def test_no_checkpoint(tmp_path):
         sk.open(tmp_path)
 
 
-def test_a_file_that_is_missing_or_cut_is_named(tmp_path):
+def test_a_missing_or_truncated_file_is_named(tmp_path):
     saved(tmp_path, {"w": values("w", (300, 300), torch.float32)})
     (data,) = tmp_path.glob("*.distcp")
     whole = data.read_bytes()
@@ -95,7 +95,7 @@ def test_a_stock_checkpoint_is_checked_by_its_zip_records(tmp_path):
     assert (damage.file, damage.name) == (data.name, "w")
 
 
-def test_shardkeep_needs_no_manifest_to_read_its_own(tmp_path):
+def test_a_checkpoint_can_be_read_without_its_manifest(tmp_path):
     state = {"a": {"w": values("w", (7, 5), torch.bfloat16)}, "n": [1, 2]}
     sk.save(state, tmp_path)
     with_it, without = sk.open(tmp_path), sk.open(tmp_path, manifest=False)

@@ -1,4 +1,4 @@
-"""A report prints itself, in one line and in full."""
+"""Text of a verify report, in one line and in full."""
 
 from __future__ import annotations
 

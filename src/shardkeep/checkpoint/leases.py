@@ -246,8 +246,8 @@ class Lease:
             self._store.head(self._name)
         except FileNotFoundError:
             raise LeaseLost(
-                f"{self._store.url}: there was no sign of save {self.save_id} for more than "
-                f"{self._seconds:g} s, so another one has removed its files; nothing was committed"
+                f"{self._store.url}: save {self.save_id} did not renew its lease for more than "
+                f"{self._seconds:g} s, so another save removed its files; nothing was committed"
             ) from None
         self._store.put(self._name, _content(self.save_id), mode="replace")
         self._written = _now()
