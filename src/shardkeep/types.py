@@ -296,7 +296,7 @@ class ObjectInfo:
 
     Attributes:
         name: its flat name.
-        item: the location of the item that holds it; None if the manifest holds the value.
+        item: the location of the item that holds it, if it has one.
         value: the object. Parts of it that have an unknown class are replaced by `Opaque` values.
 
     Example:

@@ -127,7 +127,7 @@ def test_many_boxes_that_no_cut_separates(seed, count, clash):
                 sizes.append((h, w))
     order = rng.permutation(len(offsets))
     offsets, sizes = i64(offsets, 2)[order], i64(sizes, 2)[order]
-    # A box beside all wheels connects them, and overlaps one box of each wheel at that side.
+    # One long box overlaps all wheels at one side of the tensor.
     if clash:
         offsets, sizes = np.append(offsets, [[0, 0]], 0), np.append(sizes, [[3 * side, 1]], 0)
     shape = i64([(3 * side, 3 * side)], 2)

@@ -258,7 +258,7 @@ def test_a_step_that_another_job_is_writing_is_not_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
-def test_whole_steps_are_not_removed_before_a_newer_one_is_whole(tmp_path):
+def test_nothing_is_removed_if_no_step_is_whole(tmp_path):
     for step in (1, 2):
         sk.save(state(step), tmp_path / f"step_{step}")
         next((tmp_path / f"step_{step}").glob("*.distcp")).unlink()
