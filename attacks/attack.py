@@ -49,7 +49,7 @@ def in_object(pickle: bytes) -> Callable[[Path], None]:
 
 
 def in_metadata(data: bytes) -> Callable[[Path], None]:
-    """As `.metadata`."""
+    """Return a builder with these bytes as `.metadata`."""
     return lambda folder: p.with_metadata(folder, data)
 
 

@@ -1,7 +1,8 @@
 """Malicious checkpoints. `python -m attacks.make FOLDER` writes each into a folder of its name.
 
-Each must be refused with an error that names file and place, or open as inert data: within a
-second, in little memory and without executing code. `test_attacks.py` in tests/tools checks this.
+Each must be refused with an error that names the file and the place, or open as inert data. Either
+must happen within a second, in little memory and without executing code. `test_attacks.py` in
+tests/tools checks this.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _GROUPS = (executing, pickling, pointing, packing, sets)
 ATTACKS: Mapping[str, Attack] = {
     name: attack for group in _GROUPS for name, attack in group.attacks()
 }
-"""By name."""
+"""All attacks by name."""
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ __all__ = ["attacks"]
 
 
 def _find(item: bytes, signature: bytes, name: str, at: int) -> int:
-    """Where the header (local or of the directory) of a record is."""
+    """Return the offset of a record's header, in the file or in the zip directory."""
     found = item.find(signature)
     while found >= 0:
         if item[found + at : found + at + len(name)] == name.encode():

@@ -1,4 +1,4 @@
-"""Pickles, containers and checkpoints by hand: what an attacker writes who knows the format."""
+"""Pickles, containers and checkpoints made by hand, as by an attacker who knows the format."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def place(path: str = "data", offset: int = 0, length: int = 0, **more: bytes) -
 def metadata(
     entries: dict[str, bytes], storage: list[bytes], paths: bytes | None = None, tail: bytes = b""
 ) -> bytes:
-    """A `.metadata` from its parts; `storage` is key, place, key, place, ..."""
+    """Return a `.metadata` from its parts; `storage` is key, place, key, place, ..."""
     if paths is None:
         pairs = (part for name in entries for part in (text(name), sequence(text(name))))
         paths = mapping(*pairs)
@@ -113,7 +113,7 @@ def tensor_pickle(
     count: int = 6,
     kind: str = "FloatStorage",
 ) -> bytes:
-    """The `data.pkl` of a tensor."""
+    """Return the `data.pkl` of a tensor."""
     storage = (
         sequence(text("storage"), named("torch", kind), text("0"), text("cpu"), number(count))
         + b"Q"
@@ -144,7 +144,7 @@ def container(
     compress: bool = False,
     more: tuple[tuple[str, bytes], ...] = (),
 ) -> bytes:
-    """A zip as `torch.save` makes it, by another writer."""
+    """Return a zip as `torch.save` makes it, but from another writer."""
     out = io.BytesIO()
     method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with zipfile.ZipFile(out, "w", method) as archive:
@@ -158,14 +158,14 @@ def container(
 
 
 def with_tensor(folder: Path, item: bytes, entry: bytes = b"", **more: bytes) -> None:
-    """A checkpoint of one tensor "w" with this item."""
+    """Write a checkpoint of one tensor "w" with this item."""
     storage = [key("w", size(0, 0)), place("data", 0, len(item), **more)]
     (folder / ".metadata").write_bytes(metadata({"w": entry or tensor()}, storage))
     (folder / "data").write_bytes(item)
 
 
 def with_object(folder: Path, pickle: bytes, **more: bytes) -> None:
-    """A checkpoint of one object "o" with this pickle, and of one good tensor."""
+    """Write a checkpoint of one object "o" with this pickle, and of one valid tensor."""
     good, item = container(tensor_pickle()), container(pickle, None)
     storage = [
         key("w", size(0, 0)),
@@ -178,13 +178,13 @@ def with_object(folder: Path, pickle: bytes, **more: bytes) -> None:
 
 
 def with_metadata(folder: Path, data: bytes) -> None:
-    """A checkpoint with this `.metadata`, and a good item at the start of "data"."""
+    """Write a checkpoint with this `.metadata`, and a valid item at the start of "data"."""
     (folder / ".metadata").write_bytes(data)
     (folder / "data").write_bytes(container(tensor_pickle()))
 
 
 GOOD = len(container(tensor_pickle()))
-"""Bytes of the item that `with_metadata` writes."""
+"""The length of the item that `with_metadata` writes."""
 
 
 def safetensors(header: bytes | dict[str, object], payload: bytes = b"", length: int = -1) -> bytes:

@@ -1,4 +1,4 @@
-"""Pickles that try to crash, hang or eat memory."""
+"""Pickles that try to crash, hang or exhaust memory."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ _64 = (1 << 64) - 1
 
 
 def _clashing(count: int) -> Iterator[tuple[int, int]]:
-    """Pairs of ints whose tuples have one hash, in CPython of 64 bits from 3.8 on."""
+    """Yield pairs of ints whose tuples have equal hashes in 64-bit CPython from 3.8 on."""
     inverse, first = pow(_PRIME_2, -1, 1 << 64), 0
     while count:
         first += 1

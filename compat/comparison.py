@@ -1,7 +1,8 @@
-"""Compare two descriptions of a state, node by node; what the kinds are: tests/golden/README.md.
+"""Compare two descriptions of a state, node by node.
 
-A reader that runs inside another release only describes what it got, so that one comparison, here,
-judges them all. Needs neither torch nor shardkeep.
+The kinds of nodes are listed in tests/golden/README.md. A reader that runs inside another release
+only describes what it has loaded, so that one comparison, here, judges all of them. This module
+needs neither torch nor shardkeep.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ class Comparison:
 
 
 def compare(expected: Node, actual: Node, *, text_keys: bool = False) -> Comparison:
-    """Compare leaf by leaf, bit by bit.
+    """Compare two descriptions leaf by leaf, bit by bit.
 
     Args:
-        expected: what was saved.
-        actual: what was loaded.
+        expected: the description of the saved state.
+        actual: the description of the loaded state.
         text_keys: whether the loaded state was nested by the checkpoint's own paths, not by a
             template: stock torch then turns keys into text and drops empty containers.
     """
@@ -81,7 +82,7 @@ def _walk(expected: Node, actual: Node, path: str, text_keys: bool) -> Iterator[
 def _mapping(
     expected: Node, actual: Node, path: str, text_keys: bool
 ) -> Iterator[Difference | None]:
-    """Compare the items of mappings; their classes may differ."""
+    """Compare the items of mappings, whose classes may differ."""
     have = {_key(key, text_keys): value for key, value in actual["items"]}
     for key, want in expected["items"]:
         here = f"{path}[{_shown(key)}]"
@@ -132,7 +133,10 @@ def _same_pair(want: Any, have: Any) -> bool:
 
 
 def _array(node: Node) -> tuple[str, list[int], bytes]:
-    """Return bytes without regard to byte order, which numpy may swap while unpickling."""
+    """Return the dtype, the shape and the bytes in one byte order.
+
+    numpy may swap the byte order while unpickling.
+    """
     dtype = np.dtype(node["dtype"])
     little = dtype.newbyteorder("<")
     data = np.frombuffer(base64.b64decode(node["data"]), dtype).astype(little).tobytes()

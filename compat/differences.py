@@ -1,4 +1,4 @@
-"""Names that are better than torch's, that have other parameters, or that are missing.
+"""Names that improve on torch's, that have other parameters, or that are missing.
 
 Keys are the places in `shardkeep.dcp` where the objects are defined. An entry that no public name
 needs is an error.
@@ -51,13 +51,13 @@ BETTER: dict[str, str] = {
     "sent",
     "optimizer.load_sharded_optimizer_state_dict": "reads only the bytes that each rank needs",
 }
-"""What is better, in a few words each."""
+"""Name -> its improvement in a few words."""
 
 EXPLAINED: dict[str, str] = {
     "fsspec_filesystem.FsspecWriter": "has the parameters of torch's class in the installed "
     "release (`cache_staged_state_dict` since 2.15)",
 }
-"""Why a signature differs from that of a release."""
+"""Name -> why its signature differs from that of a release."""
 
 MISSING: dict[str, str] = {}
-"""Why a name is missing: by module and name."""
+"""(module, name) -> why the name is missing."""

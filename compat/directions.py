@@ -21,8 +21,9 @@ SRC = {"PYTHONPATH": str(ROOT / "src")}
 
 NOT_THERE = ("NotInThisReleaseError", "ImportError", "AttributeError", "ModuleNotFoundError")
 REFUSED = "cut a dimension twice"
-"""A documented limit: before 2.5, a DTensor does not say how two mesh dimensions cut one of its
-own."""
+"""A documented limit: before 2.5, a DTensor does not record how two mesh dimensions cut one of its
+dimensions.
+"""
 
 FIRST_TO_RUN_ON = (2, 4)
 """The oldest torch that Shardkeep itself runs on."""
@@ -47,7 +48,7 @@ class Job:
     environment: Environment
     scratch: Path
     written: Path
-    """What Shardkeep wrote in the development environment."""
+    """The folder of what Shardkeep wrote in the development environment."""
     not_saved: Mapping[str, str]
     """Case -> why Shardkeep could not write it there."""
     seed: int
@@ -58,7 +59,7 @@ class Job:
 
 
 def write_states(out: Path, seed: int, python: Path | str = sys.executable) -> dict[str, str]:
-    """Save all states with Shardkeep; return the reasons for those that can't be made here."""
+    """Save all states with Shardkeep; return the reasons for those that it cannot create here."""
     reasons: dict[str, str] = {}
     for ranks in (1, 4):
         arguments = [out, "--seed", str(seed)]
@@ -69,7 +70,7 @@ def write_states(out: Path, seed: int, python: Path | str = sys.executable) -> d
 
 
 def torch_reads(job: Job) -> Iterator[Direction]:
-    """Compare what the release reads of Shardkeep's checkpoints."""
+    """Compare what the release reads from Shardkeep's checkpoints."""
     python, script = job.environment.python, HERE / "read_with_torch.py"
     out = job.scratch / "read_by_torch"
     # Releases before 2.3 have no converter.
@@ -98,7 +99,7 @@ def torch_reads(job: Job) -> Iterator[Direction]:
 
 
 def spreads(name: str) -> bool:
-    """Return whether a case has tensors that can be sharded, and tests nothing else."""
+    """Return whether the tensors of a case can be sharded, and sharding is not what it tests."""
     return not name.startswith(("dtype", "more_dtypes", "no_flatten", "objects", "empty"))
 
 
@@ -129,7 +130,7 @@ def judge(
 
 
 def judge_case(name: str, answer: Path, text_keys: bool = False) -> Outcome:
-    """Compare one answer. The reader leaves out what it cannot hold, and says so."""
+    """Compare one answer; the reader lists what it left out because the release cannot hold it."""
     if not answer.exists():
         return Outcome(name, 1, (": no answer",))
     content = json.loads(answer.read_text(encoding="utf-8"))
@@ -149,7 +150,7 @@ def judge_case(name: str, answer: Path, text_keys: bool = False) -> Outcome:
 
 
 def shardkeep_reads(job: Job) -> Iterator[Direction]:
-    """Compare what Shardkeep reads of the release's checkpoints."""
+    """Compare what Shardkeep reads from the release's checkpoints."""
     golden = job.scratch / "golden"
     script = ROOT / "tests" / "golden" / "make.py"
     try:
@@ -191,7 +192,7 @@ def shardkeep_runs(job: Job) -> Iterator[Direction]:
 
 
 def not_written(reasons: Mapping[str, str], prefix: str = "") -> Iterator[Outcome]:
-    """Yield states that could not be saved; a difference, unless the release lacks a feature."""
+    """Yield states that could not be saved: a difference, unless the release lacks a feature."""
     for name, why in reasons.items():
         if REFUSED in why:
             yield Outcome(name, absent="refused: a DTensor does not say how it is cut twice there")

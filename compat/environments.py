@@ -1,20 +1,20 @@
-"""Throw-away Python environments that hold one release of torch each.
+"""Temporary Python environments with one release of torch each.
 
-Shardkeep promises to read what every release wrote and to write what every release reads. Only
-the release itself can prove that, so the golden checkpoints and the compatibility checks run inside
-environments made here:
+Shardkeep promises to read what every release wrote, and to write what every release reads. Only the
+release itself can prove that. So the golden checkpoints and the compatibility checks run in
+environments that are made here:
 
     with environment("2.3.1") as env:
         env.run("script.py", "argument")
 
-or by hand, keeping the folder for the next time:
+or on the command line, where the folder is kept for the next time:
 
     python compat/environments.py list
     python compat/environments.py make 2.3.1 --keep ~/torch-environments --slim
 
 Only the standard library is used, and pip is started with an empty configuration, so that an
 environment is the same on every machine. A release takes 3 to 6 GB on disk, because PyPI's wheels
-carry CUDA; `slim` brings that below 1 GB for work on the CPU.
+contain CUDA. `slim` reduces that below 1 GB for work on the CPU.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ from typing import BinaryIO
 FIRST_MINOR = (2, 0)
 LAST_MINOR = (2, 15)
 COMPANIONS = ("fsspec", "zstandard", "safetensors", "ml_dtypes")
-"""What torch's checkpoint writers import on demand, and what a reader of their files needs."""
+"""Packages that torch's checkpoint writers import on demand, and that readers of their files need.
+
+"""
 
 DEFAULT_PYTHON = "python3.11"
-"""The one minor release of Python for which every torch from 2.0 to 2.15 has a wheel."""
+"""The only minor release of Python for which every torch from 2.0 to 2.15 has a wheel."""
 
 MARKER = "environment.json"
-"""Written last: a folder without it was left half-made and is completed, not trusted."""
+"""The file that is written last: a folder without it is incomplete, and is completed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Environment:
 
     @property
     def python(self) -> Path:
-        """The interpreter. Starting it is all that "activating" would do."""
+        """The path of the interpreter; running it needs no activation."""
         return self.folder / "bin" / "python"
 
     def run(
@@ -65,9 +67,9 @@ class Environment:
         variables: Mapping[str, str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run the interpreter with `arguments` and raise if it fails, showing what it said.
+        """Run the interpreter with `arguments`; if it fails, raise an error with its output.
 
-        CUDA devices are hidden: the environments are for the CPU, and slim ones hold no kernels.
+        CUDA devices are hidden: the environments are for the CPU, and slim ones contain no kernels.
         """
         done = subprocess.run(
             [os.fspath(self.python), *(os.fspath(argument) for argument in arguments)],
@@ -86,13 +88,13 @@ class Environment:
 
 
 def parse(release: str) -> tuple[int, int, int]:
-    """The three numbers of a release such as "2.3.1"; a local part ("+cpu") is left out."""
+    """Return the three numbers of a release such as "2.3.1", without a local part ("+cpu")."""
     major, minor, patch = release.partition("+")[0].split(".")
     return int(major), int(minor), int(patch)
 
 
 def newest_patches(available: Iterable[str]) -> tuple[str, ...]:
-    """The newest patch release of each minor release in the supported range, oldest first."""
+    """Return the newest patch of each minor release in the supported range, oldest first."""
     newest: dict[tuple[int, int], tuple[int, int, int]] = {}
     for release in available:
         if re.fullmatch(r"\d+\.\d+\.\d+", release):
@@ -104,7 +106,7 @@ def newest_patches(available: Iterable[str]) -> tuple[str, ...]:
 
 
 def releases(python: str = DEFAULT_PYTHON) -> tuple[str, ...]:
-    """The newest patch release of each torch minor from 2.0 to 2.15, as pip's index lists them."""
+    """Return the newest patch of each torch minor from 2.0 to 2.15 in pip's index."""
     listing = subprocess.run(
         [python, "-m", "pip", "index", "versions", "torch"],
         env=_pip_variables(plain=True),
@@ -119,7 +121,7 @@ def releases(python: str = DEFAULT_PYTHON) -> tuple[str, ...]:
 
 
 def requirements(release: str, extra: Sequence[str] = ()) -> tuple[str, ...]:
-    """What is installed for a release. Before 2.3, torch was built against numpy 1 only."""
+    """Return what is installed for a release. Before 2.3, torch was built against numpy 1 only."""
     numpy = "numpy<2" if parse(release) < (2, 3, 0) else "numpy"
     return (f"torch=={release}", numpy, *COMPANIONS, *extra)
 
@@ -134,10 +136,10 @@ def environment(
     slim: bool = False,
     plain: bool = True,
 ) -> Iterator[Environment]:
-    """An environment with `release`, removed at the end unless `keep` names a folder for it.
+    """Yield an environment with `release`, removed at the end unless `keep` names a folder for it.
 
-    In `keep`, each release has a sub-folder, and what is there already is used again. `plain`
-    leaves the machine's pip configuration out; `slim` removes what only GPUs need.
+    Each release has a sub-folder of `keep`, and an environment that exists there is used again.
+    `plain` ignores the machine's pip configuration. `slim` removes what only GPUs need.
     """
     if keep is not None:
         yield _complete(Path(keep) / release, release, python, extra, slim, plain)
@@ -149,7 +151,7 @@ def environment(
 def _complete(
     folder: Path, release: str, python: str, extra: Sequence[str], slim: bool, plain: bool
 ) -> Environment:
-    """Bring `folder` to the state asked for, doing only what is missing."""
+    """Bring `folder` to the requested state, doing only what is missing."""
     made = Environment(release, folder)
     needed = set(requirements(release, extra))
     present = _installed(folder)
@@ -165,7 +167,7 @@ def _complete(
 
 
 def _installed(folder: Path) -> set[str]:
-    """The requirements that a complete environment was made for; none if it is not complete."""
+    """Return the requirements of a complete environment; an empty set if it is not complete."""
     try:
         return set(json.loads((folder / MARKER).read_text())["requirements"])
     except FileNotFoundError:
@@ -181,7 +183,7 @@ def _install(made: Environment, packages: Sequence[str], plain: bool) -> None:
 
 
 def _pip_variables(plain: bool) -> dict[str, str]:
-    """The variables for pip. Plain: no local wheels or extra indexes, which differ by machine."""
+    """Return the variables for pip; `plain` ignores the machine's wheels and extra indexes."""
     changes = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""} if plain else {}
     return {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **changes}
 
@@ -202,7 +204,7 @@ GPU_ONLY = (
     "torch/lib/libcudnn_*train*",
     "torch/lib/libnvrtc-builtins*",
 )
-"""Files and folders, as patterns below site-packages, that are opened only once a GPU is used."""
+"""Files and folders that are opened only if a GPU is used, as patterns below site-packages."""
 
 KERNEL_SECTIONS = (".nv_fatbin", "__nv_relfatbin")
 """ELF sections with compiled GPU code: most of a CUDA library's size, and read by a GPU only."""
@@ -211,8 +213,8 @@ KERNEL_SECTIONS = (".nv_fatbin", "__nv_relfatbin")
 def remove_gpu_parts(folder: Path) -> None:
     """Remove from an environment what `import torch` and work on the CPU never read.
 
-    Libraries that torch links against must stay, or the import fails. Their GPU code is replaced
-    by a hole in the file, which takes no room on disk and reads as zeros.
+    Libraries that torch links against must stay, or the import fails. Their GPU code is replaced by
+    a hole in the file, which takes no space on disk and reads as zeros.
     """
     for packages in folder.glob("lib/python*/site-packages"):
         for pattern in GPU_ONLY:
@@ -227,7 +229,7 @@ def remove_gpu_parts(folder: Path) -> None:
 
 
 def hollow(library: Path) -> int:
-    """Turn a library's GPU code into a hole; returns the number of bytes that no longer count."""
+    """Turn a library's GPU code into a hole; return the number of bytes freed on disk."""
     size = library.stat().st_size
     holes = _kernel_ranges(library)
     if not holes:
@@ -254,7 +256,7 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int, block: int = 1 << 22)
 
 
 def _kernel_ranges(library: Path) -> list[tuple[int, int]]:
-    """Where a 64-bit little-endian ELF file holds GPU code: (start, end), sorted."""
+    """Return the ranges (start, end) of GPU code in a 64-bit little-endian ELF file, sorted."""
     with library.open("rb") as file:
         header = file.read(64)
         if header[:6] != b"\x7fELF\x02\x01":
@@ -271,7 +273,7 @@ def _kernel_ranges(library: Path) -> list[tuple[int, int]]:
     ranges = []
     for name_at, kind, _flags, _address, offset, length in entries:
         name = names[name_at : names.index(b"\0", name_at)].decode("ascii", "replace")
-        holds_bytes = kind != 8  # SHT_NOBITS takes no room in the file
+        holds_bytes = kind != 8  # SHT_NOBITS takes no space in the file
         if name in KERNEL_SECTIONS and holds_bytes and length:
             ranges.append((offset, offset + length))
     return sorted(ranges)

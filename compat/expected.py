@@ -1,6 +1,6 @@
-"""What a golden checkpoint must give back: compare a state with its `expected.json`.
+"""Compare the state that a golden checkpoint contains with its `expected.json`.
 
-Works without torch: tensors are numpy arrays there, and torch's where it is imported.
+This works without torch: tensors are then numpy arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Node = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many leaves were compared, and what is different, one line each."""
+    """The number of compared leaves, and the differences, one line each."""
 
     leaves: int
     differences: tuple[str, ...]
@@ -39,14 +39,15 @@ def compare(expected: Node, actual: Any, *, typed_keys: bool = False) -> Compari
     Args:
         expected: a node of `expected.json`.
         actual: a nested state with arrays, tensors and values.
-        typed_keys: the key "0" is not 0; stock torch turns all keys into strings on saving.
+        typed_keys: whether the key "0" differs from 0; stock torch turns all keys into strings on
+            saving.
     """
     found = list(_walk(expected, actual, "", not typed_keys))
     return Comparison(len(found), tuple(line for line in found if line))
 
 
 def contents(checkpoint: Any) -> Any:
-    """A whole checkpoint as a nested state, its tensors read as numpy arrays."""
+    """Return a whole checkpoint as a nested state, its tensors read as numpy arrays."""
     return _read(checkpoint, checkpoint.tree())
 
 
@@ -117,7 +118,7 @@ def _tensor(expected: Node, actual: Any, path: str) -> str:
 
 
 def _tensor_bytes(value: Any) -> tuple[str | None, tuple[int, ...], bytes]:
-    """Dtype, shape and bytes; numpy's dtype is not always torch's (packed ones), so it may pass."""
+    """Return dtype, shape and bytes; the dtype is None if numpy's does not identify torch's."""
     if isinstance(value, np.ndarray | np.generic):
         name = value.dtype.name
         known = name if _is_plain(name) else None
@@ -140,7 +141,7 @@ def _is_plain(name: str) -> bool:
         dtype = DType.named(name)
     except Exception:
         return False
-    # One carrier stands for many dtypes: its name says little.
+    # numpy uses each of these for several dtypes of torch, so the name is not compared.
     return not dtype.note and name not in ("uint8", "uint16", "int8", "int32")
 
 
@@ -149,7 +150,7 @@ def _array(expected: Node, actual: Any, path: str) -> str:
         return f"{path}: {type(actual).__name__}, not a numpy array"
     data = base64.b64decode(expected["data"])
     want = np.frombuffer(data, expected["dtype"]).reshape(expected["shape"])
-    # Byte order is how an array lies, not what it holds.
+    # The byte order is part of the representation, not of the values.
     same = actual.shape == want.shape and actual.dtype.newbyteorder("<") == want.dtype.newbyteorder(
         "<"
     )
@@ -192,13 +193,13 @@ def _opaque(expected: Node, actual: Any, path: str) -> str:
 
 
 def _repr(expected: Node, actual: Any, path: str) -> str:
-    """Values of library classes; without torch, its own are stand-ins or carriers."""
+    """Compare values of library classes; without torch, its own are stand-ins."""
     want, name = expected["value"], expected["type"]
     shown = {repr(actual), str(actual), f"torch.{actual}"}
     if isinstance(actual, Opaque) and (name.startswith("torch.") or actual.name == name):
         return ""
     if isinstance(actual, Opaque) and name.startswith("builtins."):
-        # A class or function that is not known to be safe stays what it is: a name.
+        # A class or function that is not known to be safe is only read as a name.
         return "" if actual.qualname in want else f"{path}: {actual!r}, not {want}"
     if hasattr(actual, "parts"):
         shown.add(want if str(actual) == want.split("'")[1] else "")
@@ -225,7 +226,7 @@ _LEAVES: Mapping[str, Callable[[Node, Any, str], str]] = {
 
 
 def plain(node: Node) -> Any:
-    """The Python value of a node that is a key or a member of a set."""
+    """Return the Python value of a node that is a key or a member of a set."""
     if node["kind"] == "tuple":
         return tuple(plain(item) for item in node["items"])
     if node["kind"] == "bytes":
@@ -234,9 +235,9 @@ def plain(node: Node) -> Any:
 
 
 def template(node: Node) -> Any:
-    """The state that a load fills: empty tensors, and values that the load must replace.
+    """Return a state for a load to fill: empty tensors, and values that the load must replace.
 
-    Needs torch, and a torch that has all the dtypes: see `known_here`.
+    This needs torch, and a torch that has all the dtypes; see `known_here`.
     """
     import torch
 
@@ -257,7 +258,7 @@ def template(node: Node) -> Any:
 
 
 def known_here(node: Node) -> dict[str, Any]:
-    """The same mapping without the entries that need a dtype which the running torch lacks."""
+    """Return the mapping without entries that need a dtype which the running torch lacks."""
     items = [
         (key, known_here(value) if value["kind"] == "dict" else value)
         for key, value in node["items"]

@@ -14,7 +14,7 @@ __all__ = ["RanksFailedError", "run_ranks"]
 
 
 class RanksFailedError(Exception):
-    """A rank ended with an error or took too long; the message has its output."""
+    """A rank that ended with an error or took too long; the message has its output."""
 
 
 def run_ranks(
@@ -26,10 +26,10 @@ def run_ranks(
     limit: float = 300,
     variables: Mapping[str, str] | None = None,
 ) -> str:
-    """Start `size` processes that can form one gloo group; what rank 0 wrote to its error stream.
+    """Start `size` processes that can form a gloo group; return what rank 0 wrote to stderr.
 
     Raises:
-        RanksFailedError: the first rank that failed; the others are ended.
+        RanksFailedError: a rank failed; the message is about the first one. The others are ended.
     """
     common = {
         "MASTER_ADDR": "127.0.0.1",

@@ -108,9 +108,9 @@ _NO_NAMES = (ModuleType, logging.Logger, typing.TypeVar)
 
 
 def _public(module: ModuleType) -> Iterator[str]:
-    """Yield the public names of a module: `__all__` and what it defines without an underscore.
+    """Yield the public names of a module: `__all__`, and what it defines without an underscore.
 
-    Of the package itself, all names without an underscore.
+    For the package itself, yield all names without an underscore.
     """
     declared, assigned = getattr(module, "__all__", ()), _assigned(module)
     for name, value in vars(module).items():
@@ -121,7 +121,7 @@ def _public(module: ModuleType) -> Iterator[str]:
 
 
 def _assigned(module: ModuleType) -> set[str]:
-    """Return the names that a module assigns: constants don't say where they are defined."""
+    """Return the names that a module assigns, as constants do not record where they are defined."""
     names = set()
     for node in ast.parse(inspect.getsource(module)).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -130,7 +130,7 @@ def _assigned(module: ModuleType) -> set[str]:
 
 
 def describe(value: Any) -> Name:
-    """Describe a value. Equal descriptions mean that it is called in the same way."""
+    """Return a description of a value; equal descriptions mean equal ways to call it."""
     if inspect.isclass(value):
         if issubclass(value, enum.Enum):
             return Name("enum", members={one.name: "" for one in value})

@@ -1,6 +1,6 @@
-"""Write `docs/drop-in.md`: every public name of torch's package, and what Shardkeep has for it.
+"""Write `docs/drop-in.md`: every public name of torch's package, and Shardkeep's counterpart.
 
-    python -m compat.names_page     # writes the page, or lists what nothing explains
+    python -m compat.names_page     # writes the page, or lists unexplained differences
 
 Whether a name is "the same" is computed, never written by hand: either the object is torch's own,
 or the signatures are equal.
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and the differences that nothing explains."""
+    """All rows, and the unexplained differences."""
 
     records: tuple[Record, ...]
     rows: tuple[Row, ...]
@@ -61,7 +61,7 @@ class Comparison:
 
 
 def compare(records: tuple[Record, ...] | None = None) -> Comparison:
-    """Compare what is installed with what the releases offer."""
+    """Compare the installed names with the recorded names of the releases."""
     records = recorded() if records is None else records
     rows: list[Row] = []
     problems: list[str] = []
@@ -83,7 +83,7 @@ def minor(record: Record) -> str:
 
 
 def _judge(where: str, name: str, offers: dict[str, Name]) -> tuple[list[Row], list[str]]:
-    """Return the rows of a name and its members, and what is unexplained."""
+    """Return the rows of a name and its members, and the unexplained differences."""
     place = f"{where}.{name}" if where else name
     row = functools.partial(Row, where, name, tuple(offers))
     try:
@@ -286,7 +286,7 @@ def _private(records: Sequence[Record]) -> str:
 
 
 def main() -> int:
-    """Write the page; if something is unexplained, say so and return 1."""
+    """Write the page; if a difference is unexplained, print it and return 1."""
     found = compare()
     for problem in found.problems:
         print(problem, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The results, as a table on the terminal and as `docs/compatibility.md`."""
+"""The results of the checks, as a table on the terminal and as `docs/compatibility.md`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stored = Mapping[str, Any]
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 SHOWN = 20
-"""The number of differences that are printed; the results have all."""
+"""The maximum number of differences that are printed; the stored results have all."""
 
 
 def show(result: Result, console: Console) -> None:
@@ -168,7 +168,7 @@ def cell(direction: Stored | None) -> str:
 
 
 def reasons(results: Sequence[Stored]) -> str:
-    """Return a table of what was left out, why, and in which releases."""
+    """Return a table of the omissions, with reasons and releases."""
     releases_of: dict[tuple[str, str, str], set[str]] = {}
     for result in results:
         for key, direction in result["directions"].items():
@@ -189,7 +189,7 @@ def reasons(results: Sequence[Stored]) -> str:
 
 
 def reason(case: str, why: str) -> tuple[str, str]:
-    """Return why something was left out, and what it is: a dtype, an object or a case."""
+    """Return the reason of an omission, and its subject: a dtype, an object or a case."""
     why = why.removeprefix("NotInThisReleaseError: ")
     if trust := re.fullmatch(r"(\S+) needs trust \((.*)\)", why):
         return f"needs trust: {trust[2]}", f"{case}: {trust[1]}"
@@ -212,7 +212,7 @@ def escaped(reason: str) -> str:
 
 
 def spans(releases: Iterable[str], results: Sequence[Stored]) -> str:
-    """Return releases as text, neighbours as a range: "2.0 to 2.3, 2.9"."""
+    """Return releases as text, with successive ones as a range: "2.0 to 2.3, 2.9"."""
     everyone = [one["release"] for one in results]
     rows = sorted(everyone.index(release) for release in releases)
     runs: list[list[int]] = []

@@ -26,14 +26,16 @@ from templates import known as known_here
 import shardkeep as sk
 
 SPREAD = (torch.float32, torch.int64, torch.bfloat16)
-"""Dtypes that gloo can send in every release; tensors of others are not sharded."""
+"""Dtypes that gloo can send in every release; tensors of other dtypes are not sharded."""
 
 TRUSTED = ["make.*", "http.HTTPStatus", "builtins.len", "builtins.int"]
-"""What the case `objects` holds: classes of its own script, an enumeration, a function, a type."""
+"""The contents of the case `objects` that need trust: classes of the script, an enumeration, a
+function, a type.
+"""
 
 
 def load(state: Any, path: pathlib.Path, flatten: bool) -> Any:
-    """Fill the state in place; missing or refused values are an error."""
+    """Fill the state in place; raise an error for missing or refused values."""
     sk.load(state, path, trust=TRUSTED)
     return state
 
@@ -46,7 +48,7 @@ def known(name: str) -> str | None:
 
 
 def spreader(ranks: int) -> Spread:
-    """Placements that follow from a tensor's name: uneven ones and empty shards among them."""
+    """Return placements by a tensor's name, with uneven and empty shards among them."""
     meshes = {1: golden.cpu_mesh(list(range(ranks)))}
     square = torch.arange(ranks).reshape(-1, 2).tolist()
     meshes[2] = golden.cpu_mesh(square)
@@ -58,7 +60,7 @@ def spreader(ranks: int) -> Spread:
         width = 1 + choice % 2
         kinds: list[Any] = [*range(tensor.ndim), "r"]
         pairs = list(itertools.product(kinds, repeat=width))
-        if golden.RELEASE < (2, 5):  # there, DTensors do not say how one dimension is cut twice
+        if golden.RELEASE < (2, 5):  # there, DTensors do not record how one dimension is cut twice
             pairs = [pair for pair in pairs if len(set(pair)) == width or pair[0] == "r"]
         places = pairs[choice // 2 % len(pairs)]
         shard, replicate = golden.dtensor_name("Shard"), golden.dtensor_name("Replicate")
@@ -69,7 +71,7 @@ def spreader(ranks: int) -> Spread:
 
 
 def strided_template(expected: Node, ranks: int) -> Template:
-    """FSDP2 around tensor parallelism, each layer split the other way round than when saved."""
+    """Return FSDP2 around tensor parallelism, each layer split the other way than when saved."""
     node = {plain(key): value for key, value in expected["items"]}["model"]
     tensors = {plain(key): tensor_of(value) for key, value in node["items"]}
     blank, truth = (
@@ -97,7 +99,7 @@ def _parallel(ranks: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def read_strided(folder: pathlib.Path, ranks: int) -> Node:
-    """The case `tp_fsdp2`, into strided shards."""
+    """Read the case `tp_fsdp2` into strided shards."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     try:
         made = strided_template(expected, ranks)

@@ -42,7 +42,7 @@ from templates import (
 )
 
 UNFLATTENED = "no_flatten"
-"""Cases of this name hold each top-level value as one leaf, and have to be loaded like that."""
+"""Names of cases whose top-level values are one leaf each, and must be loaded as such."""
 
 
 def stock_load(state: Any, path: pathlib.Path, flatten: bool) -> Any:
@@ -80,7 +80,7 @@ def read_case(
 ) -> Node:
     """Load one case; return its `state`, or `why` it failed, or what is `absent` in the release.
 
-    Tensors of dtypes that only have a name in this release are tried, and left out if they fail.
+    Tensors of dtypes that have only a name in this release are tried, and left out if they fail.
     """
     content: Node = {}
     for judge in judges:
@@ -127,7 +127,7 @@ def _failed(error: BaseException, expected: Node) -> Node:
 
 
 def read_through_torch_save(folder: pathlib.Path) -> Node:
-    """Convert to a torch.save file by this release's function, and load that file."""
+    """Convert to a torch.save file with this release's function, and load that file."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     try:
         convert = golden.first_of("torch.distributed.checkpoint.format_utils:dcp_to_torch_save")
@@ -160,7 +160,7 @@ def leave() -> None:
 
 
 def answer(out: pathlib.Path, name: str, content: Node) -> None:
-    """Write one answer in one atomic step."""
+    """Write one answer atomically."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 

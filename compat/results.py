@@ -18,11 +18,11 @@ class Outcome:
 
     Attributes:
         case: its name.
-        leaves: tensors and values that were compared.
-        differences: those that are not as they were saved, or why nothing came back.
-        absent: why the release cannot have this case; nothing was compared then.
+        leaves: the number of compared tensors and values.
+        differences: those that differ from what was saved, or why nothing was loaded.
+        absent: why the release cannot have this case, in which case nothing was compared.
         left_out: leaves that the release cannot have or did not store, or that need trust.
-        spread: of the leaves, tensors that were spread over ranks.
+        spread: the number of leaves that were sharded over ranks.
     """
 
     case: str
@@ -92,7 +92,7 @@ class Result:
         return next((one for one in self.directions if one.key == key), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON: the counts, and of the cases what the counts don't say."""
+        """Return the result as JSON: the counts, and for each case what the counts omit."""
         fields = asdict(self) | {"same": self.same}
         fields["directions"] = {
             one.key: {

@@ -1,7 +1,7 @@
-"""Tensors that spread over ranks: into templates, and back from them into one description.
+"""Sharded tensors: create templates of them, and gather them into one description.
 
-A rank's part is right if it has the bits that this release's own DTensor of the true values has
-there. Imported by the scripts that run inside other releases.
+A rank's part is right if its bits equal those of this release's own DTensor of the true values.
+This module is imported by scripts that run inside other releases.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def local_parts(value: Any) -> list[torch.Tensor]:
 
 
 def gather(made: Template, state: Any) -> Any:
-    """Replace each sharded tensor by a description: of the whole, if no rank's part is wrong."""
+    """Replace each sharded tensor by a description: that of the whole, if every part is right."""
     mine = [
         [golden.bytes_of(part) for part in local_parts(blank)]
         == [golden.bytes_of(part) for part in local_parts(truth)]
@@ -66,7 +66,7 @@ def gather(made: Template, state: Any) -> Any:
 
 
 def agree(node: Node) -> None:
-    """Check that all ranks have loaded the same, since only rank 0 reports it."""
+    """Check that all ranks have loaded the same state, since only rank 0 reports it."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, zlib.crc32(json.dumps(node).encode()))
     if len(set(everyone)) > 1:
@@ -89,7 +89,7 @@ def _replace(state: Any, nodes: dict[int, Node]) -> Any:
 
 
 def describe(state: Any) -> Node:
-    """Describe a value as the golden checkpoints do, and `Described` values as well."""
+    """Return the golden description of a value, also if it contains `Described` values."""
     if isinstance(state, Described):
         return state.node
     if isinstance(state, dict):

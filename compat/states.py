@@ -2,9 +2,9 @@
 
     python states.py OUT --seed 7
 
-Runs in any environment that has torch and shardkeep, started once a rank. The states are those of
-`tests/golden/make.py`, saved by Shardkeep instead of torch, and a few more that are about what
-Shardkeep alone can save. Every case becomes `OUT/<case>/` with `ckpt` and `expected.json`.
+Runs in any environment that has torch and shardkeep, started once per rank. The states are those of
+`tests/golden/make.py`, saved by Shardkeep instead of torch, and some that only Shardkeep can save.
+Every case becomes `OUT/<case>/` with `ckpt` and `expected.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = dict[str, Any]
 STORAGE_ONLY = """dtypes file_per_item file_per_item_threads threads sync_files_off fsspec
 zstd_extension async_save no_collectives derived_v2_3 legacy_tensor_properties hf_safetensors
 hf_safetensors_sharded hf_multi_rank hf_multi_rank_consolidated""".split()
-"""Golden cases that are about one of torch's own writers, not about a state."""
+"""Golden cases that test one of torch's own writers, not a state."""
 
 DTYPES = """float32 float64 float16 bfloat16 int8 uint8 int16 int32 int64 bool complex64 complex128
 float8_e4m3fn float8_e5m2 uint16 uint32 uint64""".split()
@@ -41,7 +41,7 @@ CASES: dict[str, Any] = {name: c for name, c in golden.CASES.items() if name not
 
 
 def save(state: Any, *, planner: Any = None, process_group: Any = None, **_: Any) -> None:
-    """Replaces the golden script's own `save`."""
+    """Save a state in the place of the golden script's own `save`."""
     ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
     flatten = planner is None or planner.flatten_state_dict
     sk.save(state, golden.CHECKPOINT, overwrite=True, flatten=flatten, ranks=ranks)
@@ -59,7 +59,7 @@ def case(ranks: int = 1, name: str = "") -> Callable[[Callable[[Run], State]], A
 
 
 def enter_dtype(name: str) -> None:
-    """A checkpoint of its own: one unknown dtype makes the whole metadata unreadable."""
+    """Add a case for one dtype; in a shared one, an unknown dtype makes all metadata unreadable."""
 
     def write(run: Run) -> State:
         if not hasattr(torch, name):
@@ -84,7 +84,7 @@ for dtype_name in DTYPES:
 
 @case()
 def top_values(run: Run) -> State:
-    """Plain values at the top level, which releases up to 2.3 do not return to the caller."""
+    """Save plain values at the top level, which releases up to 2.3 do not return to the caller."""
     state = {
         "int": 12,
         "float": 0.1,
@@ -102,7 +102,7 @@ def top_values(run: Run) -> State:
 
 @case()
 def containers(run: Run) -> State:
-    """Containers without tensors, and empty containers, in every position."""
+    """Save containers without tensors, and empty containers, in every position."""
     state = {
         "w": run.tensor("w", 2, 3),
         "empty": {"dict": {}, "list": [], "tuple": ()},
@@ -118,7 +118,7 @@ def containers(run: Run) -> State:
 
 @case()
 def odd_names(run: Run) -> State:
-    """Names that would be invalid or dangerous as file names."""
+    """Save names that would be invalid or dangerous as file names."""
     state = {
         "..": {"../../up": run.tensor("up", 2), "": run.tensor("empty", 1)},
         "a.b": {"c.d": run.tensor("dots", 2), "/": {"//x": 1}},
@@ -131,7 +131,7 @@ def odd_names(run: Run) -> State:
 
 @case()
 def overwritten(run: Run) -> State:
-    """A checkpoint over another one that had other names, other shapes and more of them."""
+    """Save over a checkpoint that had other names, other shapes and more of them."""
     save({"w": run.tensor("old", 9, 9), "gone": run.tensor("gone", 4), "step": 1})
     state = {"w": run.tensor("new", 4, 5), "step": 2, "added": {"x": run.tensor("x", 3)}}
     save(state)
@@ -140,7 +140,7 @@ def overwritten(run: Run) -> State:
 
 @case()
 def many(run: Run) -> State:
-    """Enough for several blocks and reads: a tensor above 1 MiB beside small ones."""
+    """Save enough for several blocks and reads: a tensor above 1 MiB beside small ones."""
     large = run.tensor("large", 700, 517)
     state: State = {"large": large, "large_t": large.t(), "rows": large[100:300]}
     state |= {f"small.{i}": run.tensor(f"s{i}", i % 7, 3) for i in range(150)}
@@ -149,7 +149,7 @@ def many(run: Run) -> State:
 
 
 UNEVEN = {
-    # name: shape, and the boxes of the four ranks (offsets, sizes), none of them alike.
+    # name: shape, and the boxes of the four ranks (offsets, sizes), all of different shapes
     "uneven": ((7, 5), [((0, 0), (3, 4)), ((0, 4), (3, 1)), ((3, 0), (4, 2)), ((3, 2), (4, 3))]),
     "one_rank_empty": ((3, 4), [((0, 0), (1, 4)), None, ((1, 0), (2, 1)), ((1, 1), (2, 3))]),
     "replicas": ((4, 6), [((0, 0), (4, 2)), ((0, 2), (4, 4)), ((0, 0), (4, 2)), ((0, 2), (4, 4))]),
@@ -166,7 +166,7 @@ def shards(full: torch.Tensor, place: Any) -> sk.Shards:
 
 
 def per_rank_state(run: Run, rank: int) -> tuple[State, State]:
-    """Return what a rank passes to `save`, and what the checkpoint holds afterwards."""
+    """Return the state that a rank saves, and the content of the checkpoint afterwards."""
     whole: State = {name: run.tensor(name, *shape) for name, (shape, _) in UNEVEN.items()}
     whole["half"] = run.tensor("half", 6, 4, dtype=torch.bfloat16)
     tied = run.tensor("tied", 5, 3)
@@ -192,7 +192,7 @@ def per_rank_state(run: Run, rank: int) -> tuple[State, State]:
 
 @case()
 def simulated_ranks(run: Run) -> State:
-    """Four ranks that are threads: uneven boxes on two dimensions, replicas, own values."""
+    """Save on four simulated ranks: uneven boxes on two dimensions, replicas, values per rank."""
     run_simulated(
         golden.RANKS,
         lambda ranks: sk.save(
@@ -204,14 +204,14 @@ def simulated_ranks(run: Run) -> State:
 
 @case(golden.RANKS)
 def shards_by_hand(run: Run) -> State:
-    """The same on real ranks."""
+    """Save the state of `simulated_ranks` on real ranks."""
     passed, whole = per_rank_state(run, run.rank)
     save(passed)
     return whole
 
 
 def write(out: pathlib.Path, seed: int, names: list[str]) -> None:
-    """Write all cases of this number of ranks, in one order on every rank."""
+    """Write all cases for this number of ranks, in the same order on every rank."""
     rank, ranks = read_with_torch.join()
     golden.save = save
     outcomes = {}

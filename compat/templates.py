@@ -1,6 +1,6 @@
-"""Templates for a load, on any torch from 2.0 on: made from `expected.json`, wrong in every bit.
+"""Templates for a load on any torch from 2.0 on: `expected.json` with every bit inverted.
 
-Imported by the scripts that run inside other releases; needs torch and no shardkeep.
+Imported by scripts that run inside other releases; needs torch but not shardkeep.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Spread = Callable[[str, torch.Tensor], Any]
 """Name and value of a tensor -> its shard on this rank, or None for a whole tensor."""
 
 Judge = Callable[[str], str | None]
-"""A dtype's name -> why this release cannot have tensors of it; None if it can."""
+"""Name of a dtype -> why this release cannot have tensors of it; None if it can."""
 
 
 SENTINEL = "to be replaced"
@@ -60,10 +60,10 @@ class Template:
 
     state: Any
     expected: Node
-    """What is to come back: the case's expectation without what this release cannot hold."""
+    """The expected result: that of the case, without what this release cannot hold."""
     left_out: list[str]
     truths: list[tuple[Any, Any, Node]]
-    """Spread tensors: the template, the same with the true values, and the whole tensor's node."""
+    """Sharded tensors: the template, the same with the true values, and the whole tensor's node."""
 
 
 def template(expected: Node, judge: Judge, spread: Spread | None = None) -> Template:
@@ -132,7 +132,7 @@ def storable(name: str) -> str | None:
 
 
 def lacks(node: Any, judge: Judge) -> str | None:
-    """Return why this release can't have some tensor of a node, or None."""
+    """Return why this release cannot have some tensor of a node, or None."""
     if isinstance(node, dict):
         if node.get("kind") == "tensor":
             return judge(node["dtype"])
@@ -158,7 +158,7 @@ def tensor_of(node: Node) -> torch.Tensor:
 
 
 def inverted(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with every bit inverted, so that unwritten elements are found."""
+    """Return a tensor with every bit inverted, so that unwritten elements are detected."""
     if tensor.dtype == torch.bool:
         return ~tensor
     if not tensor.numel():
@@ -179,10 +179,10 @@ def _text(node: Node) -> str:
 
 
 def unreadable(expected: Node, judge: Judge) -> str | None:
-    """Return why this release can't load some tensor of a checkpoint, or None.
+    """Return why this release cannot load some tensor of a checkpoint, or None.
 
     A dtype that the release lacks makes the checkpoint's metadata unreadable for it. In an object,
-    only the object can't be loaded.
+    only the object cannot be loaded.
     """
     if expected["kind"] in ("dict", "list"):
         items = expected["items"]
@@ -194,7 +194,7 @@ def unreadable(expected: Node, judge: Judge) -> str | None:
 
 
 def cannot_copy(name: str) -> str | None:
-    """Return why tensors of a dtype can't be copied, which a load needs, or None."""
+    """Return why tensors of a dtype cannot be copied, as a load must do, or None."""
     dtype = getattr(torch, name)
     try:
         torch.empty(2, dtype=dtype).copy_(torch.empty(2, dtype=dtype))
@@ -211,7 +211,7 @@ def settle(blank: Any, loaded: Any) -> tuple[Any, int]:
         loaded: the state after it.
 
     Returns:
-        The state, and how many containers had to be mended.
+        The state, and the number of corrected containers.
     """
     if isinstance(blank, dict) and isinstance(loaded, dict):
         result: Any = {}

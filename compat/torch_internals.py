@@ -24,8 +24,9 @@ DCP = "torch.distributed.checkpoint"
 PAGE = ROOT / "docs" / "torch-internals.md"
 
 NAMES_IN_PICKLES = ("format/", "torch_state/builders.py", "dcp/bridge/metadata_file.py")
-"""Where strings are names that the pickles of checkpoints hold: part of the format, not of torch's
-code. Imports and attributes count there as everywhere."""
+"""Modules whose strings are names in the pickles of checkpoints: part of the format, not of torch's
+code. Their imports and attributes count as in other modules.
+"""
 
 _NAME = re.compile(r"torch(\.\w+)+")
 
@@ -84,7 +85,7 @@ def names_in(source: str, *, strings: bool = True) -> set[str]:
 
 
 def _imports(tree: ast.AST) -> dict[str, str]:
-    """Local name -> full name, of what a module imports from torch."""
+    """Return local name -> full name for everything that a module imports from torch."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and _is_torch(node.module or ""):
@@ -132,7 +133,7 @@ def _in_modules(text: str, modules: Set[str]) -> Iterator[str]:
 
 
 def _private_members() -> dict[str, str]:
-    """Private members of the classes of torch's that Shardkeep's derive from, by their names."""
+    """Return private members of the torch classes that Shardkeep's classes extend, by name."""
     import torch.distributed.checkpoint as stock
 
     made = [
@@ -159,7 +160,7 @@ def _is_private(name: str) -> bool:
 
 
 def problems(found: Set[Use]) -> list[str]:
-    """Return what is wrong with the table: names that it lacks, and names that nothing uses."""
+    """Return the errors of the table: names that it lacks, and names that nothing uses."""
     names = {use.name for use in found}
     lacking = [f"{use.file} uses {use.name}: add it to TABLE" for use in sorted(found)
                if use.name not in TABLE]  # fmt: skip
@@ -179,7 +180,7 @@ def text(found: Set[Use]) -> str:
 
 
 def _messages() -> Iterator[tuple[str, str]]:
-    """Yield each message of torch's that is kept, with the class of its error."""
+    """Yield each kept message of torch, with the class of its error."""
     from shardkeep.dcp.bridge import torch_messages as kept
 
     yield kept.missing_key("NAME"), "RuntimeError"
@@ -227,7 +228,7 @@ They are defined in `dcp/bridge/torch_messages.py`.
 
 
 def main() -> int:
-    """Write the page; if the table is wrong, say so and return 1."""
+    """Write the page; if the table has errors, print them and return 1."""
     import shardkeep.dcp  # noqa: F401 - loads torch's modules, which the scan looks into
 
     found = uses()

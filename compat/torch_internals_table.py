@@ -1,4 +1,4 @@
-"""Why each private name of torch is used, and what stops working without it."""
+"""The reason for each private name of torch that is used, and the effect of its absence."""
 
 from __future__ import annotations
 
@@ -167,10 +167,10 @@ TABLE: dict[str, tuple[str, str]] = {
         "the drop-in can't be imported",
     ),
 }
-"""Full name -> why it is used, and what happens without it."""
+"""Full name -> the reason for its use, and the effect of its absence."""
 
 OTHER_RELEASES: dict[str, str] = {
     f"{_DCP}._fsspec_filesystem._FileSystem": "the class of fsspec file systems where it is not "
     "called `FileSystem`",
 }
-"""Names that the release this table is checked with does not have."""
+"""Names that are missing in the release that this table is checked with."""
