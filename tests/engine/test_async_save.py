@@ -97,7 +97,7 @@ def test_nothing_is_committed_before_the_return_and_result_waits(tmp_path):
 
 
 def test_a_save_waits_for_the_previous_one(tmp_path):
-    """They share memory, and may write to the same path."""
+    """Successive saves share memory, and may write to the same path."""
     store = Gate(tmp_path / "a")
     first = sk.async_save(state("a"), store)
     done = []
@@ -214,8 +214,8 @@ def test_a_background_save_writes_with_one_thread(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_background_commit_pauses_until_somebody_waits_for_it(tmp_path, monkeypatch, waits):
-    """A training loop is delayed by short pieces of the commit only."""
+def test_a_background_commit_pauses_until_a_thread_waits_for_it(tmp_path, monkeypatch, waits):
+    """The commit delays a training loop only in short pieces."""
     calls = []
 
     class Watched(execution.Throttle):
@@ -233,7 +233,7 @@ def test_a_background_commit_pauses_until_somebody_waits_for_it(tmp_path, monkey
     while not handle.done():
         time.sleep(0.01)
     handle.result(60)
-    assert len(calls) > 30  # columns, mostly
+    assert len(calls) > 30  # mostly columns
     assert any(rested for _, rested in calls) != waits
     assert waits or all(rested for due, rested in calls if due)
 
@@ -244,7 +244,7 @@ def test_a_save_in_the_foreground_does_not_pause(monkeypatch, tmp_path):
 
 
 def test_more_small_tensors_than_fit_in_one_window_are_saved_correctly(tmp_path):
-    """The CRC-32 of a tensor that began a window was 0, which made the checkpoint damaged."""
+    """The CRC-32 of the first tensor of a window was once 0, so the checkpoint seemed damaged."""
     mine = {f"t{n}": torch.full((16,), float(n)) for n in range(60_000)}
     sk.async_save(mine, tmp_path / "a").result(60)
     again = {name: torch.zeros(16) for name in mine}

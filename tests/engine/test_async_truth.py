@@ -1,4 +1,4 @@
-"""Asynchronous saves save the state as it was, lose no error, and leave nothing behind."""
+"""Asynchronous saves save the state of the call, report every error, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_reported_error_is_not_raised_again(tmp_path, monkeypatch, ask):
 
 
 def one_of_them_asks(ranks: Ranks, path: str) -> list[str]:
-    """Rank 2 can't write, and only rank 0 requests the result. Two more saves follow."""
+    """Fail on rank 2, request the result on rank 0 only, and save twice more."""
     state = {"mine": {ranks.rank: torch.full((4,), float(ranks.rank))}}
     handle = sk.async_save(state, Full(path) if ranks.rank == 2 else path, ranks=ranks)
     ends = []
@@ -174,7 +174,7 @@ def test_ranks_with_an_unreported_error_do_not_make_others_wait(tmp_path):
     path = str(tmp_path / "ckpt")
     ends = simulated_ranks.run(4, one_of_them_asks, path)
     assert ends[0][0].startswith("told of rank ")
-    for first, _ in ends:  # The second rank to raise is told about the first.
+    for first, _ in ends:  # The second rank to raise gets the error of the first.
         assert " in describe" in first or first.startswith("raised: an asynchronous save to ")
         assert "its result was never retrieved" in first
     assert [rank[1] for rank in ends] == ["saved"] * 4
@@ -207,7 +207,7 @@ def test_a_program_logs_unreported_errors_as_it_ends(tmp_path):
 
 
 class Interrupting:
-    """Its `state_dict` interrupts the main thread, and takes long enough for that to arrive."""
+    """An object whose `state_dict` interrupts the main thread and waits for the interrupt."""
 
     def state_dict(self):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -276,7 +276,7 @@ def many(way: str, saves: int, path: Path) -> dict:
 
 @pytest.mark.parametrize("way", ["async", "managers"])
 def test_saves_in_quick_succession_leak_nothing(tmp_path, way):
-    """100 saves; `python -m support.many async 1000 FOLDER` makes any number of them."""
+    """Make 100 saves; for other numbers, run `python -m support.many async 1000 FOLDER`."""
     found = many(way, 100, tmp_path)
     assert len(set(found["threads"])) == 1
     assert len(set(found["files"])) == 1
@@ -304,7 +304,7 @@ class Gate(LocalStore):
 
 @pytest.fixture
 def under_way(tmp_path):
-    """A save that does not end before the test does."""
+    """Start a save that does not end before the test does."""
     store = Gate(tmp_path / "parent")
     store.opened = threading.Event()
     handle = sk.async_save({"w": torch.ones(3)}, store)
@@ -349,7 +349,7 @@ def test_a_forked_process_does_not_raise_errors_of_its_parent(tmp_path):
 
 
 def test_a_wait_that_timed_out_does_not_count_as_a_waiter():
-    """Otherwise a loop that polls a save would keep it from pausing."""
+    """Otherwise, a loop that polls a save would prevent it from pausing."""
     outcome = handles.SaveFuture()
     for ask in (handles.Handle(outcome).result, outcome.exception):
         with pytest.raises(handles.FutureTimeoutError):
@@ -379,7 +379,7 @@ def test_a_save_that_ends_at_the_timeout_returns_its_result():
 
 
 def test_a_timeout_is_the_built_in_error_where_futures_raise_another(monkeypatch):
-    """Python 3.10 has two classes."""
+    """Python 3.10 has separate classes of `TimeoutError` in `builtins` and `concurrent.futures`."""
 
     class OfFutures(Exception):
         pass

@@ -1,4 +1,4 @@
-"""A coordinator that fails leaves no file of any rank, however far the others had come."""
+"""If the coordinator fails, no file of any rank remains, however far the other ranks were."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardkeep.testing import simulated_ranks
 
 
 class Failing(LocalStore):
-    """A folder in which the coordinator can't write, at a chosen moment of rank 1."""
+    """A store in which the coordinator can't write at a given moment of rank 1."""
 
     def __init__(self, path, before, after):
         super().__init__(path)
@@ -28,7 +28,7 @@ class Failing(LocalStore):
 
 
 class Notified(LocalStore):
-    """A folder that waits for a moment before its data file, and notifies when it is durable."""
+    """A store that waits before its data file, and notifies when the file is durable."""
 
     def __init__(self, path, before, after):
         super().__init__(path)
@@ -59,7 +59,7 @@ def save(ranks, path, order):
 
 @pytest.mark.parametrize("coordinator_fails_first", [False, True])
 @pytest.mark.parametrize("attempt", range(5))
-def test_nothing_stays_when_the_coordinator_can_not_write(
+def test_no_file_remains_if_the_coordinator_cannot_write(
     tmp_path, coordinator_fails_first, attempt
 ):
     before_rank_1, before_rank_0 = threading.Event(), threading.Event()

@@ -54,7 +54,7 @@ def test_all_ranks_name_the_one_that_failed(gloo, tmp_path, how, overwrite):
         left = jobs.folder(path) if path.exists() else set()
         with pytest.raises(sk.NotACheckpoint):
             sk.open(path)
-    assert left == set()  # nor does the dead rank's file stay
+    assert left == set()  # the file of the dead rank is removed, too
     ends = gloo.run(jobs.failing_save, str(path), "fine", True)
     assert [end["kind"] for end in ends] == ["saved"] * 4
     assert sk.open(path).verify().ok

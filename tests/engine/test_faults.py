@@ -43,7 +43,7 @@ def there(path) -> tuple[float, set[str]]:
 
 
 def open_files() -> int:
-    gc.collect()  # what looked at a checkpoint before
+    gc.collect()  # files opened by earlier looks at a checkpoint
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -65,7 +65,7 @@ SOME = [
 
 
 def test_errors_of_system_calls_leave_the_old_checkpoint(tmp_path):
-    """A selection; `make faults` tries all system calls."""
+    """This tries a selection of the calls; `make faults` tries all of them."""
     if not injected.works(tmp_path):
         pytest.skip("needs strace, and the right to trace")
     calls = {(one.kind, one.phase, one.name, one.of): one for one in CALLS}
@@ -95,7 +95,7 @@ def on_page(kind: str, error: str) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize("kind", injected_store.KINDS)
 def test_errors_of_a_store_have_the_documented_effect(kind):
-    """One of the errors; `make faults` tries all and writes the page."""
+    """This tries one of the errors; `make faults` tries all of them and writes the page."""
     found = {
         (*row[:4], when, row[5])
         for row in injected_store.rows(kind, ["EIO"])
@@ -151,7 +151,7 @@ def test_a_full_file_system(tmp_path):
 
 
 def test_a_limit_on_the_size_of_files(tmp_path):
-    """RLIMIT_FSIZE fails with EFBIG, as the quotas of some systems do."""
+    """RLIMIT_FSIZE makes writes fail with EFBIG, as quotas of some systems do."""
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))"
     command = [sys.executable, "-c", limited + FULL, str(tmp_path), str(2 << 20)]
     assert run(command) == f"{errno.EFBIG} True\n" * 2

@@ -1,4 +1,4 @@
-"""The garbage collector runs while a rank waits for a slow one: it serves all threads."""
+"""The garbage collector runs while a rank waits for a slow one, as it serves all threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardkeep.testing import simulated_ranks
 
 
 class SlowModel:
-    """Its `state_dict` waits until rank 0 waits for this rank, and then looks at the collector."""
+    """An object whose `state_dict` waits until rank 0 waits, and then checks the collector."""
 
     def __init__(self, waiting: threading.Event) -> None:
         self.waiting, self.was_enabled = waiting, False

@@ -66,12 +66,12 @@ def test_a_callback_gets_the_handle_when_the_save_has_ended(tmp_path):
     assert not seen
     store.gate.set()
     assert ended.wait(60) and seen == [(handle, 1)]
-    handle.add_done_callback(seen.append)  # It has ended: called at once.
+    handle.add_done_callback(seen.append)  # The save has ended, so the callback is called at once.
     assert seen[1:] == [handle]
 
 
 def test_a_callback_may_save(tmp_path):
-    """The worker thread calls it, and must not wait for itself."""
+    """The worker thread calls it, so its save must not wait for the worker."""
     later, ended = [], threading.Event()
 
     def callback(handle):
@@ -143,7 +143,7 @@ def test_cancelling_a_task_that_awaits_a_handle_leaves_the_save_alone(tmp_path):
     assert sk.open(tmp_path / "a").verify().ok
 
 
-def test_repr_says_how_the_save_is_doing(tmp_path):
+def test_repr_shows_the_state_of_the_save(tmp_path):
     store = GatedStore(tmp_path / "a")
     handle = sk.async_save(STATE, store)
     assert repr(handle) == "<SaveHandle: running>"
@@ -155,12 +155,12 @@ def test_repr_says_how_the_save_is_doing(tmp_path):
     while not failed.done():
         pass
     assert repr(failed).startswith("<SaveHandle: failed, OSError: [Errno 28] No space left")
-    with pytest.raises(AsyncSaveFailed):  # To look at the repr is not to know of the error.
+    with pytest.raises(AsyncSaveFailed):  # Looking at the repr does not report the error.
         sk.save(STATE, tmp_path / "b")
 
 
 def test_saves_of_both_priorities_keep_their_order(tmp_path):
-    """Each priority has a worker of its own."""
+    """Each priority has its own worker."""
     store, order = GatedStore(tmp_path / "0"), []
     handles = [sk.async_save(STATE, store, low_priority=True)]
     handles[0].add_done_callback(lambda _: order.append(0))

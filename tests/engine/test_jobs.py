@@ -1,4 +1,4 @@
-"""Real processes load in one layout, bit for bit, what they saved in another one."""
+"""Real ranks load in one layout, bit for bit, what they saved in another one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import jobs, layouts
 
 @pytest.fixture(scope="module")
 def saved(gloo, tmp_path_factory):
-    """(layout, ranks) -> path of a checkpoint, its leaves, what each rank wrote."""
+    """Return a function (layout, ranks) -> path of a checkpoint, its leaves, results by rank."""
     known = {}
 
     def make(layout: str, size: int):
@@ -33,7 +33,7 @@ def is_tensor(leaf) -> bool:
 
 
 def as_numpy(checkpoint) -> dict:
-    """Leaves of an opened checkpoint, in the form of `jobs.leaves`."""
+    """Return the leaves of an opened checkpoint, in the form of `jobs.leaves`."""
     found = {}
     for name in checkpoint:
         value = checkpoint.read(name)
@@ -61,7 +61,7 @@ def as_numpy(checkpoint) -> dict:
 )
 def test_a_job_resumes_in_another_layout(gloo, saved, layout, size, target, target_size):
     path, expected, _ = saved(layout, size)
-    with_stock = target != "fsdp_tp"  # stock torch takes a strided shard for one box
+    with_stock = target != "fsdp_tp"  # stock torch reads a strided shard as one box
     for result in gloo.run(jobs.load, path, target, with_stock, size=target_size):
         assert result["ours"] == expected
         assert result["missing"] == ()

@@ -1,4 +1,4 @@
-"""Options and reports of a load: what is refused at once, events, log lines, texts."""
+"""Options of a load are checked first, and its events, log lines and reports are complete."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_report_prints_as_one_line(store):
 
 
 class Waiting(dict):
-    """A stateful object that notes whether the garbage collector runs while it is asked."""
+    """A stateful object that records whether the garbage collector runs during its `state_dict`."""
 
     def state_dict(self):
         seen.append(gc.isenabled())

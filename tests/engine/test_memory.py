@@ -20,7 +20,7 @@ pytestmark = [
 from support.memory import BUDGET, MIB
 
 OVERHEAD = MIB
-"""What Python needs for plans and messages, whatever the size of the state."""
+"""The memory of Python for plans and messages, which does not depend on the size of the state."""
 
 
 def measured(kind: str, path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""The messages of a save, from claims to a checkpoint, without torch."""
+"""The messages of a save make one checkpoint from the claims of all ranks, without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.store_files import names_in
 
 
 def claim(rank: int, size: int, *, note: str = "same") -> Claim:
-    """Rows of one tensor, a replicated scalar, a tensor and an object of this rank alone."""
+    """Return a claim: rows of a tensor, a replica, a tensor and an object of this rank alone."""
     rows = SHAPE[0] // size
     mine, alone = f"rank.{rank}.bias", f"rank.{rank}.note"
     shapes = [SHAPE, (), (rank + 1,)]

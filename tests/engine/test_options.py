@@ -1,4 +1,4 @@
-"""Options of a save are validated before anything is created or any other rank is asked."""
+"""Options of a save are validated before any file is created or any other rank is contacted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_an_unknown_keyword_names_the_function(tmp_path):
 
 
 def test_every_keyword_is_an_option_of_the_engine_with_a_default():
-    """The typed dictionaries and the validated value can't drift apart."""
+    """The typed dictionaries and the validated class have the same fields."""
     known = set(SaveConfig.__dataclass_fields__)
     assert (
         set(AsyncSaveOptions.__annotations__) | {"overwrite", "save_id", "metrics", "step"} == known

@@ -63,7 +63,7 @@ def test_an_error_of_one_rank_is_raised_on_all_ranks(tmp_path, work, phase, culp
         assert end["cause"].startswith("Traceback (most recent call last):")
         assert "in boom" in end["cause"]
         assert end["cause"].rstrip().endswith("ValueError: boom")
-    # A rank that has reported has done its part: what befalls it now may come after the commit.
+    # A rank that has reported has completed its part, so a later failure may follow the commit.
     late = phase == "commit" and culprit != 0 and contents(path) != old
     if not late:
         assert contents(path) == old
@@ -89,7 +89,7 @@ def test_the_default_heartbeat_detects_a_dead_rank_within_ten_seconds(monkeypatc
     for name in ("SHARDKEEP_HEARTBEAT_SECONDS", "SHARDKEEP_MAX_MISSED_HEARTBEATS"):
         monkeypatch.delenv(name, raising=False)
     timeouts = Timeouts.from_settings()
-    # It may happen just after a look that saw a new sign.
+    # The process may die just after a heartbeat was seen.
     assert timeouts.heartbeat_seconds * (timeouts.max_missed_heartbeats + 1) <= 9
 
 
@@ -101,7 +101,7 @@ def writing_for_ever(ranks: Ranks, path: str) -> dict:
     if ranks.rank == 1:
         with happening("write", 1, boom):
             return ended(lambda: sk.save({"w1": torch.ones(3)}, path, ranks=ranks))
-    # 64 MiB in windows of a page or so: thousands of writes, were it not for the failure.
+    # 64 MiB in windows of about a page take thousands of writes, unless the failure stops them.
     mine = {f"w{ranks.rank}": torch.ones(1 << 24)}
     end = ended(
         lambda: sk.save(mine, path, ranks=ranks, max_host_memory=1 << 20, progress=slowly(progress))
@@ -143,7 +143,7 @@ GONE = [
 
 @pytest.mark.gloo
 def test_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
-    """Real processes; most of the time is waiting, so several jobs are under way at once."""
+    """Several jobs of real processes run at the same time, as most of the time is spent waiting."""
 
     def one(number: int) -> list:
         folder = tmp_path / str(number)
@@ -170,10 +170,10 @@ def test_killed_frozen_and_sleeping_ranks_are_named(tmp_path):
             assert end["host"] == socket.gethostname()
             why = "did not answer within 4 s" if how == "asleep" else "no heartbeat for 5 s"
             assert why in end["cause"]
-            # That ten seconds suffice on an idle machine follows from the settings, see
+            # Ten seconds on an idle machine follow from the settings, see
             # test_the_default_heartbeat_detects_a_dead_rank_within_ten_seconds.
             assert end["at"] - happened < PROMPT_SECONDS, (GONE[number], rank)
-        assert contents(path)[f"number{culprit}"] == culprit  # the old one stands
+        assert contents(path)[f"number{culprit}"] == culprit  # the old checkpoint remains
 
 
 def on_a_disk_of_its_own(ranks: Ranks, path: str) -> dict:

@@ -31,4 +31,4 @@ def test_a_killed_rank_is_named_on_all_others_within_ten_seconds(tmp_path):
         assert end is not None and (end["end"], end["rank"], end["phase"]) == ("told", 1, "write")
         assert "no heartbeat for 7.5 s" in end["cause"]
         assert end["at"] - happened < PROMPT_SECONDS
-    assert sk.open(path)["number1"].value == 1  # the old one stands
+    assert sk.open(path)["number1"].value == 1  # the old checkpoint remains

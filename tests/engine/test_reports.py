@@ -110,7 +110,7 @@ def load_slowly(ranks, store):
     return sk.load(state, store, ranks=ranks)
 
 
-def test_every_rank_learns_who_was_the_slowest():
+def test_every_rank_learns_which_rank_was_the_slowest():
     store = MemoryStore()
     sk.save({"w": torch.arange(4.0)}, store)
     reports = simulated_ranks.run(3, load_slowly, store)
@@ -123,7 +123,7 @@ def test_every_rank_learns_who_was_the_slowest():
 
 
 class PhaseRecorder:
-    """Records the phases that a session is told."""
+    """A session that records the phases reported to it."""
 
     def __init__(self):
         self.phases = []

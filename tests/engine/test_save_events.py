@@ -1,4 +1,4 @@
-"""What a save reports while it works: events, log lines, and callbacks that fail."""
+"""Events, log lines and progress of a save, and callbacks that fail."""
 
 from __future__ import annotations
 

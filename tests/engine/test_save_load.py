@@ -1,4 +1,4 @@
-"""What some ranks save, any other ranks load, bit for bit."""
+"""Any number of ranks loads, bit for bit, what any other number saved."""
 
 from __future__ import annotations
 

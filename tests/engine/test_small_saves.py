@@ -1,4 +1,4 @@
-"""Counts the Python calls that a save makes for each small tensor."""
+"""The number of Python calls that a save makes for each small tensor is limited."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def written(count: int) -> Written:
 
 
 def negotiated(count: int) -> Callable[[], None]:
-    """Return a call of all of a save but the writing, for a state that is described already."""
+    """Return a function that runs a save without writing, for a state that is described already."""
     claim = describe_state(state(count)).claim
 
     def run() -> None:
@@ -89,7 +89,7 @@ def test_the_number_of_calls_for_each_tensor_is_limited(
     counts = []
     for size in (500, 1500):
         run = work(size)
-        run()  # whatever is imported or cached at first
+        run()  # imports and caches of the first call
         with counted() as calls:
             run()
         counts.append(calls[0])
@@ -126,7 +126,7 @@ def test_many_small_tensors_are_loaded_as_they_were_saved(
     staged: bool,
     budget: int | None,
 ) -> None:
-    """Among them are empty tensors, which have no memory, and non-contiguous ones."""
+    """The tensors include empty ones, which have no memory, and non-contiguous ones."""
     path = tmp_path_factory.mktemp("small")
     kinds = [kind for kind, count in runs for _ in range(count)]
     given = {f"t{row}": tensor(kind, row) for row, kind in enumerate(kinds)}

@@ -1,4 +1,4 @@
-"""Small tensors load in columns: exactly what the general way gives, at a fraction of the work."""
+"""Small tensors are loaded in columns, with the results of the general way and far less work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def columns(bytes_at_most):
 
 
 class Counting(MemoryStore):
-    """Counts what is read of data files."""
+    """A store that counts the reads of data files."""
 
     reads = 0
 
@@ -48,7 +48,7 @@ class Counting(MemoryStore):
 
 @st.composite
 def tensors(draw):
-    """Name, shape, dtype, dtype of the template, and what of the tensor the template holds."""
+    """Return name, shape, dtype, the template's dtype, and the part that the template holds."""
     found = []
     for i in range(draw(st.integers(1, 6))):
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
@@ -61,7 +61,7 @@ def tensors(draw):
 
 
 def state_of(made):
-    """What is saved: whole, or in two pieces, cut in some dimension."""
+    """Return the state to save, with each tensor whole or cut in two along one dimension."""
     state = {}
     for name, shape, dtype, _, _, cuts in made:
         whole = values(name, shape, getattr(torch, dtype))
@@ -98,7 +98,7 @@ def template_of(made):
 
 
 def held(state):
-    """The bits of everything in a state."""
+    """Return the bits of everything in a state."""
     return {
         name: [bits(part.resolve_conj()) for _, part in value.parts]
         if isinstance(value, sk.Shards)
@@ -108,7 +108,7 @@ def held(state):
 
 
 def both_ways(store, made):
-    """What a load does with and without columns: bits and report, or the error."""
+    """Return the bits and the report, or the error, of a load with and without columns."""
     outcomes = []
     for limit in (0, 1 << 18):
         template = template_of(made)
@@ -136,7 +136,7 @@ def test_both_ways_give_the_same_bits_and_reports(made):
 
 @settings(max_examples=60)
 @given(tensors(), st.data())
-def test_both_ways_say_the_same_of_damage(made, data):
+def test_both_ways_report_damage_equally(made, data):
     store = MemoryStore()
     sk.save(state_of(made), store)
     files = [name for name in names_in(store) if name.endswith(".distcp")]
@@ -162,7 +162,7 @@ def many(count, fill=1.0):
     return {"layers": {str(i): {"weight": torch.full((16,), fill * i)} for i in range(count)}}
 
 
-def test_a_thousand_tensors_are_few_reads_and_no_copies(monkeypatch):
+def test_a_thousand_tensors_take_few_reads_and_no_copies(monkeypatch):
     store = Counting()
     sk.save(many(1000), store)
     copies = []
@@ -186,7 +186,7 @@ def test_a_thousand_tensors_are_few_reads_and_no_copies(monkeypatch):
 
 
 def calls_of(function):
-    """Python functions that it calls."""
+    """Count the calls of Python functions that a function makes."""
     count = 0
 
     def saw(frame, event, arg):
@@ -201,7 +201,7 @@ def calls_of(function):
     return count
 
 
-def test_one_more_small_tensor_costs_next_to_no_call():
+def test_another_small_tensor_costs_almost_no_calls():
     stores = {count: MemoryStore() for count in (500, 1500)}
     calls = {}
     for count, store in stores.items():
@@ -221,7 +221,7 @@ def test_one_more_small_tensor_costs_next_to_no_call():
 
             load_once()
             calls[count] = calls_of(load_once)
-    # A look at its memory, with what torch calls for its storage; all else is columns.
+    # Each tensor costs a look at its memory and torch's calls for its storage. All else is columns.
     assert (calls[1500] - calls[500]) / 1000 <= 7.1, calls
 
 
@@ -239,14 +239,16 @@ def test_memory_that_is_not_plain_is_filled_in_the_general_way():
 @pytest.mark.parametrize(
     ("saved", "part", "wanted", "resharded"),
     [
-        ([(0, 2), (2, 4)], 24, None, False),  # its rows, in order: a box that was cut on saving
-        ([(0, 2), (2, 4)], 48, None, True),  # too small for that: what two ranks had
+        ([(0, 2), (2, 4)], 24, None, False),  # rows in order: one box, cut on saving
+        ([(0, 2), (2, 4)], 48, None, True),  # not cut: the parts of two ranks
         ([(0, 2), (2, 4)], 24, (1, 4), True),
         (None, 48, (1, 4), True),
         (None, 48, None, False),
     ],
 )
-def test_what_was_cut_on_saving_is_not_resharded(monkeypatch, saved, part, wanted, resharded):
+def test_tensors_that_were_cut_on_saving_are_not_resharded(
+    monkeypatch, saved, part, wanted, resharded
+):
     monkeypatch.setenv("SHARDKEEP_MAX_CHUNK_BYTES", str(part))
     whole, store = torch.arange(12.0).reshape(4, 3), MemoryStore()
     cut = [((low, 0), whole[low:high]) for low, high in saved or [(0, 4)]]
@@ -276,7 +278,7 @@ def test_small_items_of_stock_torch_are_read_together(tmp_path, monkeypatch):
         store.put(path.name, path.read_bytes(), mode="replace")
     template = many(300, 0.0)
     sk.load(template, store)
-    assert store.reads == 2  # one for all headers, one for all payloads
+    assert store.reads == 2  # one read for all headers, one for all payloads
     assert all(held["weight"].eq(int(i)).all() for i, held in template["layers"].items())
 
 
@@ -291,7 +293,7 @@ def test_the_manifest_is_read_once():
 
 
 def items():
-    """Tensors as torch.save writes them: of two shapes, views among them."""
+    """Return tensors as torch.save writes them, of two shapes, with views among them."""
     made = []
     for i in range(6):
         base = values(f"t{i}", (4, 3 + i % 2), torch.float32)
@@ -306,14 +308,14 @@ ITEMS = items()
 
 
 def parsed(data, known=None):
-    """What an item holds, or what is wrong with it."""
+    """Return the content of an item, or its error."""
     try:
         return container.tensor(inside(data), len(data), file="f", place="t", known=known)
     except (sk.errors.FormatError, sk.errors.Damaged) as error:
         return str(error)
 
 
-def test_items_that_are_alike_are_what_they_are_alone():
+def test_similar_items_are_parsed_together_as_alone():
     known = {}
     assert [parsed(item, known) for item in ITEMS] == [parsed(item) for item in ITEMS]
     assert len(known) == 8
@@ -321,7 +323,7 @@ def test_items_that_are_alike_are_what_they_are_alone():
 
 @settings(max_examples=300)
 @given(st.sampled_from(ITEMS), st.data())
-def test_a_changed_item_is_checked_as_if_it_were_alone(item, data):
+def test_a_changed_item_is_checked_as_it_would_be_alone(item, data):
     known = {}
     for one in ITEMS:
         parsed(one, known)

@@ -1,4 +1,4 @@
-"""Random values and indexes, and what it means that two of them are the same."""
+"""Hypothesis strategies for values and indexes, and functions that compare them exactly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shardkeep.types import DTYPES, Chunks, DType, Index, Objects, Opaque, Struc
 
 
 def exact(value):
-    """A form in which two values are equal only if types, order and bits are, too."""
+    """Return a form in which values are equal only if their types, order and bits are equal."""
     kind = type(value)
     if kind in (list, tuple):
         return kind, [exact(v) for v in value]
@@ -104,7 +104,7 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-"""What `values.encode` takes."""
+"""Values that `values.encode` accepts."""
 
 files = st.lists(
     st.text(st.sampled_from("_0aé "), min_size=1, max_size=4).map(lambda t: f"sub/{t}.distcp"),
@@ -126,7 +126,7 @@ def padded(rows, width, fill):
 
 @st.composite
 def boxes(draw, shape):
-    """Some boxes inside a shape, most of them small."""
+    """Return the offsets and sizes of a box inside a shape."""
     offsets = [draw(st.integers(0, size)) for size in shape]
     sizes = [draw(st.integers(0, size - start)) for size, start in zip(shape, offsets, strict=True)]
     return draw(
@@ -136,7 +136,7 @@ def boxes(draw, shape):
 
 @st.composite
 def items(draw, nbytes):
-    """Where an item and its payload lie; the payload may be unknown."""
+    """Return where an item is stored: start, length, and payload, which may be unknown."""
     start, length = draw(st.integers(0, 2**62)), nbytes + draw(st.integers(0, 3000))
     payload = draw(st.just(-1) | st.integers(0, length - nbytes).map(lambda n: start + n))
     return start, length, payload
@@ -144,7 +144,7 @@ def items(draw, nbytes):
 
 @st.composite
 def structures(draw, names):
-    """A tree that some of the names are the leaves of."""
+    """Return a structure whose leaves are some of the names."""
     containers = {(): draw(st.sampled_from(["dict", "list", "OrderedDict"]))}
     leaves, empties = {}, {}
     for name in names:
@@ -163,7 +163,7 @@ def structures(draw, names):
 
 @st.composite
 def indexes(draw):
-    """Any `Index` that keeps the promises of its documentation."""
+    """Return any `Index` that keeps the promises of its documentation."""
     names = draw(st.lists(texts, max_size=8, unique=True))
     count = draw(st.integers(0, len(names)))
     tensor_names, object_names = tuple(names[:count]), tuple(names[count:])
@@ -226,7 +226,7 @@ def indexes(draw):
 
 
 def plain(value):
-    """An index, or a part of one, in a form in which equal means the same in all details."""
+    """Return a form of an index, or a part of it, that is equal only if all details are equal."""
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):

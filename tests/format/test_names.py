@@ -1,4 +1,4 @@
-"""Names of data files stay inside the checkpoint."""
+"""Names of data files are restricted to the checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shardkeep.format.names import safe_file_name
 @pytest.mark.parametrize(
     "name", ["__0_0.distcp", "a/b.distcp", "..a", "a..", "...", "é ", ".metadata"]
 )
-def test_good_names_stay(name):
+def test_valid_names_are_unchanged(name):
     assert safe_file_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["./a/b", "a//b", "a/./b"])
-def test_names_are_made_plain(name):
+def test_names_are_normalized(name):
     assert safe_file_name(name) in ("a/b",)
 
 
@@ -45,13 +45,13 @@ def test_names_are_made_plain(name):
         ("\ud800", "is not valid Unicode"),
     ],
 )
-def test_bad_names_are_refused(name, reason):
+def test_invalid_names_are_refused(name, reason):
     with pytest.raises(FormatError, match=f"^m: file name .* {reason}$"):
         safe_file_name(name, file="m")
 
 
 @given(st.text(st.sampled_from("./\\:Ca\0"), max_size=8))
-def test_whatever_passes_is_inside(name):
+def test_every_accepted_name_is_inside_the_checkpoint(name):
     try:
         safe = safe_file_name(name)
     except FormatError:

@@ -1,4 +1,4 @@
-"""Small values: exact there and back, and nothing else comes out of hostile JSON."""
+"""Small values are restored exactly, and hostile JSON is refused."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def through_text(value):
 
 @given(values)
 @settings(max_examples=200)
-def test_values_come_back_exactly(value):
+def test_values_are_restored_exactly(value):
     assert exact(through_text(value)) == exact(value)
 
 
 @given(keys | st.tuples(keys, keys))
-def test_keys_come_back_exactly(key):
+def test_keys_are_restored_exactly(key):
     assert exact(decode_key(loads(dumps(encode_key(key))))) == exact(key)
 
 
@@ -85,11 +85,11 @@ def test_keys_come_back_exactly(key):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_special_value_comes_back_exactly(value):
+def test_a_special_value_is_restored_exactly(value):
     assert exact(through_text(value)) == exact(value)
 
 
-def test_arrays_come_back_writable():
+def test_restored_arrays_are_writable():
     array = through_text(np.arange(3))
     array[0] = 9
     assert array.tolist() == [9, 1, 2]
@@ -139,12 +139,12 @@ _cycle.append((_cycle,))
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_what_is_not_carried_exactly_is_refused(value, reason):
+def test_values_that_cannot_be_stored_exactly_are_refused(value, reason):
     with pytest.raises(NotEncodable, match=reason):
         encode(value)
 
 
-def test_depth_is_bounded_alike_on_both_sides():
+def test_writer_and_reader_have_the_same_limit_of_depth():
     value, text = 1, "1"
     for _ in range(MAX_DEPTH):
         value, text = [value], f"[{text}]"
@@ -155,7 +155,7 @@ def test_depth_is_bounded_alike_on_both_sides():
         decode(json.loads(f"[[{text}]]"))
 
 
-def test_sharing_cannot_blow_up():
+def test_shared_values_do_not_grow_exponentially():
     value: tuple[object, ...] = ()
     for _ in range(40):
         value = (value, value)
@@ -191,7 +191,7 @@ def test_sets_have_one_order_in_every_process():
         ("1", b"1"),
     ],
 )
-def test_digests_differ_where_values_do(one, other):
+def test_digests_of_different_values_differ(one, other):
     assert digest(encode(one)) != digest(encode(other))
     assert digest(encode(one)) == digest(encode(one))
 
@@ -251,7 +251,7 @@ def test_digests_differ_where_values_do(one, other):
     ],
     ids=lambda t: t[:40],
 )
-def test_broken_json_is_one_error(text):
+def test_invalid_json_raises_a_format_error(text):
     with pytest.raises(FormatError):
         decode(loads(text, file="m"))
 
@@ -262,7 +262,7 @@ def test_an_error_of_json_names_file_and_place():
 
 
 def test_keys_with_equal_hashes_do_not_stall_the_reader():
-    prime = 2**61 - 1  # ints are hashed modulo it
+    prime = 2**61 - 1  # the hash of an int is its remainder by this number
     keys_ = [[prime * (n + 1), None] for n in range(20_000)]
     with pytest.raises(FormatError, match="equal hashes"):
         decode({"dict": keys_})

@@ -30,7 +30,7 @@ def misbehave(rank: int, size: int, how: str) -> object:
 
 
 @pytest.mark.parametrize("size", [4, 1, 2])
-def test_run(gloo: Pool, size: int) -> None:
+def test_results_are_returned_in_rank_order(gloo: Pool, size: int) -> None:
     total = sum(range(size)) + 5 * size
     assert gloo.run(add, 5, size=size) == [total * 10 + rank for rank in range(size)]
 
@@ -43,7 +43,7 @@ def test_run(gloo: Pool, size: int) -> None:
         ("unpicklable", "pickle"),
     ],
 )
-def test_failures_come_back_and_the_pool_goes_on(gloo: Pool, how: str, text: str) -> None:
+def test_failures_are_reported_and_the_pool_stays_usable(gloo: Pool, how: str, text: str) -> None:
     with pytest.raises(Failed, match=text) as caught:
         gloo.run(misbehave, how, size=2, limit=5.0)
     assert list(caught.value.errors) == [1]

@@ -38,7 +38,7 @@ def test_in_a_group():
 PASSED = ["test_in_a_group", "test_passes[a]", "test_passes[b @c]", "test_passes[d e]"]
 
 
-def test_a_parallel_run_records_what_passed_and_what_was_skipped(tmp_path):
+def test_a_parallel_run_records_passed_and_skipped_tests(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "conftest.py").write_text(CONFTEST.format(tests=str(Path(__file__).parents[1])))
     (tmp_path / "test_cases.py").write_text(CASES)

@@ -1,4 +1,4 @@
-"""`.metadata` to an index: what stock torch writes, and what nobody should."""
+"""`.metadata` of stock torch is read into an index, and invalid or hostile metadata is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def boxes(index: Index) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def test_by_hand() -> None:
+def test_metadata_made_by_hand() -> None:
     data = p.metadata({"w": p.tensor()}, GOOD)
     index = read_metadata(data + b"trailer")
     assert index.tensors.names == ("w",)
@@ -75,13 +75,13 @@ def test_replicas_count_once_and_empty_boxes_hide_nothing() -> None:
         one(p.tensor(chunks=p.listing(whole, other)))
 
 
-def test_empty_tensors_need_no_chunk() -> None:
+def test_empty_tensors_may_have_no_chunk() -> None:
     assert boxes(one(p.tensor(p.size(0, 3), p.listing()), [])) == []
     nowhere = p.listing(p.chunk(p.size(0, 0), p.size(0, 3)))
     assert boxes(one(p.tensor(p.size(0, 3), nowhere), [])) == []
 
 
-def test_storage_of_other_writers_is_taken_by_its_attributes() -> None:
+def test_storage_entries_of_other_classes_are_read_by_their_attributes() -> None:
     state = p.attributes(relative_path=p.text("a/b"), offset=p.number(1), length=p.number(2))
     index = one(storage=[GOOD[0], p.new("some.writer", "Place", state)])
     assert index.files == ("a/b",)
@@ -94,7 +94,7 @@ def test_transforms() -> None:
     assert index.chunks.transform.tolist() == [1]
 
 
-def test_a_twin_is_told_by_its_place() -> None:
+def test_a_legacy_duplicate_is_recognized_by_its_place() -> None:
     entries = {"a.0.x": p.tensor(), "a": p.entry_of_bytes(), "b": p.entry_of_bytes()}
     storage = [p.key("a.0.x", p.size(0, 0)), p.place()]
     storage += [part for name in "ab" for part in (p.key(name), p.place())]
@@ -115,11 +115,11 @@ def test_a_twin_is_told_by_its_place() -> None:
     assert next(iter(index.structure.containers)) == ()
 
 
-def test_no_planner_data() -> None:
+def test_metadata_without_planner_data() -> None:
     assert one(paths=p.NONE).structure is None
 
 
-def test_ranks_are_merged() -> None:
+def test_metadata_of_several_ranks_is_merged() -> None:
     def rank(number: int, dtype: str = "float32", shape: tuple[int, ...] = (4, 3)) -> bytes:
         chunk = p.listing(p.chunk(p.size(2 * number, 0), p.size(2, 3)))
         entries = {
@@ -140,7 +140,7 @@ def test_ranks_are_merged() -> None:
 
 
 @pytest.mark.torch
-def test_what_torch_writes(tmp_path: Path) -> None:
+def test_metadata_of_torch_is_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     state = {
@@ -169,7 +169,7 @@ def test_what_torch_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
-def test_equal_to_the_objects_that_torch_pickled() -> None:
+def test_the_index_equals_the_objects_that_torch_pickled() -> None:
     torch = pytest.importorskip("torch")
     meta = pytest.importorskip("torch.distributed.checkpoint.metadata")
     files = pytest.importorskip("torch.distributed.checkpoint.filesystem")
@@ -219,7 +219,7 @@ def test_mutations_give_an_index_or_a_format_error() -> None:
 
 
 def calls_to_read(count: int) -> int:
-    """Python functions that are called to read the metadata of so many tensors."""
+    """Count the calls of Python functions that reading the metadata of `count` tensors makes."""
     tensors = {f"layers.{n}.weight": p.tensor() for n in range(count)}
     storage = [part for name in tensors for part in (p.key(name, p.size(0, 0)), p.place())]
     data = p.metadata(tensors, storage)
@@ -239,7 +239,7 @@ def calls_to_read(count: int) -> int:
 
 
 def test_many_tensors_take_little_time() -> None:
-    """Time is calls: one more tensor costs a bounded number of them, however many there are."""
+    """Time is measured in calls: each further tensor costs a bounded number of them."""
     few, more, most = (calls_to_read(count) for count in (100, 1100, 3100))
     assert more - few <= 1000 * 420
     assert most - more <= 2000 * 420

@@ -1,4 +1,4 @@
-"""`.metadata` as stock torch reads it, and a whole checkpoint put together by hand."""
+"""Stock torch reads the `.metadata` that is written, and a whole checkpoint made by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def globals_of(data):
 
 @given(indexes())
 @settings(max_examples=50)
-def test_only_what_every_release_has_is_named(index):
+def test_the_pickle_uses_only_names_that_every_release_has(index):
     dtypes = {f"torch {DTYPES[code].name}" for code in index.tensors.dtype.tolist()}
     assert globals_of(metadata_bytes(index)) == COMMON | dtypes
 
@@ -63,7 +63,7 @@ def test_the_opcodes_are_those_of_protocol_4_in_one_frame():
 
 
 def items_of(index):
-    """What `storage_data` has to say: (name, offsets) -> (file, offset, length, transforms)."""
+    """Return the expected `storage_data`: (name, offsets) -> (file, offset, length, transforms)."""
 
     def place(table, row):
         names = index.transforms[table.transform[row]]
@@ -131,7 +131,7 @@ def test_torch_unpickles_every_index(index):
     for name, path in found.planner_data.items():
         known = index.legacy_duplicates.get(name) or structure.leaves.get(name) or (name,)
         assert path == dcp_path(known, structure.containers)
-    # What newer classes have and the pickle lacks comes from the classes.
+    # Attributes that newer classes have and the pickle lacks are taken from the classes.
     assert (found.storage_meta, found.version) == (None, None)
     pickle.dumps(found)
 
@@ -198,12 +198,12 @@ def test_many_tensors_are_quick():
     index = numbered(20_000)
     start = time.process_time()
     metadata_bytes(index)
-    # A fifth of the promise for 100,000 is 0.3 s; this leaves room for a slow machine.
+    # A fifth of the promise for 100,000 is 0.3 s. This leaves a margin for a slow machine.
     assert time.process_time() - start < 0.9
 
 
 class _Assembly:
-    """A checkpoint in the making: data in one file, rows of the index beside it."""
+    """An incomplete checkpoint: data in one file, and the rows of the index."""
 
     def __init__(self):
         self.data, self.rows, self.objects = bytearray(), [], {}
@@ -266,7 +266,7 @@ class _Assembly:
 
 
 def assembled(folder):
-    """A checkpoint of everything that is special, and the state that it holds."""
+    """Write a checkpoint with every special case; return the state that it contains."""
     torch = pytest.importorskip("torch")
     weight = torch.arange(32.0).reshape(8, 4)
     tensors = {
@@ -368,8 +368,8 @@ def test_stock_dcp_loads_a_checkpoint_made_by_hand(tmp_path):
 
 
 @pytest.mark.torch
-def test_stock_dcp_resumes_saving_over_it(tmp_path):
-    """What was read here can be written by torch again: nothing in it is half a value."""
+def test_stock_dcp_saves_over_a_checkpoint_made_by_hand(tmp_path):
+    """Torch can write all of the metadata again, so no value in it is incomplete."""
     torch = pytest.importorskip("torch")
     import torch.distributed.checkpoint as dcp
 
@@ -383,7 +383,7 @@ def test_stock_dcp_resumes_saving_over_it(tmp_path):
 
 
 @pytest.mark.torch
-def test_torchs_converter_keeps_leaves_beside_twins(tmp_path):
+def test_torchs_converter_keeps_leaves_beside_legacy_duplicates(tmp_path):
     torch = pytest.importorskip("torch")
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

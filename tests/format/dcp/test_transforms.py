@@ -1,4 +1,4 @@
-"""Stream transforms, undone within a limit."""
+"""Stream transforms are undone within a limit."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def packed(data: bytes) -> bytes:
 
 
 @given(st.binary(max_size=5000))
-def test_zstd(data: bytes) -> None:
+def test_zstd_is_decompressed(data: bytes) -> None:
     assert undo(packed(data), (ZSTD,), limit=len(data), **WHERE) == data
     assert undo(packed(packed(data)), (ZSTD, ZSTD), limit=6000, **WHERE) == data
     assert undo(data, (), limit=0, **WHERE) == data
 
 
-def test_several_frames() -> None:
+def test_several_frames_are_decompressed() -> None:
     assert undo(packed(b"a") + packed(b"b"), (ZSTD,), limit=2, **WHERE) == b"ab"
 
 
-def test_limit() -> None:
+def test_output_beyond_the_limit_is_refused() -> None:
     assert len(undo(packed(bytes(1000)), (ZSTD,), limit=1000, **WHERE)) == 1000
     with pytest.raises(
         FormatError, match=r"__0_0\.distcp, w: it decompresses to more than 999 bytes"
@@ -38,11 +38,11 @@ def test_limit() -> None:
 
 
 @pytest.mark.parametrize("name", ["stream.rot13/1", "stream.zstd/2", "stream.zstd", ""])
-def test_unknown(name: str) -> None:
+def test_unknown_transforms_are_refused(name: str) -> None:
     with pytest.raises(FormatError, match=f"unknown stream transform '{name}'"):
         undo(b"", (name,), limit=1, **WHERE)
 
 
-def test_broken() -> None:
+def test_invalid_streams_are_refused() -> None:
     with pytest.raises(FormatError, match="invalid zstd stream"):
         undo(b"nothing of the kind", (ZSTD,), limit=1000, **WHERE)

@@ -1,4 +1,4 @@
-"""Columns: whatever integers they hold come back, and take no more room than they must."""
+"""Columns of any integers are restored, and take no more space than necessary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def archive(data):
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=6))
-def test_the_smallest_type_that_holds_all_is_taken(numbers):
+def test_a_column_is_stored_in_the_smallest_sufficient_type(numbers):
     values = np.array(numbers, dtype=np.int64)
     data = written(values)
     stored = np.load(io.BytesIO(data))["x"]
@@ -45,7 +45,7 @@ def test_the_smallest_type_that_holds_all_is_taken(numbers):
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0), (2, 3), (300, 2)])
-def test_every_shape_and_order_comes_back(shape):
+def test_columns_of_every_shape_and_order_are_restored(shape):
     values = np.arange(np.prod(shape), dtype=np.int64).reshape(shape[::-1]).T
     assert archive(written(values)).column("x", *shape).tolist() == values.tolist()
 
@@ -54,7 +54,7 @@ def test_every_shape_and_order_comes_back(shape):
     ("count", "packed", "method"),
     [(100, True, "stored"), (5000, True, "deflated"), (5000, False, "stored")],
 )
-def test_only_what_is_worth_it_is_compressed(count, packed, method):
+def test_only_large_columns_are_compressed_and_only_on_request(count, packed, method):
     data = written(np.zeros(count, np.int64), packed=packed)
     (member,) = zipfile.ZipFile(io.BytesIO(data)).infolist()
     kinds = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED}

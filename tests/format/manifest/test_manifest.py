@@ -1,4 +1,4 @@
-"""The manifest: everything comes back, by range, and hostile files are one clear error."""
+"""Manifests are read as they were written, by range, and invalid ones raise a `FormatError`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(data, reader=read_manifest, **more):
 
 
 def sample(count=3):
-    """Tensors of two chunks each, two objects, a structure."""
+    """Return an index of tensors of two chunks each, two objects and a structure."""
     names = tuple(f"layers.{n}.weight" for n in range(count))
     rows = np.arange(2 * count)
     return Index(
@@ -79,7 +79,7 @@ def sample(count=3):
 
 @given(indexes())
 @settings(max_examples=100)
-def test_every_index_comes_back(index):
+def test_every_index_is_read_as_it_was_written(index):
     data = write_manifest(index, {"save_id": SAVE})
     assert plain(read(data, save_id=SAVE)) == plain(index)
     assert write_manifest(read(data), {"save_id": SAVE}) == data
@@ -88,7 +88,7 @@ def test_every_index_comes_back(index):
 
 @given(st.data())
 @settings(max_examples=150)
-def test_changed_bytes_are_found(data):
+def test_changed_bytes_are_detected(data):
     index = sample()
     good = write_manifest(index, {"save_id": SAVE})
     bad = bytearray(good)
@@ -106,7 +106,7 @@ def test_changed_bytes_are_found(data):
 
 
 @pytest.mark.parametrize("start", [0, 3])
-def test_a_flipped_byte_is_found_or_does_not_matter(start):
+def test_a_flipped_byte_is_detected_or_changes_nothing(start):
     index = sample(1)
     good = write_manifest(index, {"save_id": SAVE})
     expected = plain(index)
@@ -163,13 +163,13 @@ def _columns(table):
     return [getattr(table, name).copy() for name in type(table).__slots__[1:]]
 
 
-def test_numpy_opens_it_too():
+def test_numpy_opens_a_manifest():
     members = np.load(io.BytesIO(write_manifest(sample(), {})), allow_pickle=False)
     assert members["tensors.shape"].tolist() == [[8, 4]] * 3
     assert json.loads(members["header.json"])["files"] == ["__0_0.distcp", "__1_0.distcp"]
 
 
-def test_the_names_of_files_are_read_without_any_column_and_checked_like_all_else():
+def test_file_names_are_read_without_columns_and_are_checked():
     members = members_of(write_manifest(sample(), {"save_id": SAVE}))
     head = {"header.json": members["header.json"]}
     assert read(packed(head), read_files) == sample().files
@@ -181,13 +181,13 @@ def test_the_names_of_files_are_read_without_any_column_and_checked_like_all_els
         read(packed({"header.json": json.dumps(known).encode()}), read_files)
 
 
-def test_equal_indexes_make_equal_files():
+def test_equal_indexes_give_equal_files():
     assert write_manifest(sample(), {"save_id": SAVE}) == write_manifest(
         sample(), {"save_id": SAVE}
     )
 
 
-def test_the_save_must_be_the_one_that_is_meant():
+def test_a_manifest_of_another_save_is_refused():
     data = write_manifest(sample(), {"save_id": SAVE})
     with pytest.raises(FormatError, match=r"m, header\.json: belongs to save '0123.*, not 'ff'"):
         read(data, save_id="ff")
@@ -195,7 +195,7 @@ def test_the_save_must_be_the_one_that_is_meant():
         read(write_manifest(sample(), {}), save_id=SAVE)
 
 
-def test_what_cannot_be_written_is_refused():
+def test_an_index_that_cannot_be_written_is_refused():
     index = sample()
     with pytest.raises(NotEncodable):
         write_manifest(index, {"tool": object()})
@@ -230,7 +230,7 @@ def npy(array, **more):
 
 
 def forged(changes, head=None):
-    """A manifest with other members; checksums are right."""
+    """Return a manifest with changed members and correct checksums."""
     members = members_of(write_manifest(sample(), {"save_id": SAVE}))
     if head:
         members["header.json"] = json.dumps({**json.loads(members["header.json"]), **head}).encode()
@@ -353,17 +353,17 @@ HUGE = (
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_a_forged_manifest_is_one_error(changes, head, message):
+def test_a_forged_manifest_raises_a_format_error(changes, head, message):
     with pytest.raises(FormatError) as caught:
         plain(read(forged(changes, head)))
     assert message in str(caught.value)
 
 
 def wrapping():
-    """A manifest whose counts of checksums go once around all numbers of 64 bits, to end at one.
+    """Return an index whose counts of checksums overflow 64 bits, so that their sum is one.
 
-    Two tensors of 2**61 bytes, in as many chunks of as many blocks; between them a small one, whose
-    only checksum would be read at a negative place.
+    Its two large tensors have chunks of 2**61 bytes, and together 2**64 blocks. Between them is a
+    small tensor, whose only checksum would be read at a negative offset.
     """
     elements = 2**58
     chunks = 2**64 // (elements * 8 // BLOCK)
@@ -406,7 +406,7 @@ def wrapping():
     )
 
 
-def test_counts_that_sum_up_by_wrapping_around_are_refused():
+def test_counts_whose_sum_overflows_are_refused():
     index = wrapping()
     assert index.chunks.block[-1] == 1
     assert index.chunks.block[index.chunks.tensor.searchsorted(1)] < 0
@@ -418,7 +418,7 @@ def test_counts_that_sum_up_by_wrapping_around_are_refused():
         read(data)
 
 
-def test_a_broken_value_names_its_object():
+def test_an_error_of_a_value_names_its_object():
     data = forged({"values.npy": npy(np.frombuffer(b'0.5{"tuple":[1}}', np.uint8))})
     values = read(data).objects.values
     assert values["lr"] == 0.5
@@ -447,7 +447,7 @@ def test_deep_structures_take_no_memory():
         read(forged(changes, {"structure": structure}))
 
 
-def test_a_bomb_does_not_go_off():
+def test_a_decompression_bomb_is_refused():
     bomb = forged({"objects.crc.npy": npy(np.zeros(200_000_000, np.uint8))})
     assert len(bomb) < 300_000
     tracemalloc.start()
@@ -459,7 +459,7 @@ def test_a_bomb_does_not_go_off():
         tracemalloc.stop()
 
 
-def test_a_member_of_a_false_size_is_refused():
+def test_a_member_with_a_false_size_is_refused():
     data = bytearray(write_manifest(sample(), {}))
     entry = data.rfind(b"keys.json") - 46
     data[entry + 24 : entry + 28] = (100).to_bytes(4, "little")
@@ -467,7 +467,7 @@ def test_a_member_of_a_false_size_is_refused():
         read(bytes(data))
 
 
-def test_damage_is_told_from_forgery():
+def test_damage_and_forgery_raise_different_errors():
     data = bytearray(write_manifest(sample(), {}))
     start = data.find(b"chunks.digests.npy") + 18 + 128
     data[start] ^= 1
@@ -476,7 +476,7 @@ def test_damage_is_told_from_forgery():
         read(bytes(data))
 
 
-def test_a_stores_own_error_passes():
+def test_an_error_of_the_store_is_raised_unchanged():
     data = write_manifest(sample(), {})
 
     def read_at(offset, length):
@@ -487,7 +487,7 @@ def test_a_stores_own_error_passes():
 
 
 @pytest.mark.parametrize("data", [b"", b"PK", b"PK\x05\x06" + bytes(18), bytes(100)])
-def test_what_is_no_archive_is_refused(data):
+def test_a_file_that_is_not_an_archive_is_refused(data):
     with pytest.raises(FormatError, match=r"^m"):
         read(data)
 
@@ -500,6 +500,6 @@ def test_many_tensors_are_quick():
     outline = read(data, read_outline)
     done = time.process_time()
     assert len(outline.tensors.names) == 20_000
-    # A fifth of the promise for 100,000, with room for a slow machine.
+    # A fifth of the promise for 100,000, with a margin for a slow machine.
     assert written - start < 1.2
     assert done - written < 0.6

@@ -1,4 +1,4 @@
-"""What ranks send each other comes back as it was, and nothing else is taken for it."""
+"""Messages between ranks are restored exactly, and invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MESSAGES = st.tuples(
 
 
 @given(MESSAGES)
-def test_columns_come_back(message: Any) -> None:
+def test_columns_are_restored(message: Any) -> None:
     values, tables = message
     found, read = unpack(pack(values, tables))
     assert found == values
@@ -46,7 +46,7 @@ def test_columns_come_back(message: Any) -> None:
 
 
 @given(MESSAGES, st.data())
-def test_a_cut_message_is_refused_or_lacks_nothing(message: Any, data: Any) -> None:
+def test_a_truncated_message_is_refused_or_complete(message: Any, data: Any) -> None:
     block = pack(*message)
     cut = data.draw(st.integers(0, len(block) - 1))
     try:
@@ -57,7 +57,7 @@ def test_a_cut_message_is_refused_or_lacks_nothing(message: Any, data: Any) -> N
 
 
 @pytest.mark.parametrize("code", ["O", "V8", "<f8", "i4,i4", "M8[s]", "("])
-def test_only_integers_travel(code: str) -> None:
+def test_only_columns_of_integers_are_accepted(code: str) -> None:
     block = pack({}, {"column": np.arange(2)}).replace(b'"<i8"', b'"' + code.encode() + b'"')
     size = (len(block) - 8 - 16).to_bytes(8, "little")
     with pytest.raises(FormatError, match="invalid message from another rank"):
@@ -65,7 +65,7 @@ def test_only_integers_travel(code: str) -> None:
 
 
 def claim(index: Index) -> Claim:
-    """A claim with the names and the structure of an index."""
+    """Return a claim with the names and the structure of an index."""
     names = (*index.tensors.names, *index.objects.names)
     return Claim(
         index.tensors,
@@ -81,7 +81,7 @@ def claim(index: Index) -> Claim:
 
 
 @given(indexes(), indexes())
-def test_claims_come_back(one: Index, other: Index) -> None:
+def test_claims_are_restored(one: Index, other: Index) -> None:
     lead, mine = claim(one), claim(other)
     assert outline(mine) == outline(mine)
     block = pack_claim(mine, outline(mine))

@@ -1,4 +1,4 @@
-"""The inert pickle reader: equal to C's on what is benign, bounded on what is not."""
+"""The inert pickle reader equals Python's on harmless pickles, and is bounded on hostile ones."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ values = st.recursive(
 
 @settings(max_examples=300)
 @given(values, st.sampled_from(PROTOCOLS))
-def test_equal_to_the_real_reader(value: Any, protocol: int) -> None:
+def test_values_equal_those_of_pythons_unpickler(value: Any, protocol: int) -> None:
     data = pickle.dumps(value, protocol)
-    # The representation tells types, order, signs of zeros and NaNs apart, too.
+    # The representation also distinguishes types, order, and the signs of zeros and NaNs.
     assert repr(loads(data, CORE)) == repr(pickle.loads(data))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_what_hypothesis_rarely_makes(protocol: int) -> None:
+def test_values_that_hypothesis_rarely_generates(protocol: int) -> None:
     for value in (
         list(range(3000)),
         {n: str(n) for n in range(3000)},
@@ -146,18 +146,18 @@ def test_dtypes_of_numpy_itself_stay_as_they_are() -> None:
 
 
 class Settings:
-    """A class that no reader may know."""
+    """A class that the reader must not import."""
 
     def __init__(self) -> None:
         self.rate = 0.1
 
 
 class Names(list):  # type: ignore[type-arg]
-    """A list of one's own."""
+    """A user's own list."""
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_unknown_classes_are_stood_for(protocol: int) -> None:
+def test_unknown_classes_become_stand_ins(protocol: int) -> None:
     value = [Settings(), Settings, Names("ab"), len, uuid.UUID(int=1)]
     one, kind, names, function, known = loads(pickle.dumps(value, protocol), CORE)
     assert (one.qualname, one.state) == ("Settings", {"rate": 0.1})
@@ -183,7 +183,7 @@ def test_stand_ins_as_keys() -> None:
         loads(pickle.dumps({Settings(): 1}), CORE)
 
 
-def test_torch_without_torch() -> None:
+def test_classes_of_torch_are_read_without_torch() -> None:
     dtype = b"\x80\x02ctorch\nbfloat16\n."
     assert loads(dtype, CORE) == DType.named("bfloat16")
     assert loads(b"\x80\x02ctorch\nSize\nK\x02K\x03\x86\x85R.", CORE) == (2, 3)
@@ -204,7 +204,7 @@ def test_builders_are_called_in_place_of_classes() -> None:
     assert (type(made), made.args, made.state) == (Box, (), {"rate": 0.1})
 
 
-def test_bytes_behind_the_pickle() -> None:
+def test_bytes_after_the_pickle() -> None:
     data = pickle.dumps([1])
     assert loads_prefix(data + b"trailer", CORE) == ([1], len(data))
 
@@ -243,7 +243,7 @@ def test_persistent_ids_go_to_their_handler() -> None:
         (b"(cbuiltins\ncomplex\nK\x01K\x02K\x03o.", None),
     ],
 )
-def test_broken_ones(data: bytes, what: str | None) -> None:
+def test_invalid_pickles_are_refused(data: bytes, what: str | None) -> None:
     if what is None:
         assert isinstance(loads(data, CORE), Opaque)
         return
@@ -253,7 +253,7 @@ def test_broken_ones(data: bytes, what: str | None) -> None:
     assert str(info.value).startswith(".metadata, offset ")
 
 
-def test_the_limits_are_the_callers() -> None:
+def test_the_caller_sets_the_limits() -> None:
     nested = pickle.dumps([[[1]]])
     assert loads(nested, CORE, limits=Limits(depth=3)) == [[[1]]]
     with pytest.raises(FormatError, match="more than 2 levels deep"):

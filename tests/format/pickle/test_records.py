@@ -1,4 +1,4 @@
-"""Records and texts in one go are the bytes that one after the other gives."""
+"""Records and texts that are written together equal those that are written one by one."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_records_are_their_parts_in_order(case, step):
 
 
 @given(st.lists(st.integers(0, 2**63 - 1) | st.sampled_from([255, 256, 2**31 - 1, 2**31])))
-def test_integers_come_back(values):
+def test_integers_are_restored(values):
     coded = integers(np.array(values, np.int64))
     assert [pickle.loads(row.tobytes() + b".") for row in coded] == values
 
 
 @given(TEXTS, TEXTS)
-def test_texts_come_back_from_a_pickle(before, values):
+def test_texts_are_restored_from_a_pickle(before, values):
     out = Pickle()
     for text in before:
         out.text(text)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files and sets of them, against the reference implementation."""
+"""Headers of safetensors files, and sets of files, are read as by the reference implementation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def part(rows: int, begin: int, name: str = "w") -> bytes:
     return file_of({"__metadata__": meta, name: entry}, bytes(rows * 12))
 
 
-def test_what_the_reference_writes() -> None:
+def test_files_of_the_reference_are_read() -> None:
     reference = pytest.importorskip("safetensors.numpy")
     arrays = {
         "a": np.arange(6.0, dtype="f4").reshape(2, 3),
@@ -57,7 +57,7 @@ def test_what_the_reference_writes() -> None:
     assert index.chunks.length.tolist() == [found.tensors[n].nbytes for n in index.tensors.names]
 
 
-def test_two_small_floats_a_byte() -> None:
+def test_four_bit_floats_are_stored_in_pairs() -> None:
     entry = {"dtype": "F4", "shape": [2, 6], "data_offsets": [0, 6]}
     found = header(file_of({"a": entry}, bytes(6))).tensors["a"]
     assert (found.dtype.name, found.shape, found.nbytes) == ("float4_e2m1fn_x2", (2, 3), 6)
@@ -73,7 +73,7 @@ def test_a_set_with_shards() -> None:
     assert same.chunks.offsets.tolist() == [[0, 0]]
 
 
-def test_contradicting_parts() -> None:
+def test_contradicting_shards_are_refused() -> None:
     other = file_of({"w": {"dtype": "I8", "shape": [1, 3], "data_offsets": [0, 3]}}, b"abc")
     with pytest.raises(FormatError, match="b, tensor 'w': parts of two kinds"):
         index_of({"a": header(part(2, 0)), "b": header(other)}, None)
@@ -91,7 +91,7 @@ def test_the_index_of_a_set_decides() -> None:
         index_of(headers, {"w": "c"})
 
 
-def test_weight_map() -> None:
+def test_the_weight_map_is_checked() -> None:
     assert weight_map(b'{"metadata": {}, "weight_map": {"a": "./x/y"}}') == {"a": "x/y"}
     for data, what in (
         (b'{"weight_map": {"a": "../x"}}', "leaves the checkpoint's folder"),
@@ -119,7 +119,7 @@ def test_mutations_give_a_header_or_a_format_error() -> None:
 
 
 @pytest.mark.torch
-def test_dcp_writes_such_sets(tmp_path: Path) -> None:
+def test_sets_written_by_dcp_are_read(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     hf = pytest.importorskip("torch.distributed.checkpoint.hf_storage")

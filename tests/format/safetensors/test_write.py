@@ -1,4 +1,4 @@
-"""Safetensors files as they are written, against the reference implementation."""
+"""The reference implementation reads the safetensors files that are written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parsed(data: bytes):
 
 
 @given(tensors)
-def test_what_is_written_is_read(made) -> None:
+def test_written_headers_are_read(made) -> None:
     laid_out = layout(made, of_wholes())
     assert len(laid_out.header) % 8 == 0
     header = parsed(laid_out.header + bytes(laid_out.nbytes))
@@ -52,7 +52,7 @@ def test_what_is_written_is_read(made) -> None:
 
 
 @given(tensors)
-def test_the_reference_reads_it(made) -> None:
+def test_the_reference_reads_written_files(made) -> None:
     reference = pytest.importorskip("safetensors")
     laid_out = layout(made, of_wholes())
     data = laid_out.header + bytes(n % 251 for n in range(laid_out.nbytes))
@@ -67,7 +67,7 @@ def test_the_reference_reads_it(made) -> None:
         at += nbytes
 
 
-def test_parts_say_where_they_begin() -> None:
+def test_shards_contain_their_offsets() -> None:
     four = DType.named("float32")
     files = {}
     for number, begin in enumerate([(0, 0), (2, 0)]):
@@ -83,14 +83,14 @@ def test_parts_say_where_they_begin() -> None:
 
 
 @pytest.mark.parametrize("name", ["complex128", "qint8", "uint4", "bits8", "complex32"])
-def test_dtypes_that_the_format_lacks(name) -> None:
+def test_dtypes_that_the_format_lacks_are_refused(name) -> None:
     with pytest.raises(
         Conflict, match=rf"^tensor 'a': safetensors files can't hold {name}\[2, 3\]$"
     ):
         layout({"a": (DType.named(name), (2, 3))}, {})
 
 
-def test_names_and_shapes_that_the_format_lacks() -> None:
+def test_names_and_shapes_that_the_format_lacks_are_refused() -> None:
     small = DType.named("int8")
     with pytest.raises(Conflict, match="can be named '__metadata__'"):
         layout({"__metadata__": (small, (1,))}, {})
@@ -100,7 +100,7 @@ def test_names_and_shapes_that_the_format_lacks() -> None:
         layout({"a": (DType.named("float4_e2m1fn_x2"), ())}, {})
 
 
-def test_more_names_than_a_header_holds(monkeypatch) -> None:
+def test_more_names_than_a_header_can_hold_are_refused(monkeypatch) -> None:
     monkeypatch.setattr("shardkeep.format.safetensors.write.MAX_HEADER", 1000)
     with pytest.raises(Conflict, match=r"100 tensors need a header of .* share them out over more"):
         layout({f"{n}": (DType.named("int8"), (1,)) for n in range(100)}, {})

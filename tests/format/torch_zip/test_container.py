@@ -1,4 +1,4 @@
-"""Items: zips of stock torch, zips by hand, and zips that lie."""
+"""Items are read: zips of stock torch, zips made by hand, and invalid zips."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def as_array(data: bytes) -> np.ndarray[Any, Any]:
     return container.array(tensor, memoryview(data)[start : start + tensor.record.nbytes])
 
 
-def test_by_hand() -> None:
+def test_items_made_by_hand() -> None:
     item = p.container(p.tensor_pickle())
     tensor = stored(item)
     assert (tensor.dtype, tensor.shape, tensor.strides) == (DType.named("float32"), (2, 3), (3, 1))
@@ -77,7 +77,7 @@ def test_records_agree_with_another_reader() -> None:
             assert data == other.read(record.name)
 
 
-def test_bytes_behind_it_and_sizes_behind_the_payload() -> None:
+def test_bytes_after_the_item_and_sizes_after_the_payload() -> None:
     class Forward(io.BytesIO):
         def seekable(self) -> bool:
             return False
@@ -111,7 +111,7 @@ def test_zip64() -> None:
         (p.container(p.tensor_pickle(kind="load")), "unknown class 'torch.load'"),
     ],
 )
-def test_errors_name_item_and_place(item: bytes, what: str) -> None:
+def test_errors_name_the_item_and_the_place(item: bytes, what: str) -> None:
     with pytest.raises(FormatError) as info:
         stored(item)
     assert what in str(info.value)
@@ -131,7 +131,7 @@ def test_mutations_give_a_tensor_or_an_error() -> None:
     item = p.container(pickle)
     errors = {FormatError: 0, Damaged: 0}
     for number in range(4000):
-        # A wrong CRC-32 ends it soon: only pickles with a right one get any further.
+        # A wrong CRC-32 is refused early, so every second pickle gets a correct one.
         broken = p.container(mutated(pickle, source)) if number % 2 else mutated(item, source)
         try:
             as_array(broken)
@@ -144,7 +144,7 @@ def test_mutations_give_a_tensor_or_an_error() -> None:
 
 @pytest.mark.torch
 class TestTorch:
-    """What stock torch writes."""
+    """Items that stock torch writes."""
 
     @staticmethod
     def save(value: Any) -> bytes:
@@ -153,7 +153,7 @@ class TestTorch:
         torch.save(value, out)
         return out.getvalue()
 
-    def test_every_dtype(self) -> None:
+    def test_tensors_of_every_dtype_are_read(self) -> None:
         torch = pytest.importorskip("torch")
         for name in (
             "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 "
@@ -168,7 +168,7 @@ class TestTorch:
             assert made.dtype == DType.named(name).numpy
             assert made.shape == (2, 3) and made.tobytes() == data
 
-    def test_views_lie_as_they_are_stored(self) -> None:
+    def test_views_keep_their_stored_strides(self) -> None:
         torch = pytest.importorskip("torch")
         base = torch.arange(24.0).reshape(4, 6)
         for view in (base.T, base[1:, ::2], base[2], base[0, 0], base[:0], base[:1].expand(3, 6)):
@@ -184,7 +184,7 @@ class TestTorch:
         tensor.name_of_mine = "x"
         assert stored(self.save(tensor)).note == "saved as a torch.Tensor"
 
-    def test_lazily_conjugated_tensors_say_so_and_are_resolved(self) -> None:
+    def test_lazily_conjugated_tensors_are_marked_and_resolved(self) -> None:
         torch = pytest.importorskip("torch")
         tensor = torch.tensor([1 + 2j]).conj()
         assert stored(self.save(tensor)).conj
@@ -193,7 +193,7 @@ class TestTorch:
         negated = torch.tensor([1 + 2j]).conj().imag
         assert container.value(self.save([negated]), **WHERE)[0].tolist() == [-2.0]
 
-    def test_quantized_tensors_know_their_scale(self) -> None:
+    def test_quantized_tensors_keep_their_scale(self) -> None:
         torch = pytest.importorskip("torch")
         tensor = torch.quantize_per_tensor(torch.tensor([0.5, 1.0]), 0.5, 3, torch.qint8)
         made = stored(self.save(tensor))
@@ -221,7 +221,7 @@ class TestTorch:
         assert isinstance(made["sparse"], Opaque)
         assert opaque_classes(made)[-1] == "torch.device"
 
-    def test_tensors_inside_become_what_the_caller_makes(self) -> None:
+    def test_the_caller_chooses_the_values_of_tensors_inside_objects(self) -> None:
         torch = pytest.importorskip("torch")
         data = self.save([torch.arange(4)[1:]])
 
@@ -230,7 +230,7 @@ class TestTorch:
 
         assert container.value(data, **WHERE, make_tensor=make) == [((3,), 8, 32)]
 
-    def test_the_format_before_zips(self) -> None:
+    def test_the_format_before_zips_is_read(self) -> None:
         torch = pytest.importorskip("torch")
         out = io.BytesIO()
         torch.save(torch.ones(2), out, _use_new_zipfile_serialization=False)

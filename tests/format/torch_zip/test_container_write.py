@@ -1,4 +1,4 @@
-"""Items: any zip reader and every `torch.load` reads head + payload + tail."""
+"""Every zip reader and every `torch.load` reads a written item: head, payload and tail."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_item_is_a_zip_with_an_aligned_payload(dtype, shape, position, ali
         assert archive.read("archive/byteorder") == b"little"
 
 
-def test_a_reader_without_the_directory_finds_sizes_and_crc_behind_the_payload():
+def test_sizes_and_crc_after_the_payload_can_be_read_without_the_directory():
     item = TensorItem(FLOAT, (3,))
     payload = payload_of(item)
     behind = stored(item, payload)[len(item.head(0)) + 12 :]
@@ -65,7 +65,7 @@ def test_a_reader_without_the_directory_finds_sizes_and_crc_behind_the_payload()
     assert behind.startswith(expected)
 
 
-def test_a_wrong_crc_is_seen():
+def test_a_wrong_crc_is_detected():
     item = TensorItem(FLOAT, (3,))
     data = item.head(0) + bytes(12) + item.tail(0, 1)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -124,7 +124,7 @@ def test_quantized_tensors_are_refused(name):
         TensorItem(DType.named(name), (2,))
 
 
-def test_what_makes_no_item_is_refused():
+def test_tensors_that_cannot_be_an_item_are_refused():
     with pytest.raises(ValueError, match=r"negative size in shape \(2, -1\)"):
         TensorItem(FLOAT, (2, -1))
     for alignment in (0, 32769):
@@ -140,7 +140,7 @@ def test_many_small_items_are_cheap():
         item.head(position)
         item.tail(position, number)
         position += item.length(position)
-    # The promise is 10 us each; this leaves room for a slow machine.
+    # The promise is 10 us each. This leaves a margin for a slow machine.
     assert time.process_time() - start < 20_000 * 25e-6
 
 
@@ -169,7 +169,7 @@ def test_torch_loads_every_dtype_and_shape(dtype):
 @pytest.mark.parametrize("dtype", PLAIN, ids=str)
 @pytest.mark.torch
 def test_torch_rebuilds_from_the_same_opcodes(dtype):
-    """What `torch.save` writes and what is written here differ in the pickle's memo only."""
+    """The pickle of an item differs from that of `torch.save` only in its memo."""
     torch = pytest.importorskip("torch")
     warnings.filterwarnings("ignore", message="ComplexHalf")
     for shape in SHAPES:
@@ -187,7 +187,7 @@ def test_torch_rebuilds_from_the_same_opcodes(dtype):
 
 
 def _opcodes(pickle):
-    """The opcodes and arguments of a pickle, with its memo taken out."""
+    """Return the opcodes and arguments of a pickle without its memo."""
     memo, found, last = {}, [], None
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name in ("BINPUT", "LONG_BINPUT"):
