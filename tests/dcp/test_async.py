@@ -1,4 +1,4 @@
-"""`async_save`: what is saved is what was there at the call, and nothing is lost or left behind."""
+"""`async_save` saves the state of the call, loses no save, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TYPES = list(AsyncCheckpointerType)
 
 
 class Box:
-    """An object with a tensor of its own."""
+    """An object that contains a tensor."""
 
     def __init__(self, number: int) -> None:
         self.number, self.tensor = number, torch.full((2,), float(number))
@@ -75,7 +75,7 @@ def change(made: dict) -> None:
 
 
 def dense(made: dict) -> dict:
-    """With tensors that can be compared."""
+    """Return the state with tensors that can be compared."""
     shown = {**made, "conj": made["conj"].resolve_conj()}
     return shown | {n: v.to_dense() for n, v in made.items() if n == "sparse"}
 
@@ -104,7 +104,7 @@ def test_later_changes_are_not_saved(tmp_path, kind, stager):
         pytest.skip("this torch has no DefaultStager")
     made, expected = state(), state()
     if stager in ("default", "later"):
-        del made["sparse"], expected["sparse"]  # DefaultStager can't
+        del made["sparse"], expected["sparse"]  # DefaultStager does not support it
     options = {"checkpoint_id": tmp_path, "async_checkpointer_type": kind, **found[stager]}
     opened = threading.Timer(0.05, (gate := Gate()).open)
     dcp.async_save({"n": 0}, checkpoint_id=tmp_path / "before", async_stager=gate)
@@ -178,7 +178,7 @@ def test_state_dicts_are_called_on_the_callers_thread(tmp_path):
 
 
 class Stager(staging.BlockingAsyncStager):
-    """Somebody's own: says what is called."""
+    """A stager of a user's own class, which records its calls."""
 
     def __init__(self, synchronize: bool) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Stager(staging.BlockingAsyncStager):
 
 
 class StagingWriter(Stager, dcp.FileSystemWriter):
-    """A writer that stages."""
+    """A writer that also stages."""
 
     def __init__(self, path) -> None:
         dcp.FileSystemWriter.__init__(self, path)
@@ -302,7 +302,7 @@ def test_errors_are_those_of_save_and_leave_a_line_in_the_log(tmp_path, caplog, 
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_cannot_be_pickled_is_refused_by_name(tmp_path, kind):
+def test_values_that_cannot_be_pickled_are_refused_by_name(tmp_path, kind):
     done = dcp.async_save(
         {"fine": 1, "group": {"bad": lambda: 1}},
         checkpoint_id=tmp_path,
@@ -319,7 +319,7 @@ def test_what_cannot_be_pickled_is_refused_by_name(tmp_path, kind):
 def quiet() -> tuple[list[str], int]:
     """Return the threads and descriptors of this process, once those that end have ended.
 
-    The thread that saves stays, and the one that renews leases does so for a while.
+    The thread that saves stays, and the thread that renews leases stays for a while.
     """
     end = time.monotonic() + PROMPT_SECONDS
     while time.monotonic() < end:
@@ -402,7 +402,7 @@ def test_a_process_group_without_cpu_backend_suffices(tmp_path):
     assert sk.open(tmp_path).read("n") == 1
 
 
-def test_names_are_torchs():
+def test_names_are_those_of_torch():
     assert staging is stock_staging
     for name in ("AsyncCheckpointerType", "AsyncSaveResponse"):
         theirs = getattr(stock.state_dict_saver, name, None)
@@ -417,7 +417,7 @@ def test_saves_run_beside_collectives_of_the_training(gloo, tmp_path):
 
 
 @pytest.mark.gloo
-def test_failures_on_ranks(gloo, tmp_path):
+def test_failures_of_ranks_are_raised_on_all(gloo, tmp_path):
     told = gloo.run(dcp_async.failures, str(tmp_path), env=dcp_async.ENV)
     for rank, (thread, wrote, process, wrote_too, died, same) in enumerate(told):
         for one in (thread, process):
@@ -437,6 +437,6 @@ def test_failures_on_ranks(gloo, tmp_path):
 
 
 @pytest.mark.gloo
-def test_a_group_that_ends_before_the_save(gloo, tmp_path):
+def test_a_save_completes_after_its_group_was_destroyed(gloo, tmp_path):
     assert gloo.run(dcp_async.group_ends_first, str(tmp_path)) == ["fine"] * 4
     assert {"r0", "r1", "r2", "r3", "all"} == set(sk.open(tmp_path))

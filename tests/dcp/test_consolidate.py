@@ -1,4 +1,4 @@
-"""Sharded safetensors files into whole ones."""
+"""Sharded safetensors files are consolidated into complete ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_shards(folder: Path, files: list[dict]) -> None:
-    """Files of parts: name -> (part, where it begins)."""
+    """Write files with parts of tensors: name -> (part, its offsets)."""
     folder.mkdir(exist_ok=True)
     for number, parts in enumerate(files, 1):
         described = {
@@ -58,7 +58,7 @@ def write_shards(folder: Path, files: list[dict]) -> None:
 
 
 def halves(folder: Path, rows: int = 4) -> dict[str, torch.Tensor]:
-    """Four tensors, in two files each."""
+    """Write four tensors, each in two files; return them."""
     whole = {name: values(name, (rows, 3), torch.int64) for name in "abcd"}
     cut = rows // 2
     write_shards(
@@ -72,7 +72,7 @@ def halves(folder: Path, rows: int = 4) -> dict[str, torch.Tensor]:
 
 
 def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    """All that safetensors' own loader finds, as the index says."""
+    """Return all tensors that safetensors' own loader finds by the index."""
     weights = json.loads((folder / INDEX).read_text())["weight_map"]
     files = {file: safetensors.load_file(folder / file) for file in set(weights.values())}
     assert {name for found in files.values() for name in found} == set(weights)
@@ -99,7 +99,7 @@ def test_signatures_are_torchs(function):
 
 @st.composite
 def grids(draw):
-    """Tensors, each cut into a grid, whose parts are in some of a few files."""
+    """Return tensors, each cut into a grid whose parts are in some of a few files."""
     tensors = {}
     for number in range(draw(st.integers(1, 4))):
         shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
@@ -110,13 +110,13 @@ def grids(draw):
 
 
 @given(grids())
-def test_any_parts_are_put_together(made):
+def test_parts_of_any_grid_are_consolidated(made):
     tensors, files, slab, numbers = made
     whole = {
         name: values(name, shape, getattr(torch, kind))
         for name, (kind, shape, _) in tensors.items()
     }
-    # One file holds one part of a tensor: as many more as there are parts.
+    # A file has one part of a tensor, so there are as many more files as parts.
     shards: list[dict] = [{} for _ in range(files)]
     for name, (_, _, cuts) in tensors.items():
         spans = [list(itertools.pairwise(cut)) or [(0, 0)] for cut in cuts]
@@ -138,7 +138,7 @@ def test_any_parts_are_put_together(made):
             "weight_map"
         ]
         for file in output.glob("*.safetensors"):
-            # Hugging Face's transformers want to know who wrote it.
+            # Hugging Face's transformers require the format in the metadata.
             with safetensors.safe_open(file, "pt") as opened:
                 assert opened.metadata() == {"format": "pt"}
 
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path):
     assert torch.equal(loaded(tmp_path / "out")["w"], whole)
 
 
-def test_a_missing_part_is_noticed_before_anything_is_written(tmp_path):
+def test_a_missing_part_is_detected_before_anything_is_written(tmp_path):
     halves(tmp_path / "in")
     (tmp_path / "in" / file_name(1, 1, 1)).unlink()
     mapping = dict.fromkeys("abcd", 1)
@@ -178,7 +178,7 @@ def test_a_missing_part_is_noticed_before_anything_is_written(tmp_path):
         consolidate_safetensors_files(str(tmp_path / "none"), str(tmp_path / "out"), mapping)
 
 
-def test_a_cut_file_is_noticed(tmp_path):
+def test_a_truncated_file_is_detected(tmp_path):
     halves(tmp_path / "in")
     file = tmp_path / "in" / file_name(1, 1, 2)
     file.write_bytes(file.read_bytes()[:-1])
@@ -186,7 +186,7 @@ def test_a_cut_file_is_noticed(tmp_path):
         consolidate_safetensors_files(str(tmp_path / "in"), str(tmp_path / "out"), {"a": 1})
 
 
-def test_mappings_that_do_not_fit(tmp_path):
+def test_invalid_mappings_are_refused(tmp_path):
     whole = halves(tmp_path / "in")
     paths = str(tmp_path / "in"), str(tmp_path / "out")
     with pytest.raises(ValueError, match=r"^fqn_to_index_mapping lacks 3 tensors: b, c, d$"):
@@ -200,7 +200,7 @@ def test_mappings_that_do_not_fit(tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
     whole = halves(tmp_path / "in")
     paths = str(tmp_path / "in"), str(tmp_path / "out")
     mapping = {"a": 1, "b": 1, "c": 2, "d": 2}
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
     check(loaded(tmp_path / "out"), whole)
 
 
-def test_one_process_may_do_all_ranks_work(tmp_path):
+def test_one_process_may_consolidate_all_files(tmp_path):
     whole = halves(tmp_path / "in")
     mapping = {name: n for n, name in enumerate("abcd", 1)}
     consolidate_safetensors_files_on_every_rank(
@@ -235,7 +235,7 @@ def test_one_process_may_do_all_ranks_work(tmp_path):
 
 @pytest.mark.gloo
 @pytest.mark.skipif(torch_module("hf_storage") is None, reason="this torch has none")
-def test_what_stock_torch_wrote_on_ranks(gloo, tmp_path):
+def test_files_of_stock_torch_are_consolidated_on_ranks(gloo, tmp_path):
     assert gloo.run(dcp_hf.stocks_shards, str(tmp_path)) == ["fine"] * 4
     whole = dcp_hf.wholes()
     check(loaded(tmp_path / "whole"), whole)

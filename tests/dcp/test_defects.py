@@ -1,6 +1,6 @@
-"""What goes wrong with stock torch, and does not with Shardkeep: the same scenario on both.
+"""Scenarios in which stock torch fails and Shardkeep does not, run with both.
 
-The half about stock torch holds what a release does, so that it is known when one mends it.
+The half about stock torch records what a release does, so that a fix in a release is noticed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_metadata_executes_no_code(tmp_path, base, how):
         read()
         assert (tmp_path / "ran").exists()
         return
-    # Or the tensor is loaded, and what is hostile stays inert.
+    # Otherwise the tensor is loaded, and the hostile part stays inert.
     with suppress(dcp.CheckpointException, sk.errors.ShardkeepError):
         read()
     assert not (tmp_path / "ran").exists()
@@ -117,7 +117,7 @@ def test_metadata_executes_no_code(tmp_path, base, how):
 
 
 @pytest.mark.parametrize("base", BOTH)
-def test_a_save_that_cannot_publish_leaves_the_one_before(tmp_path, base):
+def test_a_save_that_cannot_commit_leaves_the_old_checkpoint(tmp_path, base):
     base.save({"a": torch.ones(2)}, checkpoint_id=tmp_path)
     writer = base.FileSystemWriter(tmp_path)
     writer.fs = dcp_defects.NoRename()
@@ -132,7 +132,7 @@ def test_a_save_that_cannot_publish_leaves_the_one_before(tmp_path, base):
 
 
 class Failing(stock.DefaultSavePlanner):
-    """Fails at the second item."""
+    """A planner that fails at the second item."""
 
     calls = 0
 
@@ -144,7 +144,7 @@ class Failing(stock.DefaultSavePlanner):
 
 
 @pytest.mark.parametrize("base", BOTH)
-def test_overwriting_leaves_the_files_of_the_one_before_until_it_is_done(tmp_path, base):
+def test_overwriting_keeps_the_old_files_until_the_commit(tmp_path, base):
     state = {"a": torch.ones(50), "b": torch.ones(60)}
     base.save(state, checkpoint_id=tmp_path)
     with pytest.raises(dcp.CheckpointException, match="no"):
@@ -160,7 +160,7 @@ def test_overwriting_leaves_the_files_of_the_one_before_until_it_is_done(tmp_pat
 
 
 @pytest.mark.parametrize("base", NAMES)
-def test_no_files_of_an_earlier_save_stay(gloo, tmp_path, base):
+def test_no_files_of_an_earlier_save_remain(gloo, tmp_path, base):
     gloo.run(dcp_defects.stale_files, base, str(tmp_path), size=4)
     files = {file.name for file in tmp_path.glob("*.distcp")}
     used = {
@@ -220,7 +220,7 @@ ITEMS = [item("shard", 1, 1_000_000), *(item(f"whole{i}", 100, 100) for i in ran
 
 
 @pytest.mark.parametrize("base", BOTH)
-def test_replicas_are_shared_out_by_what_is_written(base):
+def test_replicas_are_distributed_by_written_bytes(base):
     plans = [SavePlan(list(ITEMS), planner_data={}) for _ in range(2)]
     plans, _ = base.DefaultSavePlanner(flatten_state_dict=False)._dedup_save_plans(plans), None
     loads = sorted(sum(i.tensor_data.chunk.sizes[0] for i in plan.items) for plan in plans)
@@ -228,7 +228,7 @@ def test_replicas_are_shared_out_by_what_is_written(base):
 
 
 @pytest.mark.parametrize("base", BOTH)
-def test_files_are_filled_by_what_is_written(tmp_path, base):
+def test_files_are_balanced_by_written_bytes(tmp_path, base):
     class Planner(base.DefaultSavePlanner):
         def resolve_data(self, write_item):
             return torch.zeros(write_item.tensor_data.chunk.sizes)
@@ -250,7 +250,7 @@ def test_files_are_filled_by_what_is_written(tmp_path, base):
 
 
 def release_lease(writer, base, folder: Path) -> None:
-    """End a save that is not finished: ours says meanwhile that it is alive, in a file."""
+    """End an unfinished save: until then, Shardkeep's writer keeps a lease file."""
     leases = [file.name for file in folder.iterdir() if file.name.startswith(".")]
     assert len(leases) == (0 if base is stock else 1)
     if base is dcp:
@@ -313,7 +313,7 @@ def test_integers_are_consolidated(tmp_path, base):
 
 
 @pytest.mark.parametrize("base", BOTH)
-def test_nested_objects_come_back_unflattened(tmp_path, base):
+def test_nested_objects_are_loaded_unflattened(tmp_path, base):
     saved = {"w": torch.ones(2), "epoch": {"number": 3, "list": [1, 2]}}
     base.save(saved, checkpoint_id=tmp_path, planner=base.DefaultSavePlanner(False))
     loaded = {"w": torch.zeros(2), "epoch": {"number": 0, "list": [0, 0]}}
@@ -341,7 +341,7 @@ def test_objects_keep_their_integer_keys(tmp_path, base, steps):
 
 
 @pytest.mark.parametrize("base", BOTH)
-def test_another_dtype_is_not_cast_in_silence(tmp_path, base):
+def test_another_dtype_is_not_cast_silently(tmp_path, base):
     base.save({"w": torch.tensor([1 / 3, 1e10])}, checkpoint_id=tmp_path)
     loaded = {"w": torch.zeros(2, dtype=torch.float16)}
     with warnings.catch_warnings(record=True) as told:
@@ -357,7 +357,7 @@ def test_another_dtype_is_not_cast_in_silence(tmp_path, base):
 
 @pytest.mark.parametrize("base", [pytest.param(stock, id="stock"), pytest.param(dcp, id="ours")])
 def test_plain_values_are_loaded(tmp_path, base):
-    """Those of the caller stayed in torch 2.3, which is older than what Shardkeep runs on."""
+    """Torch 2.3, which is older than Shardkeep supports, kept the caller's values."""
     base.save({"lr": 0.5, "name": "x", "deep": {"n": 3}}, checkpoint_id=tmp_path)
     loaded = {"lr": 0.0, "name": "", "deep": {"n": 0}}
     base.load(loaded, checkpoint_id=tmp_path)
@@ -382,7 +382,7 @@ def test_all_ranks_raise_the_cause_of_one_ranks_failure_at_once(gloo, tmp_path, 
         if rank == 1 or base == "ours":
             assert "the loader's state is gone" in said
             assert took < PROMPT_SECONDS
-        else:  # It waits until the group's timeout, and hears nothing of the cause.
+        else:  # The rank waits until the group's timeout, and does not learn the cause.
             assert "the loader's state is gone" not in said
     if base == "stock":
         assert max(took for _, took in ends) > 2.5

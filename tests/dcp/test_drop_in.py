@@ -1,4 +1,4 @@
-"""`shardkeep.dcp` in place of `torch.distributed.checkpoint`."""
+"""`shardkeep.dcp` replaces `torch.distributed.checkpoint`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_signatures_are_torchs(name):
 
 
 @pytest.mark.parametrize("method", ["reset", "validate_checkpoint_id"])
-def test_methods_of_readers_and_writers_take_the_same(method):
+def test_methods_of_readers_and_writers_have_torchs_parameters(method):
     for name in ("FileSystemReader", "FileSystemWriter"):
         theirs, ours = (getattr(getattr(m, name), method, None) for m in (stock, dcp))
         if theirs is not None:
@@ -100,7 +100,7 @@ def test_save_and_load(tmp_path, writer, reader, how):
     if reader is dcp:
         same(loaded, saved)
         return
-    # Stock torch puts an integer key's value beside it, under the key as a string.
+    # Stock torch puts the value of an integer key under the key's text, beside the key itself.
     for number, inner in loaded["optim"]["state"].items():
         if isinstance(number, int):
             assert equal(inner, saved["optim"]["state"][number])
@@ -110,10 +110,10 @@ def test_save_and_load(tmp_path, writer, reader, how):
 
 
 def plain(value):
-    """Metadata without what is of the process that wrote or read it, class names included."""
+    """Return metadata without what depends on the process that wrote or read it."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        # Not in the index: whether gradients were wanted, and ids of torch's own saves and loads.
+        # The index has no `requires_grad`, and no ids of torch's own saves and loads.
         for name in ("requires_grad", "storage_meta", "version"):
             fields.pop(name, None)
         return type(value).__name__, fields
@@ -127,7 +127,7 @@ def plain(value):
 
 @pytest.mark.parametrize("module", [stock, dcp], ids=["stock", "ours"])
 @pytest.mark.parametrize("flatten", [True, False])
-def test_metadata_is_what_stocks_reader_says(tmp_path, module, flatten):
+def test_metadata_equals_that_of_stocks_reader(tmp_path, module, flatten):
     returned = module.save(
         state(), checkpoint_id=tmp_path, planner=module.DefaultSavePlanner(flatten)
     )
@@ -147,7 +147,7 @@ def test_metadata_is_what_stocks_reader_says(tmp_path, module, flatten):
 
 
 class Upward(stock.DefaultLoadPlanner):
-    """Loads into tensors of its own, as planners do that convert."""
+    """A planner that loads into tensors of its own, as planners that convert do."""
 
     def set_up_planner(self, state_dict, metadata=None, is_coordinator=False):
         super().set_up_planner(state_dict, metadata, is_coordinator)
@@ -167,7 +167,7 @@ def test_torchs_planner_does_not_mistake_our_checkpoints_for_old_ones(tmp_path):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("writer", [stock, dcp], ids=["stock", "ours"])
-def test_flattened_or_not_both_ways(tmp_path, writer, first, second):
+def test_flattened_and_unflattened_checkpoints_load_both_ways(tmp_path, writer, first, second):
     saved = state()
     writer.save(saved, checkpoint_id=tmp_path, planner=writer.DefaultSavePlanner(first))
     loaded = other(saved)
@@ -290,7 +290,7 @@ def test_ranks_on_disks_of_their_own_commit_nothing(gloo, tmp_path):
 
 
 class Listening(dict):
-    """A mapping that records what is put into it."""
+    """A mapping that records the values put into it."""
 
     def __setitem__(self, key, value):
         super().__setitem__(key, value)

@@ -1,4 +1,4 @@
-"""What fails is caught as torch's exception, as the class of its cause, and as an `Exception`."""
+"""Failures are caught as torch's exception, as the class of the cause, and as an `Exception`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CheckpointException = dcp.CheckpointException
 
 
 class Odd(Exception):
-    """Made of other things than it keeps."""
+    """An exception whose arguments differ from its attributes."""
 
     def __init__(self, code: int, *, where: str) -> None:
         super().__init__(f"{where}: {code}")
@@ -34,18 +34,18 @@ class Odd(Exception):
 
 
 class Disk(sk.ShardkeepError, OSError):
-    """Of two trees at once."""
+    """An exception of two hierarchies."""
 
 
 class Final(Exception):
-    """Nobody may derive from it."""
+    """An exception that does not allow subclasses."""
 
     def __init_subclass__(cls) -> None:
         raise RuntimeError("no")
 
 
 class Slots(ValueError):
-    """Without a dictionary of its own."""
+    """An exception without a `__dict__`."""
 
     __slots__ = ("place",)
 
@@ -104,7 +104,7 @@ def test_an_error_is_of_torchs_class_and_of_its_own(cause, again):
     with pytest.raises(type(cause)) as caught, as_torch(3):
         raise cause
     error = caught.value
-    if again and type(cause) is not Odd:  # It can't be pickled itself.
+    if again and type(cause) is not Odd:  # The exception itself can't be pickled.
         error = pickle.loads(pickle.dumps(error))
     assert isinstance(error, CheckpointException)
     assert isinstance(error, Exception)
@@ -146,7 +146,7 @@ def test_an_error_that_cannot_be_pickled_is_sent_as_text():
     assert repr(told[1][0]) == "RuntimeError('Odd: here: 3')"
 
 
-def test_ends_of_the_program_and_torchs_own_exceptions_pass(tmp_path):
+def test_exits_and_torchs_own_exceptions_are_not_wrapped(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped, as_torch(0):
         raise KeyboardInterrupt
     assert type(stopped.value) is KeyboardInterrupt
@@ -233,19 +233,19 @@ def test_a_message_lists_a_limited_number_of_names(tmp_path):
 
 
 class Own:
-    """A class of the user's own."""
+    """A class of the user."""
 
     def __init__(self, n: int) -> None:
         self.n = n
 
     class Inner:
-        """And one inside of it."""
+        """A class inside the class of the user."""
 
         n = 2
 
 
 def function(n: int) -> Own:
-    """What a pickle may call."""
+    """Return an object, as a function that a pickle may call."""
     return Own(n)
 
 
@@ -254,7 +254,7 @@ NAME = f"{__name__}.Own"
 
 @pytest.fixture
 def safe_globals():
-    """Those of the job, left as they were."""
+    """Restore torch's list of safe globals after a test."""
     before = torch.serialization.get_safe_globals()
     yield torch.serialization
     torch.serialization.clear_safe_globals()
@@ -278,13 +278,13 @@ def test_the_line_that_trusts_a_class(tmp_path, planner, safe_globals):
     assert (type(loaded["own"]), loaded["own"].n, loaded["n"]) == (Own, 3, 1)
 
 
-def test_the_engines_own_message_stays(tmp_path):
+def test_the_engines_own_message_is_kept(tmp_path):
     sk.save({"own": Own(3)}, tmp_path)
     with pytest.raises(sk.Untrusted, match=rf'pass trust=\["{NAME}"\]$'):
         sk.load({"own": None}, tmp_path)
 
 
-def test_trust_for_a_while(tmp_path):
+def test_trust_can_be_limited_to_a_block(tmp_path):
     if not hasattr(torch.serialization, "safe_globals"):
         pytest.skip("this torch has no such context")
     dcp.save({"own": Own(3)}, checkpoint_id=tmp_path)

@@ -1,4 +1,4 @@
-"""Examples of the kind that users run, with one import changed."""
+"""Examples of user code work with one import changed."""
 
 from __future__ import annotations
 

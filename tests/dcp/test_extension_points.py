@@ -1,4 +1,4 @@
-"""Planners and storage of users are called as torch calls them; where there are none, no steps."""
+"""Customized planners and storage are called as by torch; without any, no step is called."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", list(dcp_custom.CASES))
 def test_in_one_process(tmp_path, name, base):
     log = dcp_custom.run(0, 1, name, base, str(tmp_path))
-    # The calls of both engines were compared there: were there any to compare?
+    # `run` has compared the calls of both engines; there must be some.
     assert bool(log) == (name != "has_a_file_system_of_its_own")
 
 
@@ -43,7 +43,7 @@ def test_on_four_ranks(gloo, tmp_path, name):
 
 
 def test_the_order_of_calls_is_the_documented_one(gloo, tmp_path):
-    """As a whole, once: what stock torch does is compared in every case."""
+    """The whole order is checked once; every other case is compared with stock torch."""
     logs = gloo.run("support.dcp_custom:order", str(tmp_path), size=4)
     items = ("resolve_data", "load_bytes", "resolve_tensor", "commit_tensor")
     for rank, log in enumerate(logs):
@@ -73,7 +73,7 @@ def test_the_order_of_calls_is_the_documented_one(gloo, tmp_path):
 
 
 class OwnSavePlanner(stock.DefaultSavePlanner):
-    """Overrides nothing that is called."""
+    """A subclass without an override of a method that is called."""
 
     def __init__(self, note: str = "") -> None:
         super().__init__()
@@ -81,18 +81,18 @@ class OwnSavePlanner(stock.DefaultSavePlanner):
 
 
 class OwnLoadPlanner(dcp.DefaultLoadPlanner):
-    """Overrides nothing."""
+    """A subclass without overrides."""
 
 
 class OwnWriter(stock.FileSystemWriter):
-    """Overrides nothing that is called."""
+    """A subclass without an override of a method that is called."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, thread_count=2)
 
 
 class OwnReader(dcp.FileSystemReader):
-    """Overrides nothing."""
+    """A subclass without overrides."""
 
 
 PLAIN = [
@@ -118,7 +118,7 @@ def made(kinds: dict, path: object) -> dict:
 
 @pytest.fixture
 def no_plans(monkeypatch):
-    """No plan is made, whoever would make it."""
+    """Make every method that creates plans fail."""
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a plan was made")
@@ -140,7 +140,7 @@ def test_where_nothing_is_customised_the_engine_works_alone(tmp_path, saving, lo
 
 
 class Changed(stock.DefaultSavePlanner):
-    """Overrides something."""
+    """A subclass with an override."""
 
     def lookup_object(self, index):
         return super().lookup_object(index)
@@ -188,7 +188,7 @@ def test_every_override_is_seen_on_the_class_and_on_the_instance(tmp_path, kind,
 
 
 def test_every_method_of_the_planner_protocol_is_checked_for_overrides():
-    """What a release adds to the default planners must be looked at, too."""
+    """Methods that a release adds to the default planners must be checked, too."""
     known = {
         *engine_choice._SAVE_PLANNER,
         *engine_choice._LOAD_PLANNER,
@@ -249,7 +249,7 @@ def test_a_planner_for_torch_2_3_gets_a_warning_that_says_what_to_add(tmp_path):
 
 
 def test_a_coordinator_that_is_not_the_first_rank(gloo, tmp_path):
-    """Plans come in the order of the ranks, and `rank` is the rank in the group."""
+    """Plans are in the order of the ranks, and `rank` is the rank in the group."""
     ends = gloo.run("support.dcp_custom:with_another_coordinator", str(tmp_path), size=4)
     assert ends == [
         (rank, rank == 2, [[0], [1], [2], [3]] if rank == 2 else None) for rank in range(4)

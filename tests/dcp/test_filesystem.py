@@ -1,4 +1,4 @@
-"""Torch's file system reader and writer with Shardkeep's bytes, driven in torch's steps."""
+"""Torch's file system reader and writer produce Shardkeep's bytes when their steps are called."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ TENSORS = ("w", "b", "odd", "scalar", "none", "flags")
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("planner", [None, OwnSavePlanner], ids=["engine", "steps"])
-def test_same_files_as_stock_and_each_loads_both(tmp_path, name, planner):
+def test_files_equal_those_of_stock_and_each_loads_both(tmp_path, name, planner):
     saved = state()
     safetensors = name.startswith("safetensors")
-    if safetensors:  # Stock writes objects in front, so its files are invalid.
+    if safetensors:  # Stock torch puts objects at the start, so its files are invalid.
         saved = {key: saved[key] for key in TENSORS if key != "odd"}
     save(stock, saved, tmp_path / "stock", name)
     save(dcp, saved, tmp_path / "ours", name, planner and planner())
@@ -84,7 +84,7 @@ def test_same_files_as_stock_and_each_loads_both(tmp_path, name, planner):
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("names", [list(OPTIONS)[:6], list(OPTIONS)[6:]], ids=["files", "formats"])
-def test_same_files_on_ranks(gloo, tmp_path, names):
+def test_files_on_ranks_equal_those_of_stock(gloo, tmp_path, names):
     assert gloo.run(dcp_files.same_files, str(tmp_path), names) == ["fine"] * 4
 
 
@@ -93,7 +93,7 @@ def test_ranks_that_commit_alone_load_their_own_values(gloo, tmp_path):
     assert gloo.run(dcp_files.each_its_own, str(tmp_path)) == ["fine"] * 4
 
 
-def test_safetensors_files_are_whole_ones(tmp_path):
+def test_safetensors_files_are_valid(tmp_path):
     opened = pytest.importorskip("safetensors.torch").load_file
     saved = state()
     save(dcp, saved, tmp_path, "safetensors, 2 threads")
@@ -112,7 +112,7 @@ def test_safetensors_files_are_whole_ones(tmp_path):
 
 
 def leave_what_stock_knows(folder: Path) -> None:
-    """Leave of a checkpoint what stock torch knows of it."""
+    """Reduce a checkpoint to the files that stock torch has."""
     for file in folder.glob(".manifest-*"):
         file.unlink()
     metadata = folder / ".metadata"
@@ -125,7 +125,7 @@ def test_two_shards_of_a_tensor_in_one_safetensors_file(tmp_path):
     SHARD = stock_planner.WriteItemType.SHARD
 
     class Halves(dcp.DefaultSavePlanner):
-        """Writes `w` as two chunks."""
+        """A planner that writes `w` as two chunks."""
 
         def create_local_plan(self):
             plan = super().create_local_plan()
@@ -185,7 +185,7 @@ class Rotated(io.RawIOBase):
 
 
 class Rot13(StreamTransformExtension):
-    """Somebody's own."""
+    """A user's own extension."""
 
     by = 13
 
@@ -222,7 +222,7 @@ def test_extensions_of_users(tmp_path, writer, reader):
             dcp.load(blank(saved), checkpoint_id=tmp_path)
 
 
-def test_two_streams_are_undone_in_the_right_order(tmp_path):
+def test_two_stream_transforms_are_undone_in_the_right_order(tmp_path):
     from torch.distributed.checkpoint._extension import ZStandard
 
     saved = {"w": values("w", (7, 5), torch.float32), "step": 4}
@@ -361,7 +361,7 @@ def test_storage_meta(tmp_path, planner, trusting):
         assert len(writer.save_id) == 32
 
 
-def test_metadata_of_stock_is_what_its_pickle_says(tmp_path):
+def test_metadata_of_stock_equals_its_pickle(tmp_path):
     stock.save(state(), checkpoint_id=tmp_path)
     reader = dcp.FileSystemReader(tmp_path)
     theirs = stock.FileSystemReader(tmp_path)
@@ -385,7 +385,7 @@ def test_metadata_with_legacy_properties_and_attributes_of_its_own(tmp_path):
 
 @dataclasses.dataclass
 class OwnMetadata(Metadata):
-    """Somebody's own."""
+    """A user's own class of metadata."""
 
     note: str = ""
 
@@ -442,7 +442,7 @@ def test_paths_do_not_leave_the_folder(tmp_path):
 
 
 class Casting(stock.DefaultSavePlanner):
-    """Stores all floats as bfloat16, and says nothing of that in its plans."""
+    """A planner that stores all floats as bfloat16 without a change of its plans."""
 
     def resolve_data(self, write_item):
         data = super().resolve_data(write_item)
@@ -450,7 +450,7 @@ class Casting(stock.DefaultSavePlanner):
 
 
 @pytest.mark.parametrize("reader", [stock, dcp])
-def test_a_planner_that_casts_behind_its_plans(tmp_path, reader):
+def test_a_planner_that_casts_without_changing_its_plans(tmp_path, reader):
     dcp.save({"w": torch.arange(5.0)}, checkpoint_id=tmp_path, planner=Casting())
     assert str(sk.open(tmp_path).tensor("w").dtype) == "bfloat16"
     assert sk.open(tmp_path).verify().ok
@@ -461,7 +461,7 @@ def test_a_planner_that_casts_behind_its_plans(tmp_path, reader):
     assert loaded["w"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_what_stock_wrote_so_is_read_in_steps(tmp_path):
+def test_a_checkpoint_that_stock_wrote_with_casts_is_read_in_steps(tmp_path):
     stock.save({"w": torch.arange(5.0)}, checkpoint_id=tmp_path, planner=Casting())
     loaded = {"w": torch.zeros(5)}
     dcp.load(loaded, checkpoint_id=tmp_path, planner=OwnLoadPlanner())
@@ -469,7 +469,7 @@ def test_what_stock_wrote_so_is_read_in_steps(tmp_path):
 
 
 class OneBuffer(stock.DefaultLoadPlanner):
-    """Reads everything through the same memory, as planners for scarce memory do."""
+    """A planner that reads everything through the same memory, as planners for scarce memory do."""
 
     def set_up_planner(self, *args, **kwargs):
         super().set_up_planner(*args, **kwargs)
@@ -522,7 +522,7 @@ def test_a_subclass_that_calls_the_next_one(tmp_path):
     assert calls == [("write", 2), ("finish", 1), "metadata", ("read", 2)]
 
 
-def test_metadata_that_no_index_can_say_is_kept_as_it_is(tmp_path):
+def test_metadata_that_an_index_cannot_represent_is_kept(tmp_path):
     class Noting(dcp.DefaultSavePlanner):
         def create_global_plan(self, all_plans):
             plans, metadata = super().create_global_plan(all_plans)
@@ -541,7 +541,7 @@ def test_metadata_that_no_index_can_say_is_kept_as_it_is(tmp_path):
     assert b"strides" not in (tmp_path / ".metadata").read_bytes()
 
 
-def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
+def test_only_the_needed_bytes_are_read(tmp_path, monkeypatch):
     from shardkeep.stores import LocalStore
 
     saved = {"w": values("w", (4096, 1024), torch.float32)}
@@ -579,7 +579,7 @@ def test_metadata_of_ranks_that_saved_for_themselves(tmp_path):
     assert merged.state_dict_metadata.keys() == {"a", "n"}
 
 
-def test_json_says_what_a_safetensors_file_holds(tmp_path):
+def test_a_safetensors_file_contains_its_offsets(tmp_path):
     save(dcp, {"a": torch.ones(2, 3)}, tmp_path, "safetensors")
     (file,) = tmp_path.glob("*.distcp")
     data = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Checkpoints to files of `torch.save` and back, without a template."""
+"""Checkpoints are converted to files of `torch.save` and back, without a template."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def state() -> dict:
     }
 
 
-def test_a_checkpoint_of_ours_and_back(tmp_path):
+def test_our_checkpoints_are_converted_and_back(tmp_path):
     saved = state()
     dcp.save(saved, checkpoint_id=tmp_path / "first")
     dcp_to_torch_save(tmp_path / "first", tmp_path / "file.pt")
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_ours_and_back(tmp_path):
     ]  # fmt: skip
 
 
-def test_stocks_checkpoints_and_files(tmp_path):
+def test_checkpoints_and_files_of_stock_torch_are_converted(tmp_path):
     saved = {"model": {"w": torch.ones(2, 3)}, "list": [torch.ones(1), 2], "n": 1}
     stock.save(saved, checkpoint_id=tmp_path / "theirs")
     dcp_to_torch_save(tmp_path / "theirs", tmp_path / "ours.pt")
@@ -94,8 +94,8 @@ def test_stocks_checkpoints_and_files(tmp_path):
     assert equal(loaded, saved)
 
 
-def test_models_as_torch_saves_them(tmp_path):
-    """With an attribute on its mapping, parameters, and tensors that share a storage."""
+def test_state_dicts_of_models_are_converted(tmp_path):
+    """State dicts have an attribute, parameters, and tensors that share a storage."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     base = torch.arange(6.0)
     saved = {
@@ -115,7 +115,7 @@ def test_models_as_torch_saves_them(tmp_path):
 
 
 def same(made, told, source) -> str:
-    """Where a state differs from what `tree()` says of the checkpoint; empty if it does not."""
+    """Return where a state differs from the `tree()` of the checkpoint; empty if nowhere."""
     if isinstance(told, TensorInfo):
         if not isinstance(made, torch.Tensor) or str(made.dtype) != f"torch.{told.dtype}":
             return f"{told.name}: {made!r:.80}"
@@ -131,14 +131,14 @@ def same(made, told, source) -> str:
             return f"{made!r:.80} is not {told!r:.80}"
         return "".join(same(m, t, source) for m, t in zip(made, told, strict=True))
     if isinstance(told, Opaque) or hasattr(told, "__array__") or isinstance(made, torch.Tensor):
-        return ""  # Torch's own types, which are read without torch otherwise.
+        return ""  # Types of torch, which are read as other types without torch.
     fits = made == told or (made != made and told != told)
     fits = fits or type(made).__module__ == "torch"
     return "" if fits else f"{made!r:.80} is not {told!r:.80}"
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_checkpoints_of_all_releases(tmp_path, release):
+def test_checkpoints_of_all_releases_are_converted(tmp_path, release):
     with tarfile.open(GOLDEN / f"{release}.tar.xz") as archive:
         archive.extractall(tmp_path)
     wrong, refused, right = [], [], 0
@@ -155,7 +155,7 @@ def test_checkpoints_of_all_releases(tmp_path, release):
         wrong += [f"{name}: {line}" for line in [same(made, source.tree(), source)] if line]
         right += 1
     assert wrong == []
-    # Classes of the script that made them, and dtypes that this torch does not have.
+    # Classes of the script that made them, and dtypes that this torch lacks.
     assert {name.split(".")[0] for name in refused} <= {
         "objects",
         "dtypes_in_objects",
@@ -165,14 +165,14 @@ def test_checkpoints_of_all_releases(tmp_path, release):
 
 
 class Own:
-    """A class of the user's own."""
+    """A class of the user."""
 
     def __init__(self, n: int) -> None:
         self.n = n
 
 
 class Evil:
-    """Runs when it is read without restriction."""
+    """A class that runs code when it is unpickled without restriction."""
 
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -205,7 +205,7 @@ def test_a_file_is_read_safely(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_what_can_not_be_converted(tmp_path):
+def test_files_that_cannot_be_converted_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         torch_save_to_dcp(tmp_path / "nothing.pt", tmp_path / "ckpt")
     with pytest.raises(sk.NotACheckpoint, match="no checkpoint is committed there"):
@@ -274,7 +274,7 @@ def test_the_command(tmp_path):
     assert equal(torch.load(tmp_path / "again.pt"), saved)
 
 
-def test_the_command_says_when_there_is_nothing(tmp_path, capsys):
+def test_the_command_reports_a_missing_checkpoint(tmp_path, capsys):
     for mode in FormatMode:
         source = str(tmp_path / "nothing")
         assert format_utils._main([mode.value, source, str(tmp_path / "x")]) == 1
@@ -322,7 +322,7 @@ def test_a_file_that_one_rank_sees_into_tensors_of_all(gloo, tmp_path):
     ] * 2  # fmt: skip
 
 
-def test_what_others_take_from_here():
+def test_names_that_other_programs_import_exist():
     assert format_utils._EmptyStateDictLoadPlanner is (
         dcp.default_planner._EmptyStateDictLoadPlanner
     )

@@ -1,4 +1,4 @@
-"""The call patterns of training frameworks, with one import changed."""
+"""The call patterns of training frameworks work with one import changed."""
 
 from __future__ import annotations
 

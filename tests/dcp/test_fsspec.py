@@ -1,4 +1,4 @@
-"""Stores on top of torch's file systems, and the reader and writer of fsspec's."""
+"""Torch's file systems work as stores, and so do the reader and the writer for fsspec."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FRESH = itertools.count()
 
 
 class Dictionary(stock_files.FileSystemBase):
-    """Somebody's file system: files in a dictionary, seen when they are closed; no `ls`."""
+    """A user's file system: files in a dictionary, visible once they are closed; without `ls`."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -84,7 +84,7 @@ class Dictionary(stock_files.FileSystemBase):
 
 
 class Listing(Dictionary):
-    """The same with `ls`: bare names of one level, as some have it."""
+    """The file system with an `ls` that returns bare names of one level, as some do."""
 
     def ls(self, path: Any) -> list[str]:
         below = [name[len(path) + 1 :] for name in self.files if name.startswith(f"{path}/")]
@@ -92,21 +92,21 @@ class Listing(Dictionary):
 
 
 class Local(stock_files.FileSystem):
-    """Torch's own with something of the user's."""
+    """A subclass of torch's own file system."""
 
     def exists(self, path: Any) -> bool:
         return super().exists(path)
 
 
 class TestListing(StoreProperties):
-    """A user's file system."""
+    """The store properties on a user's file system."""
 
     def make_store(self, folder: Path) -> Store:
         return StreamStore(Listing(), "root")
 
 
 class TestLocal(StoreProperties):
-    """A user's own variant of torch's local file system."""
+    """The store properties on a user's variant of torch's local file system."""
 
     def make_store(self, folder: Path) -> Store:
         fs = Local()
@@ -114,14 +114,14 @@ class TestLocal(StoreProperties):
 
 
 class TestFsspecMemory(StoreProperties):
-    """fsspec's files in memory: two streams of one file share a position."""
+    """The store properties on fsspec's memory, where streams of a file share a position."""
 
     def make_store(self, folder: Path) -> Store:
         return fsspec_store(f"memory://run{next(FRESH)}/step")
 
 
 class TestFsspecStreams(StoreProperties):
-    """The same through streams alone."""
+    """The store properties on fsspec's files in memory, through streams alone."""
 
     def make_store(self, folder: Path) -> Store:
         fs = stock._FileSystem() if hasattr(stock, "_FileSystem") else stock.FileSystem()
@@ -129,7 +129,7 @@ class TestFsspecStreams(StoreProperties):
 
 
 class TestFsspecFiles(StoreProperties):
-    """fsspec's local files."""
+    """The store properties on fsspec's local files."""
 
     def make_store(self, folder: Path) -> Store:
         return fsspec_store(f"file://{folder}/run/step")
@@ -157,7 +157,7 @@ def url(where: str, tmp_path: Path) -> str:
 @pytest.mark.parametrize("where", ["file", "memory"])
 @pytest.mark.parametrize("planner", [None, OwnSavePlanner], ids=["engine", "steps"])
 @pytest.mark.parametrize("name", ["plain", "3 threads", "file per item", "zstd"])
-def test_urls(tmp_path, where, planner, name):
+def test_checkpoints_are_saved_and_loaded_at_urls(tmp_path, where, planner, name):
     path, saved = url(where, tmp_path), state()
     options, _ = writer_options(name)
     for number in (1, 2):  # the second one overwrites
@@ -180,7 +180,7 @@ def test_urls(tmp_path, where, planner, name):
 
 
 @pytest.mark.parametrize("where", ["file", "memory"])
-def test_what_stock_wrote_to_a_url(tmp_path, where):
+def test_checkpoints_of_stock_torch_are_loaded_from_a_url(tmp_path, where):
     path, saved = url(where, tmp_path), state()
     stock_dcp.save(saved, storage_writer=stock.FsspecWriter(path, thread_count=2))
     for own in (None, OwnLoadPlanner()):
@@ -189,7 +189,7 @@ def test_what_stock_wrote_to_a_url(tmp_path, where):
         assert equal(loaded, saved)
 
 
-def test_a_url_is_enough(tmp_path):
+def test_a_url_needs_no_storage_objects(tmp_path):
     path, saved = url("file", tmp_path), state()
     dcp.save(saved, checkpoint_id=path)
     loaded = blank(saved)
@@ -198,7 +198,7 @@ def test_a_url_is_enough(tmp_path):
     assert (tmp_path / "run" / ".metadata").exists()
 
 
-def test_signatures_are_torchs_and_classes_are_its_kind():
+def test_signatures_equal_torchs_and_classes_extend_its_classes():
     for ours, theirs_ in ((FsspecWriter, stock.FsspecWriter), (FsspecReader, stock.FsspecReader)):
         assert inspect.signature(ours) == inspect.signature(theirs_)
         assert issubclass(ours, theirs_)
@@ -210,7 +210,7 @@ def test_signatures_are_torchs_and_classes_are_its_kind():
     assert FsspecWriter.validate_checkpoint_id("memory://x")
 
 
-def test_options_go_to_fsspec():
+def test_options_are_passed_to_fsspec():
     writer = FsspecWriter("memory://options", use_listings_cache=False)
     assert writer.fs.fs.storage_options == {"use_listings_cache": False}
     assert FsspecReader("memory://options", skip_instance_cache=True).path == "memory://options"
@@ -222,14 +222,14 @@ def test_file_systems_of_users(kind, planner):
     fs = kind()
 
     class Writer(dcp.FileSystemWriter):
-        """As users have it: torch's with another file system."""
+        """A writer as users have it: torch's with another file system."""
 
         def __init__(self, path: Any) -> None:
             super().__init__("anywhere")
             self.fs, self.path = fs, fs.init_path(path)
 
     class Reader(dcp.FileSystemReader):
-        """The same."""
+        """A reader as users have it: torch's with another file system."""
 
         def __init__(self, path: Any) -> None:
             super().__init__("anywhere")
@@ -250,7 +250,7 @@ def test_file_systems_of_users(kind, planner):
 
 def test_a_failing_file_system_leaves_the_old_checkpoint():
     class Failing(Listing):
-        """Can't rename any more."""
+        """A file system whose renames fail."""
 
         fails = False
 
@@ -268,9 +268,9 @@ def test_a_failing_file_system_leaves_the_old_checkpoint():
     assert sk.open(StreamStore(fs, "place")).read("n") == 1
 
 
-def test_safetensors_are_never_gone_while_they_are_replaced():
+def test_safetensors_exist_at_all_times_while_they_are_replaced():
     class Failing(Listing):
-        """Does not rename over what is there, and not to this name when nothing is there either."""
+        """A file system that can fail to rename temporary files."""
 
         fails = False
 
@@ -297,7 +297,7 @@ def test_safetensors_are_never_gone_while_they_are_replaced():
     assert fs.files == old
 
 
-def test_a_folder_that_can_not_be_listed_is_no_file(tmp_path):
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_a_file(tmp_path):
     class Locked(Local):
         def ls(self, path: Any) -> list[str]:
             if Path(path).name == "locked":
@@ -316,7 +316,7 @@ def test_a_folder_that_can_not_be_listed_is_no_file(tmp_path):
         list(names_in(store))
 
 
-def test_local_paths_are_the_engines_own(tmp_path):
+def test_local_paths_are_accessed_by_the_engine(tmp_path):
     writer = dcp.FileSystemWriter(tmp_path)
     assert type(store_of(writer)) is LocalStore
     writer.fs.create_stream = lambda path, mode: None

@@ -1,4 +1,4 @@
-"""Hugging Face storage: safetensors files, on one rank and on several, in both directions."""
+"""Hugging Face storage reads and writes safetensors files on one rank and on several."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ needs_stock = pytest.mark.skipif(
 
 
 def state(*modules) -> dict:
-    """What all of these can write and read."""
+    """Return a state that all of the given modules can write and read."""
     kinds = dtypes(like_stock=stock in modules)
     made = {
         f"{dtype}".replace("torch.", "a."): values(f"{dtype}", (4, 3), dtype) for dtype in kinds
     }
-    if stock not in modules:  # It refuses tensors that are not contiguous.
+    if stock not in modules:  # Stock torch refuses tensors that are not contiguous.
         made["turned"] = values("t", (5, 2), torch.bfloat16).t()
     return {
         **made,
@@ -116,7 +116,7 @@ def test_safetensors_own_loader_reads_what_is_written(tmp_path, files):
     assert listing["metadata"]["total_size"] == sum(value.nbytes for value in saved.values())
 
 
-def test_what_the_reference_wrote_loads(tmp_path):
+def test_files_of_the_reference_are_loaded(tmp_path):
     saved = {name: value.detach().clone().contiguous() for name, value in flat(state()).items()}
     safetensors.save_file(saved, tmp_path / "anything.safetensors")
     loaded = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in saved.items()}
@@ -125,7 +125,7 @@ def test_what_the_reference_wrote_loads(tmp_path):
 
 
 @needs_stock
-def test_metadata_is_what_stocks_reader_says(tmp_path):
+def test_metadata_equals_that_of_stocks_reader(tmp_path):
     saved = {"w": torch.ones(4, 3), "b": torch.arange(3)}
     dcp.save(saved, storage_writer=Writer(tmp_path, save_distributed=True))
     ours = Reader(str(tmp_path)).read_metadata()
@@ -169,7 +169,7 @@ def test_several_parts_of_a_tensor_in_one_process(tmp_path):
 
 @needs_stock
 def test_stock_torch_loses_parts(tmp_path):
-    """Why they go to files of their own."""
+    """This is why the parts of a tensor are written to separate files."""
     storage = stock.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True)
     stock.save(in_parts(), storage_writer=storage)
     assert (
@@ -187,7 +187,7 @@ def test_values_other_than_tensors_are_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_safetensors_can_not_hold_is_named(tmp_path):
+def test_values_that_safetensors_cannot_hold_are_named(tmp_path):
     wide = {"w": torch.ones(2, dtype=torch.complex128)}
     with pytest.raises(sk.Conflict, match=r"tensor 'w': safetensors files can't hold complex128"):
         dcp.save(wide, storage_writer=Writer(tmp_path))
@@ -198,7 +198,7 @@ def test_what_safetensors_can_not_hold_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
     def save(number: float) -> None:
         dcp.save({"w": torch.full((1000,), number)}, storage_writer=Writer(tmp_path))
 
@@ -217,7 +217,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path, monkeypatch):
     assert sk.open(tmp_path).read("w")[0] == 3
 
 
-def test_files_of_an_earlier_save_go(tmp_path):
+def test_files_of_an_earlier_save_are_removed(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "other.safetensors").write_bytes(safetensors.save({"other": torch.ones(1)}))
     state = {name: torch.ones(2) for name in "abc"}
@@ -271,7 +271,7 @@ def test_part_of_a_set_of_files_can_be_loaded(tmp_path):
         dcp.load({"b": torch.ones(2)}, storage_reader=Reader(tmp_path))
 
 
-def test_the_index_says_which_of_two_files_it_is(tmp_path):
+def test_the_index_selects_one_of_two_files(tmp_path):
     for name, number in (("consolidated", 1.0), ("model-00001-of-00001", 2.0)):
         safetensors.save_file({"w": torch.full((2,), number)}, tmp_path / f"{name}.safetensors")
     loaded = {"w": torch.zeros(2)}
@@ -285,7 +285,7 @@ def test_the_index_says_which_of_two_files_it_is(tmp_path):
     assert loaded["w"].tolist() == [2, 2]
 
 
-def test_a_missing_shard_is_noticed(tmp_path):
+def test_a_missing_shard_is_detected(tmp_path):
     dcp.save(in_parts(), storage_writer=Writer(tmp_path, save_distributed=True))
     (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
     loaded = {name: torch.zeros_like(value) for name, value in with_parts().items()}
@@ -309,7 +309,7 @@ def test_nothing_there_and_hostile_headers(tmp_path):
             dcp.load({"w": torch.ones(1)}, storage_reader=Reader(tmp_path))
 
 
-def test_only_the_bytes_that_are_wanted_are_read(tmp_path, monkeypatch):
+def test_only_the_requested_bytes_are_read(tmp_path, monkeypatch):
     dcp.save(
         {"w": torch.arange(1 << 20), "v": torch.ones(1 << 20)}, storage_writer=Writer(tmp_path)
     )
@@ -329,7 +329,7 @@ def test_only_the_bytes_that_are_wanted_are_read(tmp_path, monkeypatch):
 
 
 class Scratch(stock.DefaultLoadPlanner):
-    """Gives one piece of memory for everything, and takes what is in it when it is committed."""
+    """A planner that provides the same memory for every tensor, and copies from it on commit."""
 
     def resolve_tensor(self, read_item):
         self.wanted = super().resolve_tensor(read_item)
@@ -342,14 +342,14 @@ class Scratch(stock.DefaultLoadPlanner):
 
 
 class Doubling(stock.DefaultSavePlanner):
-    """Saves other values, of another dtype."""
+    """A planner that saves other values, of another dtype."""
 
     def transform_object(self, write_item, value):
         return value.double() * 2
 
 
 class Counting(Reader):
-    """Does something with each item."""
+    """A reader with an action for each item."""
 
     seen = 0
 

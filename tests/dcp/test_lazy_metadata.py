@@ -1,4 +1,4 @@
-"""The metadata that a save returns is built when it is first used, and is torch's own then."""
+"""The metadata that a save returns is built on its first use, and is then torch's own."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def test_asking_for_the_class_builds_nothing(metadata):
     assert pending_build(metadata) is not None
 
 
-def test_copies_and_pickles_are_equal_to_it(metadata):
+def test_copies_and_pickles_equal_the_original(metadata):
     for made in (pickle.loads(pickle.dumps(metadata)), copy.deepcopy(metadata)):
         assert made == metadata
         assert type(made) is dcp.Metadata
     assert dataclasses.replace(metadata) == metadata
 
 
-def test_equality_of_two_that_were_not_used(tmp_path):
+def test_unused_metadata_can_be_compared(tmp_path):
     first = dcp.save(state(), checkpoint_id=tmp_path / "a")
     second = dcp.save(state(), checkpoint_id=tmp_path / "b")
     assert first != second  # their ids differ
@@ -117,7 +117,7 @@ def test_it_can_be_used_when_the_checkpoint_was_replaced_or_removed(metadata, tm
     assert set(removed.state_dict_metadata) == {"third"}
 
 
-def test_it_says_where_and_as_what_it_was_saved(tmp_path):
+def test_storage_meta_has_the_path_and_the_save_id(tmp_path):
     writer = dcp.FileSystemWriter(tmp_path)
     metadata = dcp.save(state(), storage_writer=writer)
     assert metadata.storage_meta == stock.metadata.StorageMeta(writer.path, writer.save_id)
@@ -128,7 +128,7 @@ def test_threads_that_use_it_at_once_see_one_object(metadata):
     together = threading.Barrier(4)
 
     def build_late():
-        together.wait()  # all four find nothing built yet
+        together.wait()  # nothing is built when the four threads start
         return build()
 
     lazy = lazy_metadata.lazy_metadata(build_late)
@@ -162,7 +162,7 @@ def test_a_build_that_fails_can_be_tried_again(metadata):
 def test_no_save_builds_it(tmp_path, kind):
     done = dcp.async_save(state(), checkpoint_id=tmp_path, async_checkpointer_type=kind)
     saved = done.result()
-    assert pending_build(saved) is not None  # in the other process, neither
+    assert pending_build(saved) is not None  # nor in the other process
     assert saved == dataclasses.replace(
         dcp.FileSystemReader(tmp_path).read_metadata(), storage_meta=saved.storage_meta
     )

@@ -1,4 +1,4 @@
-"""Every public name of torch's package, of the releases that were recorded, is at its place."""
+"""Every public name of torch's package in the recorded releases exists in the drop-in."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_name_can_be_imported(record, module):
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=names_page.minor)
-def test_private_modules_are_there_too(record):
+def test_private_modules_can_be_imported(record):
     for name in record.private:
         assert importlib.import_module(f"shardkeep.dcp.{name}")
         if name == "_nested_dict":
@@ -66,7 +66,7 @@ def test_signatures_agree_and_nothing_is_unexplained():
     assert names_page.compare().problems == ()
 
 
-def test_the_record_is_what_the_release_offers():
+def test_the_record_equals_the_names_of_the_release():
     (record,) = [record for record in RECORDS if names_page.minor(record) == INSTALLED]
     if record.python != f"{sys.version_info.major}.{sys.version_info.minor}":
         pytest.skip("signatures of enums and protocols differ between releases of Python")
@@ -77,11 +77,11 @@ def test_the_record_is_what_the_release_offers():
 
 
 @pytest.mark.skipif(INSTALLED != MADE_WITH, reason="the page is made with another release")
-def test_the_page_is_what_the_command_makes():
+def test_the_page_equals_the_output_of_the_command():
     assert names_page.PAGE.read_text(encoding="utf-8") == names_page.text(names_page.compare())
 
 
-def test_a_table_that_names_nothing_is_an_error(monkeypatch):
+def test_an_unused_entry_of_a_table_is_an_error(monkeypatch):
     monkeypatch.setitem(differences.BETTER, "filesystem.NoWriter", "it is not there")
     monkeypatch.setitem(differences.BETTER, "planner.LoadPlan", "torch's own can't be better")
     monkeypatch.setitem(differences.MISSING, "planner.LoadPlan", "it is there")

@@ -1,4 +1,4 @@
-"""The default planners, where a user builds on them: driven in steps, without torch's defects."""
+"""The default planners work for classes that build on them, without torch's defects."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
 ]
 GOLDEN = Path(__file__).parents[1] / "golden"
-NEVER_STORED = ("per_rank_objects",)  # Up to 2.3, objects were the coordinator's only.
+NEVER_STORED = ("per_rank_objects",)  # Up to 2.3, only the coordinator stored objects.
 
 
 class Own:
-    """A class of the user's own."""
+    """A class of the user."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -89,7 +89,7 @@ def nbytes(items: list[WriteItem]) -> int:
 
 @st.composite
 def held(draw):
-    """What each of some ranks holds: any part of some items, in any order."""
+    """Return the items of each rank: any part of some items, in any order."""
     count = draw(st.integers(1, 12))
     items = [
         shard(f"t{n}", draw(st.integers(1, 1000)), draw(st.integers(0, 3)), draw(st.integers(0, 9)))
@@ -103,7 +103,7 @@ def held(draw):
 
 @given(held(), st.booleans())
 @settings(max_examples=80)
-def test_each_item_is_written_once_by_one_that_holds_it(plans, to_lowest):
+def test_each_item_is_written_once_by_a_rank_that_has_it(plans, to_lowest):
     made = deduplicated(plans, dedup_save_to_lowest_rank=to_lowest)
     kept = [item.index for items in made for item in items]
     assert len(kept) == len(set(kept))
@@ -119,14 +119,14 @@ def test_each_item_is_written_once_by_one_that_holds_it(plans, to_lowest):
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(2, 6))
 @settings(max_examples=60)
-def test_what_all_ranks_hold_is_shared_out_evenly(sizes, ranks):
+def test_replicas_are_distributed_evenly(sizes, ranks):
     items = [shard(f"t{n}", 10**6, 0, size) for n, size in enumerate(sizes)]
     loads = [nbytes(items) for items in deduplicated([items] * ranks)]
     assert max(loads) - min(loads) <= 4 * max(sizes)
 
 
-def test_shards_weigh_what_they_hold_and_not_what_their_tensor_does():
-    """Half of the small shards is of huge tensors: by those, they would all go to one rank."""
+def test_shards_are_balanced_by_their_own_size():
+    """Half of the shards belong to huge tensors, whose size would put them all on one rank."""
     items = [shard(f"huge{n}", 10**9, 0, 100) for n in range(2)]
     items += [shard(f"small{n}", 100, 0, 100) for n in range(2)]
     plans = [[*items, shard("own", 300, 0, 300)], items, items]
@@ -140,7 +140,7 @@ def test_shards_weigh_what_they_hold_and_not_what_their_tensor_does():
         assert loads(stock.DefaultSavePlanner()) != [800, 800, 1200]
 
 
-def test_an_empty_shard_does_not_stand_in_for_the_one_at_its_offset():
+def test_an_empty_shard_does_not_replace_the_shard_at_its_offset():
     plans = [[shard("w", 8, 0, 0)], [shard("w", 8, 0, 8)]]
     for to_lowest in (True, False):
         made = deduplicated(plans, dedup_save_to_lowest_rank=to_lowest)
@@ -148,7 +148,7 @@ def test_an_empty_shard_does_not_stand_in_for_the_one_at_its_offset():
 
 
 def test_plans_do_not_depend_on_the_order_of_hashes(tmp_path):
-    """The same in a process with other hashes of strings."""
+    """A process with other hashes of strings makes the same plans."""
     import os
     import subprocess
     import sys
@@ -175,7 +175,7 @@ def test_plans_do_not_depend_on_the_order_of_hashes(tmp_path):
 
 
 @pytest.mark.gloo
-def test_ranks_share_out_what_all_hold(gloo, tmp_path):
+def test_ranks_write_equal_shares_of_replicas(gloo, tmp_path):
     shares = [sum(sizes) for sizes in gloo.run(dcp_planners.share, str(tmp_path), size=3)]
     assert max(shares) - min(shares) <= 4 * 1024 * 24 + 20_000
     assert min(shares) > 4 * 1024 * 24
@@ -184,7 +184,7 @@ def test_ranks_share_out_what_all_hold(gloo, tmp_path):
 # --- Options --------------------------------------------------------------------------------------
 
 
-def test_options_of_later_releases_are_taken(monkeypatch):
+def test_options_of_later_releases_are_accepted(monkeypatch):
     monkeypatch.setattr(default_planner, "_CACHES_PLANS", False)
     planner = dcp.DefaultSavePlanner(True, True, None, True, enable_plan_caching=True)
     assert planner.dedup_save_to_lowest_rank
@@ -197,7 +197,7 @@ def test_plans_are_kept_over_saves_until_the_state_changes(gloo, tmp_path):
     if not default_planner._CACHES_PLANS:
         pytest.skip("this torch keeps no plans")
     sent = gloo.run(dcp_planners.cached, str(tmp_path), size=2)
-    # A change of dtype (at 3) and a new name (at 5) are sent; what is as before is not.
+    # A change of dtype (at 3) and a new name (at 5) are sent; unchanged plans are not.
     assert [[count > 0 for count in counts] for counts in sent] == [
         [True, False, False, True, False, True, False]
     ] * 2
@@ -255,7 +255,7 @@ def test_values_are_loaded_under_the_keys_of_the_state(tmp_path, writer, flatten
 
 
 @pytest.mark.parametrize("flatten", [True, False], ids=["flat", "nested"])
-def test_tensors_and_containers_that_the_caller_holds_are_filled(tmp_path, flatten):
+def test_tensors_and_containers_of_the_caller_are_filled(tmp_path, flatten):
     saved = state()
     dcp.save(saved, checkpoint_id=tmp_path, planner=SavePlanner(flatten_state_dict=flatten))
     loaded = blank(saved)
@@ -291,13 +291,13 @@ def test_objects_of_classes_that_are_not_trusted_are_refused(tmp_path, flatten):
     assert loaded["own"]["it"].n == 3
 
 
-def test_a_value_that_can_not_be_saved_is_named(tmp_path):
+def test_a_value_that_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(sk.Conflict, match=r"object 'a.f' cannot be pickled"):
         dcp.save({"a": {"f": lambda: 0}}, checkpoint_id=tmp_path, planner=SavePlanner())
     assert not (tmp_path / ".metadata").exists()
 
 
-def test_checkpoints_as_of_torch_2_3_load_into_nested_states(tmp_path, monkeypatch):
+def test_checkpoints_in_the_form_of_torch_2_3_load_into_nested_states(tmp_path, monkeypatch):
     version = pytest.importorskip("torch.distributed.checkpoint._version")
     saved = state()
     monkeypatch.setattr(version, "_derived_version", "2_3")
@@ -311,7 +311,7 @@ def test_checkpoints_as_of_torch_2_3_load_into_nested_states(tmp_path, monkeypat
 
 @pytest.mark.parametrize("module", [stock, dcp], ids=["stock", "ours"])
 def test_legacy_duplicates_do_not_change_the_callers_state(tmp_path, module):
-    """For torch 2.3 a checkpoint of ours has "config" whole as well: stock's reader shows it."""
+    """For torch 2.3, the checkpoint also has "config" as one object, which stock's reader shows."""
     dcp.save({"config": {"a": 1, "b": {"c": 2}}, "w": torch.ones(1)}, checkpoint_id=tmp_path)
     reader = module.FileSystemReader(tmp_path)
     assert ("config" in reader.read_metadata().state_dict_metadata) == (module is stock)
@@ -325,7 +325,7 @@ def test_legacy_duplicates_do_not_change_the_callers_state(tmp_path, module):
 
 
 @pytest.mark.parametrize("planner", [dcp.DefaultLoadPlanner, LoadPlanner], ids=["engine", "steps"])
-def test_values_of_any_type_stay_where_the_checkpoint_has_none(tmp_path, planner):
+def test_values_that_the_checkpoint_lacks_are_unchanged(tmp_path, planner):
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path)
     meta = torch.zeros(2, device="meta")
     kept = [torch.float32, Own(4), {1, 2}]
@@ -338,7 +338,7 @@ def test_values_of_any_type_stay_where_the_checkpoint_has_none(tmp_path, planner
 
 
 @pytest.mark.parametrize("planner", [dcp.DefaultLoadPlanner, LoadPlanner], ids=["engine", "steps"])
-def test_the_planner_knows_the_metadata_afterwards(tmp_path, planner):
+def test_the_planner_has_the_metadata_after_a_load(tmp_path, planner):
     made = planner()
     for names in (["a"], ["a", "b"]):
         dcp.save(dict.fromkeys(names, torch.ones(1)), checkpoint_id=tmp_path)
@@ -350,7 +350,7 @@ def test_the_planner_knows_the_metadata_afterwards(tmp_path, planner):
 
 
 def strings(value):
-    """With keys as strings, as torch's metadata has them."""
+    """Return the value with keys as strings, as in torch's metadata."""
     if isinstance(value, dict):
         return {str(key): strings(inner) for key, inner in value.items()}
     return [strings(inner) for inner in value] if isinstance(value, list) else value
@@ -358,12 +358,12 @@ def strings(value):
 
 @pytest.mark.parametrize("writer", [stock, dcp], ids=["stock", "ours"])
 @pytest.mark.parametrize("flatten", [True, False], ids=["flat", "nested"])
-def test_an_empty_state_is_filled_with_all_there_is(tmp_path, writer, flatten):
+def test_an_empty_state_is_filled_with_the_whole_checkpoint(tmp_path, writer, flatten):
     saved = state()
     writer.save(saved, checkpoint_id=tmp_path, planner=writer.DefaultSavePlanner(flatten))
     loaded: dict = {}
     dcp.load(loaded, checkpoint_id=tmp_path, planner=_EmptyStateDictLoadPlanner())
-    # Integer keys are strings where torch's metadata tells of them, and in its own objects.
+    # Integer keys are strings if they come from torch's metadata, and in its own objects.
     assert equal(loaded, strings(saved) if flatten or writer is stock else saved)
 
 
@@ -379,7 +379,7 @@ def test_an_empty_state_is_filled_with_all_there_is(tmp_path, writer, flatten):
     ],
 )
 @pytest.mark.parametrize("steps", [False, True], ids=["engine", "steps"])
-def test_some_keys_of_a_checkpoint(tmp_path, keys, found, steps):
+def test_some_keys_of_a_checkpoint_are_loaded(tmp_path, keys, found, steps):
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args, **kwargs):
             return super().read_metadata(*args, **kwargs)
@@ -390,7 +390,7 @@ def test_some_keys_of_a_checkpoint(tmp_path, keys, found, steps):
     assert equal(loaded, strings(found) if steps else found)
 
 
-def test_keys_where_torchs_metadata_tells_no_paths(tmp_path):
+def test_keys_are_loaded_without_paths_in_torchs_metadata(tmp_path):
     stock.save({"a": 1, "b": {"c": 2}}, checkpoint_id=tmp_path,
                planner=stock.DefaultSavePlanner(False))  # fmt: skip
     loaded: dict = {}
@@ -410,7 +410,7 @@ def test_a_state_that_is_not_empty_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("release", ["2.0.1", "2.3.1", "2.15.0"])
-def test_an_empty_state_from_other_releases(tmp_path, release):
+def test_an_empty_state_is_filled_from_other_releases(tmp_path, release):
     from compat.expected import compare
 
     with tarfile.open(GOLDEN / f"{release}.tar.xz") as archive:
@@ -431,7 +431,7 @@ def test_an_empty_state_from_other_releases(tmp_path, release):
         wrong += [line for line in lines if not (file.parent.name in allowed and "missing" in line)]
         right += 1
     assert wrong == []
-    # Classes of the script that wrote them; dtypes that this torch does not have, or allocate.
+    # Classes of the script that wrote them, and dtypes that this torch lacks or can't allocate.
     assert {name.split(".")[0] for name in refused} <= {
         "objects",
         "dtypes_in_objects",
@@ -456,7 +456,7 @@ def test_optimizer_state_of_fsdp_is_laid_out_without_a_template(gloo, tmp_path):
         assert "the checkpoint has no flattened state under 'nothing'" in line
 
 
-def test_optimizer_state_comes_whole_without_a_process_group(tmp_path):
+def test_optimizer_state_is_not_sharded_without_a_process_group(tmp_path):
     from shardkeep.dcp.optimizer import load_sharded_optimizer_state_dict
 
     optim = {"state": {"w": {"m": values("m", (3, 2), torch.float32), "step": torch.tensor(4.0)}},

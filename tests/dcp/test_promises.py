@@ -1,4 +1,4 @@
-"""The promises of torch's own compatibility tests for checkpoints."""
+"""The promises of torch's own compatibility tests for checkpoints hold."""
 
 from __future__ import annotations
 
@@ -133,16 +133,14 @@ def nested() -> dict:
 
 @pytest.mark.parametrize("planner", LOADING, ids=HOW)
 @pytest.mark.parametrize("saver", ["stock", "ours", "our steps"])
-def test_what_was_saved_acting_as_2_3_loads_into_nested_states(
-    tmp_path, monkeypatch, saver, planner
-):
+def test_checkpoints_saved_as_by_2_3_load_into_nested_states(tmp_path, monkeypatch, saver, planner):
     saved = nested()
     monkeypatch.setattr(_version, "_derived_version", "2_3")
     more = {"planner": OwnSavePlanner()} if saver == "our steps" else {}
     (stock if saver == "stock" else dcp).save(saved, checkpoint_id=tmp_path, **more)
     monkeypatch.undo()
     if saver != "ours":
-        assert "no_tensors" in sk.open(tmp_path)  # one object, as 2.3 kept it
+        assert "no_tensors" in sk.open(tmp_path)  # one object, as 2.3 stored it
         assert "no_tensors.epoch" not in sk.open(tmp_path)
     loaded = blank(saved)
     dcp.load(loaded, checkpoint_id=tmp_path, planner=planner and planner())
@@ -150,7 +148,7 @@ def test_what_was_saved_acting_as_2_3_loads_into_nested_states(
 
 
 @pytest.mark.parametrize("planner", LOADING[:2], ids=HOW[:2])
-def test_what_2_3_wrote_loads_into_nested_states(tmp_path, planner):
+def test_checkpoints_of_2_3_load_into_nested_states(tmp_path, planner):
     with tarfile.open(GOLDEN / "2.3.1.tar.xz") as archive:
         archive.extractall(tmp_path)
     done = 0

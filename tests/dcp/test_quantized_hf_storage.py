@@ -1,4 +1,4 @@
-"""Block-quantized Hugging Face checkpoints, dequantized while they are read."""
+"""Block-quantized Hugging Face checkpoints are dequantized while they are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEANING = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def write(folder, *files) -> None:
-    """A set of files, with an index."""
+    """Write a set of files with an index."""
     weights = {}
     for number, tensors in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
@@ -34,7 +34,7 @@ def write(folder, *files) -> None:
 
 
 def float8(rows: int, columns: int, block: int) -> tuple[dict, torch.Tensor]:
-    """A float8 matrix with its scales, and what it means, block by block."""
+    """Return a float8 matrix with its scales, and its values computed block by block."""
     made = torch.Generator().manual_seed(rows)
     weight = torch.randn(rows, columns, generator=made).to(torch.float8_e4m3fn)
     scales = torch.rand(-(-rows // block), -(-columns // block), generator=made) + 0.5
@@ -48,7 +48,7 @@ def float8(rows: int, columns: int, block: int) -> tuple[dict, torch.Tensor]:
 
 
 def mxfp4(*outer: int, groups: int = 3, nbytes: int = 4) -> tuple[dict, torch.Tensor]:
-    """Bytes of two 4-bit floats each, with exponents, and what they mean, one by one."""
+    """Return packed 4-bit floats with exponents, and their values computed one by one."""
     blocks = values("b", (*outer, groups, nbytes), torch.uint8)
     scales = values("s", (*outer, groups), torch.uint8) % 20 + 117
     meaning = []
@@ -64,7 +64,7 @@ def mxfp4(*outer: int, groups: int = 3, nbytes: int = 4) -> tuple[dict, torch.Te
 
 
 def part(meaning: torch.Tensor, *cuts: slice) -> tuple[Parts, torch.Tensor]:
-    """A template that wants a part of a tensor, and what it should get."""
+    """Return a template for a part of a tensor, and the expected values."""
     ranges = [range(*cut.indices(n)) for cut, n in zip(cuts, meaning.shape, strict=True)]
     box = tuple(r.start for r in ranges), tuple(len(r) for r in ranges)
     return Parts.of(torch.zeros_like(meaning), [box]), meaning[cuts]
@@ -123,8 +123,8 @@ def test_any_part_of_mxfp4(tmp_path, outer, last, step, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(stock, "QuantizedHuggingFaceStorageReader"), reason="none here")
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_values_are_stocks(tmp_path, target):
-    """Out of float8 only: of mxfp4, stock torch 2.13 reads no more than the first values."""
+def test_values_equal_those_of_stock_torch(tmp_path, target):
+    """This compares float8 only: of mxfp4, stock torch 2.13 reads only the first values."""
     tensors, meaning = float8(300, 200, 128)
     write(tmp_path, tensors)
     found = []
@@ -144,7 +144,7 @@ def test_one_file_without_an_index(tmp_path):
     assert same(loaded["m.weight"], meaning)
 
 
-def test_what_has_no_scales_stays_as_it_is(tmp_path):
+def test_tensors_without_scales_are_unchanged(tmp_path):
     tensors = {"m.weight": torch.ones(2, 2), "m_blocks": torch.arange(4)}
     write(tmp_path, tensors)
     loaded = {name: torch.zeros_like(value) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""What fails in any step, on any ranks, is raised on all of them with its cause, and soon."""
+"""A failure in any step, on any ranks, is soon raised on all of them with its cause."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ CASES = [
 
 
 class Ours(Exception):
-    """A user's error, which knows more than its text."""
+    """A user's error with attributes besides its text."""
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text, code)
@@ -81,7 +81,7 @@ class Ours(Exception):
 
 
 class Unpicklable(Exception):
-    """Holds what can't travel."""
+    """An error that contains a value that can't be pickled."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -89,7 +89,7 @@ class Unpicklable(Exception):
 
 
 class Unreadable(Exception):
-    """Pickles, but can't be made again: its arguments are not those of `__init__`."""
+    """An error that can't be unpickled, since its arguments are not those of `__init__`."""
 
     def __init__(self, text: str, *, code: int) -> None:
         super().__init__(text)
@@ -169,7 +169,7 @@ def failed_alike(results: list, who: tuple[int, ...], text: str, kind: type) -> 
 
 
 @pytest.mark.parametrize(("step", "who"), list(dict.fromkeys(CASES)))
-def test_a_failed_step_is_raised_everywhere(tmp_path, step, who):
+def test_the_error_of_a_step_is_raised_on_all_ranks(tmp_path, step, who):
     for steps, call in ((SAVING, "save"), (LOADING, "load")):
         if step not in steps:
             continue
@@ -187,7 +187,7 @@ def test_a_failed_step_is_raised_everywhere(tmp_path, step, who):
 
 
 @pytest.mark.parametrize("step", ["create_local_plan", "write_data", "finish"])
-def test_what_was_saved_before_stays(tmp_path, step):
+def test_the_old_checkpoint_remains_after_a_failure(tmp_path, step):
     job = Job(tmp_path)
     job.works()
     before = (tmp_path / ".metadata").read_bytes()
@@ -279,7 +279,7 @@ def test_an_interrupt_ends_its_rank_and_fails_the_others(tmp_path, interrupt):
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("step", list(SAVING))
 def test_without_collectives_a_failure_reaches_the_others(tmp_path, step, who):
-    """And no rank commits what it has written."""
+    """No rank commits what it has written."""
     job = Job(tmp_path, use_collectives=False)
     job.failing.at(step, who, lambda rank: OSError(f"disk {rank} is full"))
     failed_alike(job.save(), who, "disk {rank} is full", OSError)
@@ -308,7 +308,7 @@ def test_ranks_that_read_different_metadata_raise_an_error(tmp_path):
 
 
 class Same:
-    """A reader that all ranks call the same."""
+    """A reader with the same name on all ranks."""
 
     checkpoint_id = "the checkpoint"
 

@@ -43,7 +43,7 @@ def test_the_page_is_what_the_table_says(found):
 
 
 def resolved(name):
-    """Whether the installed torch has something under this name."""
+    """Return whether the installed torch has an object under this name."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:

@@ -3,16 +3,16 @@
     python make.py OUT --seed 1
 
 Every case becomes a folder `OUT/<case>` with `ckpt`, what torch wrote, and `expected.json`, what
-was saved. `OUT/manifest.json` tells for each case whether this release could write it and, if not,
-why.
+was saved. `OUT/manifest.json` records for each case whether this release could write it and, if
+not, why.
 
-The script stands alone (the standard library, numpy and any torch from 2.0 on), because it runs in
+The script needs only the standard library, numpy and any torch from 2.0 on, because it runs in
 environments where nothing of Shardkeep can be installed. Values follow from the seed by arithmetic,
 not from torch's generator, so that every release saves the same numbers.
 
 Importing torch takes seconds, so one process (and four for the cases with several ranks) serves all
-cases. A case that fails in a way that may leave ranks out of step, or outlives its time, costs its
-processes their life: the next case gets new ones.
+cases. If a case fails in a way that may leave ranks out of step, or exceeds its time, its processes
+are ended, and the next case gets new ones.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ import torch.distributed.checkpoint as dcp
 State = dict[str, Any]
 
 CHECKPOINT = "ckpt"
-"""Saved to by this relative path: newer releases store the writer's path in `.metadata`."""
+"""The path of each checkpoint, relative because newer releases store it in `.metadata`."""
 
 RANKS = 4
 SECONDS_PER_CASE = 120
@@ -64,7 +64,7 @@ RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")
 
 
 class NotInThisReleaseError(Exception):
-    """What the case needs does not exist in the running torch."""
+    """A case needs a feature that the running torch does not have."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class NotInThisReleaseError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a case knows: who it is, and a source of numbers."""
+    """The identity of a case and a rank, and a source of numbers."""
 
     case: str
     seed: int
@@ -81,12 +81,12 @@ class Run:
     notes: dict[str, str]
 
     def steps(self, name: str, count: int) -> np.ndarray:
-        """`count` whole numbers from 0 to 250, from a start that seed, case and name decide."""
+        """Return `count` integers from 0 to 250; the first depends on seed, case and name."""
         start = zlib.crc32(f"{self.seed}/{self.case}/{name}".encode())
         return (start % 251 + 92 * np.arange(count, dtype=np.int64)) % 251
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A tensor of any dtype whose values are exact in that dtype."""
+        """Return a tensor of any dtype whose values are exact in that dtype."""
         count = int(np.prod(shape, dtype=np.int64))
         if dtype.is_complex:
             parts = self.steps(name, 2 * count).reshape(count, 2) / 16 - 7.8125
@@ -106,14 +106,14 @@ class Run:
         return torch.from_numpy(3 * steps - 376).to(dtype).reshape(shape)
 
     def raw(self, name: str, *shape: int) -> torch.Tensor:
-        """Bytes with every bit used, to be viewed as a dtype that has no arithmetic."""
+        """Return bytes that use every bit, to be viewed as a dtype without arithmetic."""
         count = int(np.prod(shape, dtype=np.int64))
         return torch.from_numpy(self.steps(name, count).astype(np.uint8)).reshape(shape)
 
 
 @dataclass
 class RunSettings:
-    """A user's own class: no reader can import it, and every reader must survive it."""
+    """A user's own class, which no reader can import and every reader must handle."""
 
     name: str
     rate: float
@@ -131,7 +131,7 @@ Point = namedtuple("Point", ["x", "y"])
 
 
 def nested_state(run: Run) -> State:
-    """A model, its optimizer and every kind of plain value, as a training script nests them."""
+    """Return a model, its optimizer and every kind of plain value, as in a training script."""
     return {
         "model": {
             "layers": {
@@ -181,24 +181,24 @@ def nested_state(run: Run) -> State:
 
 
 def small_state(run: Run) -> State:
-    """Two tensors and a number, where the case is about the writer and not about the state."""
+    """Return two tensors and a number, for cases that test a writer and not a state."""
     return {"a": run.tensor("a", 4, 4), "n": {"i": 1, "w": run.tensor("w", 5)}}
 
 
 def many_tensors(run: Run, count: int = 12) -> State:
-    """Enough items of growing size that writer threads get different shares."""
+    """Return enough items of growing size that writer threads get different shares."""
     return {f"t{i:02}": run.tensor(f"t{i}", i + 1, 3) for i in range(count)} | {"n": 5}
 
 
 def deep(depth: int, leaf: Any, wrap: Callable[[Any], Any]) -> Any:
-    """`leaf` inside `depth` containers."""
+    """Return `leaf` inside `depth` containers."""
     for _ in range(depth):
         leaf = wrap(leaf)
     return leaf
 
 
 def objects_state(run: Run) -> State:
-    """Objects that users put beside their tensors."""
+    """Return objects that users save with their tensors."""
     array = run.steps("array", 6)
     return {
         "numpy": {
@@ -294,7 +294,7 @@ def base64_of(data: bytes) -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """The elements in row-major order. Read from memory: not every dtype can become numpy."""
+    """Return the elements in row-major order, from memory: numpy lacks some dtypes."""
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     if not tensor.is_contiguous():
@@ -304,7 +304,7 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def describe_quantizer(tensor: torch.Tensor) -> dict[str, Any]:
-    """What turns the stored integers of a quantized tensor into numbers."""
+    """Return the parameters that turn the integers of a quantized tensor into numbers."""
     scheme = tensor.qscheme()
     name = str(scheme).removeprefix("torch.")
     if scheme in (torch.per_tensor_affine, torch.per_tensor_symmetric):
@@ -339,7 +339,7 @@ def describe_array(value: np.ndarray | np.generic) -> dict[str, Any]:
 
 
 def describe_own(value: Any) -> dict[str, Any]:
-    """An object whose class only the writing program has: readers show the name and the state."""
+    """Describe an object of a class of this script: readers show its name and its state."""
     state = value.value if isinstance(value, enum.Enum) else value
     state = tuple(state) if isinstance(state, tuple) else getattr(state, "__dict__", state)
     kind = type(value)
@@ -348,7 +348,7 @@ def describe_own(value: Any) -> dict[str, Any]:
 
 
 def describe(value: Any) -> dict[str, Any]:
-    """A value as JSON, exact to the bit and without the need for torch to read it."""
+    """Describe a value as JSON, exact to the bit, so that reading it needs no torch."""
     kind = type(value)
     if isinstance(value, torch.Tensor):
         return describe_tensor(value)
@@ -380,7 +380,7 @@ def describe(value: Any) -> dict[str, Any]:
 
 
 def first_of(*places: str) -> Any:
-    """The first of the dotted names "module:attribute" that this release has."""
+    """Return the first of the dotted names "module:attribute" that this release has."""
     for place in places:
         module, _, attribute = place.partition(":")
         with contextlib.suppress(ImportError, AttributeError):
@@ -389,7 +389,7 @@ def first_of(*places: str) -> Any:
 
 
 def only_known(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options, if this release's `function` takes them all."""
+    """Return the options, if this release's `function` accepts all of them."""
     known = inspect.signature(function).parameters
     missing = sorted(set(options) - set(known))
     if missing:
@@ -415,12 +415,12 @@ def file_writer(**options: Any) -> Any:
 
 
 def dtensor_name(name: str) -> Any:
-    """A name of the DTensor package, which was private before 2.5."""
+    """Return an object of the DTensor package, which was private before 2.5."""
     return first_of(f"torch.distributed.tensor:{name}", f"torch.distributed._tensor:{name}")
 
 
 def cpu_mesh(ranks: Sequence[Any], names: tuple[str, ...] | None = None) -> Any:
-    """A mesh of the ranks as they are nested in the list."""
+    """Return a mesh of the ranks as they are nested in the list."""
     if names is not None:
         make = first_of("torch.distributed.device_mesh:init_device_mesh")
         return make("cpu", np.array(ranks).shape, mesh_dim_names=names)
@@ -428,7 +428,7 @@ def cpu_mesh(ranks: Sequence[Any], names: tuple[str, ...] | None = None) -> Any:
 
 
 def placed(full: torch.Tensor, mesh: Any, *placements: Any) -> Any:
-    """This rank's part of `full`: "r" for a replica, a number for the dimension that is split."""
+    """Return this rank's part of `full`: "r" is a replica, a number is the dimension to split."""
     if RELEASE < (2, 1):
         raise NotInThisReleaseError("the checkpoint package of 2.0 knows no DTensor")
     shard, replicate = dtensor_name("Shard"), dtensor_name("Replicate")
@@ -440,7 +440,7 @@ def placed(full: torch.Tensor, mesh: Any, *placements: Any) -> Any:
 
 
 def whole(value: Any) -> Any:
-    """The state with every DTensor gathered. Called on all ranks, in one order."""
+    """Return the state with every DTensor gathered; called on all ranks in the same order."""
     if hasattr(value, "full_tensor"):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -449,7 +449,7 @@ def whole(value: Any) -> Any:
 
 
 def sharded_tensor(full: torch.Tensor, dim: int, ranks: int = RANKS, group: Any = None) -> Any:
-    """A ShardedTensor in chunks along `dim`, filled with this rank's part of `full`."""
+    """Return a ShardedTensor in chunks along `dim`, filled with this rank's part of `full`."""
     make = first_of("torch.distributed._shard.sharded_tensor:empty")
     specification = first_of("torch.distributed._shard.sharding_spec:ChunkShardingSpec")
     places = [f"rank:{rank}/cpu" for rank in range(ranks)]
@@ -470,7 +470,7 @@ def hugging_face_writer(**options: Any) -> Any:
 
 
 def sharded_option() -> dict[str, bool]:
-    """How this release's HuggingFace writer is told to write every rank's shards."""
+    """Return the option with which this release's HuggingFace writer writes every rank's shards."""
     writer = first_of("torch.distributed.checkpoint:HuggingFaceStorageWriter")
     known = inspect.signature(writer.__init__).parameters
     return {name: True for name in ("save_distributed", "save_sharded") if name in known}
@@ -482,7 +482,7 @@ def sharded_option() -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Case:
-    """One golden checkpoint: who writes it, with how many ranks."""
+    """One golden checkpoint: the function that writes it, and its number of ranks."""
 
     name: str
     ranks: int
@@ -493,7 +493,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(ranks: int = 1, name: str = "") -> Callable[[Callable[[Run], State]], Any]:
-    """Enter a function as a case under its own name."""
+    """Register a function as a case under its own name."""
 
     def enter(write: Callable[[Run], State]) -> Callable[[Run], State]:
         chosen = name or write.__name__
@@ -540,7 +540,7 @@ def shapes(run: Run) -> State:
 
 @case()
 def special_values(run: Run) -> State:
-    """Bit patterns that a conversion through another type would change."""
+    """Save bit patterns that a conversion through another type would change."""
     words = [0x7FC00001, 0xFFC12345, 0x7F800001, 0x80000000, 0x00000001, 0x7F7FFFFF, 0xFF800000]
     bits32 = torch.tensor([word - 2**32 if word >> 31 else word for word in words]).int()
     bits16 = torch.tensor([0x7FC1, -0x7FFF, 0x0001, -0x8000, 0x7C01, run.seed]).short()
@@ -583,7 +583,7 @@ def keys(run: Run) -> State:
 
 @case()
 def int_keys(run: Run) -> State:
-    """torch turns keys into text, so that readers see "0"; expected.json keeps what was saved."""
+    """Save integer keys: torch turns them into text, but expected.json keeps them."""
     state = {
         "layers": {0: run.tensor("0", 2, 2), 1: run.tensor("1", 3), 10: run.tensor("10", 1)},
         "mixed": {0: run.tensor("m0", 2), "a": run.tensor("ma", 2), -1: "minus", "1.5": 1.5},
@@ -609,7 +609,7 @@ def empty_state(run: Run) -> State:
 
 @case()
 def tied(run: Run) -> State:
-    """One tensor under several names: torch writes its bytes once for each."""
+    """Save one tensor under several names: torch writes its bytes once for each."""
     shared = torch.nn.Parameter(run.tensor("embedding", 6, 4))
     state = {
         "embedding.weight": shared,
@@ -685,7 +685,7 @@ def no_flatten(run: Run) -> State:
 
 @case()
 def no_flatten_nested(run: Run) -> State:
-    """Unflattened, each top-level value is one object, whatever it holds."""
+    """Save without flattening: each top-level value is one object, whatever it contains."""
     view = run.tensor("base", 4, 6)
     state = {
         "top": run.tensor("top", 2),
@@ -701,7 +701,7 @@ def no_flatten_nested(run: Run) -> State:
 
 @case()
 def derived_v2_3(run: Run) -> State:
-    """The naming of 2.3 and older, which newer releases keep behind a switch."""
+    """Save with the naming of 2.3 and older, which newer releases keep behind a switch."""
     version: Any = importlib.import_module("torch.distributed.checkpoint._version")
     before, version._derived_version = version._derived_version, "2_3"
     try:
@@ -713,7 +713,7 @@ def derived_v2_3(run: Run) -> State:
 
 @case()
 def legacy_tensor_properties(run: Run) -> State:
-    """Properties of the class that ShardedTensor brought, as all releases before 2.3 stored."""
+    """Save properties of the class that ShardedTensor introduced, as all releases before 2.3 do."""
     legacy = first_of("torch.distributed._shard.sharded_tensor.metadata:TensorProperties")
     helpers: Any = importlib.import_module("torch.distributed.checkpoint.planner_helpers")
     before, helpers.TensorProperties = helpers.TensorProperties, legacy
@@ -764,7 +764,7 @@ def hf_safetensors_sharded(run: Run) -> State:
 
 
 def unusual_dtypes() -> dict[str, Callable[[Run], torch.Tensor]]:
-    """How to make a tensor of each dtype that has no arithmetic, or no plain elements."""
+    """Return functions that create a tensor of each dtype without arithmetic or plain elements."""
 
     def per_tensor(run: Run, name: str) -> torch.Tensor:
         return torch.quantize_per_tensor(run.tensor(name, 4, 5), 0.125, 3, getattr(torch, name))
@@ -802,7 +802,7 @@ def unusual_dtypes() -> dict[str, Callable[[Run], torch.Tensor]]:
 
 
 def enter_dtype(name: str, make: Callable[[Run], torch.Tensor]) -> None:
-    """A case of its own, since one dtype that cannot be saved would take the others along."""
+    """Add a case for one dtype; in a shared case, its failure would fail the others."""
 
     def write(run: Run) -> State:
         save(state := {"t": make(run), "plain": run.tensor("plain", 2)})
@@ -817,7 +817,7 @@ for unusual in unusual_dtypes().items():
 
 @case()
 def dtypes_in_objects(run: Run) -> State:
-    """Tensors in a tuple are part of an object, where torch saves dtypes that it else cannot."""
+    """Save tensors in a tuple, as parts of an object: torch saves more dtypes there."""
     kept = {}
     for name, make in unusual_dtypes().items():
         try:
@@ -866,7 +866,7 @@ def dtensor_1d(run: Run) -> State:
 
 @case(RANKS)
 def dtensor_uneven(run: Run) -> State:
-    """Shards of unequal size, none empty: what 2.1 and 2.2 can do of dtensor_1d."""
+    """Save shards of unequal size, none empty: the part of dtensor_1d that 2.1 and 2.2 support."""
     mesh = cpu_mesh(list(range(RANKS)))
     full = {"rows": run.tensor("rows", 7, 4), "bias": run.tensor("bias", 5)}
     full["columns"] = run.tensor("columns", 3, 10)
@@ -900,7 +900,7 @@ def dtensor_2d(run: Run) -> State:
 
 @case(RANKS)
 def uneven_2d(run: Run) -> State:
-    """Shards of unequal size, and ranks that hold none of a tensor."""
+    """Save shards of unequal size, with ranks that have no part of a tensor."""
     return on_square(
         run,
         {
@@ -916,7 +916,7 @@ def uneven_2d(run: Run) -> State:
 
 @case(RANKS)
 def hsdp(run: Run) -> State:
-    """Replicas of shards, as FSDP2 makes them on a mesh of (replicate, shard)."""
+    """Save replicas of shards, as FSDP2 makes them on a mesh of (replicate, shard)."""
     return on_square(
         run,
         {
@@ -931,7 +931,7 @@ def hsdp(run: Run) -> State:
 
 @case(RANKS)
 def fsdp2(run: Run) -> State:
-    """FSDP2 and its optimizer. The gradients are set, since gloo lacks what backward needs."""
+    """Save FSDP2 and its optimizer. Gradients are set by hand, as gloo cannot run its backward."""
     fully_shard = first_of(
         "torch.distributed.fsdp:fully_shard", "torch.distributed._composable.fsdp:fully_shard"
     )
@@ -953,7 +953,7 @@ def fsdp2(run: Run) -> State:
 
 @case(RANKS)
 def tp_fsdp2(run: Run) -> State:
-    """Tensor parallelism inside FSDP2: rows that two mesh dimensions split, the inner one first."""
+    """Save tensor parallelism inside FSDP2: two mesh dimensions split rows, the inner one first."""
     fully_shard = first_of(
         "torch.distributed.fsdp:fully_shard", "torch.distributed._composable.fsdp:fully_shard"
     )
@@ -974,7 +974,7 @@ def tp_fsdp2(run: Run) -> State:
 
 
 def fill(run: Run, model: torch.nn.Module) -> None:
-    """Give every parameter numbers of the seed."""
+    """Fill every parameter with numbers of the seed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(run.tensor(name, *parameter.shape))
@@ -995,7 +995,7 @@ def sharded_tensors(run: Run) -> State:
 
 @case(RANKS)
 def per_rank_objects(run: Run) -> State:
-    """Values that one rank alone has. What a release drops of them is left out of expected.json."""
+    """Save values of single ranks; expected.json omits those that a release drops."""
     tensors = [run.tensor(f"t{rank}", rank + 1, 2) for rank in range(RANKS)]
     shared = {"common": run.tensor("common", 4, 4), "epoch": 3}
     mine = {"rank": run.rank, "t": tensors[run.rank]}
@@ -1011,7 +1011,7 @@ def per_rank_objects(run: Run) -> State:
 
 @case(RANKS)
 def no_collectives(run: Run) -> State:
-    """One `.metadata` a rank. Each rank saves another "i", so expected.json leaves it out."""
+    """Save one `.metadata` per rank. Each rank has another "i", so expected.json omits it."""
     tensors = {f"t{rank}": run.tensor(f"t{rank}", 3, 3) for rank in range(RANKS)}
     mine = f"t{run.rank}"
     save({mine: tensors[mine], "i": run.rank}, use_collectives=False)
@@ -1020,7 +1020,7 @@ def no_collectives(run: Run) -> State:
 
 @case(RANKS)
 def save_over(run: Run) -> State:
-    """Saved by four ranks, then by two to the same path: two stale files stay."""
+    """Save on four ranks, then on two to the same path: two stale files remain."""
     pair = dist.new_group([0, 1])
     first, second = run.tensor("first", 8, 2), run.tensor("second", 6, 2)
     save({"w": sharded_tensor(first, 0), "step": 1})
@@ -1033,7 +1033,7 @@ def save_over(run: Run) -> State:
 
 
 def hf_ranks(run: Run, **options: Any) -> State:
-    """DTensors through the HuggingFace writer, the shards of every rank in files of its own."""
+    """Save DTensors with the HuggingFace writer, the shards of each rank in separate files."""
     mesh = cpu_mesh(list(range(RANKS)))
     full = {
         "rows": run.tensor("rows", 8, 4),
@@ -1059,7 +1059,7 @@ def hf_multi_rank_consolidated(run: Run) -> State:
 
 @case()
 def async_save(run: Run) -> State:
-    """Last of its processes: it needs a group of one, which the cases before must not have."""
+    """Save asynchronously; this runs last, as other cases must not have its group of one."""
     begin = first_of(
         "torch.distributed.checkpoint:async_save",
         "torch.distributed.checkpoint.state_dict_saver:async_save",
@@ -1076,7 +1076,7 @@ def async_save(run: Run) -> State:
 
 
 def reason(error: BaseException) -> str:
-    """The exception at the root, in one line and without the places of this machine's files."""
+    """Return the root exception in one line, without paths of this machine."""
     failures = getattr(error, "failures", None)  # of the checkpoint package: rank -> (error, stack)
     if failures:
         return reason(next(iter(failures.values()))[0])
@@ -1085,7 +1085,7 @@ def reason(error: BaseException) -> str:
 
 
 def attempt(chosen: Case, out: pathlib.Path, seed: int, rank: int) -> dict[str, Any]:
-    """Write one case. `in_step` tells whether other ranks may go on with this one afterwards."""
+    """Write one case; `in_step` in the result says whether the ranks can run another case."""
     folder = out / chosen.name
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
@@ -1103,7 +1103,7 @@ def attempt(chosen: Case, out: pathlib.Path, seed: int, rank: int) -> dict[str, 
 
 
 def serve(out: pathlib.Path, seed: int, rank: int, ranks: int) -> None:
-    """Answer each line of the input, a case's name, with a line of JSON."""
+    """Answer each line of the input, the name of a case, with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not end up between the answers
     if ranks > 1:
@@ -1158,7 +1158,7 @@ class Crew:
         self.answers.put((rank, ""))
 
     def ask(self, name: str) -> dict[str, Any]:
-        """Have all ranks write a case; the first failure stands for all."""
+        """Write a case on all ranks; return the first failure, if there is one."""
         for member in self.members:
             assert member.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -1190,7 +1190,7 @@ class Crew:
 
 @contextlib.contextmanager
 def crews(out: pathlib.Path, seed: int) -> Iterator[Callable[[Case], dict[str, Any]]]:
-    """A function that has a case written, with workers that are started when first needed."""
+    """Yield a function that writes a case, and starts workers when they are first needed."""
     working: dict[int, Crew] = {}
 
     def perform(chosen: Case) -> dict[str, Any]:
