@@ -22,7 +22,7 @@ help:
 	@echo "make test                the tests, without torch and with it (8 minutes on 2 processors)"
 	@echo "make test-tools          the tests of bench, crash, demo, fuzz and compat themselves"
 	@echo "make test-list           whether the last runs of both together left out a test"
-	@echo "make check               ruff, mypy, import-linter"
+	@echo "make check               ruff, mypy, import-linter, the check of the language"
 	@echo "make wheel               build the wheel, check it, run it in an empty environment"
 	@echo "make compat TORCH=2.3.1  both directions against that release of torch (without TORCH: all)"
 	@echo "make crash               SIGKILL at 1,000 random moments of saves (30 minutes; N=100: fewer)"
@@ -88,6 +88,7 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python tools/check_language.py
 
 # One to build and check the package with; pyright brings its own Node.
 $(PACKAGE)/ready: pyproject.toml

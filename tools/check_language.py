@@ -45,7 +45,7 @@ RULES = (
     (r"\b(stands?|stood) (in|beside|below|behind|there|right)\b", "are listed in, are next to"),
     (r"\bbehind (its|the|their) caller", "in the background"),
     (
-        r"\b(knobs?|life of a (save|load)|the two lives|rooms? of the house|torch rooms?)\b",
+        r"\b(life of a (save|load)|the two lives|rooms? of the house|torch rooms?)\b",
         "settings, stages, packages",
     ),
     (r"\bcame about\b|\bcomes about\b", "happened"),

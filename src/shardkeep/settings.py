@@ -203,7 +203,7 @@ _warned_of: set[str] = set()
 
 
 def _warn_of_unknown_variables() -> None:
-    """Warn once of each variable that looks like a setting and is none."""
+    """Warn once of each variable that looks like a setting but does not exist."""
     known = {setting.variable for setting in SETTINGS}
     for name in os.environ:
         if not name.startswith(_PREFIX) or name in known or name in _warned_of:

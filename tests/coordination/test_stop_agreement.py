@@ -110,7 +110,7 @@ def test_keys_of_many_rounds_do_not_accumulate(monkeypatch: pytest.MonkeyPatch) 
 
     keys = Counting()
     simulated_ranks.run(3, sessions.stops, 8, 1, [1], False, keys=keys)
-    # Of two rounds, a request and a target; of one, the holds. At the end, who has left.
+    # Of two rounds, a request and a target; of one, the holds. At the end, one for each rank.
     assert keys.most <= 2 * 2 + 3 + 3
 
 

@@ -15,10 +15,10 @@ __import__("sys").modules["check_language"] = check_language
 _spec.loader.exec_module(check_language)
 
 SAMPLES = (
-    "byte 0xd8 is no" + " opcode",
+    "byte 0xd8 is n" + "o opcode",
     "files=0 can" + "'t be: 1 or more",
     "as of " + "`save`",
-    "which is for who" + " pinned it",
+    "which is for wh" + "o pinned it",
     "the tensor " + "lies in its file",
     "it is " + "told of progress",
     "nobody " + "asked for its result",
@@ -45,7 +45,7 @@ def test_constructions_are_found_in_docstrings_comments_messages_and_pages(sampl
 
 
 def test_a_construction_that_is_broken_over_two_lines_is_found(folder):
-    (folder / "page.md").write_text("Here it is\nno" + " opcode.\n")
+    (folder / "page.md").write_text("Here it is\nn" + "o opcode.\n")
     assert len(list(check_language.check(folder / "page.md"))) == 1
 
 

@@ -133,7 +133,7 @@ def fsdp_and_tp(rank: int, size: int, rows: int) -> dict[str, Any]:
 UNEVEN = pytest.mark.skipif(not NEWER, reason="this torch refuses uneven FSDP2 with TP")
 
 
-@pytest.mark.skipif(not STRIDED, reason="torch 2.4 does not say how the tensors lie")
+@pytest.mark.skipif(not STRIDED, reason="torch 2.4 does not describe strided shards")
 @pytest.mark.parametrize("rows", [8, *(pytest.param(n, marks=UNEVEN) for n in (7, 5, 2))])
 def test_fsdp2_over_tensor_parallelism(gloo: Any, rows: int) -> None:
     ranks = gloo.run(fsdp_and_tp, rows)

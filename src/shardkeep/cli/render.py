@@ -121,7 +121,7 @@ def _pretty(value: Any, indent: str, head: str, tail: str, width: int, depth: in
 
 
 def _parts(value: Any) -> tuple[list[tuple[str, Any]], str, str]:
-    """What is inside (label and value), and what goes before and behind it."""
+    """Return the parts of a value (label and value), and the text before and after them."""
     if isinstance(value, Opaque):
         inside = [("called with ", value.args)] if value.args else []
         state = [("filled with ", value.state)] if value.state is not None else []

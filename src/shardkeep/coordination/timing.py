@@ -15,7 +15,7 @@ class Clock:
     """Names the phase that a rank is in, and measures how long each phase takes.
 
     Args:
-        session: is told of each phase, for the errors of other ranks.
+        session: gets the name of each phase, for the errors of other ranks.
         reported_names: phase -> the name that its seconds are reported under. The default is the
             name of the phase.
     """

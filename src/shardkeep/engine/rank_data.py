@@ -70,7 +70,7 @@ class RankData:
 
         Args:
             arena: memory to copy to.
-            budget: bytes that the copy and the buffers for writing may take; None is no limit.
+            budget: bytes that the copy and the buffers for writing may take; None means no limit.
             ranks_here: how many ranks share this machine's cores.
 
         Returns:

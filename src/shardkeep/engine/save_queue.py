@@ -159,7 +159,7 @@ class SaveQueue:
     def guard(self, state: StateSource) -> StateSource:
         """Return the source of the state for the next save.
 
-        If an earlier save failed and nobody knows of it, that is what the source raises: within the
+        If an earlier save failed and its error was not reported, the source raises it: within the
         next save, so that all ranks learn of it.
         """
         failed = self.take_failures()

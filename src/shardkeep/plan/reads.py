@@ -229,8 +229,9 @@ def _gapless(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) ->
 def _inner(
     sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int, gap: int
 ) -> tuple[int, set[int]]:
-    """Return the bytes of a run and the dimensions in it: those with the smallest strides, as long
-    as the gaps are small.
+    """Return the bytes of a run and the dimensions in it.
+
+    These are the dimensions with the smallest strides, as long as the gaps are small.
     """
     span, inner = itemsize, set()
     for d in sorted(range(len(sizes)), key=lambda d: strides[d]):

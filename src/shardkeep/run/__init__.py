@@ -1,4 +1,4 @@
-"""The steps of a run: what is committed, what stays, what goes. No torch."""
+"""The steps of a run: what is committed, what stays, what is removed. No torch."""
 
 from __future__ import annotations
 

@@ -534,9 +534,7 @@ class Manager:
 
 
 def _import_saving() -> None:
-    """Import what a save needs before the training loop, and not in the first save: it takes a
-    second.
-    """
+    """Import what a save needs, which takes a second that the first save should not take."""
     with suppress(ImportError):  # Without torch, a run can only be looked at.
         importlib.import_module("shardkeep.engine.async_save")
 

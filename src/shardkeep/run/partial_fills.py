@@ -50,7 +50,7 @@ class PartialFills:
 
         Args:
             missing: the names that the later load did not find: `LoadReport.missing`.
-            skipped: the names that it was told to skip: `LoadReport.skipped`.
+            skipped: the names that it had to skip: `LoadReport.skipped`.
 
         Returns:
             Flat name -> the newest step that may have filled it.

@@ -75,7 +75,7 @@ class Fault:
 
 
 FaultPlan = Callable[[Operation], Fault | None]
-"""Decides what goes wrong with an operation; None lets it pass."""
+"""Returns the fault of an operation; None lets it succeed."""
 
 
 def fail_at(number: int, fault: Fault | None = None) -> FaultPlan:

@@ -6,7 +6,7 @@ __all__ = ["escape", "one_line"]
 
 
 def escape(text: str) -> str:
-    """Return `text` with unprintable characters as `\\x1b`, `\\n`, `\\u202e`; and `\\` as `\\\\`.
+    r"""Return `text` with unprintable characters as `\x1b`, `\n`, `\u202e`; and `\` as `\\`.
 
     Names in a checkpoint may be hostile. If they were printed raw, an escape sequence could rewrite
     the terminal, a line break could forge a line, and a direction mark could reverse text.

@@ -379,8 +379,9 @@ def lay_out_files(
 
 
 def _distribute(nbytes: I64, kind: I64, framings: Sequence[Framing | None], files: int) -> I64:
-    """Return the file of each payload. Frames count: around small payloads, they are the larger
-    part.
+    """Return the file of each payload.
+
+    Frames count, too: those of small payloads are larger than the payloads.
     """
     if files < 2:
         return np.zeros(len(nbytes), dtype=np.int64)
