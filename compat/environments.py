@@ -116,7 +116,7 @@ def releases(python: str = DEFAULT_PYTHON) -> tuple[str, ...]:
     ).stdout
     found = re.search(r"Available versions:(.*)", listing)
     if found is None:
-        raise RuntimeError(f"pip does not list the versions of torch; it said: {listing!r}")
+        raise RuntimeError(f"pip does not list the versions of torch; its output was: {listing!r}")
     return newest_patches(found.group(1).replace(" ", "").split(","))
 
 

@@ -124,7 +124,7 @@ def test_later_changes_are_not_saved(tmp_path, kind, stager):
     assert equal(dense(loaded), dense(expected))
 
 
-def test_the_state_is_left_alone(tmp_path):
+def test_the_state_is_not_changed(tmp_path):
     made = state()
     made["p"] = torch.nn.Parameter(torch.ones(2))
     objects = {name: id(value) for name, value in made.items()}
@@ -136,7 +136,7 @@ def test_the_state_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_tied_tensors_stay_one(tmp_path, kind):
+def test_tied_tensors_stay_tied(tmp_path, kind):
     w = torch.ones(1000)
     made = {"w": w, "tied": w, "view": w.view(1000)}
     dcp.async_save(made, checkpoint_id=tmp_path, async_checkpointer_type=kind).result()
@@ -215,7 +215,7 @@ def test_a_stager_of_the_users_own_is_called_as_documented(tmp_path):
     assert writer.calls == []
 
 
-def test_a_stager_that_needs_time_gives_two_futures(tmp_path):
+def test_an_asynchronous_stager_gives_two_futures(tmp_path):
     gate = Gate()
     response = dcp.async_save({"n": [1]}, checkpoint_id=tmp_path, async_stager=gate)
     assert type(response) is getattr(
@@ -228,7 +228,7 @@ def test_a_stager_that_needs_time_gives_two_futures(tmp_path):
     assert response.upload_completion.result(60).__class__ is dcp.Metadata
 
 
-def test_late_staging_that_fails_is_raised_by_both_futures(tmp_path):
+def test_an_error_of_asynchronous_staging_is_raised_by_both_futures(tmp_path):
     gate = Gate()
     response = dcp.async_save({"n": [1]}, checkpoint_id=tmp_path, async_stager=gate)
     gate.staged[0][0].set_exception(ValueError("no room"))
@@ -240,7 +240,7 @@ def test_late_staging_that_fails_is_raised_by_both_futures(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_staging_that_fails_is_raised_at_once_and_saving_goes_on(tmp_path):
+def test_an_error_of_staging_is_raised_at_once_and_later_saves_work(tmp_path):
     with pytest.raises(LookupError, match="no room") as caught:
         dcp.async_save({"n": 1}, checkpoint_id=tmp_path, async_stager=dcp_async.FailingStager())
     assert not isinstance(caught.value, CheckpointException)
@@ -248,7 +248,7 @@ def test_staging_that_fails_is_raised_at_once_and_saving_goes_on(tmp_path):
     assert sk.open(tmp_path).read("n") == 2
 
 
-def test_saves_of_one_path_are_done_in_order(tmp_path):
+def test_saves_to_one_path_keep_their_order(tmp_path):
     with held(tmp_path / "before"):
         done = [
             dcp.async_save({"n": n}, checkpoint_id=tmp_path, async_checkpointer_type=kind)
@@ -283,7 +283,7 @@ def test_memory_that_a_stager_keeps_is_not_overwritten_too_early(tmp_path):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_errors_are_those_of_save_and_leave_a_line_in_the_log(tmp_path, caplog, kind):
+def test_errors_are_those_of_save_and_are_logged(tmp_path, caplog, kind):
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, logger="shardkeep"):
         done = dcp.async_save(

@@ -129,7 +129,7 @@ def no_plans(monkeypatch):
 
 
 @pytest.mark.parametrize(("saving", "loading"), PLAIN, ids=["none", "stock", "ours", "subclasses"])
-def test_where_nothing_is_customised_the_engine_works_alone(tmp_path, saving, loading, no_plans):
+def test_without_customization_the_engine_works_alone(tmp_path, saving, loading, no_plans):
     saved = dcp_custom.state(0, 1)
     dcp.save(saved, **(made(saving, tmp_path) or {"checkpoint_id": tmp_path}))
     loaded = dcp_custom.cleared(saved)
@@ -159,7 +159,7 @@ class Changed(stock.DefaultSavePlanner):
         (dcp.FileSystemReader, engine_choice._READER),
     ],
 )
-def test_every_override_is_seen_on_the_class_and_on_the_instance(tmp_path, kind, methods):
+def test_overrides_are_detected_on_the_class_and_on_the_instance(tmp_path, kind, methods):
     storage = kind.__name__.startswith("File")
     decide = (
         engine_choice.engine_loads if kind.__name__.endswith(("LoadPlanner", "Reader")) else None
@@ -227,7 +227,7 @@ def test_a_call_with_only_a_path_uses_the_engine_alone(tmp_path, monkeypatch):
 # --- what need not be picklable ------------------------------------------------------------------
 
 
-def test_what_stays_in_one_process_need_not_be_picklable(tmp_path):
+def test_objects_that_stay_in_one_process_need_not_be_picklable(tmp_path):
     class Planner(stock.DefaultSavePlanner):
         def create_local_plan(self):
             plan = super().create_local_plan()

@@ -73,7 +73,7 @@ def part(meaning: torch.Tensor, *cuts: slice) -> tuple[Parts, torch.Tensor]:
 @pytest.mark.parametrize("shape", [(256, 256), (300, 130), (5, 7)])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
-def test_float8(tmp_path, shape, apart, target):
+def test_float8_tensors_are_dequantized(tmp_path, shape, apart, target):
     tensors, meaning = float8(*shape, 128)
     plain = {"bias": torch.arange(3.0)}
     weight, scales = ({name: value} for name, value in tensors.items())
@@ -98,7 +98,7 @@ CUTS = [
 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("step", [1, 1 << 22])
-def test_any_part_of_float8(tmp_path, cuts, step, monkeypatch):
+def test_any_part_of_a_float8_tensor_is_dequantized(tmp_path, cuts, step, monkeypatch):
     monkeypatch.setattr("shardkeep.dcp.quantized_hf_storage._VALUES_PER_STEP", step)
     tensors, meaning = float8(11, 10, 4)
     write(tmp_path, tensors)
@@ -111,7 +111,7 @@ def test_any_part_of_float8(tmp_path, cuts, step, monkeypatch):
 @pytest.mark.parametrize("outer", [(2, 3), (4,), (2, 2, 2)])
 @pytest.mark.parametrize("last", [slice(None), slice(0, 8), slice(5, 19), slice(23, 24)])
 @pytest.mark.parametrize("step", [1, 1 << 22])
-def test_any_part_of_mxfp4(tmp_path, outer, last, step, monkeypatch):
+def test_any_part_of_an_mxfp4_tensor_is_dequantized(tmp_path, outer, last, step, monkeypatch):
     monkeypatch.setattr("shardkeep.dcp.quantized_hf_storage._VALUES_PER_STEP", step)
     tensors, meaning = mxfp4(*outer)
     write(tmp_path, tensors)
@@ -136,7 +136,7 @@ def test_values_equal_those_of_stock_torch(tmp_path, target):
     assert same(*found)
 
 
-def test_one_file_without_an_index(tmp_path):
+def test_one_file_without_an_index_is_read(tmp_path):
     tensors, meaning = float8(5, 7, 128)
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
     loaded = {"m.weight": torch.zeros_like(meaning)}
@@ -166,13 +166,13 @@ def test_tensors_without_scales_are_unchanged(tmp_path):
         ({"m_blocks": torch.zeros(2, 3, 3, 4)}, "'m_blocks': torch.float32.* is not a known"),
     ],
 )  # fmt: skip
-def test_scales_that_do_not_fit(tmp_path, change, told):
+def test_invalid_scales_are_refused(tmp_path, change, told):
     write(tmp_path, {**float8(200, 200, 128)[0], **mxfp4(2, 3)[0], **change})
     with pytest.raises(sk.FormatError, match=told):
         dcp.load({"m.weight": torch.zeros(200, 200)}, storage_reader=Reader(tmp_path))
 
 
-def test_quantized_tensors_in_parts(tmp_path):
+def test_quantized_tensors_in_parts_are_refused(tmp_path):
     whole = torch.ones(4, 4)
     parts = Parts.of(whole, [((0, 0), (2, 4)), ((2, 0), (2, 4))])
     state = {"m.weight": parts, "m.weight_scale_inv": torch.ones(1, 1)}

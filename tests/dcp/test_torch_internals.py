@@ -38,7 +38,7 @@ def test_every_use_is_listed_and_every_listed_name_is_used(found):
     assert len(TABLE) > 40
 
 
-def test_the_page_is_what_the_table_says(found):
+def test_the_page_equals_the_output_of_the_command(found):
     assert torch_internals.PAGE.read_text(encoding="utf-8") == torch_internals.text(found)
 
 
@@ -97,11 +97,11 @@ def test_names_of_other_releases_are_still_looked_up(name):
         ),
     ],
 )
-def test_uses_are_found(source, names):
+def test_uses_are_detected(source, names):
     assert torch_internals.names_in(source) == names
 
 
-def test_strings_of_the_format_are_no_uses():
+def test_strings_of_the_format_do_not_count_as_uses():
     assert torch_internals.names_in("f('torch._x.y')", strings=False) == set()
     assert torch_internals.is_format("format/pickle/reader.py")
     assert not torch_internals.is_format("dcp/filesystem.py")

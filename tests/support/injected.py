@@ -366,7 +366,7 @@ def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> 
     if ends == SAVED and after["seed"] == 2.0:
         assert set(after["files"]) >= place.files(), (call, error, after)
         return "saved" if set(after["files"]) == place.files() else "kept"
-    _told(call, error, ends, place)
+    _check_errors(call, error, ends, place)
     if after["seed"] == 2.0:
         last_sync = 3 if kind in ("async", "manager") else 4
         assert (call.of, call.number) == ("folder", last_sync), (call, error, ends)
@@ -376,7 +376,7 @@ def outcome(saver: Saver, folder: Path, call: Call, error: str, number: int) -> 
     return "refused"
 
 
-def _told(call: Call, error: str, ends: list[dict[str, Any]], place: Place) -> None:
+def _check_errors(call: Call, error: str, ends: list[dict[str, Any]], place: Place) -> None:
     """Check that one rank raised the error with its file, and the other named rank and phase."""
     assert sorted(one["end"] for one in ends) == ["raised", "told"], (call, error, ends)
     culprit = [one["end"] for one in ends].index("raised")
@@ -385,10 +385,10 @@ def _told(call: Call, error: str, ends: list[dict[str, Any]], place: Place) -> N
         if one["end"] == "told":
             assert (one["rank"], one["phase"]) == (culprit, call.phase), (call, error, ends)
         else:
-            _met(one, error, place.of(call.of).name.removesuffix(_TMP))
+            _check_system_error(one, error, place.of(call.of).name.removesuffix(_TMP))
 
 
-def _met(end: dict[str, Any], error: str, file: str) -> None:
+def _check_system_error(end: dict[str, Any], error: str, file: str) -> None:
     """Check that an error of the system is raised unchanged and names the file."""
     if "errno" in end:
         assert end["errno"] == getattr(errno, error), (error, end)
@@ -424,7 +424,7 @@ def outcome_of_load(saver: Saver, folder: Path, call: Call, error: str, number: 
         assert end["rank"] == ends.index(raised[0]), (call, error, ends)
         assert end["phase"] == call.phase, (call, error, ends)
     for end in raised:
-        _met(end, error, file)
+        _check_system_error(end, error, file)
         assert "errno" in end or file in end["text"] or str(path) in end["text"], (call, error, end)
     return "refused"
 

@@ -87,12 +87,12 @@ def serve() -> None:
     warnings.simplefilter("ignore")
     put_record = commit.put_record
 
-    def put_record_when_told(*args: Any, **kwargs: Any) -> None:
+    def put_record_on_request(*args: Any, **kwargs: Any) -> None:
         print("ready", flush=True)
         assert sys.stdin.readline() == "go\n"
         put_record(*args, **kwargs)
 
-    commit.put_record = put_record_when_told  # type: ignore[assignment]
+    commit.put_record = put_record_on_request  # type: ignore[assignment]
 
     class OwnPlanner(dcp.DefaultSavePlanner):
         """A planner of a user's own class: the drop-in commits then, instead of the engine."""

@@ -120,7 +120,7 @@ class _Recorder:
             self.operations.append(HardLink(inner, to))
 
     def rename(self, source: Any, target: Any, **kwargs: Any) -> None:
-        raise AssertionError("a rename that is not `replace`")
+        raise AssertionError("use os.replace: a rename is not recorded")
 
     def unlink(self, path: Any, **kwargs: Any) -> None:
         self.real["unlink"](path, **kwargs)
