@@ -293,6 +293,6 @@ def test_a_save_that_was_taken_for_dead_is_not_committed(store, monkeypatch):
             lease.confirm()
         assert str(caught.value) == (
             f"{store.url}: save {ID} did not renew its lease for more than 300 s, so "
-            "another save removed its files; nothing was committed"
+            "another process removed its files; nothing was committed"
         )
     assert list(names_in(store)) == []

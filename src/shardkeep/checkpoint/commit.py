@@ -72,7 +72,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-_MAX_INDEX_JSON = 1 << 28
+_MAX_INDEX_BYTES = 1 << 28
 
 
 def new_id() -> str:
@@ -389,7 +389,9 @@ def manifest_bytes(store: Store) -> tuple[str, bytes]:
     """
     trailer = find(store).trailer
     if trailer is None:
-        raise NotACheckpoint(f"{store.url} holds no checkpoint with a manifest of Shardkeep's")
+        raise NotACheckpoint(
+            f"{store.url}: no checkpoint with a Shardkeep manifest is committed there"
+        )
     return trailer.save_id, _manifest(store, trailer)
 
 
@@ -457,6 +459,6 @@ def weights(store: Store) -> dict[str, str] | None:
     listing = parse.INDEX
     if not exists(store, listing):
         return None
-    if store.head(listing).size > _MAX_INDEX_JSON:
-        raise FormatError(f"the index is larger than {_MAX_INDEX_JSON} bytes", file=listing)
+    if store.head(listing).size > _MAX_INDEX_BYTES:
+        raise FormatError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", file=listing)
     return parse.weight_map(_whole(store, listing))

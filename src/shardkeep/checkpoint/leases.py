@@ -247,7 +247,7 @@ class Lease:
         except FileNotFoundError:
             raise LeaseLost(
                 f"{self._store.url}: save {self.save_id} did not renew its lease for more than "
-                f"{self._seconds:g} s, so another save removed its files; nothing was committed"
+                f"{self._seconds:g} s, so another process removed its files; nothing was committed"
             ) from None
         self._store.put(self._name, _content(self.save_id), mode="replace")
         self._written = _now()
