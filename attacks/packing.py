@@ -146,7 +146,7 @@ def _zips() -> Attacks:
         "stride_bomb",
         Attack(
             lambda folder: _expanded(folder, p.container(expanded), wide),
-            "come out",
+            "cannot be stored in",
             "A terabyte of one element.",
         ),
     )
