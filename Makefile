@@ -60,19 +60,20 @@ $(BENCH)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready
 	$(VENV)/bin/python -m demo
 
-# What passes without torch is not run again with it.
+# What passes without torch is not run again with it. The options need an equals sign: pytest would take
+# the file for a folder of tests otherwise, and not find the conftest.py that adds the options.
 test: test-core $(VENV)/ready
-	$(VENV)/bin/python $(PYTEST) -m "not tools" --leave-out $(RECORDS)/core --record-run $(RECORDS)/torch
+	$(VENV)/bin/python $(PYTEST) -m "not tools" --leave-out=$(RECORDS)/core --record-run=$(RECORDS)/torch
 
 test-core: $(CORE)/ready
 	$(CORE)/bin/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
-	$(CORE)/bin/python $(PYTEST) -m "not torch and not tools" --record-run $(RECORDS)/core
+	$(CORE)/bin/python $(PYTEST) -m "not torch and not tools" --record-run=$(RECORDS)/core
 
 test-torch: $(VENV)/ready
 	$(VENV)/bin/python $(PYTEST) -m "not tools"
 
 test-tools: $(VENV)/ready
-	$(VENV)/bin/python $(PYTEST) -m tools --record-run $(RECORDS)/tools
+	$(VENV)/bin/python $(PYTEST) -m tools --record-run=$(RECORDS)/tools
 
 # After test and test-tools: fails if pytest collects a test that neither of them has.
 test-list: $(VENV)/ready $(CORE)/ready
