@@ -19,7 +19,7 @@ RECORDS := build/tests
 
 help:
 	@echo "make demo                train, kill, resume on another number of ranks, compare (3 minutes)"
-	@echo "make test                the tests, without torch and with it (8 minutes on 2 processors)"
+	@echo "make test                the tests, without torch and with it (13 minutes on 2 busy processors)"
 	@echo "make test-tools          the tests of bench, crash, demo, fuzz and compat themselves"
 	@echo "make test-list           whether the last runs of both together left out a test"
 	@echo "make check               ruff, mypy, import-linter, the check of the language"
